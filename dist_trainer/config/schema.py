@@ -1,0 +1,208 @@
+"""`TrainingConfig` and its sections: every key, its default, its meaning and unit. Imports no torch.
+
+The sentence under a key is what `--help` and docs/configuration.md show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DEFAULT_MAX_STEPS = 700
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model, in the words of Hugging Face's LlamaConfig."""
+
+    name: str = "decoder_lm"
+    """Row of the MODELS table, or "package.module:function" for a model of your own."""
+    hidden_size: int = 192
+    """Width of the residual stream."""
+    intermediate_size: int = 512
+    """Width inside the SwiGLU feed-forward."""
+    num_hidden_layers: int = 4
+    """Number of decoder blocks."""
+    num_attention_heads: int = 6
+    """Query heads; divides hidden_size."""
+    num_key_value_heads: int = 3
+    """Key and value heads (grouped-query attention); divides num_attention_heads."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding's wavelengths."""
+    tie_word_embeddings: bool = True
+    """Use the embedding matrix as output head too."""
+    dropout: float = 0.0
+    """Probability of zeroing an element after embedding, attention and feed-forward, while training."""
+    init_from: str | None = None
+    """Folder of weights in Hugging Face Llama format to start from; null: random initialisation."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to read and how to make rows of tokens of it."""
+
+    dataset: str = "austen"
+    """`austen` (inside the package), a Hub name, or a path: text, JSONL (.gz, .xz), Parquet, a save_to_disk or Hub-layout folder."""
+    dataset_config: str | None = None
+    """Configuration name of a Hub data set, such as `plain_text` for squad."""
+    text_column: str = "text"
+    """Column that holds the text."""
+    template: str | None = None
+    """Text made of several columns, such as "{context}\\n{question}"; replaces text_column."""
+    tokenizer: str = "austen"
+    """`austen` (inside the package), a Hub name, or a path."""
+    sequence_length: int = 256
+    """Tokens of one row."""
+    packing: bool = True
+    """Join documents into full rows; false: one document a row, padded (padding carries no loss)."""
+    validation_dataset: str | None = None
+    """Data set to validate on, named as data.dataset is; null: the data set's validation split, else a part of the training documents."""
+    validation_fraction: float = 0.05
+    """Part of the documents held out where no validation split exists; 0: no validation."""
+    num_workers: int = 0
+    """Worker processes that read ahead, per rank; the token store seldom needs any."""
+    cache_dir: str | None = None
+    """Where token stores are kept; null: DIST_TRAINER_CACHE, else dist_trainer/ under the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Batch sizes; accumulation steps follow from these and the number of ranks."""
+
+    global_batch_size: int = 16
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 8
+    """Sequences per forward pass of one rank; global_batch_size is a multiple of this times the number of ranks."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer."""
+
+    name: str = "adamw"
+    """Row of the OPTIMIZERS table, or "package.module:function"."""
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the running mean of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the denominator of the update."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; norms and other vectors do not decay."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: never."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate as a function of the step."""
+
+    name: str = "cosine"
+    """Row of the SCHEDULES table (cosine, linear, constant, wsd), or "package.module:function"."""
+    warmup_steps: int = 40
+    """Steps of linear warmup from 0 to the peak."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length of the run: it ends at whichever comes first. With neither given: 700 steps."""
+
+    max_steps: int | None = None
+    """Optimizer steps; null: as many as train.epochs asks for."""
+    epochs: float | None = None
+    """Passes over the training data; null: no limit but max_steps."""
+
+    def __post_init__(self) -> None:
+        if self.max_steps is None and self.epochs is None:
+            object.__setattr__(self, "max_steps", DEFAULT_MAX_STEPS)
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats and compilation."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Format of the forward and backward pass; auto: bf16 where the GPU has it, else fp16 on GPUs, fp32 on CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the model; auto: on GPUs."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """When and on how much to validate; always once more at the end."""
+
+    every_steps: int = 100
+    """Steps between validations; 0: only by every_epochs and at the end."""
+    every_epochs: float = 0.0
+    """Passes over the training data between validations; 0: only by every_steps and at the end."""
+    max_batches: int | None = None
+    """Micro-batches over all ranks to validate on; null: every row once."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, what to keep, what to resume from."""
+
+    every_steps: int = 100
+    """Steps between checkpoints; 0: only at the end and on a signal."""
+    keep_last: int = 2
+    """Newest checkpoints kept, beside the best one."""
+    resume: str = "auto"
+    """auto: go on from the run folder's newest good checkpoint; never: set an earlier run aside and begin anew; or a run or checkpoint folder."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """What to log, where."""
+
+    log_every_steps: int = 10
+    """Steps between training lines in metrics.jsonl and on the console."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases: offline files under the run folder, online, or none."""
+    wandb_project: str = "dist_trainer"
+    """W&B project."""
+    wandb_entity: str | None = None
+    """W&B team or user; null: the account's default."""
+    sample_prompt: str | None = None
+    """Beginning of the sample text that is generated after each validation; null: the first words of a validation document; "": no samples."""
+    sample_tokens: int = 96
+    """Tokens of a sample; 0: no samples."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How ranks work together."""
+
+    strategy: str = "auto"
+    """Row of the STRATEGIES table; auto: ddp with several ranks, none with one."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto: nccl on GPUs, gloo on CPU."""
+    timeout_minutes: float = 10.0
+    """Minutes after which a rank that waits for another gives up."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A whole run. The run's folder is output_dir/run_name."""
+
+    run_name: str = "default"
+    """Name of the run and of its folder."""
+    output_dir: str = "runs"
+    """Folder that holds the runs' folders."""
+    seed: int = 0
+    """Seed of initialisation, data order and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -1,0 +1,41 @@
+"""The errors a user can cause, in one tree.
+
+    DistTrainerError
+    ├── RefusedError           exit code 2: refused before the first step, nothing was changed
+    │   ├── ConfigError        a key, a value, a combination of keys
+    │   ├── DataError          a data set, a file in it, a tokenizer
+    │   └── CheckpointError    a run folder or a checkpoint in it
+    └── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
+
+Each message names the key or the path, the value, and the remedy; commands print it without a traceback.
+"""
+
+
+class DistTrainerError(Exception):
+    """Base of all errors that end in a message and an exit code."""
+
+    exit_code = 1
+
+
+class RefusedError(DistTrainerError):
+    """The run was refused before its first step."""
+
+    exit_code = 2
+
+
+class ConfigError(RefusedError):
+    """A config key, value, or combination of keys cannot be used."""
+
+
+class DataError(RefusedError):
+    """A data set, one of its files, or a tokenizer cannot be used."""
+
+
+class CheckpointError(RefusedError):
+    """A run folder or a checkpoint cannot be used."""
+
+
+class TrainingDivergedError(DistTrainerError):
+    """The loss or the gradients are not finite."""
+
+    exit_code = 3
