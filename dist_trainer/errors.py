@@ -5,7 +5,8 @@
     │   ├── ConfigError        a key, a value, a combination of keys
     │   ├── DataError          a data set, a file in it, a tokenizer
     │   └── CheckpointError    a run folder or a checkpoint in it
-    └── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
+    ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
+    └── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
 
 Each message names the key or the path, the value, and the remedy; commands print it without a traceback.
 """
@@ -39,3 +40,7 @@ class TrainingDivergedError(DistTrainerError):
     """The loss or the gradients are not finite."""
 
     exit_code = 3
+
+
+class SavingFailedError(DistTrainerError):
+    """Checkpoints could not be saved, several times in a row."""

@@ -115,6 +115,10 @@ class TrainConfig:
     """Optimizer steps; null: as many as train.epochs asks for."""
     epochs: float | None = None
     """Passes over the training data; null: no limit but max_steps."""
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: end the run (exit code 3), or skip that update. fp16 always skips."""
+    max_skipped_steps: int = 20
+    """Skipped updates in a row after which the run ends all the same."""
 
     def __post_init__(self) -> None:
         if self.max_steps is None and self.epochs is None:
@@ -151,6 +155,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end and on a signal."""
     keep_last: int = 2
     """Newest checkpoints kept, beside the best one."""
+    max_failures: int = 5
+    """Saves that may fail in a row (a full disk) before the run ends."""
     resume: str = "auto"
     """auto: go on from the run folder's newest good checkpoint; never: set an earlier run aside and begin anew; or a run or checkpoint folder."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,10 @@ class Batch:
     """int64, B x T."""
     targets: Tensor
     """int64, B x T: the token that follows, or IGNORED_TARGET."""
+
+    def num_targets(self) -> int:
+        """Positions that carry a loss; call it while the batch is in host memory, where counting waits for nothing."""
+        return int(np.count_nonzero(self.targets.numpy() != IGNORED_TARGET))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting where its memory is pinned."""

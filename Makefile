@@ -1,0 +1,43 @@
+# make train [ARGS="--train.max_steps 50"]    set-up, then the default run: all GPUs of this machine, else its CPU
+# make test  [ARGS="-k sampler"]              set-up, then the tests
+# make lint | format | check                  style and types | repair the style | lint and test, as CI does
+# make setup [PYTHON=python3.12] [TORCH=gpu]  set-up alone, into .venv/ (see launch/setup.sh)
+# make clean                                  removes .venv/ and caches, never runs/
+
+PYTHON ?= python3
+TORCH ?= auto
+ARGS ?=
+VENV := .venv/bin/python
+STAMP := .venv/.set-up
+
+.PHONY: train test lint format check setup clean again
+
+train: setup
+	launch/local.sh $(ARGS)
+
+test: setup
+	$(VENV) -m pytest $(ARGS)
+
+lint: setup
+	$(VENV) -m ruff check .
+	$(VENV) -m ruff format --check .
+	$(VENV) -m pyrefly check
+
+format: setup
+	$(VENV) -m ruff check --fix .
+	$(VENV) -m ruff format .
+
+check: lint test
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml launch/setup.sh
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" launch/setup.sh
+
+# Once more where the folder was moved, or where the Python below .venv/ has gone.
+ifneq ($(shell test -x $(VENV) && cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): again
+endif
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

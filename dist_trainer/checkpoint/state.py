@@ -1,0 +1,141 @@
+"""What a run is made of at a step: weights, optimizer, scaler, and how far it is; to and from the files of a folder.
+
+Tensors go to safetensors, everything else to JSON, so that opening a checkpoint can run no code. The order of data and
+the dropout masks are pure functions of (seed, step), so the step alone brings both back, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_trainer.checkpoint.storage import read_json
+from dist_trainer.errors import CheckpointError
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+_SEPARATOR = "::"
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Finished optimizer steps; the next one uses global batch number `step`."""
+    target_tokens: int = 0
+    """Tokens that carried a loss so far, over all ranks."""
+    validated_step: int = 0
+    """Step of the last whole validation."""
+    validation_loss: float | None = None
+    """What it found, in nats per token."""
+    best_step: int | None = None
+    best_loss: float | None = None
+    """Lowest validation loss so far, and where."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a run's state in host memory, which training no longer changes."""
+
+    weights: dict[str, Tensor]
+    optimizer_tensors: dict[str, Tensor]
+    optimizer_values: dict[str, float]
+    scaler: dict[str, Any]
+    progress: Progress
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else to remember: the config, the number of ranks, the data's fingerprint."""
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a finite number."""
+        return all(bool(weight.isfinite().all()) for weight in self.weights.values() if weight.is_floating_point())
+
+
+def take_snapshot(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    scaler: dict[str, Any],
+    progress: Progress,
+    facts: Mapping[str, Any],
+) -> Snapshot:
+    """Copy everything to host memory: all that training has to wait for when a checkpoint is saved."""
+    tensors, values = {}, {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}{_SEPARATOR}{key}"] = value
+            else:
+                values[f"{name}{_SEPARATOR}{key}"] = value
+    return Snapshot(
+        weights=_to_host(model.state_dict()),
+        optimizer_tensors=_to_host(tensors),
+        optimizer_values=values,
+        scaler=scaler,
+        progress=Progress(**asdict(progress)),
+        facts=facts,
+    )
+
+
+def write_training_state(snapshot: Snapshot, folder: Path) -> None:
+    """Write all but the weights into `folder`."""
+    save_file(snapshot.optimizer_tensors, folder / OPTIMIZER_FILE)
+    state = {
+        "progress": asdict(snapshot.progress),
+        "scaler": snapshot.scaler,
+        "optimizer_values": snapshot.optimizer_values,
+        "random_state": "derived from (seed, step, micro-batch): nothing to save",
+        **snapshot.facts,
+    }
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+
+def read_training_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of the state in `folder`, with `progress` as a Progress."""
+    state = read_json(folder / STATE_FILE)
+    try:
+        return {**state, "progress": Progress(**state["progress"])}
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {error}") from error
+
+
+def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> None:
+    """Give `optimizer` the state that `folder` holds for the parameters of `model`, on their devices."""
+    try:
+        tensors: dict[str, Any] = dict(load_file(folder / OPTIMIZER_FILE))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / OPTIMIZER_FILE} cannot be read: {error}") from error
+    by_name: dict[str, dict[str, Any]] = {}
+    for key, value in {**tensors, **read_training_state(folder)["optimizer_values"]}.items():
+        name, _, entry = key.rpartition(_SEPARATOR)
+        by_name.setdefault(name, {})[entry] = value
+    current = optimizer.state_dict()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    if missing := [name for name in by_name if name not in ordered]:
+        raise CheckpointError(f"{folder / OPTIMIZER_FILE} has state for {missing[0]}, which the optimizer does not know")
+    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory; copies from a GPU run side by side and are awaited once."""
+    copies = {name: _host_copy(tensor.detach()) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor.clone().contiguous()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True).contiguous()

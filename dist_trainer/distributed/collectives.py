@@ -1,0 +1,104 @@
+"""What ranks tell one another. Each function is the identity for a single process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import DistTrainerError
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.02
+
+
+def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+    """`tensor` summed over all ranks, in place, on the tensor's own device."""
+    if world.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class PendingSum:
+    """A few whole numbers on their way to be summed over all ranks, in host memory, while the device computes."""
+
+    def __init__(self, values: list[int], world: World) -> None:
+        self._values = torch.tensor(values, dtype=torch.int64)
+        self._work = dist.all_reduce(self._values, group=world.control, async_op=True) if world.control else None
+
+    def wait(self) -> list[int]:
+        """The sums, once every rank has given its values."""
+        if self._work is not None:
+            self._work.wait()
+        return self._values.tolist()
+
+
+def broadcast_object(value: T, world: World) -> T:
+    """Rank 0's `value` on every rank."""
+    if world.control is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, group=world.control)
+    return values[0]
+
+
+def gather_objects(value: T, world: World) -> list[T]:
+    """Every rank's `value`, by rank, on every rank."""
+    if world.control is None:
+        return [value]
+    values: list[T] = [value] * world.world_size
+    dist.all_gather_object(values, value, group=world.control)
+    return values
+
+
+def barrier(world: World) -> None:
+    """Wait, for hours if need be, until every rank is here; signal handlers run meanwhile."""
+    if world.control is None:
+        return
+    work = dist.all_reduce(torch.zeros(1), group=world.control, async_op=True)
+    while not work.is_completed():
+        time.sleep(POLL_SECONDS)
+    work.wait()
+
+
+def agree(world: World, act: Callable[[], T], *, acts: bool = True) -> T | None:
+    """Run `act` on the ranks where `acts` holds; an error that one of them meets is raised on all of them.
+
+    The result is None on the others. Only DistTrainerErrors are shared; anything else is a crash of its rank.
+    """
+    result: T | None = None
+    error: DistTrainerError | None = None
+    if acts:
+        try:
+            result = act()
+        except DistTrainerError as raised:
+            error = raised
+    barrier(world)
+    for shared in gather_objects(error, world):
+        if shared is not None:
+            raise shared
+    return result
+
+
+def on_main(world: World, act: Callable[[], T]) -> T:
+    """Run `act` on rank 0 and give its result, or its error, to every rank."""
+    return broadcast_object(agree(world, act, acts=world.is_main), world)  # type: ignore[return-value]
+
+
+def first_on_each_node(world: World, prepare: Callable[[], T]) -> T:
+    """Run `prepare` on one rank of each machine, then on the others, which find what it left in a cache.
+
+    An error on any rank is raised on all of them.
+    """
+    if world.control is None:
+        return prepare()
+    leads = world.local_rank == 0
+    first = agree(world, prepare, acts=leads)
+    later = agree(world, prepare, acts=not leads)
+    return first if leads else later  # type: ignore[return-value]

@@ -1,0 +1,42 @@
+"""`OPTIMIZERS`: how weights follow from gradients, and which of them decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_trainer.config.lookup import resolve
+from dist_trainer.config.schema import OptimConfig
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """The optimizer that `config.name` names, over all parameters of `model` that want a gradient."""
+    return resolve(OPTIMIZERS, config.name, "optim.name")(config, model)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Every trainable parameter exactly once: matrices decay, vectors and scalars (norms, biases) do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101), one fused kernel for all parameters."""
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, nn.Module], Optimizer]] = {"adamw": adamw}

@@ -1,0 +1,72 @@
+"""`SCHEDULES`: the learning rate as a pure function of the step, so that there is no state to save or forget.
+
+Each takes the number of finished steps and gives a factor of the peak learning rate. All of them warm up linearly:
+step 0 runs at 1/warmup_steps, step warmup_steps at 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dist_trainer.config.lookup import resolve
+from dist_trainer.config.schema import ScheduleConfig
+
+STABLE_PART = 0.8
+"""Part of the run after which warmup-stable-decay decays."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a schedule stretches over."""
+
+    warmup_steps: int
+    total_steps: int
+    min_lr_ratio: float
+    """Factor at total_steps, where the schedule decays."""
+
+    def warmup(self, step: int) -> float:
+        """Rises to 1 over the warmup steps, then stays."""
+        return min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+
+    def progress(self, step: int, *, start: int) -> float:
+        """0 at `start` to 1 at the last step's end."""
+        return min(1.0, max(0.0, (step - start) / max(1, self.total_steps - start)))
+
+
+def cosine(step: int, span: Span) -> float:
+    """Half a cosine from 1 to min_lr_ratio after the warmup (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    wave = 0.5 * (1.0 + math.cos(math.pi * span.progress(step, start=span.warmup_steps)))
+    return span.warmup(step) * (span.min_lr_ratio + (1.0 - span.min_lr_ratio) * wave)
+
+
+def linear(step: int, span: Span) -> float:
+    """A straight line from 1 to min_lr_ratio after the warmup."""
+    return span.warmup(step) * (1.0 - (1.0 - span.min_lr_ratio) * span.progress(step, start=span.warmup_steps))
+
+
+def constant(step: int, span: Span) -> float:
+    """1 after the warmup."""
+    return span.warmup(step)
+
+
+def warmup_stable_decay(step: int, span: Span) -> float:
+    """1 until 80 % of the run, then a straight line to min_lr_ratio (Hu et al. 2024, arXiv:2404.06395)."""
+    start = max(span.warmup_steps, round(STABLE_PART * span.total_steps))
+    return span.warmup(step) * (1.0 - (1.0 - span.min_lr_ratio) * span.progress(step, start=start))
+
+
+SCHEDULES: dict[str, Callable[[int, Span], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "wsd": warmup_stable_decay,
+}
+
+
+def build_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:
+    """The factor of the peak learning rate at each number of finished steps, over a run of `total_steps`."""
+    schedule = resolve(SCHEDULES, config.name, "schedule.name")
+    span = Span(config.warmup_steps, total_steps, config.min_lr_ratio)
+    return lambda step: schedule(step, span)

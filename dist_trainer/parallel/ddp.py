@@ -1,0 +1,18 @@
+"""Distributed data parallelism: every rank holds the whole model and averages its gradients with the others'."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_trainer.distributed.world import World
+
+
+def ddp(model: nn.Module, world: World) -> nn.Module:
+    """`model` in torch's DistributedDataParallel; its weights become rank 0's."""
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )

@@ -1,0 +1,53 @@
+"""`STRATEGIES`: how several ranks share one model, and the two things the trainer needs to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dist_trainer.config.lookup import resolve
+from dist_trainer.config.schema import DistributedConfig, PrecisionConfig
+from dist_trainer.distributed.world import World
+from dist_trainer.parallel.ddp import ddp
+
+
+def single(model: nn.Module, world: World) -> nn.Module:
+    """The model as it stands, for one process."""
+    return model
+
+
+STRATEGIES: dict[str, Callable[[nn.Module, World], nn.Module]] = {"single": single, "ddp": ddp}
+
+
+def parallelize(
+    model: nn.Module, world: World, *, distributed: DistributedConfig, precision: PrecisionConfig
+) -> nn.Module:
+    """`model`, compiled where `precision.compile` asks for it, then wrapped by `distributed.strategy`."""
+    if precision.compile is True or (precision.compile == "auto" and world.device.type == "cuda"):
+        compile_blocks(model)
+    name = distributed.strategy
+    if name == "auto":
+        name = "ddp" if world.world_size > 1 else "single"
+    return resolve(STRATEGIES, name, "distributed.strategy")(model, world)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each of `model.blocks` in place (equal blocks share one compilation), or the whole of other models."""
+    blocks = getattr(model, "blocks", None)
+    for part in blocks if blocks is not None else [model]:
+        part.compile(dynamic=False)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that a strategy wrapped."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
+    """Whether the backward pass inside exchanges gradients; only a step's last micro-batch needs to."""
+    if enabled or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()

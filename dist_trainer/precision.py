@@ -1,0 +1,73 @@
+"""Number formats: autocast for the forward pass, one GradScaler per rank for fp16, and updates that must be finite."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dist_trainer.config.schema import PrecisionConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """The forward pass in `dtype` over float32 weights; fp16 gradients are scaled so that they do not underflow."""
+
+    def __init__(self, dtype: Literal["fp32", "bf16", "fp16"], device: torch.device) -> None:
+        self.name = dtype
+        self.dtype = DTYPES[dtype]
+        self.device_type = device.type
+        # torch's own way to be absent: disabled, every method of the scaler is the identity.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`; a loss that is not finite poisons them, so that their exchange tells every rank."""
+        poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self.scaler.scale(loss * poison).backward()
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Undo the scaling of the gradients."""
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: Optimizer, grad_norm: Tensor) -> None:
+        """Update the weights, unless `grad_norm` (equal on all ranks) is not finite: then leave everything as it is.
+
+        Does not wait for the device where the optimizer can skip on the device itself (torch's fused ones).
+        """
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+            # The protocol between GradScaler and fused optimizers, without a scale.
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+            optimizer.step()
+        elif bool(grad_norm.isfinite()):
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scaler's state (empty but for fp16); plain numbers."""
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; a run that was not fp16 before begins with a fresh scaler."""
+        if self.scaler.is_enabled() and state:
+            self.scaler.load_state_dict(state)
+
+
+def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
+    """What `config.dtype` means on `device`: auto is bf16 where the GPU has it, else fp16 on GPUs, fp32 on CPU."""
+    if config.dtype != "auto":
+        return Precision(config.dtype, device)
+    if device.type != "cuda":
+        return Precision("fp32", device)
+    # including_emulation=False: older GPUs emulate bf16, slowly.
+    return Precision("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", device)

@@ -1,0 +1,328 @@
+"""`Trainer`: the loop and the step. It receives finished objects and builds none."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
+from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
+from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.data.batch import Batch
+from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
+from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum, barrier
+from dist_trainer.distributed.preemption import StopRequest
+from dist_trainer.distributed.world import World
+from dist_trainer.divergence import DivergenceWatch
+from dist_trainer.errors import SavingFailedError
+from dist_trainer.evaluation import LossFunction, evaluate
+from dist_trainer.models.loss import model_loss
+from dist_trainer.optim.schedules import build_schedule
+from dist_trainer.parallel.registry import gradient_sync, unwrap
+from dist_trainer.precision import Precision
+from dist_trainer.sampling import Sample
+from dist_trainer.tracking.throughput import Throughput
+from dist_trainer.tracking.tracker import NullTracker, Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step's share of this rank, fetched ahead, and what the ranks tell one another before it."""
+
+    micro_batches: list[Batch]
+    facts: PendingSum
+    """Target tokens, the signal that asks to stop, and whether saving failed for good: summed over the ranks."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves; tensors stay on the device until someone wants to read them."""
+
+    step: int
+    loss_sum: Tensor
+    """Sum of this rank's token losses, in nats."""
+    grad_norm: Tensor
+    learning_rate: float
+    target_tokens: int
+    """Over all ranks."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of `fit` ended."""
+
+    state: Literal["finished", "preempted"]
+    progress: Progress
+    signal_number: int = 0
+    """The largest signal number that any rank received; 0: none."""
+
+
+class Trainer:
+    """Trains `model` on `train_data`; any module, and any loaders that `create_dataloaders` made."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        world: World,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        train_data: DataLoader,
+        validation_data: DataLoader | None = None,
+        precision: Precision | None = None,
+        loss_function: LossFunction = model_loss,
+        checkpoints: Checkpoints | None = None,
+        tracker: Tracker | None = None,
+        sample: Sample | None = None,
+        stop_request: StopRequest | None = None,
+        flops_per_token: float | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`model` is on world.device, wrapped by `parallelize`; `optimizer` is over its parameters.
+
+        `loss_function(model, batch)` gives the sum of the batch's token losses. `flops_per_token` is for the utilisation
+        (MFU); `facts` are remembered in every checkpoint.
+        """
+        self.config = config
+        self.world = world
+        self.model = model
+        self.optimizer = optimizer
+        self.train_data = train_data
+        self.validation_data = validation_data
+        self.precision = precision or Precision("fp32", world.device)
+        self.loss_function = loss_function
+        self.checkpoints = checkpoints or NoCheckpoints()
+        self.tracker = tracker or NullTracker()
+        self.sample = sample
+        self.stop_request = stop_request or StopRequest()
+        self.facts = facts or {}
+        self.progress = Progress()
+
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
+        self.sampler: GlobalOrderSampler = train_data.sampler  # type: ignore[assignment]
+        self.max_steps = total_steps(config, self.sampler)
+        self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
+        skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
+        self.divergence = DivergenceWatch(
+            skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device
+        )
+        self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
+        self._saved_step = 0
+        self._save_failures_agreed = False
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def fit(self) -> TrainingResult:
+        """Train to `max_steps`, or until a signal on any rank asks to stop; both end in a checkpoint.
+
+        Raises TrainingDivergedError, SavingFailedError: on all ranks at the same step.
+        """
+        self._saved_step = self.progress.step
+        self.sampler.seek(self.progress.step)
+        batches = iter(self.train_data)
+        self._match_bucket_order()
+        with self.stop_request.listen():
+            # A run that was stopped while it validated owes that validation.
+            self._validate_if_due()
+            self.throughput.start()
+            upcoming = self._fetch(batches)
+            signal_number = 0
+            while self.progress.step < self.max_steps:
+                target_tokens, signal_number, saving_failed = upcoming.facts.wait()
+                if saving_failed:
+                    raise SavingFailedError(
+                        f"step {self.progress.step}: {self.config.checkpoint.max_failures} checkpoints in a row could "
+                        "not be saved (checkpoint.max_failures); make room on the disk and start the same command again"
+                    )
+                if signal_number:
+                    break
+                result = self.train_step(upcoming.micro_batches, target_tokens)
+                self.divergence.observe(result.step, result.grad_norm)
+                if self.progress.step < self.max_steps:
+                    upcoming = self._fetch(batches)
+                self._after_step(result)
+        self.divergence.drain()
+        self._save_once()
+        self.checkpoints.wait()
+        barrier(self.world)
+        if self.progress.step < self.max_steps:
+            return TrainingResult("preempted", self.progress, signal_number)
+        return TrainingResult("finished", self.progress)
+
+    def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
+        """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
+        step = self.progress.step
+        loss_sum = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            self._seed_dropout(step, block=index * self.world.world_size + self.world.rank)
+            with gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
+                with self.precision.autocast():
+                    micro_loss_sum = self.loss_function(self.model, batch)
+                # Ranks average their gradients; times their number, the average is the sum again.
+                self.precision.backward(micro_loss_sum * (self.world.world_size / max(1, target_tokens)))
+            loss_sum += micro_loss_sum.detach()
+
+        self.precision.unscale(self.optimizer)
+        grad_norm = self._clip_gradients()
+        learning_rate = self.config.optim.learning_rate * self.learning_rate_factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.precision.step(self.optimizer, grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.progress.step += 1
+        self.progress.target_tokens += target_tokens
+        return StepResult(self.progress.step, loss_sum, grad_norm, learning_rate, target_tokens)
+
+    def _clip_gradients(self) -> Tensor:
+        """Scale gradients down to `optim.max_grad_norm`; their norm before, over all parameters."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        grad_norm = get_total_norm(gradients)
+        if self.config.optim.max_grad_norm > 0:
+            clip_grads_with_norm_(self.parameters, self.config.optim.max_grad_norm, grad_norm)
+        return grad_norm
+
+    def _seed_dropout(self, step: int, *, block: int) -> None:
+        """Random numbers of a micro-batch follow from what it is, not from which rank computes it after what."""
+        key = hashlib.blake2b(f"{self.config.seed}/{step}/{block}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(key, "little"))
+
+    def _fetch(self, batches: Iterator[Batch]) -> StepInput:
+        """The next step's micro-batches, on their way to the device, and the facts on theirs to all ranks."""
+        with self.throughput.waiting_for_data():
+            fetched = [next(batches) for _ in range(self.accumulation_steps)]
+            target_tokens = sum(batch.num_targets() for batch in fetched)
+            on_device = [batch.to(self.world.device) for batch in fetched]
+        signal_number = 0 if self.world.rank else self.stop_request.signal_number
+        facts = [target_tokens, signal_number, int(self.checkpoints.failed_for_good())]
+        return StepInput(on_device, PendingSum(facts, self.world))
+
+    def _match_bucket_order(self) -> None:
+        """Give DDP its final gradient buckets before the first step, as a run that never stopped has them.
+
+        DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two ranks
+        that changes the order of summation, hence the last bits, of just the first step after a resume.
+        """
+        if self.world.world_size <= 2:
+            return
+        batch = next(iter(self.train_data)).to(self.world.device)
+        self._seed_dropout(0, block=0)
+        with self.precision.autocast():
+            loss = self.loss_function(self.model, batch)
+        (loss * 0.0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # --------------------------------------------------------------------------------------- between the steps
+
+    def _after_step(self, result: StepResult) -> None:
+        step = result.step
+        if step % self.config.tracking.log_every_steps == 0 or step in (1, self.max_steps):
+            self._log_step(result)
+        with self.throughput.paused():
+            improved = self._validate_if_due()
+            every = self.config.checkpoint.every_steps
+            if improved or (every and step % every == 0):
+                self._save_once(is_best=improved)
+
+    def _log_step(self, result: StepResult) -> None:
+        """The only place where a step's loss is read, and the device awaited."""
+        loss = all_reduce_sum(result.loss_sum, self.world).tolist() / max(1, result.target_tokens)
+        grad_norm = result.grad_norm.tolist()
+        self.tracker.log(
+            {
+                "kind": "train",
+                "step": result.step,
+                "loss": loss,
+                "lr": result.learning_rate,
+                "grad_norm": grad_norm,
+                "skipped": not math.isfinite(grad_norm),
+                "skipped_steps": self.divergence.skipped_steps,
+                "tokens": self.progress.target_tokens,
+                "epoch": self.sampler.epoch_of(result.step),
+                **self.throughput.measure(step=result.step, tokens=self.progress.target_tokens),
+                "time": time.time(),
+            }
+        )
+
+    def _validate_if_due(self) -> bool:
+        """Validate where this step asks for it and has not been yet; whether the loss is the best so far."""
+        step = self.progress.step
+        if self.validation_data is None or self.progress.validated_step == step or not self._validation_is_due(step):
+            return False
+        validation_sampler: ValidationSampler = self.validation_data.sampler  # type: ignore[assignment]
+        result = evaluate(
+            unwrap(self.model),
+            self.validation_data,
+            num_blocks=validation_sampler.num_blocks,
+            world=self.world,
+            precision=self.precision,
+            loss_function=self.loss_function,
+            interrupted=lambda: bool(self.stop_request),
+        )
+        if result is None:
+            return False
+        best = self.progress.best_loss
+        is_best = math.isfinite(result.loss) and (best is None or result.loss < best)
+        self.progress.validated_step, self.progress.validation_loss = step, result.loss
+        if is_best:
+            self.progress.best_step, self.progress.best_loss = step, result.loss
+        facts = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "best": is_best}
+        timing = {"seconds": result.seconds, "time": time.time()}
+        self.tracker.log({"kind": "validation", "step": step, **facts, **timing})
+        if self.sample is not None:
+            text = self.sample(unwrap(self.model))
+            self.tracker.log({"kind": "sample", "step": step, **text, "time": time.time()})
+        return is_best
+
+    def _validation_is_due(self, step: int) -> bool:
+        if step == 0:
+            return False
+        validation = self.config.validation
+        by_steps = validation.every_steps > 0 and step % validation.every_steps == 0
+        by_epochs = validation.every_epochs > 0 and (
+            self.sampler.epoch_of(step) // validation.every_epochs
+            > self.sampler.epoch_of(step - 1) // validation.every_epochs
+        )
+        return by_steps or by_epochs or step == self.max_steps
+
+    def _save_once(self, *, is_best: bool = False) -> None:
+        """Save the state at this step, unless it was."""
+        if self._saved_step == self.progress.step:
+            return
+        self._saved_step = self.progress.step
+        self.divergence.drain()
+        self.tracker.sync()
+        self.checkpoints.save(self._take_snapshot, is_best=is_best)
+
+    def _take_snapshot(self) -> Snapshot:
+        return take_snapshot(
+            unwrap(self.model),
+            self.optimizer,
+            scaler=self.precision.state_dict(),
+            progress=self.progress,
+            facts=self.facts,
+        )
+
+
+def total_steps(config: TrainingConfig, sampler: GlobalOrderSampler) -> int:
+    """Optimizer steps of the whole run: train.max_steps or train.epochs, whichever ends first."""
+    limits = []
+    if config.train.max_steps is not None:
+        limits.append(config.train.max_steps)
+    if config.train.epochs is not None:
+        limits.append(math.ceil(config.train.epochs * sampler.steps_per_epoch - 1e-9))
+    return max(1, min(limits))

@@ -1,0 +1,45 @@
+# Read by local.sh and multinode.sh: which Python, how many ranks on this machine, how many threads each, and the options
+# of torchrun that let a run stop, save and start again. Sets: python, ranks, torchrun.
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$repository/.venv/bin/python}
+if ! command -v "$python" >/dev/null; then
+  echo "there is no $python: run \`make setup\` in $repository, or name a Python: PYTHON=/path/to/python3" >&2
+  exit 2
+fi
+# Works from any folder, whether or not the package is installed.
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+
+# One rank for each GPU that torch can use (it heeds CUDA_VISIBLE_DEVICES), else one for the whole CPU; NPROC overrides.
+gpus=0
+if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+fi
+ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
+
+# Threads are shared out on purpose: torchrun would give each of several ranks a single one.
+cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
+# Waiting threads that spin take the core from a rank that works.
+if ((gpus == 0)); then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}; fi
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+
+# torchrun's default keeps one store over all restarts, with the dead ranks' addresses in it: restarted ranks then fail to
+# connect (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+torchrun=("$python" -m torch.distributed.run --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}")
+# Without these, SIGUSR1 kills torchrun and orphans its ranks, and ranks that still save are killed after 30 seconds.
+# torch 2.11 may know neither; a look into its source is twenty times quicker than its --help.
+torchrun_source=$("$python" -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/distributed/run.py
+if grep -q -- --signals-to-handle "$torchrun_source"; then
+  torchrun+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+fi
+if grep -q -- --shutdown-timeout "$torchrun_source"; then
+  torchrun+=(--shutdown-timeout="${SHUTDOWN_TIMEOUT:-120}")
+fi
+
+# Says the command and becomes it: no shell may stand between a scheduler's signals and torchrun.
+become() {
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"
+  exec "$@"
+}

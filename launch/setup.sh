@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# Makes .venv/ with everything that training and the tests need. `make setup` calls this; once is enough.
+#
+#   PYTHON=python3.12 launch/setup.sh      with another Python (3.11 or newer)
+#   TORCH=gpu|cpu|auto launch/setup.sh     which build of torch (auto: looks for a GPU on this machine; say gpu on a
+#                                          cluster's login node, where there is none)
+#
+# A torch that is there already, in .venv/ or in $PYTHON itself, is kept. Interrupted? Start it again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3} TORCH=${TORCH:-auto}
+venv=.venv stamp=.venv/.set-up unfinished=.venv/.unfinished
+# PyTorch's own index of builds without CUDA, asked for torch alone and only where pip's configuration offers none.
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+TORCH_CPU_VERSION=${TORCH_CPU_VERSION:-2.13.0+cpu}
+TORCH_FLOOR=2.11 # as in pyproject.toml
+
+say() { echo "set-up: $*"; }
+die() { echo "set-up: $*" >&2; exit 1; }
+
+# Prints the version of the torch that a Python can import, if it is new enough.
+torch_of() {
+  "$1" -c "import torch; v = torch.__version__
+if tuple(map(int, v.split('.')[:2])) >= tuple(map(int, '$TORCH_FLOOR'.split('.'))): print(v)" 2>/dev/null || true
+}
+
+# One set-up at a time: `make train` and `make test` may be started side by side.
+if command -v flock >/dev/null; then exec 9<pyproject.toml && flock 9; fi
+
+# --- the virtual environment --------------------------------------------------------------------
+check_python() {
+  command -v "$PYTHON" >/dev/null || die "there is no $PYTHON here: install Python 3.11 or newer, or name one: make setup PYTHON=/path/to/python3"
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || die \
+    "$PYTHON is $("$PYTHON" --version 2>&1 | tail -n 1), but Python 3.11 or newer is needed: make setup PYTHON=/path/to/python3"
+  "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null || die \
+    "$PYTHON lacks the modules venv and ensurepip: install them (on Debian and Ubuntu the package python3-venv), or name another Python: make setup PYTHON=/path/to/python3"
+}
+# What an environment made with --system-site-packages would see: not so the packages of another virtual environment.
+in_venv() { "$PYTHON" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)'; }
+
+# One of our own that was interrupted is made anew; one that works is only brought up to date.
+if [[ -e $unfinished ]] || ! $venv/bin/python -c '' 2>/dev/null; then
+  check_python
+  options=()
+  if ! in_venv && [[ -n $(torch_of "$PYTHON") ]]; then options=(--system-site-packages); fi
+  say "$venv, with $("$PYTHON" --version)${options:+ and its torch}"
+  rm -rf $venv
+  mkdir $venv
+  touch $unfinished
+  "$PYTHON" -m venv ${options[@]+"${options[@]}"} $venv
+fi
+python=$venv/bin/python
+$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die \
+  "$venv was made with $($python --version), but Python 3.11 or newer is needed: remove $venv and start again"
+$python -m pip --version >/dev/null 2>&1 || $python -m ensurepip >/dev/null
+pip() { $python -m pip --disable-pip-version-check install --quiet "$@"; }
+
+# --- uv does in seconds what takes pip minutes; pip does it where uv cannot ---------------------------
+uv=$(command -v uv || true)
+if grep -q 'include-system-site-packages = true' $venv/pyvenv.cfg; then
+  uv= # it would not see the packages outside and install torch once more
+elif [[ -z $uv ]]; then
+  $python -c 'import uv' 2>/dev/null || pip uv 2>/dev/null || say "uv is not to be had, pip takes longer"
+  if [[ -x $venv/bin/uv ]]; then uv=$venv/bin/uv; fi
+fi
+# uv does not read pip's configuration.
+index=${PIP_INDEX_URL:-$($python -m pip config get global.index-url 2>/dev/null || true)}
+if [[ -n $index ]]; then export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}; fi
+links=()
+if [[ -n ${PIP_FIND_LINKS:-} ]]; then
+  for link in $PIP_FIND_LINKS; do links+=(--find-links "$link"); done
+fi
+with_uv() { [[ -n $uv ]] && "$uv" pip install --quiet --python $python ${links[@]+"${links[@]}"} "$@"; }
+install() {
+  with_uv "$@" && return
+  if [[ -n $uv ]]; then say "uv could not, now with pip"; fi
+  pip "$@"
+}
+
+# --- torch --------------------------------------------------------------------------------------
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+if [[ $TORCH == auto ]]; then
+  TORCH=cpu
+  if has_gpu; then TORCH=gpu; fi
+fi
+version=$(torch_of $python)
+if [[ -n $version ]]; then
+  say "keeping torch $version"
+elif [[ $TORCH == gpu || $(uname -s) != Linux ]]; then
+  say "torch, the registry's newest build"
+  install "torch>=$TORCH_FLOOR" || die "torch could not be installed (see above): install one of $TORCH_FLOOR or newer into $venv yourself, then start again"
+else
+  # The version names the CPU build: where it is not to be had this fails, rather than fetch gigabytes of CUDA.
+  say "torch $TORCH_CPU_VERSION"
+  wheel=(--no-deps "torch==$TORCH_CPU_VERSION")
+  with_uv "${wheel[@]}" 2>/dev/null || pip "${wheel[@]}" 2>/dev/null ||
+    pip "${wheel[@]}" --index-url "$TORCH_CPU_INDEX" || die \
+    "torch $TORCH_CPU_VERSION was found neither where pip looks nor at $TORCH_CPU_INDEX (see above). Name a folder with its wheel: PIP_FIND_LINKS=/path make setup; or another index: TORCH_CPU_INDEX=URL make setup; or install torch $TORCH_FLOOR or newer into $venv yourself and start again"
+fi
+version=$($python -c 'import importlib.metadata as m; print(m.version("torch"))')
+
+# --- everything else ------------------------------------------------------------------------------
+say "the other packages"
+echo "torch==$version" >$venv/constraints.txt # no other package may exchange it
+install --constraint $venv/constraints.txt --editable ".[dev]" || die \
+  "the packages named in pyproject.toml could not be installed (see above): is the package registry reachable? Start again when it is"
+
+if has_gpu && ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  say "WARNING: torch $version cannot use this machine's GPU (is the driver too old, or is this a build without CUDA?)." \
+    "Install one that can into $venv, then start again; until then training runs on the CPU."
+fi
+pwd -P >$stamp
+rm -f $unfinished
+say "done: $($python --version), torch $version, in $venv"
