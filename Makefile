@@ -13,7 +13,7 @@ STAMP := .venv/.set-up
 .PHONY: train test lint format check setup clean again
 
 train: setup
-	launch/local.sh $(ARGS)
+	PYTHON=$(VENV) launch/local.sh $(ARGS)
 
 test: setup
 	$(VENV) -m pytest $(ARGS)

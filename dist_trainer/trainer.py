@@ -21,7 +21,7 @@ from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
-from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum, barrier
+from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum, barrier, gather_objects
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
@@ -44,7 +44,7 @@ class StepInput:
 
     micro_batches: list[Batch]
     facts: PendingSum
-    """Target tokens, the signal that asks to stop, and whether saving failed for good: summed over the ranks."""
+    """Target tokens, who was asked to stop, and whose saves failed for good: summed over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,6 @@ class Trainer:
         )
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
         self._saved_step = 0
-        self._save_failures_agreed = False
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -137,18 +136,18 @@ class Trainer:
         self._match_bucket_order()
         with self.stop_request.listen():
             # A run that was stopped while it validated owes that validation.
-            self._validate_if_due()
+            if self._validate_if_due():
+                self._save(is_best=True)
             self.throughput.start()
             upcoming = self._fetch(batches)
-            signal_number = 0
             while self.progress.step < self.max_steps:
-                target_tokens, signal_number, saving_failed = upcoming.facts.wait()
+                target_tokens, asked_to_stop, saving_failed = upcoming.facts.wait()
                 if saving_failed:
                     raise SavingFailedError(
                         f"step {self.progress.step}: {self.config.checkpoint.max_failures} checkpoints in a row could "
                         "not be saved (checkpoint.max_failures); make room on the disk and start the same command again"
                     )
-                if signal_number:
+                if asked_to_stop:
                     break
                 result = self.train_step(upcoming.micro_batches, target_tokens)
                 self.divergence.observe(result.step, result.grad_norm)
@@ -156,11 +155,13 @@ class Trainer:
                     upcoming = self._fetch(batches)
                 self._after_step(result)
         self.divergence.drain()
-        self._save_once()
+        if self._saved_step != self.progress.step:
+            self._save(is_best=False)
         self.checkpoints.wait()
         barrier(self.world)
         if self.progress.step < self.max_steps:
-            return TrainingResult("preempted", self.progress, signal_number)
+            signals = gather_objects(self.stop_request.signal_number, self.world)
+            return TrainingResult("preempted", self.progress, max(signals))
         return TrainingResult("finished", self.progress)
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
@@ -207,8 +208,7 @@ class Trainer:
             fetched = [next(batches) for _ in range(self.accumulation_steps)]
             target_tokens = sum(batch.num_targets() for batch in fetched)
             on_device = [batch.to(self.world.device) for batch in fetched]
-        signal_number = 0 if self.world.rank else self.stop_request.signal_number
-        facts = [target_tokens, signal_number, int(self.checkpoints.failed_for_good())]
+        facts = [target_tokens, int(bool(self.stop_request)), int(self.checkpoints.failed_for_good())]
         return StepInput(on_device, PendingSum(facts, self.world))
 
     def _match_bucket_order(self) -> None:
@@ -236,7 +236,7 @@ class Trainer:
             improved = self._validate_if_due()
             every = self.config.checkpoint.every_steps
             if improved or (every and step % every == 0):
-                self._save_once(is_best=improved)
+                self._save(is_best=improved)
 
     def _log_step(self, result: StepResult) -> None:
         """The only place where a step's loss is read, and the device awaited."""
@@ -299,14 +299,11 @@ class Trainer:
         )
         return by_steps or by_epochs or step == self.max_steps
 
-    def _save_once(self, *, is_best: bool = False) -> None:
-        """Save the state at this step, unless it was."""
-        if self._saved_step == self.progress.step:
-            return
-        self._saved_step = self.progress.step
+    def _save(self, *, is_best: bool) -> None:
         self.divergence.drain()
         self.tracker.sync()
         self.checkpoints.save(self._take_snapshot, is_best=is_best)
+        self._saved_step = self.progress.step
 
     def _take_snapshot(self) -> Snapshot:
         return take_snapshot(

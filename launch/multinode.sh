@@ -13,6 +13,7 @@
 # that output_dir names. If gloo or NCCL take the wrong network interface, set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME.
 set -euo pipefail
 
+NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}} # srun says which node this is
 missing=()
 for name in NODES NODE_RANK MASTER_ADDR MASTER_PORT; do
   if [[ -z ${!name:-} ]]; then missing+=("$name"); fi

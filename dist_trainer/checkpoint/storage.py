@@ -20,6 +20,7 @@ from dist_trainer.errors import CheckpointError
 MANIFEST = "manifest.json"
 STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
+ASIDE_PREFIX = ".aside-"
 DIGEST = "sha256"
 _READ_BYTES = 1 << 22
 
@@ -43,10 +44,12 @@ def publish(folder: Path, write: Callable[[Path], None], *, facts: dict[str, Any
         _sync(manifest)
         for directory in sorted({path.parent for path in staging.rglob("*")}, reverse=True):
             _sync(directory)
+        aside = folder.with_name(f"{ASIDE_PREFIX}{folder.name}")
         if folder.exists():
-            discard(folder)
+            os.rename(folder, aside)
         os.rename(staging, folder)
         _sync(folder.parent)
+        _remove(aside)
     except BaseException:
         _remove(staging)
         raise
@@ -116,11 +119,13 @@ def discard(folder: Path) -> None:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what interrupted writes and deletions left in `parent`."""
-    if parent.is_dir():
-        for path in parent.iterdir():
-            if path.name.startswith((STAGING_PREFIX, TRASH_PREFIX)):
-                _remove(path)
+    """Remove what interrupted writes and deletions left in `parent`, and bring back what was about to be replaced."""
+    for path in list(parent.iterdir()) if parent.is_dir() else []:
+        original = path.with_name(path.name.removeprefix(ASIDE_PREFIX))
+        if path.name.startswith(ASIDE_PREFIX) and not original.exists():
+            path.rename(original)
+        elif path.name.startswith((STAGING_PREFIX, TRASH_PREFIX, ASIDE_PREFIX)):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

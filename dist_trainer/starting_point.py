@@ -1,0 +1,78 @@
+"""Where a run begins: at its newest intact checkpoint, at another run's, or at step 0. Decided on rank 0 alone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.checkpoint.manager import find_checkpoint, newest_intact, prepare_to_resume
+from dist_trainer.checkpoint.run_folder import RunFolder
+from dist_trainer.checkpoint.state import Progress, read_training_state
+from dist_trainer.checkpoint.storage import sweep
+from dist_trainer.config.loading import config_differences
+from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+DEFINING_SECTIONS = ("model", "data", "optim", "schedule")
+DEFINING_KEYS = ("seed", "batch.global_batch_size")
+FREE_KEYS = ("data.cache_dir", "data.num_workers")
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What to go on from."""
+
+    checkpoint: Path | None = None
+    """None: step 0."""
+    progress: Progress = field(default_factory=Progress)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    data_fingerprint: str | None = None
+
+
+def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPoint:
+    """What checkpoint.resume means for this run folder, as it is now; sweeps what a killed run left behind.
+
+    Raises CheckpointError where checkpoints are there but none is intact, or where the config is another run's.
+    """
+    resume = config.checkpoint.resume
+    if resume == "never":
+        folder.set_aside()
+    sweep(folder.path)
+    sweep(folder.checkpoints)
+    checkpoint = newest_intact(folder.checkpoints)
+    own = checkpoint is not None
+    if checkpoint is None and resume not in ("auto", "never"):
+        checkpoint = find_checkpoint(Path(resume))
+    if checkpoint is None:
+        return StartingPoint()
+    state = read_training_state(checkpoint)
+    _refuse_another_run(config, state.get("config", {}), checkpoint)
+    progress: Progress = state["progress"]
+    if own:
+        progress.best_step, progress.best_loss = prepare_to_resume(folder.checkpoints, checkpoint)
+    else:
+        progress.best_step = progress.best_loss = None
+    return StartingPoint(checkpoint, progress, state.get("scaler", {}), state.get("data_fingerprint"))
+
+
+def _refuse_another_run(config: TrainingConfig, saved: dict[str, Any], checkpoint: Path) -> None:
+    """Name every key that defines a run and differs; log those that may."""
+    differences = config_differences(saved, config)
+    defining = [difference for difference in differences if _defines_the_run(difference[0])]
+    if defining:
+        lines = "\n".join(f"  {key}: {now!r}, but the run began with {before!r}" for key, before, now in defining)
+        raise CheckpointError(
+            f"this config is not that of the run in {checkpoint}:\n{lines}\n"
+            "set these keys back, choose another --run_name, or begin anew with --checkpoint.resume never"
+        )
+    for key, before, now in differences:
+        if not key.startswith("checkpoint.resume"):
+            log.info("going on with %s %r (it was %r)", key, now, before)
+
+
+def _defines_the_run(key: str) -> bool:
+    return key not in FREE_KEYS and (key in DEFINING_KEYS or key.split(".")[0] in DEFINING_SECTIONS)

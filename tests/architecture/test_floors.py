@@ -1,0 +1,92 @@
+"""Imports only point down the floors of docs/architecture.md, and heavy libraries come in through one door."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.architecture.sources import PACKAGE, imports_of_the_package
+
+GROUND = {"version", "errors"}
+FLOORS = [
+    GROUND,
+    {"config"},
+    {"distributed"},
+    {"models", "data", "optim", "parallel", "precision"},
+    {"checkpoint", "tracking", "evaluation"},
+    {"trainer"},
+    {"assembly"},
+    {"train", "evaluate", "generate", "report"},
+]
+COMMANDS = FLOORS[-1]
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+WITHOUT_TORCH = GROUND | {"config"} | COMMANDS
+HEAVY = {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "wandb", "numpy", "safetensors"}
+# The only files that may import these, and only inside functions: whoever does not use them does not wait for them.
+DOORS = {
+    "wandb": {"tracking/wandb_tracker.py"},
+    "datasets": {"data/datasets.py"},
+    "pyarrow": {"data/datasets.py"},
+    "transformers": {"data/tokenization.py"},
+    "tokenizers": {"data/tokenization.py"},
+}
+
+
+def part_of(file: Path) -> str:
+    """`models` for dist_trainer/models/loss.py, `trainer` for dist_trainer/trainer.py."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_part_of_the_package_stands_on_a_floor() -> None:
+    parts = {part_of(file) for file in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert parts <= FLOOR_OF.keys(), "give these a floor here and in docs/architecture.md"
+
+
+def test_imports_only_point_down() -> None:
+    wrong = []
+    for found in imports_of_the_package():
+        package, _, rest = found.module.partition(".")
+        if package != "dist_trainer":
+            continue
+        here, there = part_of(found.file), rest.split(".")[0]
+        if here != there and FLOOR_OF[there] >= FLOOR_OF[here]:
+            wrong.append(str(found))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_config_errors_and_help_need_no_heavy_library() -> None:
+    """Nothing heavy is imported by the head of these files, nor by the heads of what they import from us."""
+    wrong = []
+    for found in imports_of_the_package():
+        part, library = part_of(found.file), found.module.split(".")[0]
+        light = part in WITHOUT_TORCH and not (part in COMMANDS and found.inside_function)
+        of_ours = found.module.removeprefix("dist_trainer.").split(".")[0]
+        heavy = of_ours not in WITHOUT_TORCH if library == "dist_trainer" else library in HEAVY
+        if light and heavy:
+            wrong.append(str(found))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_functions_import_nothing_but_heavy_libraries_at_their_one_door() -> None:
+    wrong = []
+    for found in imports_of_the_package():
+        name = found.file.relative_to(PACKAGE).as_posix()
+        doors = DOORS.get(found.module.split(".")[0])
+        if doors is not None:
+            allowed = found.inside_function and name in doors
+        else:
+            # Commands come back with --help or a config error before they import what is below them.
+            allowed = not found.inside_function or part_of(found.file) in COMMANDS
+        if not allowed:
+            wrong.append(str(found))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    names = {part.removesuffix(".py") for file in PACKAGE.rglob("*.py") for part in file.relative_to(PACKAGE).parts}
+    assert not names & {"utils", "util", "common", "helpers", "misc"}
+
+
+def test_no_file_has_two_subjects() -> None:
+    long = {str(f): n for f in PACKAGE.rglob("*.py") if (n := len(f.read_text("utf-8").splitlines())) > 350}
+    assert not long, "split these, or shorten them"

@@ -1,0 +1,77 @@
+"""The README is short, its tree is true, and no page points at nothing or at somebody's machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.sources import LEFT_OUT, PACKAGE, REPOSITORY, files_under
+
+README = (REPOSITORY / "README.md").read_text("utf-8")
+PAGES = [file for file in files_under(REPOSITORY) if file.suffix == ".md"]
+
+
+def tree() -> dict[str, str]:
+    """Path → description of each line of the README's tree; two spaces of indentation are one level."""
+    block = re.search(r"```text\n(dist_trainer/.*?)```", README, re.DOTALL)
+    assert block, "README.md has no ```text block that begins with dist_trainer/"
+    entries: dict[str, str] = {}
+    parents: list[str] = []
+    for line in block[1].splitlines():
+        name, _, description = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        del parents[depth:]
+        entries["".join(parents) + name] = description.strip()
+        if name.endswith("/"):
+            parents.append(name)
+    return entries
+
+
+def product_files() -> set[str]:
+    """What a user reads or runs: modules that are not empty, launch files, configs."""
+    modules = [file for file in PACKAGE.rglob("*.py") if file.stat().st_size]
+    folders = [REPOSITORY / name for name in ("launch", "slurm", "configs")]
+    others = [file for folder in folders for file in files_under(folder)]
+    return {file.relative_to(REPOSITORY).as_posix() for file in modules + others}
+
+
+def test_the_tree_names_exactly_the_product_files() -> None:
+    named = {path for path in tree() if not path.endswith("/") and not path.startswith(("docs/", "tests/", "benchmarks/"))}
+    assert product_files() - named == set(), "these exist, but the tree in README.md does not name them"
+    assert named - product_files() == set(), "the tree in README.md names these, but they do not exist"
+
+
+def test_the_tree_names_every_folder_at_the_top() -> None:
+    existing = {f"{p.name}/" for p in REPOSITORY.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in LEFT_OUT}
+    assert {path for path in tree() if path.count("/") == 1 and path.endswith("/")} == existing
+
+
+def test_every_line_of_the_tree_says_what_the_file_is_for() -> None:
+    assert [path for path, description in tree().items() if not description] == []
+
+
+def test_the_readme_is_under_900_words() -> None:
+    assert len(README.split()) < 900
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+# Put together here, so that this file does not name them itself.
+FORBIDDEN = ["/wo" + "rk/", "../sha" + "red", "pypi" + ".org", "pythonhosted" + ".org", "npmjs" + ".", "deb.debian" + ".org"]
+
+
+def test_no_file_refers_to_a_machine_or_to_a_registry() -> None:
+    found = []
+    for file in files_under(REPOSITORY):
+        try:
+            text = file.read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{file.relative_to(REPOSITORY)}: {word}" for word in FORBIDDEN if word in text]
+    assert not found, "\n".join(found)

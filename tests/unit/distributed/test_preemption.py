@@ -1,0 +1,45 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dist_trainer.distributed.preemption import STOP_SIGNALS, StopRequest, signal_name
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_sets_a_flag_and_nothing_else(number):
+    with StopRequest().listen() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+        assert stop.signal_number == number
+
+
+def test_a_second_signal_does_no_harm_and_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest().listen() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_third_signal_ends_the_process_at_once():
+    code = """
+import os, signal
+from dist_trainer.distributed.preemption import StopRequest
+with StopRequest().listen():
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+print("still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert "still here" not in done.stdout
+
+
+def test_signals_have_names():
+    assert signal_name(15) == "SIGTERM"
+    assert signal_name(0) == "signal 0"

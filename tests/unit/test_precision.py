@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+from dist_trainer.config.schema import PrecisionConfig
+from dist_trainer.precision import Precision, build_precision
+
+CPU = torch.device("cpu")
+
+
+def one_update(precision: Precision, *, loss_factor: float, fused: bool = True):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    precision.backward(model(torch.ones(1, 4)).sum() * loss_factor)
+    precision.unscale(optimizer)
+    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    precision.step(optimizer, grad_norm)
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    return grad_norm, changed, optimizer
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_finite_gradient_updates_the_weights(dtype, fused):
+    grad_norm, changed, _ = one_update(Precision(dtype, CPU), loss_factor=1.0, fused=fused)
+    assert grad_norm.isfinite()
+    assert all(changed)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_an_infinite_loss_leaves_weights_and_optimizer_as_they_were(dtype, fused):
+    grad_norm, changed, optimizer = one_update(Precision(dtype, CPU), loss_factor=float("inf"), fused=fused)
+    assert not grad_norm.isfinite()
+    assert not any(changed)
+    for state in optimizer.state.values():
+        assert not state["exp_avg"].any()
+        assert state["step"] == 0
+
+
+def test_an_infinite_loss_with_finite_gradients_still_poisons_them():
+    weight = nn.Parameter(torch.ones(2))
+    Precision("fp32", CPU).backward(weight.sum() + torch.tensor(float("inf")))
+    assert weight.grad is not None
+    assert weight.grad.isnan().all()
+
+
+def test_the_fp16_scale_halves_after_an_overflow_and_comes_back_from_its_state():
+    precision = Precision("fp16", CPU)
+    one_update(precision, loss_factor=1.0)
+    scale = precision.scaler.get_scale()
+    one_update(precision, loss_factor=float("inf"))
+    assert precision.scaler.get_scale() == scale / 2
+    again = Precision("fp16", CPU)
+    again.load_state_dict(precision.state_dict())
+    assert again.scaler.get_scale() == scale / 2
+
+
+def test_auto_is_fp32_on_cpu():
+    assert build_precision(PrecisionConfig(), CPU).name == "fp32"
+
+
+def test_autocast_computes_in_the_named_format():
+    with Precision("bf16", CPU).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+    with Precision("fp32", CPU).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
