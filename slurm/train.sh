@@ -42,7 +42,10 @@ fi
 
 # --- which run is this? A config error is refused here, before any rank starts --------------------
 resolved=$("$PYTHON" -m dist_trainer.train "$@" --print_config) || refuse "the config (see above)"
-run_folder=$("$PYTHON" -c 'import sys, yaml; c = yaml.safe_load(sys.stdin); print(c["output_dir"], c["run_name"], sep="/")' <<<"$resolved")
+key() { "$PYTHON" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)$1)" <<<"$resolved"; }
+run_folder=$(key '["output_dir"]')/$(key '["run_name"]')
+# Begin anew once, not after each return from the queue.
+if ((TRY > 0)) && [[ $(key '["checkpoint"]["resume"]') == never ]]; then set -- "$@" --checkpoint.resume auto; fi
 logs=$run_folder/logs
 mkdir -p "$logs" || exit 2
 # Another life of this run left its last words here.

@@ -12,8 +12,8 @@ FLOORS = [
     {"config"},
     {"distributed"},
     {"models", "data", "optim", "parallel", "precision"},
-    {"checkpoint", "tracking", "evaluation"},
-    {"trainer"},
+    {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},
+    {"trainer", "starting_point"},
     {"assembly"},
     {"train", "evaluate", "generate", "report"},
 ]

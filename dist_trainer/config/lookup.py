@@ -1,0 +1,30 @@
+"""Finding a row of a table of variants (OPTIMIZERS, SCHEDULES, ...), or a function of the user's own."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import TypeVar, cast
+
+from dist_trainer.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def resolve(table: Mapping[str, T], name: str, key: str) -> T:
+    """The row `name` of `table`, or what "package.module:function" names; `key` is the config key to blame.
+
+    Raises ConfigError with the nearest row where there is no such row, and with the cause where an import fails.
+    """
+    if name in table:
+        return table[name]
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            return cast(T, getattr(importlib.import_module(module_name), attribute))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ConfigError(f"{key}: {name!r} cannot be imported ({error})") from error
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"{key}: no row {name!r}; {hint}There are {', '.join(table)}, or your own as package.module:function")

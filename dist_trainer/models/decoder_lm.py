@@ -1,0 +1,314 @@
+"""`DecoderLM`: a Llama from top to bottom. Same weights as Hugging Face's LlamaForCausalLM, same logits.
+
+B batch, T sequence, D model, H query heads, G key and value heads, K head size, F hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_trainer.config.schema import ModelConfig
+from dist_trainer.errors import CheckpointError
+from dist_trainer.models.hf_format import (
+    HFModel,
+    from_hf_names,
+    hf_config,
+    locate_weights,
+    read_hf_config,
+    read_hf_weights,
+    write_hf,
+)
+from dist_trainer.models.loss import linear_cross_entropy_sum
+
+INIT_STD = 0.02
+LOSS_CHUNK_TOKENS = 8192
+"""Tokens whose logits exist at once in the loss: 1.6 GB in float32 at a vocabulary of 50,000."""
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, one pair [B, G, T, K] per block."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.pairs: list[tuple[Tensor, Tensor] | None] = [None] * num_blocks
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far."""
+        first = self.pairs[0]
+        return 0 if first is None else first[0].shape[2]
+
+    def extend(self, block: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of `block`, with the new ones at the end."""
+        before = self.pairs[block]
+        if before is not None:
+            k_BGTK = torch.cat([before[0], k_BGTK], dim=2)
+            v_BGTK = torch.cat([before[1], v_BGTK], dim=2)
+        self.pairs[block] = (k_BGTK, v_BGTK)
+        return k_BGTK, v_BGTK
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight, in float32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [length, K] of position * theta^(-2i/K), i < K/2, twice over (Su et al. 2021, arXiv:2104.09864)."""
+    head_size = config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, head_size, 2, dtype=torch.int64, device=device).float() / head_size
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
+    """Rotate pairs (i, i + K/2), as Hugging Face's Llama does."""
+    first, second = x_BHTK.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x_BHTK.float() * cos_TK + turned * sin_TK).to(x_BHTK.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_groups = config.num_key_value_heads
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.dropout = config.dropout
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KeyValueCache | None, block: int
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D]; `cache` holds what came before x."""
+        B, T, _ = x_BTD.shape
+        q_BHTK = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2), cos_TK, sin_TK)
+        k_BGTK = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2), cos_TK, sin_TK)
+        v_BGTK = self.v_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2)
+        causal = True
+        if cache is not None:
+            k_BGTK, v_BGTK = cache.extend(block, k_BGTK, v_BGTK)
+            causal = T > 1  # a single new token sees everything before it
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BGTK,
+            v_BGTK,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+            enable_gqa=self.num_groups != self.num_heads,
+        )
+        return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D], F wide in between."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """[B, T, D] to [B, T, D]."""
+        attended = self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK, cache, self.index)
+        x_BTD = x_BTD + self.dropout(attended)
+        return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
+
+
+class DecoderLM(nn.Module):
+    """Token ids to logits of the next token. Parameters bear Hugging Face Llama's names without their "model."."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary_size: int,
+        max_position_embeddings: int,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> None:
+        """Parameters are uninitialised: call init_weights, or load some. Build under torch.device("meta") to spare memory."""
+        super().__init__()
+        self.config = config
+        self.vocabulary_size = vocabulary_size
+        self.max_position_embeddings = max_position_embeddings
+        self.token_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        self.embed_tokens = nn.Embedding(vocabulary_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, vocabulary_size, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def blocks(self) -> Iterable[Block]:
+        """The list to compile, shard or recompute."""
+        return self.layers  # type: ignore[return-value]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the output head's matrix, which is the embedding's where they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Logits [B, T, V] of `tokens` [B, T]; with `targets` [B, T] the float32 sum of the token losses instead.
+
+        `cache` holds keys and values of the tokens before these (one new token at a time once it is not empty).
+        """
+        start = 0 if cache is None else cache.length
+        cos_TK, sin_TK = self._rotary_tables(start + tokens.shape[1], tokens.device)
+        x_BTD = self.dropout(self.embed_tokens(tokens))
+        for block in self.layers:
+            x_BTD = block(x_BTD, cos_TK[start:], sin_TK[start:], cache)
+        x_BTD = self.norm(x_BTD)
+        if targets is None:
+            return F.linear(x_BTD, self.head_weight)
+        return linear_cross_entropy_sum(
+            x_BTD.flatten(0, 1), self.head_weight, targets.flatten(), chunk_tokens=LOSS_CHUNK_TOKENS
+        )
+
+    def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
+            self._rotary = rotary_tables(self.config, max(length, self.max_position_embeddings), device)
+        cos, sin = self._rotary
+        return cos[:length], sin[:length]
+
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter, on the CPU from a generator of its own: the same on every device and rank.
+
+        ===========================================  =============================================
+        embed_tokens, lm_head                        normal(0, 0.02)
+        q_proj, k_proj, v_proj, gate_proj, up_proj   normal(0, 0.02)
+        o_proj, down_proj (write to the residual)    normal(0, 0.02 / sqrt(2 * num_hidden_layers))
+        norms                                        1
+        ===========================================  =============================================
+
+        The smaller residual projections keep the stream's variance independent of depth (Radford et al. 2019, GPT-2,
+        section 2.3). Raises ValueError for a parameter that the table does not name.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
+        for name, parameter in self.named_parameters():
+            owner = name.split(".")[-2]
+            if owner.endswith("norm"):
+                value = torch.ones(parameter.shape)
+            elif owner in ("o_proj", "down_proj"):
+                value = torch.empty(parameter.shape).normal_(0.0, residual_std, generator=generator)
+            elif owner in ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+                value = torch.empty(parameter.shape).normal_(0.0, INIT_STD, generator=generator)
+            else:
+                raise ValueError(f"init_weights: the table names no distribution for {name}")
+            with torch.no_grad():
+                parameter.copy_(value)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating-point operations of forward and backward pass, per token.
+
+        A product with a matrix of P entries costs 2P per token forwards and 4P backwards. P counts every matrix that
+        multiplies (the output head too, tied or not) but not the embedding look-up. Attention's two products QKᵀ and PV
+        cost 2 * 2 * H * K * T forwards for a query that sees T tokens, on average T/2 under the causal mask, and twice that
+        backwards: 6 * H * K * T per layer. Norms, rotations and softmax are left out. (Chowdhery et al. 2022, PaLM,
+        appendix B, with the causal half.)
+        """
+        config = self.config
+        head_size = config.hidden_size // config.num_attention_heads
+        attention_matrices = config.hidden_size * head_size * 2 * (
+            config.num_attention_heads + config.num_key_value_heads
+        )
+        matrices = config.num_hidden_layers * (attention_matrices + 3 * config.hidden_size * config.intermediate_size)
+        matrices += config.hidden_size * self.vocabulary_size
+        attention = config.num_hidden_layers * 6 * config.num_attention_heads * head_size * sequence_length
+        return float(6 * matrices + attention)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> DecoderLM:
+        """The model in a run folder (its best checkpoint), a checkpoint, or any folder in Hugging Face Llama format.
+
+        Raises ConfigError naming the field where the folder's model is not one that DecoderLM can represent, DataError where
+        files are missing or damaged.
+        """
+        folder = locate_weights(Path(path))
+        model = cls.like(read_hf_config(folder))
+        model.load_weights(folder)
+        return model.eval()
+
+    @classmethod
+    def like(cls, described: HFModel) -> DecoderLM:
+        """An uninitialised model of the shape `described`, on the CPU."""
+        with torch.device("meta"):
+            model = cls(
+                described.config,
+                described.vocabulary_size,
+                described.max_position_embeddings,
+                **described.token_ids,
+            )
+        return model.to_empty(device="cpu")
+
+    def load_weights(self, folder: Path) -> None:
+        """Copy the weights in `folder` into this model's, tensor by tensor."""
+        mine = dict(self.named_parameters())
+        missing = set(mine)
+        with torch.no_grad():
+            for name, tensor in from_hf_names(read_hf_weights(folder)):
+                if name in mine:
+                    mine[name].copy_(_fitting(tensor, mine[name], name, folder))
+                    missing.discard(name)
+        if missing:
+            raise CheckpointError(f"the weights in {folder} are not whole: there is no {sorted(missing)[0]}")
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the model into a folder that LlamaForCausalLM.from_pretrained opens."""
+        write_hf(Path(path), state=self.state_dict(), config=self.hf_config())
+
+    def hf_config(self) -> dict[str, object]:
+        """The contents of config.json."""
+        return hf_config(HFModel(self.config, self.vocabulary_size, self.max_position_embeddings, self.token_ids))
+
+
+def _fitting(tensor: Tensor, parameter: Tensor, name: str, folder: Path) -> Tensor:
+    if tensor.shape != parameter.shape:
+        shapes = f"{list(tensor.shape)} there and {list(parameter.shape)} here"
+        raise CheckpointError(f"the weights in {folder} do not fit: {name} is {shapes}")
+    return tensor

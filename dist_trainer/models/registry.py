@@ -1,0 +1,107 @@
+"""`MODELS`: what can be trained by name, and how its weights come from a folder and go to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dist_trainer.config.lookup import resolve
+from dist_trainer.config.schema import ModelConfig
+from dist_trainer.errors import ConfigError
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.models.hf_format import locate_weights, read_hf_config, write_hf
+
+SHAPE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """What a model must fit: the tokenizer, the rows, the device."""
+
+    vocabulary_size: int
+    sequence_length: int
+    seed: int
+    device: torch.device
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+
+def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
+    """A DecoderLM, initialised by context.seed or from the folder config.init_from."""
+    if config.init_from is not None:
+        return _from_folder(config, context)
+    with torch.device("meta"):
+        model = DecoderLM(
+            config,
+            context.vocabulary_size,
+            context.sequence_length,
+            bos_token_id=context.bos_token_id,
+            eos_token_id=context.eos_token_id,
+            pad_token_id=context.pad_token_id,
+        )
+    model.to_empty(device=context.device)
+    model.init_weights(context.seed)
+    return model
+
+
+def _from_folder(config: ModelConfig, context: ModelContext) -> DecoderLM:
+    """The weights in config.init_from; the shape is the folder's, and the config must not contradict it."""
+    folder = Path(str(config.init_from))
+    if not folder.is_dir():
+        raise ConfigError(f"model.init_from: {folder} is not a folder; give a run, a checkpoint or a Hugging Face model folder")
+    folder = locate_weights(folder)
+    described = read_hf_config(folder)
+    for name in SHAPE_FIELDS:
+        asked, there = getattr(config, name), getattr(described.config, name)
+        if asked != there:
+            raise ConfigError(f"model.{name} is {asked!r}, but the model in {folder} has {there!r}; set the key to that")
+    if described.vocabulary_size < context.vocabulary_size:
+        raise ConfigError(
+            f"data.tokenizer has {context.vocabulary_size} tokens, the model in {folder} knows {described.vocabulary_size}; "
+            "use the model's own tokenizer (--data.tokenizer with the same folder)"
+        )
+    if described.max_position_embeddings < context.sequence_length:
+        raise ConfigError(
+            f"data.sequence_length is {context.sequence_length}; the model in {folder} was made for at most "
+            f"{described.max_position_embeddings} positions"
+        )
+    return DecoderLM.from_pretrained(folder).to(context.device).train()
+
+
+MODELS: dict[str, Callable[[ModelConfig, ModelContext], nn.Module]] = {"decoder_lm": decoder_lm}
+
+
+def build_model(config: ModelConfig, context: ModelContext) -> nn.Module:
+    """The model that `config.name` names, on context.device; the same on every rank."""
+    return resolve(MODELS, config.name, "model.name")(config, context)
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copy the weights that `weights_writer` wrote into `folder` back into `model`."""
+    if isinstance(model, DecoderLM):
+        model.load_weights(folder)
+    else:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+
+
+def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:
+    """How the weights of `model` are written: DecoderLM's as a Hugging Face folder, another module's as they are named."""
+    if isinstance(model, DecoderLM):
+        config = model.hf_config()
+        return lambda weights, folder: write_hf(folder, state=weights, config=config)
+    return lambda weights, folder: save_file(dict(weights), folder / "model.safetensors")

@@ -1,0 +1,229 @@
+"""The launch files say what they should to torchrun, srun and SLURM; stand-ins on PATH take the commands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = [*sorted((REPOSITORY / "launch").glob("*.sh")), REPOSITORY / "slurm/train.sh", REPOSITORY / ".ci/run"]
+
+# A python that prints what it should run with ranks, answers for the config, and is the real one for everything else.
+STAND_IN = """#!/bin/bash
+case "$*" in
+  *--reject*) echo bad >&2; exit 2 ;;
+  *--print_config*) printf 'run_name: demo\\noutput_dir: {runs}\\ncheckpoint: {{resume: %s}}\\n' "${{RESUME:-auto}}" ;;
+  "-m torch.distributed.run"* | "-m dist_trainer.train"*) echo "RUN OMP_NUM_THREADS=$OMP_NUM_THREADS $*" ;;
+  *) exec {python} "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A folder for PATH, with a `python` in it."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    write_program(folder / "python", STAND_IN.format(runs=tmp_path / "runs", python=sys.executable))
+    return folder
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def launch(script: str, *arguments: str, stand_in: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a launch file with nothing of the surrounding job or machine in its environment."""
+    clean = {name: os.environ[name] for name in ("HOME", "LANG", "DIST_TRAINER_CACHE") if name in os.environ}
+    path = f"{stand_in}:/usr/bin:/bin"
+    return subprocess.run(
+        [REPOSITORY / script, *arguments],
+        env={**clean, "PATH": path, "PYTHON": str(stand_in / "python"), **environment},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_valid_bash_and_can_be_executed(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK) or script.name == "ranks.sh"
+
+
+def test_a_machine_without_gpu_trains_in_one_process_with_all_cores(stand_in: Path) -> None:
+    done = launch("launch/local.sh", "--train.max_steps", "3", stand_in=stand_in)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert done.returncode == 0, done.stderr
+    assert f"RUN OMP_NUM_THREADS={cores} -m dist_trainer.train --train.max_steps 3" in done.stdout
+
+
+def test_several_ranks_share_the_cores_under_torchrun(stand_in: Path) -> None:
+    done = launch("launch/local.sh", "--seed", "1", stand_in=stand_in, NPROC="2", OMP_NUM_THREADS="3")
+    assert done.returncode == 0, done.stderr
+    run = done.stdout.splitlines()[-1]
+    assert run.startswith("RUN OMP_NUM_THREADS=3 -m torch.distributed.run --nproc-per-node=2 --max-restarts=0")
+    assert run.endswith("--standalone -m dist_trainer.train --seed 1")
+    assert "SIGUSR1" in run or "signals-to-handle" not in torchrun_source()
+
+
+def test_arguments_with_spaces_arrive_whole(stand_in: Path) -> None:
+    write_program(
+        stand_in / "python", f'#!/bin/bash\n[[ $1 == -m ]] || exec {sys.executable} "$@"\nprintf "<%s>" "$@"\n'
+    )
+    done = launch("launch/local.sh", "--data.template", "{context} and {question}", stand_in=stand_in)
+    assert "<--data.template><{context} and {question}>" in done.stdout
+
+
+def test_a_config_error_comes_once_and_before_the_ranks(stand_in: Path) -> None:
+    done = launch("launch/local.sh", "--reject", stand_in=stand_in, NPROC="2")
+    assert (done.returncode, done.stderr.strip()) == (2, "bad")
+    assert "RUN" not in done.stdout
+
+
+def test_help_needs_no_ranks(stand_in: Path) -> None:
+    assert "-m dist_trainer.train --help" in launch("launch/local.sh", "--help", stand_in=stand_in, NPROC="2").stdout
+
+
+def test_multinode_names_what_is_not_set(stand_in: Path) -> None:
+    done = launch("launch/multinode.sh", stand_in=stand_in, NODES="2", MASTER_ADDR="node1")
+    assert done.returncode == 2
+    assert "not set: NODE_RANK MASTER_PORT" in done.stderr
+
+
+def test_multinode_refuses_a_rank_outside_the_nodes(stand_in: Path) -> None:
+    variables = {"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
+    done = launch("launch/multinode.sh", stand_in=stand_in, **variables)
+    assert done.returncode == 2
+    assert "NODE_RANK (2) must be from 0 to NODES - 1 (1)" in done.stderr
+
+
+@pytest.mark.parametrize("node_rank", ["0", "1"])
+def test_multinode_meets_at_the_first_machine(stand_in: Path, node_rank: str) -> None:
+    variables = {"NODES": "2", "NODE_RANK": node_rank, "MASTER_ADDR": "node1", "MASTER_PORT": "29501", "NPROC": "4"}
+    run = launch("launch/multinode.sh", "--seed", "1", stand_in=stand_in, **variables).stdout.splitlines()[-1]
+    assert "--nproc-per-node=4" in run
+    assert "--nnodes=2 --rdzv-backend=c10d" in run
+    assert "--rdzv-endpoint=node1:29501" in run
+    assert f"--rdzv-conf=is_host={int(node_rank == '0')} -m dist_trainer.train --seed 1" in run
+
+
+def torchrun_source() -> str:
+    """Read, not imported: that would take seconds."""
+    import_path = next(p for p in map(Path, sys.path) if (p / "torch/distributed/run.py").is_file())
+    return (import_path / "torch/distributed/run.py").read_text()
+
+
+# --------------------------------------------------------------------------------------------------- SLURM
+
+# srun runs its command once, as the first of the nodes; what the run leaves in its status comes from $STATE.
+FAKE_SLURM = {
+    "scontrol": '[[ $1 == show ]] && echo node1 || echo "SCONTROL $*"; exit ${SCONTROL_CODE:-0}',
+    "scancel": 'echo "SCANCEL $*"',
+    "sleep": "exit 0",
+    "getent": "echo 10.0.0.1 node1",
+    "srun": """echo "SRUN $*"
+while [[ $1 == --* ]]; do shift; done
+SLURM_NODEID=0 "$@"
+[[ -z ${STATE:-} ]] || printf '{"state": "%s", "time": %s}' "$STATE" "$RANDOM" >"$RUN/status.json"
+[[ -z ${SIGNAL:-} ]] || { kill -"$SIGNAL" $PPID; /bin/sleep 0.3; }
+exit ${SRUN_CODE:-0}""",
+}
+
+
+@pytest.fixture
+def slurm(stand_in: Path, tmp_path: Path) -> dict[str, str]:
+    """The environment of a two-node job with eight GPUs a node."""
+    for name, text in FAKE_SLURM.items():
+        write_program(stand_in / name, f"#!/bin/bash\n{text}\n")
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    return {
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "SLURM_JOB_ID": "12345",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "32",
+        "NPROC": "8",
+        "RUN": str(tmp_path / "runs/demo"),
+    }
+
+
+def test_sbatch_starts_torchrun_on_every_node(stand_in: Path, slurm: dict[str, str]) -> None:
+    done = launch("slurm/train.sh", "--config", "configs/x.yaml", stand_in=stand_in, **slurm)
+    assert done.returncode == 0, done.stdout + done.stderr
+    logs = f"{slurm['RUN']}/logs/job-12345-try-0-%N.log"
+    assert f"SRUN --ntasks-per-node=1 --kill-on-bad-exit=1 --output={logs} launch/multinode.sh" in done.stdout
+    assert "OMP_NUM_THREADS=4 -m torch.distributed.run --nproc-per-node=8" in done.stdout
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=12345-0 --rdzv-endpoint=node1:22345" in done.stdout
+    assert "-m dist_trainer.train --config configs/x.yaml" in done.stdout
+    assert "requeue" not in done.stdout
+
+
+def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str]) -> None:
+    done = launch("slurm/train.sh", stand_in=stand_in, LAUNCHER="srun", **slurm)
+    assert "SRUN --ntasks=16 --ntasks-per-node=8 --cpus-per-task=4" in done.stdout
+    assert "torch.distributed.run" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environment", "requeued", "code"),
+    [
+        ({"STATE": "preempted", "SRUN_CODE": "1"}, True, 1),  # saved and left in time: ours to requeue
+        ({"STATE": "preempted", "SIGNAL": "USR1"}, True, 1),  # the same, asked by this script before the time limit
+        ({"STATE": "preempted", "SRUN_CODE": "143", "SIGNAL": "TERM"}, False, 143),  # scancel, or SLURM's own requeue
+        ({"STATE": "preempted", "SLURM_RESTART_COUNT": "4", "MAX_TRIES": "5"}, False, 1),
+        ({"STATE": "failed", "SRUN_CODE": "3"}, False, 3),
+        ({"STATE": "finished"}, False, 0),
+        ({"SRUN_CODE": "9"}, False, 9),  # died before it said anything
+    ],
+)
+def test_only_a_run_that_saved_and_left_goes_back_to_the_queue(
+    stand_in: Path, slurm: dict[str, str], environment: dict[str, str], requeued: bool, code: int
+) -> None:
+    (Path(slurm["RUN"]) / "status.json").write_text('{"state": "preempted"}')  # of an earlier life
+    done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **environment)
+    assert ("SCONTROL requeue 12345" in done.stdout) == requeued, done.stdout + done.stderr
+    assert done.returncode == code  # after a requeue SLURM ends the script; here it runs to its end
+    assert ("SCANCEL --signal=TERM 12345" in done.stdout) == (environment.get("SIGNAL") == "USR1")
+
+
+def test_a_requeued_run_does_not_begin_anew_once_more(stand_in: Path, slurm: dict[str, str]) -> None:
+    first = launch("slurm/train.sh", stand_in=stand_in, RESUME="never", **slurm)
+    again = launch("slurm/train.sh", stand_in=stand_in, RESUME="never", SLURM_RESTART_COUNT="1", **slurm)
+    assert "--checkpoint.resume auto" not in first.stdout
+    assert "-m dist_trainer.train --checkpoint.resume auto" in again.stdout
+
+
+def test_a_job_from_the_wrong_folder_is_refused(stand_in: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    done = launch("slurm/train.sh", stand_in=stand_in, **{**slurm, "SLURM_SUBMIT_DIR": str(tmp_path)})
+    assert done.returncode == 2
+    assert "is not the repository's folder: cd there before sbatch" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_second_set_up_has_nothing_to_do() -> None:
+    if not (REPOSITORY / ".venv/.set-up").exists():
+        pytest.skip("these tests were not started by `make test`")
+    subprocess.run(["make", "--question", "setup"], cwd=REPOSITORY, check=True)
+
+
+def test_set_up_refuses_an_old_python_in_a_sentence(tmp_path: Path) -> None:
+    """On a copy without .venv/, so that nothing is made."""
+    (tmp_path / "launch").mkdir()
+    for name in ("launch/setup.sh", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    write_program(tmp_path / "old", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
+    environment = {**os.environ, "PYTHON": str(tmp_path / "old")}
+    done = subprocess.run(
+        [tmp_path / "launch/setup.sh"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "is Python 3.9.2, but Python 3.11 or newer is needed: make setup PYTHON=" in done.stderr
