@@ -1,0 +1,137 @@
+"""`DATASETS`: what data.dataset can name. A source has splits; a split gives its records and a digest of its content."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_trainer.config.lookup import resolve
+from dist_trainer.config.schema import DataConfig
+from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_folder
+from dist_trainer.data.records import COMPRESSIONS, OTHER_FORMATS, READERS, Records, format_suffix, read_file
+from dist_trainer.data.split import Split
+from dist_trainer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+CORPUS = Path(__file__).parent / "corpus"
+
+TRAIN_WORDS = ("train", "training")
+VALIDATION_WORDS = ("validation", "valid", "val", "dev", "eval")
+TEST_WORDS = ("test", "testing")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a name in the config stands for."""
+
+    name: str
+    train: Split
+    validation: Split | None = None
+
+
+def austen(config: DataConfig) -> Source:
+    """Six novels by Jane Austen, inside the package; see corpus/LICENSE.txt."""
+    train, validation = (files_split([CORPUS / f"austen_{name}.jsonl.gz"]) for name in ("train", "validation"))
+    return Source("austen", train, validation)
+
+
+DATASETS: dict[str, Callable[[DataConfig], Source]] = {"austen": austen}
+
+
+def open_source(name: str, config: DataConfig) -> Source:
+    """The source that `name` means: a row of DATASETS, "package.module:function", a local path, or a Hub data set.
+
+    Raises DataError naming the path or data set and the remedy.
+    """
+    path = Path(name).expanduser()
+    if name in DATASETS or (":" in name and not path.exists()):
+        return resolve(DATASETS, name, "data.dataset")(config)
+    if _is_meant_as_path(name) or (path.exists() and config.dataset_config is None):
+        if not path.exists():
+            raise DataError(f"data.dataset: {name} does not exist; give a file, a folder, a Hub name, or austen")
+        if not _is_meant_as_path(name):
+            log.warning("data.dataset: %s is taken as the local path ./%s, not as a Hub data set", name, name)
+        return _local_source(path, config)
+    return _from_splits(name, hub_splits(name, config))
+
+
+def _is_meant_as_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or format_suffix(Path(name)) in READERS or name.endswith(COMPRESSIONS)
+
+
+def _local_source(path: Path, config: DataConfig) -> Source:
+    if path.is_file():
+        return Source(str(path), files_split([path]))
+    if is_arrow_folder(path) or _declares_configs(path):
+        return _from_splits(str(path), arrow_folder_splits(path, config))
+    return _from_splits(str(path), {name: files_split(files) for name, files in _files_by_split(path).items()})
+
+
+def _from_splits(name: str, splits: dict[str, Split]) -> Source:
+    validation = next((splits[word] for word in VALIDATION_WORDS if word in splits), None)
+    train = next((splits[word] for word in TRAIN_WORDS if word in splits), None)
+    if train is None and len(splits) == 1:
+        train, validation = next(iter(splits.values())), None
+    if train is None:
+        raise DataError(f"data.dataset: {name} has no split named train, only {', '.join(splits) or 'nothing'}")
+    return Source(name, train, validation)
+
+
+def files_split(files: Iterable[Path]) -> Split:
+    """The records of local files, one file after the other."""
+    paths = sorted(files)
+
+    def records() -> Records:
+        for path in paths:
+            yield from read_file(path)
+
+    return Split(", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else ""), records, files=paths)
+
+
+def _files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """All data files under `folder`, by the split that their name or folder tells; without such a word: train."""
+    try:
+        found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+    files = [path for path in found if format_suffix(path) in READERS and not path.name.startswith("README")]
+    if not files:
+        seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
+        raise DataError(f"data.dataset: {folder} has no file of type {', '.join(READERS)} (also .gz, .xz){seen}")
+    ignored = [path.name for path in found if path not in files]
+    if ignored:
+        level = logging.WARNING if any(format_suffix(Path(name)) in OTHER_FORMATS for name in ignored) else logging.INFO
+        log.log(level, "data.dataset: not data, so not read: %s", ", ".join(ignored[:8]))
+    by_split: dict[str, list[Path]] = {}
+    for path in files:
+        by_split.setdefault(_split_word(path.relative_to(folder)), []).append(path)
+    if "test" in by_split and len(by_split) > 1:
+        log.info("data.dataset: %d files of the test split are left alone", len(by_split.pop("test")))
+    return by_split
+
+
+def _split_word(path: Path) -> str:
+    """train, validation or test, by the words in the file's name, else in its folders' names."""
+    for part in reversed(path.parts):
+        words = set(re.split(r"[^a-z]+", part.lower()))
+        for name, synonyms in (("validation", VALIDATION_WORDS), ("test", TEST_WORDS), ("train", TRAIN_WORDS)):
+            if words & set(synonyms):
+                return name
+    return "train"
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.parts)
+
+
+def _declares_configs(folder: Path) -> bool:
+    """Whether README.md says, as data sets on the Hub do, which files make which split."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return False
+    head = readme.read_text(encoding="utf-8", errors="replace")
+    return head.startswith("---") and re.search(r"^configs:", head.split("\n---", 1)[0], re.MULTILINE) is not None

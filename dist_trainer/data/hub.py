@@ -1,0 +1,131 @@
+"""The Hugging Face Hub, and folders in the formats of the `datasets` library."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dist_trainer.config.schema import DataConfig
+from dist_trainer.data.records import Records
+from dist_trainer.data.split import Split
+from dist_trainer.data.template import columns_of, missing_column
+from dist_trainer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+PROBE_SECONDS = 2.5
+ROWS_AT_A_TIME = 1000
+_reachable: bool | None = None
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hub answers within a few seconds; asked once. Where it does not, Hugging Face's libraries are told to
+    stay offline, or each of their calls would retry for half a minute.
+    """
+    global _reachable
+    if _reachable is None:
+        from huggingface_hub import constants
+
+        _reachable = not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
+        if not _reachable:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            constants.HF_HUB_OFFLINE = True
+    return _reachable
+
+
+def _answers(endpoint: str) -> bool:
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # a proxy looks names up for us; a probe around it would say nothing
+    url = urlsplit(endpoint)
+    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    try:
+        with socket.create_connection(address, timeout=PROBE_SECONDS):
+            return True
+    except OSError:
+        return False
+
+
+def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
+    """The splits of the Hub data set `name`, from the local cache where the Hub cannot be reached."""
+    reachable = hub_is_reachable()
+    import datasets
+
+    datasets.config.HF_HUB_OFFLINE = not reachable
+    try:
+        loaded = datasets.load_dataset(name, config.dataset_config)
+    except Exception as error:  # the library raises many kinds; each ends in one message
+        if not reachable:
+            raise DataError(
+                f"data.dataset: {name!r} is no local file or folder, the Hub cannot be reached, and the data set is not in "
+                "the local cache. Offline choices: a path to text, JSONL, Parquet or a save_to_disk folder, or the corpus "
+                "inside the package (--data.dataset austen)"
+            ) from error
+        raise DataError(f"data.dataset: {name!r} cannot be loaded from the Hub: {_first_line(error)}") from error
+    return _splits(name, loaded, config)
+
+
+def is_arrow_folder(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote it."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
+    """The splits of a save_to_disk folder, or of a folder whose README.md declares them as on the Hub."""
+    import datasets
+
+    try:
+        if is_arrow_folder(folder):
+            loaded = datasets.load_from_disk(str(folder))
+        else:
+            loaded = datasets.load_dataset(str(folder.resolve()), config.dataset_config)
+    except Exception as error:  # the library raises many kinds; each ends in one message
+        raise DataError(f"data.dataset: {folder} cannot be loaded: {_first_line(error)}") from error
+    return _splits(str(folder), loaded, config)
+
+
+def _splits(name: str, loaded: Any, config: DataConfig) -> dict[str, Split]:
+    tables = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    return {split: _split(f"{name} ({split})", table, config) for split, table in tables.items()}
+
+
+def _split(where: str, table: Any, config: DataConfig) -> Split:
+    columns = columns_of(config.text_column, config.template)
+
+    def records() -> Records:
+        for column in columns:
+            if column not in table.column_names:
+                raise missing_column(column, table.column_names, where)
+        row = 0
+        for batch in table.select_columns(columns).iter(batch_size=ROWS_AT_A_TIME):
+            for values in zip(*(batch[column] for column in columns), strict=True):
+                row += 1
+                yield f"{where} row {row}", dict(zip(columns, values, strict=True))
+
+    return Split(where, records, known_digest=_table_digest(table, records))
+
+
+def _table_digest(table: Any, records: Any) -> str:
+    """The library's own fingerprint of a table, else a digest of the records."""
+    fingerprint = getattr(table, "_fingerprint", None)
+    if isinstance(fingerprint, str):
+        return f"arrow-{fingerprint}-{table.num_rows}"
+    return digest_of(record for _, record in records())
+
+
+def digest_of(records: Iterable[dict[str, Any]]) -> str:
+    """Of the records' representation, one after the other."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(sorted(record.items())).encode())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:400]

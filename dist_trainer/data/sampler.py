@@ -1,0 +1,135 @@
+"""Which rank reads which row when: one global order, a function of (seed, position) alone.
+
+The rows of epoch 0, 1, 2, ... stand one after the other, each epoch in an order of its own. Global batch s is the next
+global_batch_size rows. It is cut into blocks of micro_batch_size rows, and block j goes to rank j % world_size as that
+rank's micro-batch j // world_size. So neither the number of ranks nor of accumulation steps changes what a step learns
+from, and going on from step s needs nothing but s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Dataset, DistributedSampler
+
+from dist_trainer.config.schema import BatchConfig
+from dist_trainer.errors import ConfigError
+
+STEPS_AT_A_TIME = 32
+_ROUNDS = 6
+
+
+def accumulation_steps(batch: BatchConfig, world_size: int) -> int:
+    """Micro-batches of one rank per optimizer step. Raises ConfigError where they do not come out even."""
+    together = batch.micro_batch_size * world_size
+    if batch.global_batch_size % together:
+        raise ConfigError(
+            f"batch.global_batch_size ({batch.global_batch_size}) must be a multiple of batch.micro_batch_size x ranks "
+            f"({batch.micro_batch_size} x {world_size} = {together} sequences)"
+        )
+    return batch.global_batch_size // together
+
+
+class KeyedPermutation:
+    """A random order of 0..size-1 that needs no memory: a Feistel network over the next even number of bits, repeated
+    until it lands inside (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """
+
+    def __init__(self, size: int, key: tuple[int, int]) -> None:
+        self.size = size
+        self._half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
+        self._round_keys = np.random.SeedSequence(list(key)).generate_state(_ROUNDS, np.uint64)
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Where the order has `positions`; int64 in, int64 out."""
+        values = self._encrypt(positions.astype(np.uint64))
+        while (outside := values >= self.size).any():
+            values[outside] = self._encrypt(values[outside])
+        return values.astype(np.int64)
+
+    def _encrypt(self, values: np.ndarray) -> np.ndarray:
+        left, right = values >> self._half_bits, values & self._mask
+        for key in self._round_keys:
+            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+        return (left << self._half_bits) | right
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every bit in moves every bit out."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+class GlobalOrderSampler(DistributedSampler):
+    """This rank's rows in the global order, without end, from the global batch that `seek` named."""
+
+    def __init__(
+        self, dataset: Dataset, *, batch: BatchConfig, rank: int, world_size: int, seed: int
+    ) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        self.num_rows = len(dataset)  # type: ignore[arg-type]
+        self.batch = batch
+        self.accumulation_steps = accumulation_steps(batch, world_size)
+        self._start_step = 0
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Global batches in one pass over the rows."""
+        return self.num_rows / self.batch.global_batch_size
+
+    def epoch_of(self, step: int) -> float:
+        """Passes over the rows after `step` steps."""
+        return step / self.steps_per_epoch
+
+    def seek(self, step: int) -> None:
+        """Iterate from global batch number `step` on."""
+        self._start_step = step
+
+    def __iter__(self) -> Iterator[int]:
+        step = self._start_step
+        while True:
+            yield from self._rows_of_steps(step, STEPS_AT_A_TIME).tolist()
+            step += STEPS_AT_A_TIME
+
+    def _rows_of_steps(self, first: int, count: int) -> np.ndarray:
+        """Rows of this rank for `count` steps, in the order in which it reads them."""
+        micro = self.batch.micro_batch_size
+        steps = np.arange(first, first + count, dtype=np.int64)
+        blocks = np.arange(self.accumulation_steps, dtype=np.int64) * self.num_replicas + self.rank
+        starts = (steps[:, None] * self.batch.global_batch_size + blocks * micro).reshape(-1, 1)
+        return self.rows_at((starts + np.arange(micro, dtype=np.int64)).reshape(-1))
+
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Rows at `positions` of the endless global order."""
+        epochs, within = np.divmod(positions, self.num_rows)
+        rows = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = KeyedPermutation(self.num_rows, (self.seed, int(epoch)))(within[here])
+        return rows
+
+
+class ValidationSampler(DistributedSampler):
+    """This rank's blocks of micro_batch_size rows: block b is rank b % world_size's; no row twice, none left out."""
+
+    def __init__(
+        self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_blocks: int | None
+    ) -> None:
+        super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
+        self.num_rows = len(dataset)  # type: ignore[arg-type]
+        self.micro_batch_size = micro_batch_size
+        self.num_blocks = -(-self.num_rows // micro_batch_size)
+        """Over all ranks."""
+        if max_blocks is not None:
+            self.num_blocks = min(self.num_blocks, max_blocks)
+
+    def __iter__(self) -> Iterator[int]:
+        for block in range(self.rank, self.num_blocks, self.num_replicas):
+            first = block * self.micro_batch_size
+            yield from range(first, min(first + self.micro_batch_size, self.num_rows))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,106 @@
+"""Tokenizers by name or path, and their identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.data.datasets import CORPUS
+from dist_trainer.data.hub import hub_is_reachable
+from dist_trainer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Tokenizer = Any
+"""A transformers.PreTrainedTokenizerBase; not imported for the name alone."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer `austen` (inside the package), in a folder (a run's, a checkpoint's, any), or of a Hub name.
+
+    It has an EOS token (a separator's, if need be) and a padding token. Raises DataError naming the remedy.
+    """
+    path = CORPUS / "tokenizer" if name == "austen" else Path(name).expanduser()
+    if path.is_file() and path.name == "tokenizer.json":
+        path = path.parent
+    if path.exists() or name.startswith((".", "/", "~")):
+        tokenizer = _from_folder(_folder_with_tokenizer(path))
+    else:
+        tokenizer = _from_hub(name)
+    return _with_end_and_padding(tokenizer, name)
+
+
+def _folder_with_tokenizer(path: Path) -> Path:
+    """`path` itself, or the best, latest or newest checkpoint of the run folder `path`."""
+    checkpoints = path / "checkpoints"
+    newest_first = sorted(checkpoints.glob("step-*"), reverse=True)
+    for candidate in (path, checkpoints / "best", checkpoints / "latest", *newest_first):
+        if any((candidate / file).is_file() for file in TOKENIZER_FILES):
+            return candidate
+    state = "has no tokenizer in it" if path.exists() else "does not exist"
+    raise DataError(f"data.tokenizer: {path} {state}; give a folder with tokenizer.json, a Hub name, or austen")
+
+
+def _from_folder(folder: Path) -> Tokenizer:
+    import transformers
+
+    try:
+        if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the library raises many kinds; each ends in one message
+        raise DataError(f"data.tokenizer: the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def _from_hub(name: str) -> Tokenizer:
+    reachable = hub_is_reachable()
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=not reachable)
+    except Exception as error:  # the library raises many kinds; each ends in one message
+        if not reachable:
+            raise DataError(
+                f"data.tokenizer: {name!r} is no local folder, the Hub cannot be reached, and the tokenizer is not in the "
+                "local cache. Offline choices: a folder with tokenizer.json, or the one inside the package "
+                "(--data.tokenizer austen)"
+            ) from error
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"data.tokenizer: {name!r} cannot be loaded from the Hub: {first_line}") from error
+
+
+def _with_end_and_padding(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    if tokenizer.eos_token_id is None:
+        known = tokenizer.get_added_vocab()
+        end = tokenizer.sep_token or next((token for token in END_NAMES if token in known), None)
+        if end is None:
+            raise DataError(
+                f"data.tokenizer: {name} has no end-of-text token, which documents are joined with; "
+                'set "eos_token" in its tokenizer_config.json'
+            )
+        log.info("data.tokenizer: %s names no EOS token; documents end with %s", name, end)
+        tokenizer.eos_token = end
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token id."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """A digest of all that decides which ids a text gets."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        description = backend.to_str()
+    else:
+        description = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    return hashlib.sha256(f"{description} {tokenizer.eos_token_id}".encode()).hexdigest()

@@ -1,0 +1,87 @@
+"""What a run ran on: code, versions, machine. No secrets: no environment variables, no user, no remote addresses."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_trainer.distributed.world import World
+from dist_trainer.version import __version__
+
+_GIT_TIMEOUT_SECONDS = 5.0
+_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "wandb", "numpy")
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Facts for the report and W&B, by name; null for what is not known here."""
+    return {
+        "dist_trainer": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        **describe_commit(),
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        "device": device_name(world.device),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "world_size": world.world_size,
+        "local_world_size": world.local_world_size,
+        "command": shlex.join(sys.orig_argv),
+        "folder": str(Path.cwd()),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls the GPU, or the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def describe_commit(folder: Path | None = None) -> dict[str, Any]:
+    """Commit of the repository around `folder` (the working folder), and whether tracked files differ from it.
+
+    Both null without git or a repository, or where git does not answer within seconds.
+    """
+    unknown = {"git_commit": None, "git_dirty": None}
+    try:
+        answer = subprocess.run(
+            ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"],
+            cwd=folder,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_GIT_TIMEOUT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    lines = answer.stdout.decode(errors="replace").splitlines()
+    commits = [line.split()[-1] for line in lines if line.startswith("# branch.oid ")]
+    if not commits or commits[0] == "(initial)":
+        return unknown
+    return {"git_commit": commits[0], "git_dirty": any(not line.startswith("#") for line in lines)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,34 @@
+"""logs/events.jsonl: when a run started, resumed, was signalled, saved, ended. Only grows; resuming rewinds nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+EVENTS_FILE = "logs/events.jsonl"
+
+
+def append_event(folder: Path, event: str, *, step: int, **facts: Any) -> None:
+    """Append `event` (start, resume, signal, checkpoint, finish, ...) of the run in `folder`; never stops a run.
+
+    A last line that a killed process left half-written is closed first, so that it damages no line but itself.
+    """
+    line = json.dumps({"event": event, "step": step, "time": time.time(), **facts}, default=str).encode() + b"\n"
+    path = folder / EVENTS_FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            size = os.fstat(file).st_size
+            torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
+            os.write(file, b"\n" + line if torn else line)
+        finally:
+            os.close(file)
+    except OSError as error:
+        log.warning("%s could not be written: %s", path, error.strerror)

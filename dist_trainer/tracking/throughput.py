@@ -1,0 +1,144 @@
+"""Tokens a second, model FLOPs utilisation, peak memory: measured over the steps alone."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dist_trainer.distributed.world import World
+from dist_trainer.tracking.environment import device_name
+
+_T = 1e12
+
+PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    # NVIDIA, data centre
+    (r"GB300", {"bf16": 2500 * _T, "fp16": 2500 * _T}),
+    (r"GB200", {"bf16": 2500 * _T, "fp16": 2500 * _T}),
+    (r"B300", {"bf16": 2250 * _T, "fp16": 2250 * _T}),
+    (r"B200", {"bf16": 2250 * _T, "fp16": 2250 * _T}),
+    (r"H200 NVL", {"bf16": 835.5 * _T, "fp16": 835.5 * _T}),
+    (r"(H200|GH200)", {"bf16": 989.4 * _T, "fp16": 989.4 * _T}),
+    (r"H100 NVL", {"bf16": 835.5 * _T, "fp16": 835.5 * _T}),
+    (r"H100 PCIe", {"bf16": 756 * _T, "fp16": 756 * _T}),
+    (r"(H100|H800)", {"bf16": 989.4 * _T, "fp16": 989.4 * _T}),
+    (r"H20", {"bf16": 148 * _T, "fp16": 148 * _T}),
+    (r"(A100|A800)", {"bf16": 312 * _T, "fp16": 312 * _T}),
+    (r"A40", {"bf16": 149.7 * _T, "fp16": 149.7 * _T}),
+    (r"A30", {"bf16": 165 * _T, "fp16": 165 * _T}),
+    (r"A10G", {"bf16": 70 * _T, "fp16": 70 * _T}),
+    (r"A10", {"bf16": 125 * _T, "fp16": 125 * _T}),
+    (r"L40S", {"bf16": 362 * _T, "fp16": 362 * _T}),
+    (r"L40", {"bf16": 181 * _T, "fp16": 181 * _T}),
+    (r"L4", {"bf16": 121 * _T, "fp16": 121 * _T}),
+    (r"V100S", {"fp16": 130 * _T}),
+    (r"V100-PCIE", {"fp16": 112 * _T}),
+    (r"V100", {"fp16": 125 * _T}),
+    (r"T4", {"fp16": 65 * _T}),
+    # NVIDIA, workstation and desktop: products with fp32 accumulation, as training needs them
+    (r"RTX 6000 Ada", {"bf16": 364.2 * _T, "fp16": 364.2 * _T}),
+    (r"RTX A6000", {"bf16": 154.8 * _T, "fp16": 154.8 * _T}),
+    (r"RTX 5090", {"bf16": 209.5 * _T, "fp16": 209.5 * _T}),
+    (r"RTX 4090", {"bf16": 165.2 * _T, "fp16": 165.2 * _T}),
+    (r"RTX 3090", {"bf16": 71.2 * _T, "fp16": 71.2 * _T}),
+    # AMD; torch sees each half of an MI250 or MI250X as a device of its own
+    (r"MI355X", {"bf16": 2516.6 * _T, "fp16": 2516.6 * _T}),
+    (r"MI350X", {"bf16": 2306.9 * _T, "fp16": 2306.9 * _T}),
+    (r"(MI300X|MI325X)", {"bf16": 1307.4 * _T, "fp16": 1307.4 * _T}),
+    (r"MI300A", {"bf16": 980.6 * _T, "fp16": 980.6 * _T}),
+    (r"MI250X", {"bf16": 191.5 * _T, "fp16": 191.5 * _T}),
+    (r"MI250", {"bf16": 181 * _T, "fp16": 181 * _T}),
+    (r"MI210", {"bf16": 181 * _T, "fp16": 181 * _T}),
+)
+"""Part of the device's name → its peak FLOP/s by number format, without sparsity; the first match counts.
+
+From the makers' data sheets, where they say so halving figures given with sparsity. A power limit below the data sheet's
+lowers what can be reached, not what stands here. Turing and Volta have no bf16 units, hence no such entry.
+"""
+
+
+def peak_flops(name: str, dtype: str) -> float | None:
+    """Peak FLOP/s of the device called `name` in `dtype` (fp32, bf16, fp16); None where it is unknown, and for fp32.
+
+    What fp32 reaches depends on whether its products may be computed in TF32, so no peak is claimed for it.
+    """
+    for part, peaks in PEAK_FLOPS:
+        if re.search(rf"\b{part}\b", name, re.IGNORECASE):
+            return peaks.get(dtype)
+    return None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this rank has held at once: tensors on a GPU, the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts it in KiB
+
+
+class Throughput:
+    """Measures from one logged step to the next, leaving out validation and saving."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        dtype: str,
+        flops_per_token: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`dtype` is what the products are computed in; `flops_per_token` is of forward and backward together."""
+        self._device = world.device
+        peak = peak_flops(device_name(world.device), dtype) if world.device.type == "cuda" else None
+        self._full_use = peak * world.world_size / flops_per_token if peak and flops_per_token else None
+        """Tokens a second at which every device would be at its peak."""
+        self._clock = clock
+        self.start(step=0, tokens=0)
+
+    def start(self, *, step: int, tokens: int) -> None:
+        """Begin to measure, with `step` steps and `tokens` target tokens done."""
+        self._step, self._tokens = step, tokens
+        self._left_out_seconds = self._data_seconds = 0.0
+        self._started = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no part of the steps' time."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._left_out_seconds += self._clock() - begin
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """What happens inside is part of the steps' time, and is shown as `data_seconds` too."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._data_seconds += self._clock() - begin
+
+    def measure(self, *, step: int, tokens: int) -> dict[str, float | int | None]:
+        """Rates since the last call, over all ranks, given the steps and target tokens done so far; begins anew.
+
+        `tokens_per_second` counts tokens that carry a loss. `mfu` = tokens_per_second * flops_per_token / (ranks * peak):
+        the share of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
+        """
+        seconds = self._clock() - self._started - self._left_out_seconds
+        steps = max(1, step - self._step)
+        tokens_per_second = (tokens - self._tokens) / seconds if seconds > 0 else 0.0
+        measured = {
+            "tokens_per_second": tokens_per_second,
+            "mfu": tokens_per_second / self._full_use if self._full_use else None,
+            "step_seconds": seconds / steps,
+            "data_seconds": self._data_seconds / steps,
+            "peak_memory_bytes": peak_memory_bytes(self._device),
+        }
+        self.start(step=step, tokens=tokens)
+        return measured

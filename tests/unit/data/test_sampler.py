@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from dist_trainer.config.schema import BatchConfig
+from dist_trainer.data.sampler import GlobalOrderSampler, KeyedPermutation, ValidationSampler, accumulation_steps
+from dist_trainer.errors import ConfigError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
+def test_a_keyed_permutation_has_every_position_once(size):
+    order = KeyedPermutation(size, (3, 1))(np.arange(size))
+    assert sorted(order.tolist()) == list(range(size))
+
+
+def test_other_keys_give_other_orders_that_are_not_nearly_sorted():
+    one, two = (KeyedPermutation(1000, (0, epoch))(np.arange(1000)) for epoch in (0, 1))
+    assert (one != two).mean() > 0.99
+    assert abs(np.corrcoef(np.arange(1000), one)[0, 1]) < 0.1
+
+
+def global_batches(*, world_size: int, micro: int, steps: int, first: int = 0, rows: int = 37, seed: int = 5):
+    """The set of rows of each step, by reading all ranks' samplers."""
+    batch = BatchConfig(global_batch_size=16, micro_batch_size=micro)
+    share = 16 // world_size
+    batches = [[] for _ in range(steps)]
+    for rank in range(world_size):
+        sampler = GlobalOrderSampler(range(rows), batch=batch, rank=rank, world_size=world_size, seed=seed)
+        sampler.seek(first)
+        stream = iter(sampler)
+        for step in range(steps):
+            batches[step].append([next(stream) for _ in range(share)])
+    return batches
+
+
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 16), (1, 4), (2, 8), (2, 2), (4, 4), (4, 1), (8, 2)])
+def test_each_step_reads_the_same_rows_on_any_number_of_ranks_and_accumulation_steps(world_size, micro):
+    expected = [sorted(ranks[0]) for ranks in global_batches(world_size=1, micro=16, steps=80)]
+    found = global_batches(world_size=world_size, micro=micro, steps=80)
+    assert [sorted(row for rank in ranks for row in rank) for ranks in found] == expected
+
+
+def test_one_epoch_reads_every_row_exactly_once_and_the_next_in_another_order():
+    sampler = GlobalOrderSampler(range(37), batch=BatchConfig(16, 8), rank=0, world_size=1, seed=0)
+    first, second = sampler.rows_at(np.arange(37)), sampler.rows_at(np.arange(37, 74))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(37))
+    assert first.tolist() != second.tolist()
+
+
+def test_seeking_goes_on_with_exactly_the_next_global_batch():
+    whole = global_batches(world_size=2, micro=2, steps=50)
+    assert global_batches(world_size=2, micro=2, steps=17, first=33) == whole[33:]
+
+
+def test_epochs_count_rows():
+    sampler = GlobalOrderSampler(range(40), batch=BatchConfig(16, 8), rank=0, world_size=1, seed=0)
+    assert sampler.steps_per_epoch == 2.5
+    assert sampler.epoch_of(5) == 2.0
+
+
+def test_another_seed_gives_another_order():
+    one, two = (global_batches(world_size=1, micro=16, steps=2, seed=seed) for seed in (0, 1))
+    assert one != two
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 40])
+def test_validation_reads_every_row_once_over_all_ranks(world_size, rows):
+    samplers = [
+        ValidationSampler(range(rows), micro_batch_size=4, rank=rank, world_size=world_size, max_blocks=None)
+        for rank in range(world_size)
+    ]
+    assert sorted(row for sampler in samplers for row in sampler) == list(range(rows))
+    assert sum(map(len, samplers)) == rows
+
+
+def test_validation_can_be_limited_to_some_blocks_the_same_on_any_number_of_ranks():
+    def rows(world_size: int) -> list[int]:
+        samplers = [
+            ValidationSampler(range(40), micro_batch_size=4, rank=rank, world_size=world_size, max_blocks=3)
+            for rank in range(world_size)
+        ]
+        return sorted(row for sampler in samplers for row in sampler)
+
+    assert rows(1) == rows(2) == rows(4) == list(range(12))
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
+    assert accumulation_steps(BatchConfig(16, 2), 4) == 2
+    with pytest.raises(ConfigError, match=r"\(16\).*3 x 4 = 12"):
+        accumulation_steps(BatchConfig(16, 3), 4)

@@ -1,0 +1,269 @@
+"""Every kind of data set, and every way in which one can be wrong."""
+
+import gzip
+import json
+import lzma
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
+from dist_trainer.data import token_store as token_store_module
+from dist_trainer.data.datasets import open_source
+from dist_trainer.data.loader import create_dataloaders
+from dist_trainer.data.template import text_of
+from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
+from dist_trainer.errors import ConfigError, DataError
+
+STORIES = [f"Story {number}. " + "It is a truth universally acknowledged. " * (number + 3) for number in range(12)]
+
+
+def jsonl(rows=STORIES, column: str = "text") -> str:
+    return "".join(json.dumps({column: row, "number": number}) + "\n" for number, row in enumerate(rows))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def texts(path: Path | str, **data) -> tuple[list[str], list[str] | None]:
+    config = DataConfig(dataset=str(path), **data)
+    source = open_source(config.dataset, config)
+    read = text_of(config.text_column, config.template)
+
+    def all_of(split):
+        return None if split is None else [read(where, record) for where, record in split.records()]
+
+    return all_of(source.train) or [], all_of(source.validation)
+
+
+def test_the_corpus_inside_the_package_has_both_splits():
+    train, validation = texts("austen")
+    assert len(train) == 256
+    assert validation is not None
+    assert len(validation) == 13
+
+
+def test_jsonl_plain_and_compressed(tmp_path):
+    for name, content in {
+        "a.jsonl": jsonl().encode(),
+        "b.jsonl.gz": gzip.compress(jsonl().encode()),
+        "c.jsonl.xz": lzma.compress(jsonl().encode()),
+        "d.json": json.dumps([{"text": story} for story in STORIES]).encode(),
+    }.items():
+        assert texts(write(tmp_path / name, content))[0] == STORIES
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    assert texts(write(tmp_path / "novel.txt", "One\n\nTwo\n"))[0] == ["One\n\nTwo\n"]
+    assert texts(write(tmp_path / "notes.tex", "three"))[0] == ["three"]
+
+
+def test_parquet(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"body": STORIES}), tmp_path / "s.parquet", row_group_size=5)
+    assert texts(tmp_path / "s.parquet", text_column="body")[0] == STORIES
+
+
+def test_save_to_disk_folders_with_and_without_splits(tmp_path):
+    table = datasets.Dataset.from_dict({"text": STORIES})
+    table.save_to_disk(str(tmp_path / "one"))
+    assert texts(tmp_path / "one") == (STORIES, None)
+    both = datasets.DatasetDict({"train": table.select(range(8)), "validation": table.select(range(8, 12))})
+    both.save_to_disk(str(tmp_path / "two"))
+    assert texts(tmp_path / "two") == (STORIES[:8], STORIES[8:])
+
+
+def test_folders_with_splits_in_their_file_names_lose_no_file(tmp_path):
+    for name, part in {
+        "data/train-00000-of-00002.jsonl": STORIES[:4],
+        "data/train-00001-of-00002.jsonl": STORIES[4:8],
+        "data/validation-00000-of-00001.jsonl": STORIES[8:10],
+        "data/test-00000-of-00001.jsonl": STORIES[10:],
+    }.items():
+        write(tmp_path / "hub" / name, jsonl(part))
+    write(tmp_path / "hub" / "README.md", "A data set")
+    assert texts(tmp_path / "hub") == (STORIES[:8], STORIES[8:10])
+    for number, story in enumerate(STORIES):
+        write(tmp_path / "plain" / f"chapter{number:02}.txt", story)
+    assert texts(tmp_path / "plain") == (STORIES, None)
+
+
+def test_a_folder_that_declares_its_splits_in_readme(tmp_path):
+    write(tmp_path / "README.md", "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n"
+          "  - split: validation\n    path: b.jsonl\n---\n")
+    write(tmp_path / "a.jsonl", jsonl(STORIES[:8]))
+    write(tmp_path / "b.jsonl", jsonl(STORIES[8:]))
+    assert texts(tmp_path, cache_dir=str(tmp_path / "cache")) == (STORIES[:8], STORIES[8:])
+
+
+SQUAD_ROW = {"context": "A {b}", "question": "Why?", "answers": {"text": ["So", "Thus"], "answer_start": [0, 4]}}
+
+
+def test_a_template_joins_columns_and_looks_into_them(tmp_path):
+    write(tmp_path / "s.jsonl", json.dumps(SQUAD_ROW) + "\n")
+    template = "{context}\n{{{question}}}\n{answers[text][1]}"
+    assert texts(tmp_path / "s.jsonl", template=template)[0] == ["A {b}\n{Why?}\nThus"]
+    assert texts(tmp_path / "s.jsonl", template="x{answers[text][7]}y")[0] == ["xy"]
+
+
+@pytest.mark.parametrize("template", ["{context.upper}", "{context!r}", "{context:>10}", "none", "{", "{0[__class__}"])
+def test_templates_only_look_up(template):
+    with pytest.raises(ConfigError, match=r"data\.template"):
+        text_of("text", template)
+
+
+BAD = {
+    "malformed line": ("x.jsonl", '{"text": "a"}\n{"text": \n', r"x\.jsonl:2: not a JSON object"),
+    "a number a line": ("x.jsonl", "1\n", r"x\.jsonl:1: a JSON int"),
+    "no such column": ("x.jsonl", '{"body": "a"}\n', r"x\.jsonl:1: there is no column 'text', only 'body'"),
+    "not text": ("x.jsonl", '{"text": "a"}\n{"text": 3}\n', r"x\.jsonl:2: the column 'text' holds a int"),
+    "null": ("x.jsonl", '{"text": null}\n', r"x\.jsonl:1: .* nothing \(null\)"),
+    "not UTF-8": ("x.txt", b"one\ntw\xff\n", r"x\.txt:2: not UTF-8 text \(byte 0xff\)"),
+    "not gzip": ("x.jsonl.gz", b"plain", r"x\.jsonl\.gz: cannot be read"),
+    "cut off": ("x.jsonl.xz", lzma.compress(b"text" * 1000)[:-20], r"x\.jsonl\.xz"),
+    "empty": ("x.jsonl", "", r"x\.jsonl: there is no text"),
+    "only blanks": ("x.txt", " \n ", r"x\.txt: there is no text"),
+    "not Parquet": ("x.parquet", "text", r"x\.parquet: cannot be read"),
+    "another format": ("x.csv", "text", r"files of type \.csv are not read"),
+    "too little": ("x.txt", "a few words only", r"makes 1 rows of 16 tokens, fewer than one global batch \(4\)"),
+}
+
+
+def small(path: Path | str, tmp_path: Path, **data) -> TrainingConfig:
+    section = DataConfig(**{"dataset": str(path), "sequence_length": 16, "cache_dir": str(tmp_path / "cache"), **data})
+    return TrainingConfig(data=section, batch=BatchConfig(4, 2))
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_end_in_a_message_with_path_line_and_remedy(tmp_path, case):
+    name, content, message = BAD[case]
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message):
+        create_dataloaders(small(path, tmp_path))
+
+
+def test_missing_paths_and_empty_folders(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.txt does not exist"):
+        create_dataloaders(small(tmp_path / "nowhere.txt", tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="it is empty"):
+        create_dataloaders(small(tmp_path / "empty", tmp_path))
+    write(tmp_path / "broken" / "dataset_dict.json", "{")
+    with pytest.raises(DataError, match="broken cannot be loaded"):
+        create_dataloaders(small(tmp_path / "broken", tmp_path))
+
+
+def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
+    from dist_trainer.data import hub
+
+    monkeypatch.setattr(hub, "_reachable", False)
+    with pytest.raises(DataError, match=r"squad.*Hub cannot be reached.*--data\.dataset austen"):
+        create_dataloaders(small("squad", tmp_path))
+    with pytest.raises(DataError, match=r"gpt2.*Hub cannot be reached.*--data\.tokenizer austen"):
+        load_tokenizer("gpt2")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    path = write(tmp_path / "x.jsonl", jsonl())
+    blocked = write(tmp_path / "file", "")
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*file cannot be used"):
+        create_dataloaders(small(path, tmp_path, cache_dir=str(blocked)))
+
+
+def test_tokenizers_from_folders(tmp_path):
+    bundled = load_tokenizer("austen")
+    assert vocabulary_size(bundled) == 4096
+    bundled.save_pretrained(tmp_path / "run" / "checkpoints" / "step-00000007")
+    assert load_tokenizer(str(tmp_path / "run")).get_vocab() == bundled.get_vocab()
+    write(tmp_path / "bare" / "tokenizer.json", bundled.backend_tokenizer.to_str())
+    assert load_tokenizer(str(tmp_path / "bare")).eos_token == "<|endoftext|>"
+    with pytest.raises(DataError, match="does not exist"):
+        load_tokenizer(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="has no tokenizer in it"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_text_is_tokenised_once_per_content_and_anew_when_it_changes(tmp_path, monkeypatch):
+    builds = []
+    real = token_store_module._build
+    monkeypatch.setattr(token_store_module, "_build", lambda *a: (builds.append(1), real(*a)))
+    path = write(tmp_path / "x.jsonl", jsonl())
+    config = small(path, tmp_path)
+    first = create_dataloaders(config).train.dataset.fingerprint
+    assert create_dataloaders(config).train.dataset.fingerprint == first
+    copy = write(tmp_path / "elsewhere" / "y.jsonl", jsonl())
+    assert create_dataloaders(small(copy, tmp_path)).train.dataset.fingerprint == first
+    assert len(builds) == 1
+    write(path, jsonl(reversed(STORIES)))
+    assert create_dataloaders(config).train.dataset.fingerprint != first
+    assert len(builds) == 2
+    for damaged in (tmp_path / "cache" / "tokens").glob("*/tokens.bin"):
+        damaged.write_bytes(damaged.read_bytes()[:-2])
+    create_dataloaders(config)
+    assert len(builds) == 3
+
+
+def _load(config: TrainingConfig, built) -> None:
+    real = token_store_module._build
+
+    def counted(*arguments):
+        with built.get_lock():
+            built.value += 1
+        real(*arguments)
+
+    token_store_module._build = counted
+    create_dataloaders(config)
+
+
+def test_processes_that_start_together_tokenise_once(tmp_path):
+    config = small(write(tmp_path / "x.jsonl", jsonl()), tmp_path)
+    context = multiprocessing.get_context("fork")
+    built = context.Value("i", 0)
+    processes = [context.Process(target=_load, args=(config, built)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert built.value == 1
+
+
+def test_the_loaders_carry_the_text_and_all_of_it(tmp_path):
+    config = small(write(tmp_path / "x.jsonl", jsonl()), tmp_path, validation_fraction=0.0)
+    loaders = create_dataloaders(config)
+    assert loaders.validation is None
+    tokenizer = load_tokenizer("austen")
+    expected = [i for story in STORIES for i in [*tokenizer(story)["input_ids"], tokenizer.eos_token_id]]
+    rows = loaders.train.dataset
+    assert [int(rows[0].tokens[0, 0])] + [
+        t for index in range(len(rows)) for t in rows[index].targets[0].tolist() if t >= 0
+    ] == expected
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_worker_processes_change_nothing(tmp_path, packing):
+    config = small(write(tmp_path / "x.jsonl", jsonl()), tmp_path, packing=packing)
+    here, there = (
+        iter(create_dataloaders(replace(config, data=replace(config.data, num_workers=workers))).train)
+        for workers in (0, 2)
+    )
+    for _ in range(5):
+        ours, theirs = next(here), next(there)
+        assert ours.tokens.equal(theirs.tokens)
+        assert ours.targets.equal(theirs.targets)
+
+
+def test_data_sets_of_ones_own_are_paired_into_batches():
+    pairs = [(np.full(3, number, dtype=np.float32), number) for number in range(8)]
+    loaders = create_dataloaders(TrainingConfig(batch=BatchConfig(4, 2)), train_dataset=pairs, validation_dataset=pairs)
+    batch = next(iter(loaders.validation))
+    assert batch.targets.tolist() == [0, 1]
+    assert batch.tokens.shape == (2, 3)
