@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,18 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from dist_trainer.checkpoint.manager import CheckpointManager, Export, NoCheckpoints
+from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Snapshot, restore_optimizer
 from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.data.loader import create_dataloaders
+from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.preemption import StopRequest, signal_name
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import CheckpointError, DistTrainerError, RefusedError
+from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model, load_weights, weights_writer
 from dist_trainer.optim.optimizers import build_optimizer
 from dist_trainer.parallel.registry import parallelize
@@ -38,7 +39,9 @@ from dist_trainer.trainer import Trainer, TrainingResult
 log = logging.getLogger(__name__)
 
 EXIT_FINISHED = 0
+EXIT_CRASHED = 1
 EXIT_PREEMPTED = 75
+SAMPLE_PROMPT_TOKENS = 16
 
 
 def run(config: TrainingConfig) -> int:
@@ -91,7 +94,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
             "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
         )
 
-    model = build_model(config.model, model_context(config, world, tokenizer, initialise=start.checkpoint is None))
+    model = build_model(config.model, model_context(config, world, tokenizer))
     optimizer = build_optimizer(config.optim, model)
     precision = build_precision(config.precision, world.device)
     if start.checkpoint is not None:
@@ -99,12 +102,12 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         restore_optimizer(optimizer, model, start.checkpoint)
         precision.load_state_dict(start.scaler)
 
-    facts = {"config": as_dict(config), "world_size": world.world_size, "data_fingerprint": fingerprint}
-    checkpoints = NoCheckpoints()
+    facts: dict[str, Any] = {"config": as_dict(config), "world_size": world.world_size, "data_fingerprint": fingerprint}
+    checkpoints: Checkpoints = NoCheckpoints()
     sample = None
     if folder is not None:
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export_to(model, tokenizer))
-        sample = sample_of(config, tokenizer, loaders.validation)
+        sample = sample_of(config, tokenizer, model, loaders)
     trainer = Trainer(
         config,
         world,
@@ -121,3 +124,112 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     )
     trainer.progress = start.progress
     return trainer
+
+
+def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
+    """Train, and leave the truth in the run's folder however it ends."""
+    if folder is None:
+        return trainer.fit()
+    begin_run_folder(trainer, folder)
+    try:
+        result = trainer.fit()
+    except BaseException as error:
+        reason = str(error) if isinstance(error, DistTrainerError) else f"{type(error).__name__}: {error}"
+        code = error.exit_code if isinstance(error, DistTrainerError) else EXIT_CRASHED
+        end_run_folder(trainer, folder, state="failed", reason=reason, exit_code=code)
+        raise
+    if result.state == "finished":
+        end_run_folder(trainer, folder, state="finished", reason=None, exit_code=EXIT_FINISHED)
+    else:
+        code = EXIT_PREEMPTED if trainer.world.world_size == 1 else EXIT_FINISHED
+        reason = signal_name(result.signal_number)
+        end_run_folder(trainer, folder, state="preempted", reason=reason, exit_code=code)
+    return result
+
+
+def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
+    """From here on the folder is this run's: its config, its log, its trackers."""
+    config, step = trainer.config, trainer.progress.step
+    folder.write_config(dump_config(config))
+    folder.write_status("running", step=step, max_steps=trainer.max_steps)
+    context = RunContext(
+        config=config,
+        folder=folder.path,
+        start_step=step,
+        max_steps=trainer.max_steps,
+        parameters=sum(parameter.numel() for parameter in trainer.parameters),
+        environment=describe_environment(trainer.world),
+    )
+    trainer.tracker = build_tracker(trainer.world, context)
+    append_event(folder.path, "resume" if step else "start", step=step, world_size=trainer.world.world_size)
+
+
+def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: Any, reason: str | None, exit_code: int) -> None:
+    """How it ended: for the trackers, the events and status.json."""
+    step = trainer.progress.step
+    append_event(folder.path, state, step=step, reason=reason)
+    trainer.tracker.close(state=state, reason=reason)
+    best = {"best_step": trainer.progress.best_step, "best_loss": trainer.progress.best_loss}
+    folder.write_status(state, step=step, max_steps=trainer.max_steps, reason=reason, exit_code=exit_code, **best)
+
+
+def model_context(config: TrainingConfig, world: World, tokenizer: Any) -> ModelContext:
+    """What the model must fit."""
+    return ModelContext(
+        vocabulary_size=vocabulary_size(tokenizer),
+        sequence_length=config.data.sequence_length,
+        seed=config.seed,
+        device=world.device,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def export_to(model: nn.Module, tokenizer: Any) -> Export:
+    """Makes a folder usable by itself: weights in Hugging Face format, and the tokenizer beside them."""
+    write_weights = weights_writer(model)
+
+    def export(snapshot: Snapshot, folder: Path) -> None:
+        write_weights(snapshot.weights, folder)
+        tokenizer.save_pretrained(folder)
+
+    return export
+
+
+def flops_per_token(model: nn.Module, config: TrainingConfig) -> float | None:
+    """What the model says of itself; None where it does not."""
+    count = getattr(model, "flops_per_token", None)
+    return count(config.data.sequence_length) if count is not None else None
+
+
+def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, loaders: Dataloaders) -> Sample | None:
+    """Samples of text at each validation, where they are wanted and the model can give them."""
+    tracking = config.tracking
+    if tracking.sample_tokens == 0 or tracking.sample_prompt == "" or not isinstance(model, DecoderLM):
+        return None
+    prompt = tracking.sample_prompt
+    if prompt is None:
+        dataset: Any = (loaders.validation or loaders.train).dataset
+        first = dataset[0]
+        tokens = first["input_ids"] if isinstance(first, dict) else first.tokens[0].tolist()
+        prompt = tokenizer.decode(tokens[:SAMPLE_PROMPT_TOKENS], skip_special_tokens=True)
+    return build_sample(tokenizer, prompt=prompt, max_new_tokens=tracking.sample_tokens, seed=config.seed)
+
+
+def check_visible_everywhere(start: StartingPoint, world: World) -> None:
+    """Every rank reads the checkpoint itself: its folder must be shared by all machines."""
+
+    def look() -> None:
+        if start.checkpoint is not None and not start.checkpoint.is_dir():
+            raise CheckpointError(
+                f"{start.checkpoint} is not visible on {socket.gethostname()} (rank {world.rank}): "
+                "output_dir must be a folder that all machines share"
+            )
+
+    agree(world, look)
+
+
+def _owned(folder: RunFolder | None) -> RunFolder:
+    assert folder is not None, "rank 0 holds the run folder"
+    return folder

@@ -138,7 +138,7 @@ class Trainer:
             # A run that was stopped while it validated owes that validation.
             if self._validate_if_due():
                 self._save(is_best=True)
-            self.throughput.start()
+            self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
             upcoming = self._fetch(batches)
             while self.progress.step < self.max_steps:
                 target_tokens, asked_to_stop, saving_failed = upcoming.facts.wait()

@@ -45,9 +45,9 @@ def memory(num_bytes: float) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """`value` with so many significant digits, plain where that is short, else as 2e-05; `?` where it is not finite."""
+    """`value` with so many significant digits, plain where that is short, else as 2e-05; `nan`, `inf` as such."""
     if not math.isfinite(value):
-        return "?"
+        return str(value)
     if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))

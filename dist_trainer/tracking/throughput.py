@@ -65,8 +65,11 @@ lowers what can be reached, not what stands here. Turing and Volta have no bf16 
 def peak_flops(name: str, dtype: str) -> float | None:
     """Peak FLOP/s of the device called `name` in `dtype` (fp32, bf16, fp16); None where it is unknown, and for fp32.
 
-    What fp32 reaches depends on whether its products may be computed in TF32, so no peak is claimed for it.
+    What fp32 reaches depends on whether its products may be computed in TF32, so no peak is claimed for it; nor for a
+    part of a GPU (MIG) or one in a laptop, whose names contain that of the whole.
     """
+    if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
+        return None
     for part, peaks in PEAK_FLOPS:
         if re.search(rf"\b{part}\b", name, re.IGNORECASE):
             return peaks.get(dtype)

@@ -1,0 +1,60 @@
+"""Distributed training of decoder language models. Names resolve when first used, so that the import costs nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dist_trainer.version import __version__
+
+if TYPE_CHECKING:
+    from dist_trainer.checkpoint.manager import CheckpointManager
+    from dist_trainer.config.loading import load_config
+    from dist_trainer.config.schema import TrainingConfig
+    from dist_trainer.data.batch import Batch
+    from dist_trainer.data.loader import create_dataloaders
+    from dist_trainer.data.tokenization import load_tokenizer
+    from dist_trainer.distributed.world import World
+    from dist_trainer.models.decoder_lm import DecoderLM
+    from dist_trainer.optim.optimizers import build_optimizer
+    from dist_trainer.parallel.registry import parallelize
+    from dist_trainer.trainer import Trainer
+
+_HOMES = {
+    "Batch": "data.batch",
+    "CheckpointManager": "checkpoint.manager",
+    "DecoderLM": "models.decoder_lm",
+    "Trainer": "trainer",
+    "TrainingConfig": "config.schema",
+    "World": "distributed.world",
+    "build_optimizer": "optim.optimizers",
+    "create_dataloaders": "data.loader",
+    "load_config": "config.loading",
+    "load_tokenizer": "data.tokenization",
+    "parallelize": "parallel.registry",
+}
+
+__all__ = [
+    "Batch",
+    "CheckpointManager",
+    "DecoderLM",
+    "Trainer",
+    "TrainingConfig",
+    "World",
+    "__version__",
+    "build_optimizer",
+    "create_dataloaders",
+    "load_config",
+    "load_tokenizer",
+    "parallelize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,135 @@
+"""What a config must fulfil beyond the types of its keys."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_trainer.config.schema import (
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+_POSITIVE = (
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.rms_norm_eps",
+    "model.rope_theta",
+    "data.sequence_length",
+    "batch.global_batch_size",
+    "batch.micro_batch_size",
+    "optim.learning_rate",
+    "optim.eps",
+    "train.max_steps",
+    "train.epochs",
+    "train.max_skipped_steps",
+    "validation.max_batches",
+    "checkpoint.keep_last",
+    "checkpoint.max_failures",
+    "tracking.log_every_steps",
+    "distributed.timeout_minutes",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "data.num_workers",
+    "optim.weight_decay",
+    "optim.max_grad_norm",
+    "schedule.warmup_steps",
+    "validation.every_steps",
+    "validation.every_epochs",
+    "checkpoint.every_steps",
+    "tracking.sample_tokens",
+)
+
+
+def broken_rules(config: TrainingConfig, *, world_size: int | None = None) -> list[str]:
+    """A sentence for each rule that `config` breaks, beginning with the key. `world_size`: the ranks, where known."""
+    return [
+        *_signs(config),
+        *_names(config),
+        *_model(config.model),
+        *_data(config.data),
+        *_batch(config.batch, world_size),
+        *_optim(config.optim),
+        *_schedule(config.schedule),
+    ]
+
+
+def _signs(config: TrainingConfig) -> Iterator[str]:
+    for key in _POSITIVE:
+        value = _value(config, key)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            yield f"{key}: {value} must be more than 0"
+    for key in _NOT_NEGATIVE:
+        value = _value(config, key)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            yield f"{key}: {value} must be 0 or more"
+
+
+def _names(config: TrainingConfig) -> Iterator[str]:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+=@-]*", config.run_name) or len(config.run_name) > 128:
+        yield f"run_name: {config.run_name!r} must be a plain folder name (letters, digits and _ . + = @ -)"
+    if not config.output_dir:
+        yield "output_dir: must not be empty; use . for the current folder"
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        yield f"checkpoint.resume: {resume!r} is neither auto nor never nor a folder that exists"
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    if not 0 <= model.dropout < 1:
+        yield f"model.dropout: {model.dropout} must be 0 or more, and less than 1"
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if heads <= 0 or groups <= 0 or model.hidden_size <= 0:
+        return
+    if model.hidden_size % heads:
+        yield f"model.num_attention_heads: {heads} heads do not divide model.hidden_size ({model.hidden_size})"
+    elif model.hidden_size // heads % 2:
+        size = model.hidden_size // heads
+        yield f"model.num_attention_heads: {heads} heads have {size} dimensions each; rotary positions need an even number"
+    if heads % groups:
+        yield f"model.num_key_value_heads: {groups} does not divide model.num_attention_heads ({heads})"
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    if not 0 <= data.validation_fraction < 1:
+        yield f"data.validation_fraction: {data.validation_fraction} must be 0 or more, and less than 1"
+    for key in ("dataset", "tokenizer", "text_column"):
+        if not getattr(data, key):
+            yield f"data.{key}: must not be empty"
+
+
+def _batch(batch: BatchConfig, world_size: int | None) -> Iterator[str]:
+    ranks = world_size or 1
+    if batch.global_batch_size <= 0 or batch.micro_batch_size <= 0:
+        return
+    if batch.global_batch_size % (batch.micro_batch_size * ranks):
+        together = f"batch.micro_batch_size ({batch.micro_batch_size})"
+        if world_size is not None:
+            product = batch.micro_batch_size * ranks
+            together += f" x ranks ({ranks}) = {product} sequences"
+        yield f"batch.global_batch_size: {batch.global_batch_size} must be a multiple of {together}"
+
+
+def _optim(optim: OptimConfig) -> Iterator[str]:
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas: {list(optim.betas)} must each be 0 or more, and less than 1"
+
+
+def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
+    if not 0 <= schedule.min_lr_ratio <= 1:
+        yield f"schedule.min_lr_ratio: {schedule.min_lr_ratio} must be from 0 to 1"
+
+
+def _value(config: TrainingConfig, key: str) -> float | None:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)

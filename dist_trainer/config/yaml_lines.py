@@ -1,0 +1,73 @@
+"""YAML files as dotted keys with the line each stands on; duplicate keys are noticed, and nothing is ever executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_trainer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One key set to one value somewhere."""
+
+    key: str
+    value: Any
+    where: str
+    """`configs/mine.yaml:7`, or `command line`."""
+
+
+def read_assignments(path: Path, sections: frozenset[str]) -> list[Assignment]:
+    """The keys of the file, those in `sections` joined with a dot.
+
+    Raises ConfigError where the file is missing, is no YAML, holds no mapping, or has a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: is not UTF-8 text") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            raise ConfigError(f"{path}:1: holds no mapping of keys to values, such as `seed: 1`")
+        return list(_walk(root, path, "", sections))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: is not YAML ({error.problem or error.context})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not YAML ({error})") from error
+
+
+def _walk(node: yaml.MappingNode, path: Path, prefix: str, sections: frozenset[str]) -> Iterator[Assignment]:
+    first_lines: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        name = f"{prefix}{_plain(key_node, path)}"
+        if name in first_lines:
+            raise ConfigError(f"{path}:{line}: {name} stands here a second time (first on line {first_lines[name]})")
+        first_lines[name] = line
+        if name in sections and isinstance(value_node, yaml.MappingNode):
+            yield from _walk(value_node, path, f"{name}.", sections)
+        elif not (name in sections and _plain(value_node, path) is None):
+            yield Assignment(name, _plain(value_node, path), f"{path}:{line}")
+
+
+def _plain(node: yaml.Node, path: Path) -> Any:
+    """The value of a node, by the safe constructors alone: a tag for a Python object is an error."""
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_object(node, deep=True)
+    except yaml.constructor.ConstructorError as error:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {node.tag} is not allowed in a config") from error
+    finally:
+        loader.dispose()

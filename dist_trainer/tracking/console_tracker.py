@@ -1,0 +1,143 @@
+"""Progress for people: a bar on a terminal, a plain line now and then in log files, and what to do next at the end."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from dist_trainer.tracking.formatting import duration, printable, quantity, significant
+from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.run_history import best_validation
+from dist_trainer.tracking.run_log import PROGRESS_LOGGER, configure_logging
+
+__all__ = ["ConsoleTracker", "configure_logging"]
+
+log = logging.getLogger(__name__)
+progress = logging.getLogger(PROGRESS_LOGGER)
+
+SECONDS_BETWEEN_LINES = 10.0
+_SAMPLE_CHARACTERS = 800
+
+
+class ConsoleTracker:
+    """Shows training lines on a tqdm bar where stderr is a terminal, and as plain lines in the log every ten seconds."""
+
+    def __init__(self, context: RunContext, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._context = context
+        self._clock = clock
+        self._began = self._last_line = clock()
+        self._first: tuple[int, float] | None = None
+        self._step = context.start_step
+        self._best = best_validation(context.folder) if context.start_step else None
+        self._bar = tqdm(
+            total=context.max_steps,
+            initial=context.start_step,
+            desc=context.config.run_name,
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            disable=None,
+        )
+        log.info(
+            "%s: %s parameters, steps %d to %d, into %s",
+            *(context.config.run_name, quantity(context.parameters), context.start_step + 1, context.max_steps),
+            context.folder,
+        )
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Show a line in its kind's form."""
+        kind = line.get("kind")
+        if kind == "train":
+            self._show_training(line)
+        elif kind == "validation":
+            self._show_validation(line)
+        elif kind == "sample":
+            self._show_sample(line)
+
+    def sync(self) -> None:
+        """Nothing to make durable."""
+
+    def close(self, *, state: str, reason: str | None) -> None:
+        """Take the bar down; say how the run ended, how good it got, and which commands come next."""
+        self._bar.close()
+        context, took = self._context, duration(self._clock() - self._began)
+        best = f"; best validation loss {self._best[1]:.4f} at step {self._best[0]}" if self._best else ""
+        because = f" ({reason})" if reason else ""
+        log.info("%s at step %d of %d after %s%s%s", state, self._step, context.max_steps, took, because, best)
+        if state == "preempted":
+            log.info("the same command goes on from here")
+        if state == "finished":
+            log.info("%s", next_commands(context.folder))
+
+    def _show_training(self, line: dict[str, Any]) -> None:
+        self._step, now = line["step"], self._clock()
+        if not self._bar.disable:
+            self._bar.set_postfix_str(
+                f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {quantity(line['tokens_per_second'])} tokens/s",
+                refresh=False,
+            )
+            self._bar.update(self._step - self._bar.n)
+        is_first = self._first is None
+        if self._first is None:
+            self._first = (self._step, now)
+        if is_first or now - self._last_line >= SECONDS_BETWEEN_LINES or self._step >= self._context.max_steps:
+            self._last_line = now
+            progress.info("%s", self._plain(line, now))
+
+    def _plain(self, line: dict[str, Any], now: float) -> str:
+        parts = [
+            f"step {self._step:{len(str(self._context.max_steps))}d}/{self._context.max_steps}",
+            f"loss {line['loss']:.4f}",
+            f"lr {line['lr']:.2e}",
+            f"grad norm {significant(line['grad_norm'], 3)}",
+            f"{quantity(line['tokens_per_second'])} tokens/s",
+        ]
+        if line.get("mfu") is not None:
+            parts.append(f"MFU {line['mfu']:.1%}")
+        if line.get("skipped"):
+            parts.append("update skipped, not finite")
+        left = self._seconds_left(now)
+        if left is not None:
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+    def _seconds_left(self, now: float) -> float | None:
+        """At the pace since the first line, which has seen compilation; validation and saving are part of the pace."""
+        first_step, first_time = self._first or (self._step, now)
+        steps_left = self._context.max_steps - self._step
+        if self._step <= first_step or steps_left <= 0:
+            return None
+        return steps_left * (now - first_time) / (self._step - first_step)
+
+    def _show_validation(self, line: dict[str, Any]) -> None:
+        is_best = bool(line.get("best"))
+        if is_best:
+            self._best = (line["step"], line["loss"])
+        log.info(
+            "step %d  validation loss %.4f, perplexity %s%s",
+            *(line["step"], line["loss"], significant(line["perplexity"]), ", the best so far" if is_best else ""),
+        )
+
+    def _show_sample(self, line: dict[str, Any]) -> None:
+        prompt, text = printable(str(line.get("prompt", ""))), printable(str(line.get("text", "")))
+        shown = textwrap.shorten(f"{prompt} | {text}", _SAMPLE_CHARACTERS, placeholder=" ...")
+        wrapped = textwrap.fill(shown, 100, initial_indent="    ", subsequent_indent="    ")
+        log.info("step %d  sample (prompt | what the model makes of it):\n%s", line["step"], wrapped)
+
+
+def next_commands(folder: Any) -> str:
+    """What to run on a finished run's folder."""
+    return "\n".join(
+        f"  python -m dist_trainer.{command} {folder}{note}"
+        for command, note in (
+            ("generate", "   text from its best checkpoint"),
+            ("evaluate", "   its validation loss once more"),
+            ("report", f"     {folder}/report.html anew"),
+        )
+    )

@@ -1,0 +1,189 @@
+"""What a run's folder tells: lines, events, config, status. Reads what is there and good, and imports no torch.
+
+Whatever else may stand in the files (half lines, other people's lines, numbers that are none) is skipped, never raised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_trainer.tracking.events import EVENTS_FILE
+from dist_trainer.tracking.run_context import METRICS_FILE
+
+TRAIN_COLUMNS = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "mfu",
+    "step_seconds",
+    "data_seconds",
+    "peak_memory_bytes",
+    "epoch",
+    "time",
+)
+VALIDATION_COLUMNS = ("step", "loss", "perplexity", "tokens", "seconds", "time")
+
+_MOST_STEPS = 1e15
+_LONGEST_LINE = 1 << 20
+_MOST_EVENTS = 10_000
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """What the model wrote after `step` steps."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass
+class RunHistory:
+    """A run, as far as its files tell; `refresh` reads what was added since."""
+
+    folder: Path
+    train: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in TRAIN_COLUMNS})
+    """Columns of the training lines; NaN where a line has no number."""
+    validation: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in VALIDATION_COLUMNS})
+    skipped: list[int] = field(default_factory=list)
+    """Logged steps whose update was skipped as non-finite."""
+    samples: list[SampleText] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Each with `event` (text), `step` (int) and `time` (unix seconds or NaN)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved config, nested; empty where it cannot be read."""
+    status: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Of the latest start."""
+    _read_bytes: int = 0
+
+    @property
+    def name(self) -> str:
+        """The run's name, as its folder has it."""
+        return self.folder.name or str(self.folder)
+
+    def refresh(self) -> None:
+        """Read the lines appended since the last call, and the small files anew."""
+        for line, self._read_bytes in whole_lines(self.folder / METRICS_FILE, start=self._read_bytes):
+            self._take(line)
+        self.events = list(read_events(self.folder))
+        self.config = self.config or _read_config(self.folder / "config.yaml")
+        self.status = _object(_text(self.folder / "status.json")) or {}
+        environments = [e["environment"] for e in self.events if isinstance(e.get("environment"), dict)]
+        self.environment = environments[-1] if environments else {}
+
+    def _take(self, text: bytes) -> None:
+        line = _object(text)
+        step = number(line.get("step")) if line else math.nan
+        if line is None or not 0 <= step <= _MOST_STEPS:
+            return
+        kind = line.get("kind")
+        if kind == "train":
+            for name, column in self.train.items():
+                column.append(number(line.get(name)))
+            if line.get("skipped") is True:
+                self.skipped.append(int(step))
+        elif kind == "validation":
+            for name, column in self.validation.items():
+                column.append(number(line.get(name)))
+        elif kind == "sample":
+            self.samples.append(SampleText(int(step), str(line.get("prompt", "")), str(line.get("text", ""))))
+
+
+def read_run(folder: Path) -> RunHistory:
+    """Everything that `folder` tells by now."""
+    history = RunHistory(folder)
+    history.refresh()
+    return history
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run has left something to read in `folder`."""
+    return any((folder / name).is_file() for name in (METRICS_FILE, "config.yaml", EVENTS_FILE))
+
+
+def whole_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """Each line of `path` that has its end, from byte `start` on, with the position after it; none where it cannot be read."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return
+    with file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            yield line, start
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """The run's events, oldest first."""
+    for index, (text, _) in enumerate(whole_lines(folder / EVENTS_FILE)):
+        event = _object(text)
+        if event is None or not isinstance(event.get("event"), str) or index >= _MOST_EVENTS:
+            continue
+        step = number(event.get("step"))
+        if 0 <= step <= _MOST_STEPS:
+            yield {**event, "step": int(step), "time": number(event.get("time"))}
+
+
+def best_validation(folder: Path) -> tuple[int, float] | None:
+    """Step and loss of the best validation of the run in `folder` so far."""
+    best = None
+    for text, _ in whole_lines(folder / METRICS_FILE):
+        if b'"validation"' not in text:
+            continue
+        line = _object(text) or {}
+        step, loss = number(line.get("step")), number(line.get("loss"))
+        if line.get("kind") == "validation" and step >= 0 and (best is None or loss < best[1]) and loss == loss:
+            best = (int(step), loss)
+    return best
+
+
+def number(value: Any) -> float:
+    """`value` as a finite float; NaN where it is anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        converted = float(value)
+    except OverflowError:
+        return math.nan
+    return converted if math.isfinite(converted) else math.nan
+
+
+def _object(text: bytes | str) -> dict[str, Any] | None:
+    if len(text) > _LONGEST_LINE:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(_text(path))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+

@@ -1,0 +1,77 @@
+"""Where log messages go: one file a rank in the run's folder, and the console."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+PACKAGE_LOGGER = "dist_trainer"
+PROGRESS_LOGGER = "dist_trainer.progress"
+"""What the progress bar shows already: goes to the file, and to a console only where that is no terminal."""
+
+
+def configure_logging(log_folder: Path | None, *, rank: int, is_terminal: bool | None = None) -> None:
+    """Send this package's messages to `log_folder`/rank-N.log and to stderr; without a folder to stderr alone.
+
+    Rank 0 says everything, other ranks just warnings, under their number. Calling again replaces what the last call set
+    up. Other libraries' loggers stay as they are. `is_terminal` None: whether stderr is one. A log file that cannot be
+    written costs one warning.
+    """
+    logger = logging.getLogger(PACKAGE_LOGGER)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in [h for h in logger.handlers if isinstance(h, ConsoleHandler | RankFileHandler)]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.addHandler(ConsoleHandler(rank, sys.stderr.isatty() if is_terminal is None else is_terminal))
+    if log_folder is not None:
+        try:
+            log_folder.mkdir(parents=True, exist_ok=True)
+            logger.addHandler(RankFileHandler(log_folder / f"rank-{rank}.log"))
+        except OSError as error:
+            logger.warning("%s: no log file there (%s)", log_folder, error.strerror)
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to stderr, above the progress bar where there is one."""
+
+    def __init__(self, rank: int, is_terminal: bool) -> None:
+        super().__init__(logging.INFO if rank == 0 else logging.WARNING)
+        self._who = f"[rank {rank}] " if rank else ""
+        self._with_time = not is_terminal
+        if is_terminal:
+            self.addFilter(lambda record: record.name != PROGRESS_LOGGER)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, after the time where no one watches, and the level where it matters."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        time = f"{_TIME.formatTime(record, '%H:%M:%S')} " if self._with_time else ""
+        return f"{time}{self._who}{level}{_MESSAGE.format(record)}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; a console that is gone disturbs nothing."""
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+        except Exception:
+            self.handleError(record)
+
+
+class RankFileHandler(logging.FileHandler):
+    """Appends to a file; a full disk disturbs nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Drop the record silently."""
+
+
+_TIME = logging.Formatter()
+_MESSAGE = logging.Formatter("%(message)s")
