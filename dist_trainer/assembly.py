@@ -30,7 +30,7 @@ from dist_trainer.parallel.registry import parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.sampling import Sample, build_sample
 from dist_trainer.starting_point import StartingPoint, find_starting_point
-from dist_trainer.tracking.console_tracker import configure_logging
+from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.tracker import RunContext, build_tracker
@@ -49,14 +49,16 @@ def run(config: TrainingConfig) -> int:
     with World.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
+        path = Path(config.output_dir) / config.run_name
         with open_run_folder(config, world) as folder:
             start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
             check_visible_everywhere(start, world)
+            configure_logging(path / "logs", rank=world.rank)
             trainer = assemble(config, world, folder, start)
             if trainer.progress.step >= trainer.max_steps:
                 log.info(
                     "%s has finished its %d steps already; raise --train.max_steps to go on, or choose another --run_name",
-                    *(Path(config.output_dir) / config.run_name, trainer.progress.step),
+                    *(path, trainer.progress.step),
                 )
                 return EXIT_FINISHED
             result = train(trainer, folder)

@@ -1,0 +1,154 @@
+"""Weights & Biases, from a process of its own that follows metrics.jsonl: nothing it does can hold up or end training.
+
+Not a thread, because W&B hooks into its process (exception hook, exit hooks that wait for its server), and holds the
+interpreter while it imports and while it writes rows. The other process shares nothing with training but a pipe. It reads
+the lines from metrics.jsonl, so there is no queue to overflow, and what W&B missed while it was away is sent later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.wandb_position import Position
+
+log = logging.getLogger(__name__)
+
+FOLLOWER = "dist_trainer.tracking.wandb_follower"
+SECONDS_TO_FINISH = 20.0
+OUTPUT_FILE = "logs/wandb.log"
+"""What W&B itself prints."""
+
+
+class WandbTracker:
+    """Starts the follower, tells it when there is news, and passes on what it has to say."""
+
+    def __init__(self, context: RunContext) -> None:
+        """Start the follower; one warning where the package is missing or the process cannot start."""
+        self._folder = context.folder
+        self._process: subprocess.Popen[bytes] | None = None
+        if importlib.util.find_spec("wandb") is None:
+            log.warning("tracking.wandb: the package wandb is not installed; going on without W&B")
+            return
+        try:
+            self._process = _start_follower(context)
+        except OSError as error:
+            log.warning("tracking.wandb: its process could not be started (%s); going on without W&B", error.strerror)
+            return
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin.fileno()
+        self._tell(json.dumps(_description(context)).encode() + b"\n")
+        # From here on a follower that is slow to read never blocks: a full pipe holds news enough.
+        os.set_blocking(self._pipe, False)
+        self._ear = threading.Thread(target=_pass_on_messages, args=(self._process,), name="wandb messages", daemon=True)
+        self._ear.start()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Say that metrics.jsonl has grown."""
+        self._tell(b"\n")
+
+    def sync(self) -> None:
+        """Nothing: metrics.jsonl is what must be durable."""
+
+    def close(self, *, state: str, reason: str | None) -> None:
+        """Let the follower finish for at most 20 seconds; say what it left undone."""
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        os.set_blocking(self._pipe, True)
+        self._tell(b"\n" + json.dumps({"state": state, "reason": reason}).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(SECONDS_TO_FINISH)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            log.warning(
+                "W&B did not finish within %.0f s and was ended; it has %s, metrics.jsonl has all, and starting this run "
+                "again sends the rest",
+                *(SECONDS_TO_FINISH, Position.read(self._folder).in_words()),
+            )
+        self._ear.join(1.0)
+        self._process = None
+
+    def _tell(self, message: bytes) -> None:
+        if self._process is None:
+            return
+        try:
+            os.write(self._pipe, message)
+        except BlockingIOError:
+            pass  # it has news to read already
+        except OSError:
+            # The follower has gone; what it said of that is passed on by the ear.
+            self._process.poll()
+
+
+def _start_follower(context: RunContext) -> subprocess.Popen[bytes]:
+    package_parent = str(Path(__file__).parents[2])
+    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    output = context.folder / OUTPUT_FILE
+    output.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    with output.open("ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", FOLLOWER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+            # Out of reach of Ctrl-C and of signals to the job's process group: it ends when this process does.
+            start_new_session=True,
+        )
+
+
+def _description(context: RunContext) -> dict[str, Any]:
+    tracking = context.config.tracking
+    return {
+        "folder": str(context.folder.resolve()),
+        "mode": tracking.wandb,
+        "project": tracking.wandb_project,
+        "entity": tracking.wandb_entity,
+        "name": context.config.run_name,
+        "trainer_pid": os.getpid(),
+        "config": {
+            **dataclasses.asdict(context.config),
+            "parameters": context.parameters,
+            "max_steps": context.max_steps,
+            "environment": context.environment,
+        },
+    }
+
+
+def _pass_on_messages(process: subprocess.Popen[bytes]) -> None:
+    """Log what the follower says, and once if it ends without having said that it would."""
+    assert process.stdout is not None
+    said_goodbye = False
+    with process.stdout as messages:
+        for text in messages:
+            try:
+                message = json.loads(text)
+                level, words, said_goodbye = int(message["level"]), str(message["text"]), bool(message["last"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            log.log(level, "%s", words)
+    code = process.wait()
+    if not said_goodbye and code != -signal.SIGKILL:
+        log.warning("W&B's process ended by itself (exit code %d, see %s); training goes on", code, OUTPUT_FILE)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the follower and what it started."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
