@@ -55,7 +55,7 @@ def run(config: TrainingConfig) -> int:
             check_visible_everywhere(start, world)
             configure_logging(path / "logs", rank=world.rank)
             trainer = assemble(config, world, folder, start)
-            if trainer.progress.step >= trainer.max_steps:
+            if trainer.has_finished:
                 log.info(
                     "%s has finished its %d steps already; raise --train.max_steps to go on, or choose another --run_name",
                     *(path, trainer.progress.step),

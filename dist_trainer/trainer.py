@@ -122,6 +122,7 @@ class Trainer:
         )
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
         self._saved_step = 0
+        self._stopped = False
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -135,12 +136,10 @@ class Trainer:
         batches = iter(self.train_data)
         self._match_bucket_order()
         with self.stop_request.listen():
-            # A run that was stopped while it validated owes that validation.
-            if self._validate_if_due():
-                self._save(is_best=True)
+            self._make_up_for_validation()
             self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
             upcoming = self._fetch(batches)
-            while self.progress.step < self.max_steps:
+            while self.progress.step < self.max_steps and not self._stopped:
                 target_tokens, asked_to_stop, saving_failed = upcoming.facts.wait()
                 if saving_failed:
                     raise SavingFailedError(
@@ -148,21 +147,28 @@ class Trainer:
                         "not be saved (checkpoint.max_failures); make room on the disk and start the same command again"
                     )
                 if asked_to_stop:
+                    self._stopped = True
                     break
                 result = self.train_step(upcoming.micro_batches, target_tokens)
                 self.divergence.observe(result.step, result.grad_norm)
-                if self.progress.step < self.max_steps:
-                    upcoming = self._fetch(batches)
+                upcoming = self._fetch(batches)
                 self._after_step(result)
+            upcoming.facts.wait()
         self.divergence.drain()
         if self._saved_step != self.progress.step:
             self._save(is_best=False)
         self.checkpoints.wait()
         barrier(self.world)
-        if self.progress.step < self.max_steps:
+        if self._stopped:
             signals = gather_objects(self.stop_request.signal_number, self.world)
             return TrainingResult("preempted", self.progress, max(signals))
         return TrainingResult("finished", self.progress)
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether nothing is left to do: neither a step nor the last validation."""
+        validated = self.validation_data is None or self.progress.validated_step == self.progress.step
+        return self.progress.step >= self.max_steps and validated
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
@@ -274,6 +280,7 @@ class Trainer:
             interrupted=lambda: bool(self.stop_request),
         )
         if result is None:
+            self._stopped = True
             return False
         best = self.progress.best_loss
         is_best = math.isfinite(result.loss) and (best is None or result.loss < best)
@@ -287,6 +294,13 @@ class Trainer:
             text = self.sample(unwrap(self.model))
             self.tracker.log({"kind": "sample", "step": step, **text, "time": time.time()})
         return is_best
+
+    def _make_up_for_validation(self) -> None:
+        """A run that was stopped while it validated still owes that validation."""
+        before = self.progress.validated_step
+        improved = self._validate_if_due()
+        if self.progress.validated_step != before:
+            self._save(is_best=improved)
 
     def _validation_is_due(self, step: int) -> bool:
         if step == 0:

@@ -35,9 +35,11 @@ def publish(folder: Path, write: Callable[[Path], None], *, facts: dict[str, Any
     staging.mkdir(parents=True)
     try:
         write(staging)
+        readable = staging.stat().st_mode & 0o666  # as the user's umask has it; safetensors makes private files
         files = {}
         for path in sorted(path for path in staging.rglob("*") if path.is_file()):
             files[path.relative_to(staging).as_posix()] = {"bytes": path.stat().st_size, DIGEST: _digest(path)}
+            path.chmod(readable)
             _sync(path)
         manifest = staging / MANIFEST
         manifest.write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")

@@ -74,7 +74,8 @@ class PackedRows(torch.utils.data.Dataset):
             self.stream.read_into(row, index * self.sequence_length) for row, index in zip(rows, indices, strict=True)
         ]
         both = torch.from_numpy(rows)
-        tokens, targets = both[:, :-1].contiguous(), both[:, 1:].contiguous()
+        # Copies, also of a single row, whose slices would count as contiguous and share their memory.
+        tokens, targets = (part.clone(memory_format=torch.contiguous_format) for part in (both[:, :-1], both[:, 1:]))
         for number, count in enumerate(counts):
             if count <= self.sequence_length:
                 targets[number, max(0, count - 1) :] = IGNORED_TARGET

@@ -20,6 +20,7 @@ class Import:
     line: int
     module: str
     inside_function: bool
+    for_types_only: bool
 
     def __str__(self) -> str:
         return f"{self.file.relative_to(REPOSITORY)}:{self.line} imports {self.module}"
@@ -40,15 +41,35 @@ def imports_of_the_package() -> tuple[Import, ...]:
 
 
 def _imports(file: Path) -> Iterator[Import]:
-    def visit(node: ast.AST, inside_function: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, inside_function: bool, for_types_only: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(file, node.lineno, alias.name, inside_function)
+                yield Import(file, node.lineno, alias.name, inside_function, for_types_only)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}:{node.lineno}: write imports from the package's root"
-            yield Import(file, node.lineno, node.module or "", inside_function)
+            yield Import(file, node.lineno, node.module or "", inside_function, for_types_only)
         inside_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for_types_only |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for child in ast.iter_child_nodes(node):
-            yield from visit(child, inside_function)
+            yield from visit(child, inside_function, for_types_only)
 
-    yield from visit(ast.parse(file.read_text("utf-8")), False)
+    yield from visit(ast.parse(file.read_text("utf-8")), False, False)
+
+
+def loaded_by_importing(file: Path) -> set[str]:
+    """The modules, ours and others', that importing `file` loads at once, as far as our own files tell."""
+    loaded: set[str] = set()
+    waiting = [file]
+    while waiting:
+        current = waiting.pop()
+        for found in imports_of_the_package():
+            if (
+                found.file == current
+                and not (found.inside_function or found.for_types_only)
+                and found.module not in loaded
+            ):
+                loaded.add(found.module)
+                ours = REPOSITORY / (found.module.replace(".", "/") + ".py")
+                if ours.is_file():
+                    waiting.append(ours)
+    return loaded

@@ -45,6 +45,12 @@ def test_a_stream_of_some_documents_reads_them_end_to_end():
             assert out[:count].tolist() == expected[start : start + length]
 
 
+def test_padding_targets_leaves_the_tokens_of_a_single_row_alone():
+    rows = PackedRows(TokenStream(store(24)), 5, padding=0, fingerprint="")
+    assert rows[4].tokens.tolist() == [[20, 21, 22, 23, 0]]
+    assert rows[4].targets.tolist() == [[21, 22, 23, IGNORED_TARGET, IGNORED_TARGET]]
+
+
 def test_rows_do_not_depend_on_what_they_are_read_with():
     rows = PackedRows(TokenStream(store(50)), 7, padding=0, fingerprint="")
     alone = torch.cat([rows[index].targets for index in (5, 0, 7, 7)])

@@ -1,0 +1,62 @@
+"""`run_ranks`: a function on several forked processes that form one World by gloo, as torchrun would start them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+TIMEOUT_SECONDS = 90
+
+
+def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
+    """What `function()` returns on each rank, by rank. One rank's exception is raised here, with its traceback."""
+    context = multiprocessing.get_context("fork")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world_size, port, function, sending), daemon=True)
+        process.start()
+        sending.close()
+        pipes.append(receiving)
+        processes.append(process)
+    try:
+        outcomes = [
+            pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else ("hung", f"rank {r} hangs") for r, pipe in enumerate(pipes)
+        ]
+    except EOFError:
+        outcomes = [("died", "a rank died without a word")]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    for kind, outcome in outcomes:
+        if kind != "result":
+            raise AssertionError(outcome)
+    return [outcome for _, outcome in outcomes]
+
+
+def _rank(rank: int, world_size: int, port: int, function: Callable[[], Any], sending: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    if world_size == 1:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]
+    try:
+        sending.send(("result", function()))
+    except BaseException:
+        sending.send(("error", f"rank {rank}:\n{traceback.format_exc()}"))
+    finally:
+        sending.close()
+        os._exit(0)

@@ -1,0 +1,119 @@
+"""Small whole runs, through the same assembly as the command, and what they leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dist_trainer import assembly
+from dist_trainer.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    DistributedConfig,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    TrackingConfig,
+    TrainConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from dist_trainer.trainer import Trainer
+from tests.distributed.ranks import run_ranks
+
+
+def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig:
+    """12 steps of 8 sequences of 32 tokens; `changes` are dotted keys with __ for the dot."""
+    config = TrainingConfig(
+        run_name="run",
+        output_dir=str(output_dir),
+        seed=3,
+        model=ModelConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        ),
+        data=DataConfig(dataset=str(data), sequence_length=32, validation_fraction=0.1),
+        batch=BatchConfig(global_batch_size=8, micro_batch_size=2),
+        optim=OptimConfig(learning_rate=1e-2),
+        schedule=ScheduleConfig(warmup_steps=3),
+        train=TrainConfig(max_steps=12),
+        precision=PrecisionConfig(dtype="fp32"),
+        validation=ValidationConfig(every_steps=5),
+        checkpoint=CheckpointConfig(every_steps=4, keep_last=10),
+        tracking=TrackingConfig(log_every_steps=1, wandb="disabled", sample_tokens=0),
+        distributed=DistributedConfig(timeout_minutes=1),
+    )
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        config = replace(
+            config, **{section: replace(getattr(config, section), **{name: value})} if name else {key: value}
+        )
+    return config
+
+
+def run(config: TrainingConfig, world_size: int, *, before: Callable[[Trainer], None] | None = None) -> list[int]:
+    """Run `config` on forked ranks; their exit codes. `before` may change each rank's trainer before it fits."""
+
+    def one_rank() -> int:
+        torch.set_num_threads(1)
+        if before is not None:
+            fit = Trainer.fit
+
+            def changed(trainer: Trainer) -> Any:
+                before(trainer)
+                return fit(trainer)
+
+            Trainer.fit = changed
+        return assembly.run(config)
+
+    return run_ranks(world_size, one_rank)
+
+
+def folder(config: TrainingConfig) -> Path:
+    return Path(config.output_dir) / config.run_name
+
+
+def metrics(config: TrainingConfig, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder(config) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(config: TrainingConfig, kind: str = "train") -> list[float]:
+    return [line["loss"] for line in metrics(config, kind)]
+
+
+def weights(config: TrainingConfig) -> dict[str, torch.Tensor]:
+    return load_file(folder(config) / "checkpoints" / "latest" / "model.safetensors")
+
+
+def status(config: TrainingConfig) -> dict[str, Any]:
+    return json.loads((folder(config) / "status.json").read_text())
+
+
+def same_weights(one: TrainingConfig, other: TrainingConfig) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def stop_after(step: int, *, rank: int = 0) -> Callable[[Trainer], None]:
+    """Ask rank `rank` to stop as a signal would, once it has done `step` steps."""
+
+    def change(trainer: Trainer) -> None:
+        train_step = trainer.train_step
+
+        def step_then_ask(*arguments: Any) -> Any:
+            result = train_step(*arguments)
+            if trainer.progress.step == step and trainer.world.rank == rank:
+                trainer.stop_request.signal_number = 15
+            return result
+
+        trainer.train_step = step_then_ask
+
+    return change

@@ -1,0 +1,212 @@
+"""What one rank meets, all ranks know: infinities, signals, errors; and what is exchanged when."""
+
+import os
+
+import pytest
+import torch
+
+from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed.collectives import all_reduce_sum, first_on_each_node, on_main
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import DataError, TrainingDivergedError
+from tests.distributed.ranks import run_ranks
+from tests.distributed.small_runs import folder, losses, metrics, run, same_weights, small_config, status, stop_after
+
+
+def poison(step: int, *, rank: int, value: float = float("inf")):
+    """Make the loss of `rank` infinite at `step`."""
+
+    def change(trainer):
+        loss_function = trainer.loss_function
+
+        def poisoned(model, batch):
+            loss = loss_function(model, batch)
+            here = trainer.progress.step == step - 1 and trainer.world.rank == rank and model.training
+            return loss * value if here else loss
+
+        trainer.loss_function = poisoned
+
+    return change
+
+
+def test_an_infinity_on_one_rank_makes_every_fp16_scaler_skip_and_halve_together(stories, tmp_path):
+    scales = []
+
+    def watch(trainer):
+        poison(4, rank=1)(trainer)
+        train_step = trainer.train_step
+
+        def step(*arguments):
+            result = train_step(*arguments)
+            scales.append(trainer.precision.scaler.get_scale())
+            own = torch.tensor([scales[-1], -scales[-1]])
+            total = all_reduce_sum(own.clone(), trainer.world)
+            assert torch.equal(total, own * trainer.world.world_size), "the scalers differ"
+            expected = 65536.0 if trainer.progress.step < 4 else 32768.0
+            assert scales[-1] == expected
+            return result
+
+        trainer.train_step = step
+
+    config = small_config(stories, tmp_path, precision__dtype="fp16")
+    assert run(config, 2, before=watch) == [0, 0]
+    assert [line["step"] for line in metrics(config) if line["skipped"]] == [4]
+    assert metrics(config)[-1]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them_before_the_update(stories, tmp_path, dtype):
+    config = small_config(stories, tmp_path, precision__dtype=dtype, checkpoint__every_steps=3)
+
+    with pytest.raises(AssertionError, match="TrainingDivergedError: step 5: the loss or its gradients"):
+        run(config, 2, before=poison(5, rank=1, value=float("nan")))
+    assert status(config)["state"] == "failed"
+    assert status(config)["exit_code"] == TrainingDivergedError.exit_code
+    assert sorted(p.name for p in (folder(config) / "checkpoints").glob("step-*")) == ["step-00000003"]
+
+
+def test_with_the_policy_skip_the_update_is_left_out_and_training_goes_on(stories, tmp_path):
+    config = small_config(stories, tmp_path, train__on_non_finite="skip")
+    assert run(config, 2, before=poison(5, rank=1)) == [0, 0]
+    lines = metrics(config)
+    assert [line["step"] for line in lines if line["skipped"]] == [5]
+    assert lines[-1]["step"] == 12
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_too_many_skips_in_a_row_end_the_run(stories, tmp_path):
+    config = small_config(stories, tmp_path, train__on_non_finite="skip", train__max_skipped_steps=2)
+
+    def change(trainer):
+        loss_function = trainer.loss_function
+        trainer.loss_function = lambda model, batch: loss_function(model, batch) * float("nan")
+
+    with pytest.raises(AssertionError, match="not finite 3 steps in a row"):
+        run(config, 1, before=change)
+    assert not list((folder(config) / "checkpoints").glob("step-*"))
+
+
+def test_gradients_are_exchanged_once_a_step_whatever_the_accumulation(stories, tmp_path):
+    counts = []
+
+    def count(trainer):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        exchanged = []
+
+        def hook(state, bucket):
+            if bucket.is_last():
+                exchanged.append(trainer.progress.step)
+            return allreduce_hook(None, bucket)
+
+        trainer.model.register_comm_hook(None, hook)
+        counts.append(exchanged)
+
+    config = small_config(stories, tmp_path, batch__micro_batch_size=1, train__max_steps=3)
+
+    def check(trainer):
+        count(trainer)
+        close = trainer.checkpoints.wait
+
+        def at_the_end():
+            close()
+            assert counts[0] == [0, 1, 2], counts
+
+        trainer.checkpoints.wait = at_the_end
+
+    run(config, 2, before=check)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_any_one_rank_stops_all_at_the_same_step(stories, tmp_path, rank):
+    config = small_config(stories, tmp_path)
+    assert run(config, 2, before=stop_after(6, rank=rank)) == [0, 0]
+    assert status(config)["state"] == "preempted"
+    assert metrics(config)[-1]["step"] == status(config)["step"]
+
+
+def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path):
+    undisturbed = small_config(stories, tmp_path / "undisturbed")
+    run(undisturbed, 2)
+
+    def stop_in_validation(trainer):
+        validation = trainer.validation_data
+
+        class Interrupting:
+            sampler = validation.sampler
+
+            def __iter__(self):
+                for batch in validation:
+                    yield batch
+                    if trainer.world.rank == 1:
+                        trainer.stop_request.signal_number = 10
+
+        trainer.validation_data = Interrupting()
+
+    config = small_config(stories, tmp_path / "stopped")
+    assert run(config, 2, before=stop_in_validation) == [0, 0]
+    assert status(config)["reason"] == "SIGUSR1"
+    run(config, 2)
+    assert losses(config, "validation") == losses(undisturbed, "validation")
+    assert losses(config) == losses(undisturbed)
+    assert same_weights(config, undisturbed)
+
+
+def joined(function):
+    def one_rank():
+        with World.join(DistributedConfig(timeout_minutes=1)) as world:
+            return function(world)
+
+    return one_rank
+
+
+def test_preparation_runs_first_on_one_rank_then_on_the_others(tmp_path):
+    marks = tmp_path / "marks"
+
+    def prepare() -> list[str]:
+        marks.open("a").write(f"{os.environ['RANK']}\n")
+        return marks.read_text().split()
+
+    results = run_ranks(3, joined(lambda world: first_on_each_node(world, prepare)))
+    assert results[0] == ["0"]
+    assert sorted(marks.read_text().split()) == ["0", "1", "2"]
+
+
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
+    def fail_on_one(world: World) -> str:
+        def prepare() -> None:
+            if world.rank == 1:
+                raise DataError("the disk of rank 1")
+
+        try:
+            first_on_each_node(world, prepare)
+        except DataError as error:
+            return str(error)
+        return "no error"
+
+    assert run_ranks(3, joined(fail_on_one)) == ["the disk of rank 1"] * 3
+
+
+def test_what_the_main_rank_found_is_known_to_all():
+    assert run_ranks(2, joined(lambda world: on_main(world, lambda: world.rank + 7))) == [7, 7]
+
+
+def test_more_ranks_than_the_batch_divides_by_are_refused_on_all_of_them(stories, tmp_path):
+    config = small_config(stories, tmp_path, batch__micro_batch_size=4)
+    with pytest.raises(AssertionError, match=r"ConfigError: batch\.global_batch_size \(8\)"):
+        run(config, 4)
+    assert not folder(config).exists()
+
+
+def test_a_stop_during_the_last_validation_is_made_up_for(stories, tmp_path):
+    config = small_config(stories, tmp_path, validation__every_steps=0)
+
+    def stop_at_the_end(trainer):
+        stop_after(12)(trainer)
+
+    assert run(config, 1, before=stop_at_the_end) == [75]
+    assert status(config)["step"] == 12
+    assert not metrics(config, "validation")
+    assert run(config, 1) == [0]
+    assert [line["step"] for line in metrics(config, "validation")] == [12]
+    assert (folder(config) / "checkpoints" / "best").resolve().name == "step-00000012"

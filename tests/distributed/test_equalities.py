@@ -1,0 +1,108 @@
+"""What makes the trainer trustworthy: one loss curve, however the work is shared out, stopped and gone on with."""
+
+import pytest
+
+from tests.distributed.small_runs import losses, metrics, run, same_weights, small_config, status, stop_after
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__dropout": 0.2, "data__packing": False},
+        {"precision__dtype": "bf16"},
+    ],
+    ids=["packed", "dropout and padding", "bf16"],
+)
+def test_one_process_two_ranks_and_four_have_the_same_loss_curve(stories, tmp_path, changes):
+    curves = {}
+    for world_size in (1, 2, 4):
+        config = small_config(stories, tmp_path / str(world_size), **changes)
+        assert run(config, world_size) == [0] * world_size
+        curves[world_size] = losses(config)
+        assert len(curves[world_size]) == 12
+        assert [line["tokens"] for line in metrics(config)] == [line["tokens"] for line in metrics(config)]
+    tolerance = 2e-5 if changes.get("precision__dtype") is None else 2e-3
+    assert curves[2] == pytest.approx(curves[1], abs=tolerance)
+    assert curves[4] == pytest.approx(curves[1], abs=tolerance)
+    assert curves[1][-1] < curves[1][0] - 0.5
+
+
+def test_the_number_of_accumulation_steps_does_not_matter(stories, tmp_path):
+    curves = []
+    for micro in (8, 4, 2, 1):
+        config = small_config(stories, tmp_path / str(micro), batch__micro_batch_size=micro, data__packing=False)
+        run(config, 1)
+        curves.append(losses(config))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], abs=2e-5)
+
+
+def test_validation_is_the_same_number_on_any_number_of_ranks(stories, tmp_path):
+    found = set()
+    for world_size in (1, 2, 4):
+        # A learning rate of almost nothing: equal weights, so that only validation could differ.
+        config = small_config(
+            stories,
+            tmp_path / str(world_size),
+            optim__learning_rate=1e-30,
+            optim__weight_decay=0.0,
+            train__max_steps=1,
+            batch__micro_batch_size=1,
+        )
+        run(config, world_size)
+        [line] = metrics(config, "validation")
+        found.add((line["loss"], line["tokens"]))
+    assert len(found) == 1
+
+
+RESUMED = {
+    "one rank": (1, {}),
+    "one rank, dropout, padding": (1, {"model__dropout": 0.3, "data__packing": False}),
+    "two ranks, dropout": (2, {"model__dropout": 0.3}),
+    "four ranks": (4, {}),
+    "fp16": (1, {"precision__dtype": "fp16"}),
+    "fp16 on two ranks": (2, {"precision__dtype": "fp16"}),
+    "bf16": (1, {"precision__dtype": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_run_that_is_stopped_and_continued_is_bitwise_the_undisturbed_one(stories, tmp_path, case):
+    world_size, changes = RESUMED[case]
+    undisturbed = small_config(stories, tmp_path / "undisturbed", **changes)
+    run(undisturbed, world_size)
+    config = small_config(stories, tmp_path / "stopped", **changes)
+    for step in (3, 7):
+        codes = run(config, world_size, before=stop_after(step, rank=world_size - 1))
+        assert codes == ([75] if world_size == 1 else [0] * world_size)
+        assert status(config)["state"] == "preempted"
+        assert status(config)["reason"] == "SIGTERM"
+        # The facts of a step are exchanged while the one before it runs.
+        assert status(config)["step"] in (step, step + 1)
+    assert run(config, world_size) == [0] * world_size
+    assert losses(config) == losses(undisturbed)
+    assert losses(config, "validation") == losses(undisturbed, "validation")
+    assert [line["step"] for line in metrics(config)] == list(range(1, 13))
+    assert same_weights(config, undisturbed)
+    assert status(config)["state"] == "finished"
+
+
+def test_a_run_goes_on_with_the_same_global_batches_on_other_numbers_of_ranks(stories, tmp_path):
+    undisturbed = small_config(stories, tmp_path / "undisturbed")
+    run(undisturbed, 1)
+    config = small_config(stories, tmp_path / "wandering")
+    for world_size, step in ((1, 3), (2, 6), (4, 9)):
+        run(config, world_size, before=stop_after(step))
+    run(config, 1)
+    assert losses(config) == pytest.approx(losses(undisturbed), abs=2e-5)
+    assert [line["tokens"] for line in metrics(config)] == [line["tokens"] for line in metrics(undisturbed)]
+
+
+def test_starting_a_finished_run_again_says_so_and_changes_nothing(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path)
+    run(config, 1)
+    before = losses(config)
+    assert run(config, 2) == [0, 0]
+    assert "finished its 12 steps already" in capfd.readouterr().err
+    assert losses(config) == before
