@@ -23,6 +23,7 @@ from dist_trainer.distributed.collectives import agree, first_on_each_node, on_m
 from dist_trainer.distributed.preemption import StopRequest, signal_name
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import CheckpointError, DistTrainerError, RefusedError
+from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model, load_weights, weights_writer
 from dist_trainer.optim.optimizers import build_optimizer
@@ -30,17 +31,14 @@ from dist_trainer.parallel.registry import parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.sampling import Sample, build_sample
 from dist_trainer.starting_point import StartingPoint, find_starting_point
-from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import append_event
+from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.tracker import RunContext, build_tracker
 from dist_trainer.trainer import Trainer, TrainingResult
 
 log = logging.getLogger(__name__)
 
-EXIT_FINISHED = 0
-EXIT_CRASHED = 1
-EXIT_PREEMPTED = 75
 SAMPLE_PROMPT_TOKENS = 16
 
 
@@ -113,7 +111,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     trainer = Trainer(
         config,
         world,
-        model=parallelize(model, world, distributed=config.distributed, precision=config.precision),
+        model=parallelize(model, world, strategy=config.distributed.strategy, compile=config.precision.compile),
         optimizer=optimizer,
         train_data=loaders.train,
         validation_data=loaders.validation,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
+from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.generation import generate
 
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_P = 0.95
 
-Sample = Callable[[nn.Module], dict[str, Any]]
+Sample = Callable[[Any], dict[str, Any]]
 """Gives `prompt` and `text`."""
 
 
@@ -20,7 +19,7 @@ def build_sample(tokenizer: Any, *, prompt: str, max_new_tokens: int, seed: int)
     """What continues `prompt`, drawn from a generator of its own: training does not change by it."""
     prompt_tokens = tokenizer.encode(prompt, add_special_tokens=False)
 
-    def sample(model: nn.Module) -> dict[str, Any]:
+    def sample(model: DecoderLM) -> dict[str, Any]:
         tokens = generate(
             model,
             prompt_tokens,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
 from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
-from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum, barrier, gather_objects
@@ -117,9 +117,7 @@ class Trainer:
         self.max_steps = total_steps(config, self.sampler)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
-        self.divergence = DivergenceWatch(
-            skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device
-        )
+        self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
         self._saved_step = 0
         self._stopped = False
@@ -308,8 +306,7 @@ class Trainer:
         validation = self.config.validation
         by_steps = validation.every_steps > 0 and step % validation.every_steps == 0
         by_epochs = validation.every_epochs > 0 and (
-            self.sampler.epoch_of(step) // validation.every_epochs
-            > self.sampler.epoch_of(step - 1) // validation.every_epochs
+            self.sampler.epoch_of(step) // validation.every_epochs > self.sampler.epoch_of(step - 1) // validation.every_epochs
         )
         return by_steps or by_epochs or step == self.max_steps
 
@@ -331,9 +328,8 @@ class Trainer:
 
 def total_steps(config: TrainingConfig, sampler: GlobalOrderSampler) -> int:
     """Optimizer steps of the whole run: train.max_steps or train.epochs, whichever ends first."""
-    limits = []
-    if config.train.max_steps is not None:
-        limits.append(config.train.max_steps)
-    if config.train.epochs is not None:
-        limits.append(math.ceil(config.train.epochs * sampler.steps_per_epoch - 1e-9))
-    return max(1, min(limits))
+    max_steps, epochs = config.train.max_steps, config.train.epochs
+    if epochs is None:
+        return DEFAULT_MAX_STEPS if max_steps is None else max_steps
+    by_epochs = max(1, math.ceil(epochs * sampler.steps_per_epoch - 1e-9))
+    return by_epochs if max_steps is None else min(max_steps, by_epochs)

@@ -30,9 +30,17 @@ Export = Callable[[Snapshot, Path], None]
 class Checkpoints(Protocol):
     """What the trainer asks of them."""
 
-    def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None: ...
-    def wait(self) -> None: ...
-    def failed_for_good(self) -> bool: ...
+    def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
+        """Save what `take` gives, now or in the background."""
+        ...
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        ...
+
+    def failed_for_good(self) -> bool:
+        """Whether saving failed too often to go on."""
+        ...
 
 
 class NoCheckpoints:
@@ -218,4 +226,3 @@ def _free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
-

@@ -44,7 +44,8 @@ class DataConfig:
     """What to read and how to make rows of tokens of it."""
 
     dataset: str = "austen"
-    """`austen` (inside the package), a Hub name, or a path: text, JSONL (.gz, .xz), Parquet, a save_to_disk or Hub-layout folder."""
+    """`austen` (inside the package), a Hub name, or a path: text, JSONL (.gz, .xz), Parquet, a save_to_disk folder or a
+    folder in Hub layout."""
     dataset_config: str | None = None
     """Configuration name of a Hub data set, such as `plain_text` for squad."""
     text_column: str = "text"
@@ -58,7 +59,8 @@ class DataConfig:
     packing: bool = True
     """Join documents into full rows; false: one document a row, padded (padding carries no loss)."""
     validation_dataset: str | None = None
-    """Data set to validate on, named as data.dataset is; null: the data set's validation split, else a part of the training documents."""
+    """Data set to validate on, named as data.dataset is; null: the data set's validation split, else a part of the
+    training documents."""
     validation_fraction: float = 0.05
     """Part of the documents held out where no validation split exists; 0: no validation."""
     num_workers: int = 0
@@ -109,20 +111,16 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length of the run: it ends at whichever comes first. With neither given: 700 steps."""
+    """Length of the run: it ends at whichever of the two comes first."""
 
     max_steps: int | None = None
-    """Optimizer steps; null: as many as train.epochs asks for."""
+    """Optimizer steps; null: as many as train.epochs asks for, or 700 where that is null too."""
     epochs: float | None = None
     """Passes over the training data; null: no limit but max_steps."""
     on_non_finite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: end the run (exit code 3), or skip that update. fp16 always skips."""
     max_skipped_steps: int = 20
     """Skipped updates in a row after which the run ends all the same."""
-
-    def __post_init__(self) -> None:
-        if self.max_steps is None and self.epochs is None:
-            object.__setattr__(self, "max_steps", DEFAULT_MAX_STEPS)
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,8 @@ class CheckpointConfig:
     max_failures: int = 5
     """Saves that may fail in a row (a full disk) before the run ends."""
     resume: str = "auto"
-    """auto: go on from the run folder's newest good checkpoint; never: set an earlier run aside and begin anew; or a run or checkpoint folder."""
+    """auto: go on from the run folder's newest good checkpoint; never: set an earlier run aside and begin anew; or another
+    run's or a checkpoint's folder to begin from."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,8 @@ class TrackingConfig:
     wandb_entity: str | None = None
     """W&B team or user; null: the account's default."""
     sample_prompt: str | None = None
-    """Beginning of the sample text that is generated after each validation; null: the first words of a validation document; "": no samples."""
+    """Beginning of the sample text that is generated after each validation; null: the first words of a validation document;
+    "": no samples."""
     sample_tokens: int = 96
     """Tokens of a sample; 0: no samples."""
 

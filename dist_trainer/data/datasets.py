@@ -53,7 +53,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     if _is_meant_as_path(name) or (path.exists() and config.dataset_config is None):
         if not path.exists():
             raise DataError(f"data.dataset: {name} does not exist; give a file, a folder, a Hub name, or austen")
-        if not _is_meant_as_path(name):
+        if not _is_meant_as_path(name) and _could_be_on_the_hub(name):
             log.warning("data.dataset: %s is taken as the local path ./%s, not as a Hub data set", name, name)
         return _local_source(path, config)
     return _from_splits(name, hub_splits(name, config))
@@ -61,6 +61,10 @@ def open_source(name: str, config: DataConfig) -> Source:
 
 def _is_meant_as_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or format_suffix(Path(name)) in READERS or name.endswith(COMPRESSIONS)
+
+
+def _could_be_on_the_hub(name: str) -> bool:
+    return name.count("/") <= 1 and not Path(name).suffix
 
 
 def _local_source(path: Path, config: DataConfig) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -69,23 +70,37 @@ def create_dataloaders(
     if train_dataset is not None:
         rows = Rows(train_dataset, validation_dataset, collate_pairs)
     else:
-        chosen = tokenizer or first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
-        rows = first_on_each_node(world, lambda: _rows(config.data, chosen))
+        rows = _agreed_rows(config, world, tokenizer)
     _refuse_too_few(rows, config)
-    train_sampler = GlobalOrderSampler(
-        rows.train, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed
-    )
-    train = _loader(rows.train, train_sampler, rows.collate, config=config, world=world)
+    sampler = GlobalOrderSampler(rows.train, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed)
+    train = _loader(rows.train, sampler, rows.collate, config=config, world=world)
+    return Dataloaders(train, _validation_loader(rows, config, world))
+
+
+def create_validation_loader(config: TrainingConfig, world: World, *, tokenizer: Tokenizer | None = None) -> DataLoader:
+    """The validation loader alone, for evaluating a model. Raises DataError where the config names no such data."""
+    loader = _validation_loader(_agreed_rows(config, world, tokenizer), config, world)
+    if loader is None:
+        raise DataError("data.validation_fraction: is 0, so there is nothing to validate on; name data.validation_dataset")
+    return loader
+
+
+def _agreed_rows(config: TrainingConfig, world: World, tokenizer: Tokenizer | None) -> Rows:
+    chosen = tokenizer or first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
+    return first_on_each_node(world, lambda: _rows(config.data, chosen))
+
+
+def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader | None:
     if rows.validation is None:
-        return Dataloaders(train, None)
-    validation_sampler = ValidationSampler(
+        return None
+    sampler = ValidationSampler(
         rows.validation,
         micro_batch_size=config.batch.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
         max_blocks=config.validation.max_batches,
     )
-    return Dataloaders(train, _loader(rows.validation, validation_sampler, rows.collate, config=config, world=world))
+    return _loader(rows.validation, sampler, rows.collate, config=config, world=world)
 
 
 def _loader(
@@ -194,7 +209,7 @@ def split_by_document(store: TokenStore, fraction: float) -> tuple[Spans, Spans]
 
 def _document_spans(store: TokenStore) -> Spans:
     bounds = store.offsets.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def _num_tokens(spans: Spans) -> int:

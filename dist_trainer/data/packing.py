@@ -70,9 +70,7 @@ class PackedRows(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> Batch:
         """All rows of a micro-batch at once."""
         rows = np.full((len(indices), self.sequence_length + 1), self.padding, dtype=np.int64)
-        counts = [
-            self.stream.read_into(row, index * self.sequence_length) for row, index in zip(rows, indices, strict=True)
-        ]
+        counts = [self.stream.read_into(row, index * self.sequence_length) for row, index in zip(rows, indices, strict=True)]
         both = torch.from_numpy(rows)
         # Copies, also of a single row, whose slices would count as contiguous and share their memory.
         tokens, targets = (part.clone(memory_format=torch.contiguous_format) for part in (both[:, :-1], both[:, 1:]))

@@ -32,6 +32,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 def read_text(path: Path) -> Records:
     """One document: the whole file, under the column `text`."""
+    raw = b""
     try:
         with open_binary(path) as file:
             raw = file.read()

@@ -66,9 +66,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
 class GlobalOrderSampler(DistributedSampler):
     """This rank's rows in the global order, without end, from the global batch that `seek` named."""
 
-    def __init__(
-        self, dataset: Dataset, *, batch: BatchConfig, rank: int, world_size: int, seed: int
-    ) -> None:
+    def __init__(self, dataset: Dataset, *, batch: BatchConfig, rank: int, world_size: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.num_rows = len(dataset)  # type: ignore[arg-type]
         self.batch = batch
@@ -115,9 +113,7 @@ class GlobalOrderSampler(DistributedSampler):
 class ValidationSampler(DistributedSampler):
     """This rank's blocks of micro_batch_size rows: block b is rank b % world_size's; no row twice, none left out."""
 
-    def __init__(
-        self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_blocks: int | None
-    ) -> None:
+    def __init__(self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_blocks: int | None) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
         self.num_rows = len(dataset)  # type: ignore[arg-type]
         self.micro_batch_size = micro_batch_size

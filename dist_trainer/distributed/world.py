@@ -62,6 +62,7 @@ class World:
             return
         _initialise_process_group(place, config, device)
         control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        assert isinstance(control, dist.ProcessGroup), "every rank is a member of the group of all ranks"
         try:
             yield World(place.rank, place.local_rank, place.world_size, place.local_world_size, device, control)
         except DistTrainerError:

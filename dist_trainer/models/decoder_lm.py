@@ -97,9 +97,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KeyValueCache | None, block: int
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KeyValueCache | None, block: int) -> Tensor:
         """[B, T, D] to [B, T, D]; `cache` holds what came before x."""
         B, T, _ = x_BTD.shape
         q_BHTK = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2), cos_TK, sin_TK)
@@ -190,9 +188,7 @@ class DecoderLM(nn.Module):
         """[V, D]: the output head's matrix, which is the embedding's where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, cache: KeyValueCache | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, cache: KeyValueCache | None = None) -> Tensor:
         """Logits [B, T, V] of `tokens` [B, T]; with `targets` [B, T] the float32 sum of the token losses instead.
 
         `cache` holds keys and values of the tokens before these (one new token at a time once it is not empty).
@@ -254,9 +250,7 @@ class DecoderLM(nn.Module):
         """
         config = self.config
         head_size = config.hidden_size // config.num_attention_heads
-        attention_matrices = config.hidden_size * head_size * 2 * (
-            config.num_attention_heads + config.num_key_value_heads
-        )
+        attention_matrices = config.hidden_size * head_size * 2 * (config.num_attention_heads + config.num_key_value_heads)
         matrices = config.num_hidden_layers * (attention_matrices + 3 * config.hidden_size * config.intermediate_size)
         matrices += config.hidden_size * self.vocabulary_size
         attention = config.num_hidden_layers * 6 * config.num_attention_heads * head_size * sequence_length

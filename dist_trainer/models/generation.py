@@ -53,9 +53,7 @@ def generate(
         model.train(was_training)
 
 
-def choose(
-    logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> int:
+def choose(logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
     """One token, drawn from softmax(logits / temperature) cut to the `top_k` likeliest and to a total of `top_p`."""
     if temperature == 0:
         return int(logits_V.argmax())

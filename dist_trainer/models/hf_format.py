@@ -1,4 +1,4 @@
-"""Folders in the format of Hugging Face's LlamaForCausalLM, written and read without transformers, whose import takes seconds."""
+"""Folders in the format of Hugging Face's LlamaForCausalLM; written and read without transformers, a slow import."""
 
 from __future__ import annotations
 
@@ -88,14 +88,13 @@ def read_hf_config(folder: Path) -> HFModel:
     path = folder / CONFIG_FILE
     raw = _read_json(path)
     _refuse_what_differs(raw, path)
-    heads = raw.get("num_attention_heads")
     try:
         config = ModelConfig(
             hidden_size=raw["hidden_size"],
             intermediate_size=raw["intermediate_size"],
             num_hidden_layers=raw["num_hidden_layers"],
             num_attention_heads=raw["num_attention_heads"],
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=float(_rope(raw).get("rope_theta", raw.get("rope_theta", 10000.0))),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),

@@ -6,8 +6,8 @@ import inspect
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 IGNORED_TARGET = -100
@@ -18,9 +18,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
     `logits` are [..., V] in any floating format, `targets` [...]; the softmax is taken in float32.
     """
-    return F.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum"
-    )
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
 
 
 def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:

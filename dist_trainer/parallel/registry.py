@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.config.lookup import resolve
-from dist_trainer.config.schema import DistributedConfig, PrecisionConfig
 from dist_trainer.distributed.world import World
 from dist_trainer.parallel.ddp import ddp
 
@@ -23,15 +23,14 @@ STRATEGIES: dict[str, Callable[[nn.Module, World], nn.Module]] = {"single": sing
 
 
 def parallelize(
-    model: nn.Module, world: World, *, distributed: DistributedConfig, precision: PrecisionConfig
+    model: nn.Module, world: World, *, strategy: str = "auto", compile: bool | Literal["auto"] = "auto"
 ) -> nn.Module:
-    """`model`, compiled where `precision.compile` asks for it, then wrapped by `distributed.strategy`."""
-    if precision.compile is True or (precision.compile == "auto" and world.device.type == "cuda"):
+    """`model` as several ranks train it together: compiled first (auto: on GPUs), then wrapped by `strategy`."""
+    if compile is True or (compile == "auto" and world.device.type == "cuda"):
         compile_blocks(model)
-    name = distributed.strategy
-    if name == "auto":
-        name = "ddp" if world.world_size > 1 else "single"
-    return resolve(STRATEGIES, name, "distributed.strategy")(model, world)
+    if strategy == "auto":
+        strategy = "ddp" if world.world_size > 1 else "single"
+    return resolve(STRATEGIES, strategy, "distributed.strategy")(model, world)
 
 
 def compile_blocks(model: nn.Module) -> None:

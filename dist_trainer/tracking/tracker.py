@@ -1,6 +1,9 @@
 """Temporary stand-in."""
+
 from __future__ import annotations
+
 from typing import Any, Protocol
+
 from dist_trainer.distributed.world import World
 from dist_trainer.tracking.console_tracker import ConsoleTracker
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
@@ -14,22 +17,34 @@ class Tracker(Protocol):
 
 
 class NullTracker:
-    def log(self, line): pass
-    def sync(self): pass
-    def close(self, *, state, reason): pass
+    def log(self, line):
+        pass
+
+    def sync(self):
+        pass
+
+    def close(self, *, state, reason):
+        pass
 
 
 class Fan:
-    def __init__(self, parts): self.parts = parts
+    def __init__(self, parts):
+        self.parts = parts
+
     def log(self, line):
-        for p in self.parts: p.log(line)
+        for p in self.parts:
+            p.log(line)
+
     def sync(self):
         for p in self.parts:
             getattr(p, "sync", lambda: None)()
+
     def close(self, *, state, reason):
-        for p in self.parts: p.close(state=state, reason=reason)
+        for p in self.parts:
+            p.close(state=state, reason=reason)
 
 
 def build_tracker(world: World, context: RunContext) -> Tracker:
-    if not world.is_main: return NullTracker()
+    if not world.is_main:
+        return NullTracker()
     return Fan([JsonlTracker(context), ConsoleTracker(context)])

@@ -63,11 +63,7 @@ def loaded_by_importing(file: Path) -> set[str]:
     while waiting:
         current = waiting.pop()
         for found in imports_of_the_package():
-            if (
-                found.file == current
-                and not (found.inside_function or found.for_types_only)
-                and found.module not in loaded
-            ):
+            if found.file == current and not (found.inside_function or found.for_types_only) and found.module not in loaded:
                 loaded.add(found.module)
                 ours = REPOSITORY / (found.module.replace(".", "/") + ".py")
                 if ours.is_file():

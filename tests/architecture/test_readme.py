@@ -38,17 +38,13 @@ def product_files() -> set[str]:
 
 
 def test_the_tree_names_exactly_the_product_files() -> None:
-    named = {
-        path for path in tree() if not path.endswith("/") and not path.startswith(("docs/", "tests/", "benchmarks/"))
-    }
+    named = {path for path in tree() if not path.endswith("/") and not path.startswith(("docs/", "tests/", "benchmarks/"))}
     assert product_files() - named == set(), "these exist, but the tree in README.md does not name them"
     assert named - product_files() == set(), "the tree in README.md names these, but they do not exist"
 
 
 def test_the_tree_names_every_folder_at_the_top() -> None:
-    existing = {
-        f"{p.name}/" for p in REPOSITORY.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in LEFT_OUT
-    }
+    existing = {f"{p.name}/" for p in REPOSITORY.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in LEFT_OUT}
     assert {path for path in tree() if path.count("/") == 1 and path.endswith("/")} == existing
 
 

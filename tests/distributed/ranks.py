@@ -26,9 +26,7 @@ def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
         pipes.append(receiving)
         processes.append(process)
     try:
-        outcomes = [
-            pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else ("hung", f"rank {r} hangs") for r, pipe in enumerate(pipes)
-        ]
+        outcomes = [pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else ("hung", f"rank {r} hangs") for r, pipe in enumerate(pipes)]
     except EOFError:
         outcomes = [("died", "a rank died without a word")]
     finally:

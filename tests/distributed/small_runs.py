@@ -52,9 +52,7 @@ def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig
     )
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        config = replace(
-            config, **{section: replace(getattr(config, section), **{name: value})} if name else {key: value}
-        )
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})} if name else {key: value})
     return config
 
 

@@ -76,9 +76,7 @@ def test_several_ranks_share_the_cores_under_torchrun(stand_in: Path) -> None:
 
 
 def test_arguments_with_spaces_arrive_whole(stand_in: Path) -> None:
-    write_program(
-        stand_in / "python", f'#!/bin/bash\n[[ $1 == -m ]] || exec {sys.executable} "$@"\nprintf "<%s>" "$@"\n'
-    )
+    write_program(stand_in / "python", f'#!/bin/bash\n[[ $1 == -m ]] || exec {sys.executable} "$@"\nprintf "<%s>" "$@"\n')
     done = launch("launch/local.sh", "--data.template", "{context} and {question}", stand_in=stand_in)
     assert "<--data.template><{context} and {question}>" in done.stdout
 

@@ -97,8 +97,11 @@ def test_folders_with_splits_in_their_file_names_lose_no_file(tmp_path):
 
 
 def test_a_folder_that_declares_its_splits_in_readme(tmp_path):
-    write(tmp_path / "README.md", "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n"
-          "  - split: validation\n    path: b.jsonl\n---\n")
+    write(
+        tmp_path / "README.md",
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n"
+        "  - split: validation\n    path: b.jsonl\n---\n",
+    )
     write(tmp_path / "a.jsonl", jsonl(STORIES[:8]))
     write(tmp_path / "b.jsonl", jsonl(STORIES[8:]))
     assert texts(tmp_path, cache_dir=str(tmp_path / "cache")) == (STORIES[:8], STORIES[8:])
@@ -252,8 +255,7 @@ def test_the_loaders_carry_the_text_and_all_of_it(tmp_path):
 def test_worker_processes_change_nothing(tmp_path, packing):
     config = small(write(tmp_path / "x.jsonl", jsonl()), tmp_path, packing=packing)
     here, there = (
-        iter(create_dataloaders(replace(config, data=replace(config.data, num_workers=workers))).train)
-        for workers in (0, 2)
+        iter(create_dataloaders(replace(config, data=replace(config.data, num_workers=workers))).train) for workers in (0, 2)
     )
     for _ in range(5):
         ours, theirs = next(here), next(there)

@@ -12,9 +12,7 @@ from dist_trainer.models.generation import generate
 from dist_trainer.models.loss import cross_entropy_sum, linear_cross_entropy_sum, takes_targets
 
 VOCABULARY = 61
-SMALL = ModelConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
+SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
 
 def small(**changes) -> ModelConfig:

@@ -1,0 +1,186 @@
+"""A config is whole or refused, and refused with every reason at once."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_trainer.config.loading import config_differences, dump_config, leaf_types, load_config, validated
+from dist_trainer.config.schema import BatchConfig, ModelConfig, TrainConfig, TrainingConfig
+from dist_trainer.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(argv)
+    return str(caught.value)
+
+
+def test_without_arguments_it_is_the_default():
+    assert load_config([]) == TrainingConfig()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_published_config_loads(path):
+    assert load_config(["--config", str(path)]).run_name
+
+
+def test_default_yaml_and_the_docs_are_what_the_dataclasses_say():
+    assert load_config(["--config", str(ROOT / "configs" / "default.yaml")]) == TrainingConfig()
+    code = """
+import sys; sys.path.insert(0, "docs")
+import generate_configuration as g
+assert g.MARKDOWN.read_text() == g.markdown() and g.YAML.read_text() == g.default_yaml(), "run docs/generate_configuration.py"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=30)
+
+
+def test_every_key_has_a_sentence():
+    import docstring_parser
+
+    for section in [
+        TrainingConfig,
+        *(f.default_factory for f in dataclasses.fields(TrainingConfig) if "." not in f.name),
+    ]:
+        if not dataclasses.is_dataclass(section):
+            continue
+        said = {p.arg_name: p.description for p in docstring_parser.parse_from_object(section).params}
+        for field in dataclasses.fields(section):
+            if field.default_factory is dataclasses.MISSING:
+                assert said.get(field.name), f"{section.__name__}.{field.name}"
+
+
+def test_files_and_arguments_are_laid_over_one_another(tmp_path):
+    one = write(tmp_path / "one.yaml", "seed: 1\noptim:\n  learning_rate: 1e-4\n  betas: [0.8, 0.9]\n")
+    two = write(tmp_path / "two.yaml", "seed: 2\nmodel:\n")
+    config = load_config(["--config", one, f"--config={two}", "--optim.eps=1e-6", "--data.packing", "false"])
+    assert (config.seed, config.optim.learning_rate, config.optim.eps) == (2, 1e-4, 1e-6)
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.data.packing is False
+
+
+def test_values_keep_their_meaning():
+    config = load_config(["--run_name", "12", "--data.template", "{question}", "--precision.compile", "true"])
+    assert config.run_name == "12"
+    assert config.data.template == "{question}"
+    assert config.precision.compile is True
+    assert load_config(["--data.template", "null"]).data.template is None
+    assert load_config(["--tracking.sample_prompt", ""]).tracking.sample_prompt == ""
+
+
+def test_a_printed_config_loads_to_the_same(tmp_path, capsys):
+    words = ["--optim.learning_rate", "0.1234567890123", "--train.epochs", "2.5", "--data.template", "{a}\n{b}: #x"]
+    config = load_config(words)
+    assert config.train == TrainConfig(epochs=2.5)
+    assert load_config(["--config", write(tmp_path / "c.yaml", dump_config(config))]) == config
+    with pytest.raises(SystemExit) as stopped:
+        load_config([*words, "--print_config"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == dump_config(config)
+
+
+def test_all_problems_come_in_one_message_with_file_and_line(tmp_path):
+    path = write(tmp_path / "bad.yaml", "seed: one\nschedule:\n  warmpup_steps: 3\nmodel:\n  num_attention_heads: 7\n")
+    message = refused("--config", path, "--batch.micro_batch_size", "5", "--train.max_steps", "-1")
+    assert "5 problems" in message or "6 problems" in message
+    assert f"{path}:1: seed: 'one' is not a whole number" in message
+    assert f"{path}:3: schedule.warmpup_steps: no such key; did you mean schedule.warmup_steps?" in message
+    assert "7 heads do not divide model.hidden_size (192)" in message
+    assert "batch.global_batch_size: 16 must be a multiple of batch.micro_batch_size (5)" in message
+    assert "train.max_steps: -1 must be more than 0" in message
+
+
+REFUSED = {
+    "--seed x": "command line: seed: 'x' is not a whole number",
+    "--seed 1.5": "seed: '1.5' is not a whole number",
+    "--optim.betas [0.9]": "optim.betas: '[0.9]' is not a list of 2 numbers",
+    "--optim.betas [0.9,1.0]": "optim.betas: [0.9, 1.0] must each be 0 or more, and less than 1",
+    "--optim.learning_rate 0": "optim.learning_rate: 0.0 must be more than 0",
+    "--optim.learning_rate inf": "optim.learning_rate: 'inf' is not a number",
+    "--optim.learning_rate nan": "optim.learning_rate: 'nan' is not a number",
+    "--model.dropout 1": "model.dropout: 1.0 must be 0 or more, and less than 1",
+    "--model.num_key_value_heads 4": "model.num_key_value_heads: 4 does not divide model.num_attention_heads (6)",
+    "--model.hidden_size 18 --model.num_key_value_heads 6": "rotary positions need an even number",
+    "--precision.dtype fp8": "precision.dtype: 'fp8' is not one of auto, fp32, bf16, fp16",
+    "--precision.compile maybe": "precision.compile: 'maybe' is not true or false or one of auto",
+    "--tracking.wandb yes": "tracking.wandb: 'yes' is not one of offline, online, disabled",
+    "--data.packing maybe": "data.packing: 'maybe' is not true or false",
+    "--data.validation_fraction 1": "data.validation_fraction: 1.0 must be 0 or more",
+    "--run_name ../x": "run_name: '../x' must be a plain folder name",
+    "--run_name ..": "run_name: '..' must be a plain folder name",
+    "--checkpoint.resume nowhere": "checkpoint.resume: 'nowhere' is neither auto nor never nor a folder",
+    "--schedule.min_lr_ratio 2": "schedule.min_lr_ratio: 2.0 must be from 0 to 1",
+    "--model 3": "model: is a section; set its keys, such as model.name",
+    "--seed": "command line: seed: a value must follow",
+    "--learning_rate 1": "learning_rate: no such key; did you mean optim.learning_rate?",
+    "--zzz 1": "zzz: no such key; --help lists them all",
+    "stray": "'stray' stands alone",
+    "--seed null": "seed: 'null' is not a whole number",
+    "--distributed.timeout_minutes 0": "distributed.timeout_minutes: 0.0 must be more than 0",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_bad_argument_is_refused_by_key_value_and_remedy(words):
+    assert REFUSED[words] in refused(*words.split())
+
+
+BAD_FILES = {
+    "seed: 1\nseed: 2\n": ":2: seed stands here a second time (first on line 1)",
+    "optim:\n  eps: 1\n  eps: 2\n": ":3: optim.eps stands here a second time",
+    "- 1\n": ":1: holds no mapping",
+    "seed: [1\n": "is not YAML",
+    "a:\n\tb: 1\n": ":2: is not YAML",
+    "seed: !!python/object/apply:os.system ['touch /tmp/hostile']\n": ":1: tag:yaml.org,2002:python/object/apply:os.system",
+    "run_name: 5\n": ":1: run_name: 5 is not text (put it in quotes)",
+    "model: 3\n": ":1: model: is a section",
+}
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_file_is_refused_with_its_line(tmp_path, text):
+    path = write(tmp_path / "bad.yaml", text)
+    message = refused("--config", path)
+    assert path in message
+    assert BAD_FILES[text] in message
+
+
+def test_missing_and_empty_files(tmp_path):
+    assert "--config nowhere.yaml: cannot be read" in refused("--config", "nowhere.yaml")
+    assert load_config(["--config", write(tmp_path / "empty.yaml", "# nothing\n")]) == TrainingConfig()
+
+
+def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "(8) x ranks (3) = 24 sequences" in refused()
+
+
+def test_a_config_made_in_python_is_checked_too_and_cannot_change():
+    with pytest.raises(ConfigError, match="2 problems"):
+        validated(TrainingConfig(batch=BatchConfig(7, 2), model=ModelConfig(dropout=-1)))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainingConfig().seed = 3  # type: ignore[misc]
+
+
+def test_differences_are_named_by_key():
+    changed = load_config(["--seed", "4", "--optim.betas", "[0.9, 0.99]"])
+    assert config_differences(TrainingConfig(), changed) == [
+        ("seed", 0, 4),
+        ("optim.betas", [0.9, 0.95], [0.9, 0.99]),
+    ]
+
+
+def test_the_contract_s_keys_are_there():
+    expected = "seed run_name output_dir model.hidden_size model.init_from data.template data.cache_dir batch.micro_batch_size"
+    expected += " optim.betas schedule.min_lr_ratio train.epochs precision.compile validation.max_batches checkpoint.resume"
+    expected += " tracking.wandb_project distributed.timeout_minutes"
+    assert set(expected.split()) <= set(leaf_types())
