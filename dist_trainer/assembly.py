@@ -152,25 +152,26 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
     config, step = trainer.config, trainer.progress.step
     folder.write_config(dump_config(config))
     folder.write_status("running", step=step, max_steps=trainer.max_steps)
+    environment = describe_environment(trainer.world)
+    append_event(folder.path, "resume" if step else "start", step=step, environment=environment)
     context = RunContext(
         config=config,
         folder=folder.path,
         start_step=step,
         max_steps=trainer.max_steps,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
-        environment=describe_environment(trainer.world),
+        environment=environment,
     )
     trainer.tracker = build_tracker(trainer.world, context)
-    append_event(folder.path, "resume" if step else "start", step=step, world_size=trainer.world.world_size)
 
 
 def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: Any, reason: str | None, exit_code: int) -> None:
     """How it ended: for the trackers, the events and status.json."""
     step = trainer.progress.step
-    append_event(folder.path, state, step=step, reason=reason)
-    trainer.tracker.close(state=state, reason=reason)
     best = {"best_step": trainer.progress.best_step, "best_loss": trainer.progress.best_loss}
     folder.write_status(state, step=step, max_steps=trainer.max_steps, reason=reason, exit_code=exit_code, **best)
+    append_event(folder.path, state, step=step, reason=reason)
+    trainer.tracker.close(state=state, reason=reason)
 
 
 def model_context(config: TrainingConfig, world: World, tokenizer: Any) -> ModelContext:

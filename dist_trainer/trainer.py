@@ -244,8 +244,8 @@ class Trainer:
 
     def _log_step(self, result: StepResult) -> None:
         """The only place where a step's loss is read, and the device awaited."""
-        loss = all_reduce_sum(result.loss_sum, self.world).tolist() / max(1, result.target_tokens)
-        grad_norm = result.grad_norm.tolist()
+        loss = float(all_reduce_sum(result.loss_sum, self.world)) / max(1, result.target_tokens)
+        grad_norm = float(result.grad_norm)
         self.tracker.log(
             {
                 "kind": "train",

@@ -1,0 +1,44 @@
+"""`python -m dist_trainer.report RUN [RUN ...]`: the report of a run, or of several over one another."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_trainer.errors import ConfigError
+from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
+from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.tracking.html_report import html_report
+from dist_trainer.tracking.run_history import is_run_folder, read_run
+
+DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The whole command; its exit code."""
+    return exit_code_of(lambda: write_report(argv))
+
+
+def write_report(argv: Sequence[str] | None) -> int:
+    """Write the page and print its path."""
+    parser = argparse.ArgumentParser(prog="python -m dist_trainer.report", description=DESCRIPTION)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/default")
+    parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run's folder)")
+    arguments = parser.parse_args(argv)
+    for folder in arguments.runs:
+        if not is_run_folder(folder):
+            raise ConfigError(f"{folder} is no run's folder: it has no metrics.jsonl; give one such as runs/default")
+    output = arguments.output or arguments.runs[0] / "report.html"
+    page = html_report([read_run(folder) for folder in arguments.runs])
+    try:
+        replace_file(output, [page.encode()], durable=False)
+    except OSError as error:
+        raise ConfigError(f"--output: {output} cannot be written ({error.strerror})") from error
+    print(output)
+    return EXIT_FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
