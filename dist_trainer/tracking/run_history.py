@@ -75,7 +75,8 @@ class RunHistory:
 
     def refresh(self) -> None:
         """Read the lines appended since the last call, and the small files anew."""
-        for line, self._read_bytes in whole_lines(self.folder / METRICS_FILE, start=self._read_bytes):
+        for line, end in whole_lines(self.folder / METRICS_FILE, start=self._read_bytes):
+            self._read_bytes = end
             self._take(line)
         self.events = list(read_events(self.folder))
         self.config = self.config or _read_config(self.folder / "config.yaml")

@@ -43,7 +43,8 @@ class Follower:
 
     def catch_up(self) -> None:
         """Log the lines that have been added."""
-        for text, self._read_bytes in whole_lines(self.folder / METRICS_FILE, start=self._read_bytes):
+        for text, end in whole_lines(self.folder / METRICS_FILE, start=self._read_bytes):
+            self._read_bytes = end
             line = read_line(text)
             if line is None:
                 continue
@@ -100,7 +101,7 @@ def _as_number(value: Any) -> Any:
 def _table(line: dict[str, Any]) -> Any:
     import wandb
 
-    columns = ["step", "prompt", "text"]
+    columns: list[Any] = ["step", "prompt", "text"]
     return wandb.Table(columns=columns, data=[[line["step"], str(line.get("prompt")), str(line.get("text"))]])
 
 
@@ -108,7 +109,7 @@ def _open_run(description: dict[str, Any], identity: str, say: Say) -> tuple[Any
     """The W&B run, and whether it is online."""
     import wandb
 
-    wanted = {
+    wanted: dict[str, Any] = {
         "silent": True,
         "console": "off",
         "init_timeout": INIT_TIMEOUT_SECONDS,
