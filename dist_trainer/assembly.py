@@ -22,7 +22,7 @@ from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.preemption import StopRequest, signal_name
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import CheckpointError, DistTrainerError, RefusedError
+from dist_trainer.errors import CheckpointError, ConfigError, DistTrainerError, RefusedError
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model, load_weights, weights_writer
@@ -214,7 +214,14 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, loaders:
         dataset: Any = (loaders.validation or loaders.train).dataset
         first = dataset[0]
         tokens = first["input_ids"] if isinstance(first, dict) else first.tokens[0].tolist()
-        prompt = tokenizer.decode(tokens[:SAMPLE_PROMPT_TOKENS], skip_special_tokens=True)
+        beginning = tokens[: max(1, min(SAMPLE_PROMPT_TOKENS, config.data.sequence_length // 2))]
+        prompt = tokenizer.decode(beginning, skip_special_tokens=True)
+    length = len(tokenizer.encode(prompt, add_special_tokens=False))
+    if not 0 < length < model.max_position_embeddings:
+        raise ConfigError(
+            f"tracking.sample_prompt: {prompt!r} has {length} tokens; the model's context has {model.max_position_embeddings}, "
+            'and one must be left to generate. Give another prompt, or "" for no samples'
+        )
     return build_sample(tokenizer, prompt=prompt, max_new_tokens=tracking.sample_tokens, seed=config.seed)
 
 

@@ -1,39 +1,50 @@
-"""`TRACKERS`: where the lines of a run go. Only rank 0 has any; a sink that fails costs a warning, never the run."""
+"""Where a run's lines go: the table of sinks, and the one object that the trainer speaks to."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dist_trainer.distributed.world import World
+from dist_trainer.errors import DistTrainerError
 from dist_trainer.tracking.console_tracker import ConsoleTracker
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.report_tracker import ReportTracker
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.wandb_tracker import WandbTracker
 
+if TYPE_CHECKING:
+    from dist_trainer.distributed.world import World
+
+__all__ = ["TRACKERS", "NullTracker", "RunContext", "Tracker", "build_tracker"]
+
 log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """A sink for the lines of metrics.jsonl."""
+    """Takes a run's lines, as they stand in metrics.jsonl."""
 
     def log(self, line: dict[str, Any]) -> None:
-        """Take a line; it has a `kind` and a `step`."""
-        ...
+        """Take a line: {"kind": "train" | "validation" | "sample", "step": ..., ...}. Costs microseconds."""
 
     def sync(self) -> None:
-        """Make durable what was logged; called before a checkpoint is taken."""
-        ...
+        """Return when what was logged survives a power cut; called before a checkpoint becomes visible."""
 
     def close(self, *, state: str, reason: str | None) -> None:
-        """The run has ended: finished, preempted or failed."""
-        ...
+        """The run ends: finished, preempted or failed, and why."""
+
+
+# The first writes what the others read.
+TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
+    "jsonl": JsonlTracker,
+    "console": ConsoleTracker,
+    "wandb": WandbTracker,
+    "report": ReportTracker,
+}
 
 
 class NullTracker:
-    """For ranks, and runs, that track nothing."""
+    """Takes everything, does nothing: for ranks other than 0."""
 
     def log(self, line: dict[str, Any]) -> None:
         """Nothing."""
@@ -46,45 +57,58 @@ class NullTracker:
 
 
 class FanOut:
-    """Passes everything on to several trackers; one that fails is warned of once, and tried again with the next line."""
+    """Hands each line to every sink; what goes wrong in one costs a warning and touches neither training nor the others."""
 
-    def __init__(self, trackers: dict[str, Tracker]) -> None:
-        self._trackers = trackers
+    def __init__(self, sinks: Mapping[str, Tracker]) -> None:
+        self._sinks = dict(sinks)
         self._warned: set[str] = set()
 
     def log(self, line: dict[str, Any]) -> None:
-        """To each."""
-        self._each(lambda tracker: tracker.log(line))
+        """Hand on a line."""
+        for name, sink in self._sinks.items():
+            try:
+                sink.log(line)
+            except Exception as error:
+                self._warn(name, error)
 
     def sync(self) -> None:
-        """Of each."""
-        self._each(lambda tracker: tracker.sync())
+        """Sync every sink."""
+        for name, sink in self._sinks.items():
+            try:
+                sink.sync()
+            except Exception as error:
+                self._warn(name, error)
 
     def close(self, *, state: str, reason: str | None) -> None:
-        """Each."""
-        self._each(lambda tracker: tracker.close(state=state, reason=reason))
-
-    def _each(self, act: Callable[[Tracker], None]) -> None:
-        for name, tracker in self._trackers.items():
+        """Close every sink, once."""
+        sinks, self._sinks = self._sinks, {}
+        for name, sink in sinks.items():
             try:
-                act(tracker)
-            except Exception as error:  # a sink, be it one of the user's own, must not end a run
-                if name not in self._warned:
-                    self._warned.add(name)
-                    log.warning("tracker %s failed (%s: %s); training goes on", name, type(error).__name__, error)
+                sink.close(state=state, reason=reason)
+            except Exception as error:
+                self._warn(name, error)
 
-
-TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
-    "jsonl": JsonlTracker,  # first: the others read what it has written
-    "console": ConsoleTracker,
-    "wandb": WandbTracker,
-    "report": ReportTracker,
-}
+    def _warn(self, name: str, error: Exception) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            log.warning("tracking: %s has trouble (%s: %s); training goes on", name, type(error).__name__, error)
 
 
 def build_tracker(world: World, context: RunContext) -> Tracker:
-    """All TRACKERS on rank 0 (W&B unless tracking.wandb is disabled), none elsewhere."""
+    """Every row of TRACKERS on rank 0, but W&B where it is disabled; nothing on other ranks.
+
+    A sink that cannot begin costs a warning. Raises DistTrainerError where a sink of your own refuses the run by it.
+    """
     if not world.is_main:
         return NullTracker()
-    wanted = [name for name in TRACKERS if name != "wandb" or context.config.tracking.wandb != "disabled"]
-    return FanOut({name: TRACKERS[name](context) for name in wanted})
+    sinks: dict[str, Tracker] = {}
+    for name, build in TRACKERS.items():
+        if name == "wandb" and context.config.tracking.wandb == "disabled":
+            continue
+        try:
+            sinks[name] = build(context)
+        except DistTrainerError:
+            raise
+        except Exception as error:
+            log.warning("tracking: %s cannot begin (%s: %s); going on without it", name, type(error).__name__, error)
+    return FanOut(sinks)

@@ -192,7 +192,9 @@ def main() -> None:
     for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number_, signal.SIG_IGN)  # this process ends when training does
     say = _messenger()
-    description = json.loads(sys.stdin.buffer.raw.readline())
+    # Unbuffered: what follows the first line is read from the descriptor itself.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
+        description = json.loads(unbuffered.readline())
     folder = description["folder"]
     # Without this, tables would be kept under the user's home until they are sent.
     os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = f"{folder}/wandb"

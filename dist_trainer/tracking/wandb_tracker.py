@@ -13,6 +13,7 @@ import importlib.util
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -66,8 +67,9 @@ class WandbTracker:
         process = self._process
         if process is None or process.stdin is None:
             return
-        os.set_blocking(self._pipe, True)
-        self._tell(b"\n" + json.dumps({"state": state, "reason": reason}).encode() + b"\n")
+        # A follower that reads nothing any more must not block this either.
+        select.select([], [self._pipe], [], SECONDS_TO_FINISH)
+        self._tell(b"\n" + json.dumps({"state": state}).encode() + b"\n")
         with contextlib.suppress(OSError):
             process.stdin.close()
         try:
@@ -87,11 +89,8 @@ class WandbTracker:
             return
         try:
             os.write(self._pipe, message)
-        except BlockingIOError:
-            pass  # it has news to read already
         except OSError:
-            # The follower has gone; what it said of that is passed on by the ear.
-            self._process.poll()
+            pass  # it has news enough to read already, or it has gone, and the ear passes on why
 
 
 def _start_follower(context: RunContext) -> subprocess.Popen[bytes]:

@@ -1,0 +1,183 @@
+"""What a run's lines become: metrics.jsonl, W&B's own files, the report."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_trainer import report
+from dist_trainer.config.schema import TrackingConfig, TrainingConfig
+from dist_trainer.distributed.world import World
+from dist_trainer.tracking.events import append_event
+from dist_trainer.tracking.html_report import html_report, smoothed
+from dist_trainer.tracking.jsonl_tracker import JsonlTracker
+from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.run_history import read_run
+from dist_trainer.tracking.svg_charts import MOST_POINTS, thin, ticks
+from dist_trainer.tracking.throughput import Throughput, peak_flops
+from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
+
+
+def context(folder: Path, *, start_step: int = 0, wandb: str = "disabled") -> RunContext:
+    config = TrainingConfig(tracking=TrackingConfig(wandb=wandb))  # type: ignore[arg-type]
+    return RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment={"host": "<b>"})
+
+
+def train_line(step: int, loss: float = 3.0) -> dict:
+    numbers = {"lr": 0.1 + 0.2, "grad_norm": 1.0, "tokens": step * 10, "tokens_per_second": 5.0, "mfu": None}
+    timing = {"step_seconds": 0.5, "data_seconds": 0.1, "peak_memory_bytes": 1 << 20, "time": 1e9 + step, "epoch": 0.5}
+    return {"kind": "train", "step": step, "loss": loss, **numbers, **timing, "skipped": False}
+
+
+def validation_line(step: int, loss: float = 2.0) -> dict:
+    facts = {"perplexity": math.exp(loss), "tokens": 7, "seconds": 0.25, "best": True, "time": 1e9 + step}
+    return {"kind": "validation", "step": step, "loss": loss, **facts}
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_read_back_exactly_and_are_valid_json_even_when_not_finite(tmp_path):
+    tracker = JsonlTracker(context(tmp_path))
+    tracker.log(train_line(1, 0.1 + 0.2))
+    tracker.log(train_line(2, math.nan))
+    tracker.close(state="finished", reason=None)
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["loss"] == 0.1 + 0.2
+    assert second["loss"] is None
+
+
+def test_on_resume_lines_past_the_checkpoint_and_a_torn_one_are_dropped(tmp_path):
+    tracker = JsonlTracker(context(tmp_path))
+    for step in range(1, 8):
+        tracker.log(train_line(step))
+    tracker.close(state="failed", reason=None)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    tracker = JsonlTracker(context(tmp_path, start_step=4))
+    tracker.log(train_line(5))
+    tracker.close(state="finished", reason=None)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, caplog):
+    class Broken(NullTracker):
+        def log(self, line):
+            raise RuntimeError("no")
+
+    trackers = FanOut({"broken": Broken(), "jsonl": JsonlTracker(context(tmp_path))})
+    logging.getLogger("dist_trainer").propagate = True
+    with caplog.at_level(logging.WARNING):
+        trackers.log(train_line(1))
+        trackers.log(train_line(2))
+    trackers.close(state="finished", reason=None)
+    assert steps_of(tmp_path) == [1, 2]
+    assert [record.message for record in caplog.records] == ["tracker broken failed (RuntimeError: no); training goes on"]
+
+
+def test_only_the_main_rank_tracks(tmp_path):
+    assert isinstance(build_tracker(World(rank=1, world_size=2), context(tmp_path)), NullTracker)
+    assert list(tmp_path.iterdir()) == []
+    assert next(iter(TRACKERS)) == "jsonl"
+
+
+def offline_steps(folder: Path) -> list[int]:
+    """Steps of the history in all W&B files of a run, read back by wandb's own tool."""
+    found = []
+    for log in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        for line in done.stdout.splitlines():
+            record = json.loads(line)
+            text = json.dumps(record)
+            if record.get("type") == "history" and "train/loss" in text:
+                found.append(int(json.loads(str(record["history"]["item"]["step"]))))
+    return found
+
+
+@pytest.mark.timeout(200)
+def test_offline_wandb_files_have_each_step_once_also_after_a_restart(tmp_path):
+    for start, stop in ((0, 3), (2, 5)):
+        run = context(tmp_path, start_step=start, wandb="offline")
+        trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", "wandb")})
+        for step in range(start + 1, stop + 1):
+            trackers.log(train_line(step))
+        trackers.log(validation_line(stop))
+        trackers.close(state="preempted", reason="SIGTERM")
+    assert (tmp_path / "wandb" / "run_id").is_file()
+    assert offline_steps(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def write_run(folder: Path) -> None:
+    folder.mkdir()
+    lines = [train_line(step, 5 - step / 10) for step in range(1, 21)] + [validation_line(20)]
+    lines.append({"kind": "sample", "step": 20, "prompt": "<script>", "text": "alert(1)</script>"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
+    append_event(folder, "start", step=0, environment={"host": "<b>"})
+    append_event(folder, "resume", step=7)
+
+
+def test_the_report_is_one_page_without_network_and_escapes_everything(tmp_path):
+    write_run(tmp_path / "a&b")
+    page = html_report([read_run(tmp_path / "a&b")])
+    assert "<b>" not in page.replace("<b>2.0000", "").replace("<div><b>", "") or "&lt;b&gt;" in page
+    assert "&lt;script&gt;" in page
+    assert "alert(1)&lt;/script&gt;" in page
+    assert "http" not in page
+    assert "a&amp;b: resume at step 7" in page
+    assert page.count("<figure") == 6
+    assert len(page) < 70_000
+
+
+def test_the_report_command_lays_several_runs_over_one_another(tmp_path, capsys):
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+    assert report.main([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "both.html")]) == 0
+    assert "two validation" in (tmp_path / "both.html").read_text()
+    assert report.main([str(tmp_path / "nowhere")]) == 2
+    assert "no run's folder" in capsys.readouterr().err
+
+
+def test_long_lines_are_thinned_without_losing_a_spike():
+    y = [0.0] * 100_000
+    y[54_321] = 9.0
+    x, thinned = thin(range(100_000), y)
+    assert len(x) <= MOST_POINTS + 4
+    assert max(thinned) == 9.0
+    assert x == sorted(x)
+
+
+def test_ticks_are_round_numbers_inside():
+    assert ticks(0, 10) == pytest.approx([0, 2, 4, 6, 8, 10])
+    assert ticks(6.1, 8.3) == pytest.approx([6.5, 7, 7.5, 8])
+
+
+def test_smoothing_is_unbiased_at_the_start_and_passes_over_gaps():
+    assert smoothed([5.0, 5.0, math.nan, 5.0]) == pytest.approx([5.0] * 4)
+
+
+def test_throughput_leaves_out_what_is_paused():
+    now = [0.0]
+    throughput = Throughput(World.single(), dtype="fp32", clock=lambda: now[0])
+    throughput.start(step=10, tokens=1000)
+    now[0] = 4.0
+    with throughput.paused():
+        now[0] = 100.0
+    measured = throughput.measure(step=12, tokens=1800)
+    assert measured["tokens_per_second"] == 200
+    assert measured["step_seconds"] == 2
+    assert measured["mfu"] is None
+
+
+def test_peaks_are_known_by_name_and_unknown_otherwise():
+    assert peak_flops("NVIDIA H200", "bf16") == 989.4e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp16") == 312e12
+    assert peak_flops("Tesla T4", "bf16") is None
+    assert peak_flops("some other device", "bf16") is None
+    assert peak_flops("NVIDIA H200", "fp32") is None
