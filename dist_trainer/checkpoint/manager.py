@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from safetensors import SafetensorError
 
 from dist_trainer.checkpoint.state import Snapshot, read_training_state, write_training_state
 from dist_trainer.checkpoint.storage import discard, point, publish, sweep, verify
@@ -105,13 +108,12 @@ class CheckpointManager:
                 return
             self._publish(snapshot, is_best)
             self._failures_in_a_row = 0
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             self._failures_in_a_row += 1
-            name = errno.errorcode.get(error.errno or 0, "no errno")
             log.warning(
-                "step %d: the checkpoint could not be saved (%s: %s; failure %d in a row); training goes on, "
+                "step %d: the checkpoint could not be saved (%s; failure %d in a row); training goes on, "
                 "older checkpoints are untouched, the next save tries again",
-                *(step, name, error.strerror or error, self._failures_in_a_row),
+                *(step, _reason(error), self._failures_in_a_row),
             )
         except BaseException as error:
             self._crash = error
@@ -135,6 +137,15 @@ class CheckpointManager:
         for folder in step_folders(self.folder)[max(1, self.keep_last) :]:
             if folder.resolve() != best:
                 discard(folder)
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    """`ENOSPC: No space left on device`; safetensors tells the number in its text."""
+    told = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number is None:
+        return str(error)
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
 
 
 def step_folders(folder: Path) -> list[Path]:

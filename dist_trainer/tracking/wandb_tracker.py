@@ -87,10 +87,9 @@ class WandbTracker:
     def _tell(self, message: bytes) -> None:
         if self._process is None:
             return
-        try:
+        # Where this fails it has news enough to read already, or it has gone, and the ear passes on why.
+        with contextlib.suppress(OSError):
             os.write(self._pipe, message)
-        except OSError:
-            pass  # it has news enough to read already, or it has gone, and the ear passes on why
 
 
 def _start_follower(context: RunContext) -> subprocess.Popen[bytes]:

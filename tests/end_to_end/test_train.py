@@ -79,12 +79,12 @@ def test_a_run_that_got_sigterm_exits_75_and_the_same_command_goes_on(finished, 
     folder, _ = finished
     # Slowly, so that the signal comes in the middle: it is sent when the third step has been logged.
     words = [sys.executable, "-m", "dist_trainer.train", *SMALL, "--output_dir", str(tmp_path)]
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "debug" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as process:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
     assert process.returncode == 75
     assert status(tmp_path / "debug")["state"] == "preempted"
     assert status(tmp_path / "debug")["step"] < 20

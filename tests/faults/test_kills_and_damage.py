@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -37,13 +38,23 @@ def logged(folder) -> int:
     return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
 
 
+def is_saving(folder) -> bool:
+    return any(folder.glob("checkpoints/.staging-step-*"))
+
+
 def has_logged(folder, steps: int) -> bool:
     return logged(folder) >= steps
 
 
-def start(output) -> subprocess.Popen:
-    words = [sys.executable, "-m", "dist_trainer.train", *SMALL, *OFTEN, "--output_dir", str(output)]
-    return subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+@contextmanager
+def started(output, *more):
+    """The command, running; killed at the end where it still does."""
+    words = [sys.executable, "-m", "dist_trainer.train", *SMALL, *OFTEN, "--output_dir", str(output), *more]
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def kill_when(process: subprocess.Popen, happened) -> bool:
@@ -60,12 +71,11 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(un
     folder = tmp_path / "debug"
     rng = random.Random(5)
     for number in range(4):
-        process = start(tmp_path)
-        if number % 2:
-            # Inside the write of a checkpoint: as soon as a staging folder is there.
-            killed = kill_when(process, lambda: any(folder.glob("checkpoints/.staging-step-*")))
-        else:
-            killed = kill_when(process, partial(has_logged, folder, logged(folder) + rng.randint(2, 5)))
+        # Every second time inside the write of a checkpoint: as soon as a staging folder is there.
+        in_a_save = partial(is_saving, folder)
+        after_steps = partial(has_logged, folder, logged(folder) + rng.randint(2, 5))
+        with started(tmp_path) as process:
+            killed = kill_when(process, in_a_save if number % 2 else after_steps)
         assert killed or status(folder)["state"] == "finished"
         saved = sorted(folder.glob("checkpoints/step-*"))
         done = max((line["step"] for line in lines(folder)), default=0) if saved else 0
@@ -76,9 +86,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(un
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_run_goes_one_back(undisturbed, tmp_path):
-    process = start(tmp_path)
     folder = tmp_path / "debug"
-    assert kill_when(process, lambda: (folder / "checkpoints" / "step-00000009").exists())
+    with started(tmp_path) as process:
+        assert kill_when(process, lambda: (folder / "checkpoints" / "step-00000009").exists())
     newest = sorted(folder.glob("checkpoints/step-*"))[-1]
     weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -91,9 +101,9 @@ def test_a_damaged_checkpoint_is_noticed_and_the_run_goes_one_back(undisturbed, 
 
 
 def test_with_no_checkpoint_intact_the_run_refuses_and_never_starts_over(tmp_path):
-    process = start(tmp_path)
     folder = tmp_path / "debug"
-    assert kill_when(process, lambda: (folder / "checkpoints" / "step-00000006").exists())
+    with started(tmp_path) as process:
+        assert kill_when(process, lambda: (folder / "checkpoints" / "step-00000006").exists())
     for weights in folder.glob("checkpoints/step-*/model.safetensors"):
         weights.write_bytes(b"")
     before = (folder / "metrics.jsonl").read_bytes()
@@ -125,26 +135,28 @@ sys.exit(main(sys.argv[1:]))
 
 
 def test_a_second_job_on_the_folder_is_refused_by_naming_the_first(tmp_path):
-    process = start(tmp_path)
     folder = tmp_path / "debug"
-    while not (folder / "metrics.jsonl").exists():
+    with started(tmp_path, "--train.max_steps", "4000") as process:
+        while not (folder / "metrics.jsonl").exists():
+            assert process.poll() is None
+        second = command(*SMALL, *OFTEN, "--output_dir", tmp_path)
+        assert second.returncode == 2
+        assert f"pid {process.pid}" in second.stderr
         assert process.poll() is None
-    second = command(*SMALL, *OFTEN, "--output_dir", tmp_path)
-    assert second.returncode == 2
-    assert f"pid {process.pid}" in second.stderr
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert status(folder)["state"] == "finished"
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert process.returncode == 75
+    assert status(folder)["state"] == "preempted"
 
 
 def test_a_second_signal_does_no_harm(undisturbed, tmp_path):
-    process = start(tmp_path)
     folder = tmp_path / "debug"
-    while not (folder / "metrics.jsonl").exists():
-        assert process.poll() is None
-    process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with started(tmp_path) as process:
+        while not (folder / "metrics.jsonl").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
     assert process.returncode == 75
     assert status(folder)["state"] == "preempted"
     assert command(*SMALL, *OFTEN, "--output_dir", tmp_path).returncode == 0
