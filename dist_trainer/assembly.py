@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
+from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints, step_folders
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Snapshot, restore_optimizer
 from dist_trainer.config.loading import as_dict, dump_config
@@ -20,9 +20,9 @@ from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
-from dist_trainer.distributed.preemption import StopRequest, signal_name
+from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import CheckpointError, ConfigError, DistTrainerError, RefusedError
+from dist_trainer.errors import CheckpointError, ConfigError, DistTrainerError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model, load_weights, weights_writer
@@ -44,26 +44,47 @@ SAMPLE_PROMPT_TOKENS = 16
 
 def run(config: TrainingConfig) -> int:
     """A whole run; its exit code. Raises DistTrainerError, the same one on every rank."""
-    with World.join(config.distributed) as world:
+    with World.join(config.distributed) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
-        path = Path(config.output_dir) / config.run_name
         with open_run_folder(config, world) as folder:
-            start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
-            check_visible_everywhere(start, world)
-            configure_logging(path / "logs", rank=world.rank)
-            trainer = assemble(config, world, folder, start)
+            try:
+                trainer = prepare(config, world, folder)
+            except StoppedError as stopped:
+                return leave_before_the_first_step(config, world, folder, stopped)
             if trainer.has_finished:
                 log.info(
                     "%s has finished its %d steps already; raise --train.max_steps to go on, or choose another --run_name",
-                    *(path, trainer.progress.step),
+                    *(Path(config.output_dir) / config.run_name, trainer.progress.step),
                 )
                 return EXIT_FINISHED
             result = train(trainer, folder)
-        if result.state == "preempted" and world.world_size == 1:
-            return EXIT_PREEMPTED
-        # As one of several ranks: launchers take anything but 0 for a crash; status.json tells the story.
-        return EXIT_FINISHED
+        return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
+
+
+def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> Trainer:
+    """Find where to begin, and build all parts of the run."""
+    start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
+    check_visible_everywhere(start, world)
+    configure_logging(Path(config.output_dir) / config.run_name / "logs", rank=world.rank)
+    return assemble(config, world, folder, start)
+
+
+def leave_before_the_first_step(config: TrainingConfig, world: World, folder: RunFolder | None, stopped: StoppedError) -> int:
+    """A signal came while data were prepared: nothing is lost, and the run's folder says so."""
+    log.warning("%s", stopped)
+    if folder is not None:
+        saved = step_folders(folder.checkpoints)
+        step = int(saved[0].name.removeprefix("step-")) if saved else 0
+        reason = signal_name(stopped.signal_number)
+        code = exit_code_when_preempted(world)
+        folder.write_status("preempted", step=step, max_steps=config.train.max_steps, reason=reason, exit_code=code)
+    return exit_code_when_preempted(world)
+
+
+def exit_code_when_preempted(world: World) -> int:
+    """75; as one of several ranks 0: launchers take anything else for a crash, and status.json tells the story."""
+    return EXIT_PREEMPTED if world.world_size == 1 else EXIT_FINISHED
 
 
 @contextmanager
@@ -94,7 +115,8 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
             "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
         )
 
-    model = build_model(config.model, model_context(config, world, tokenizer))
+    model = agree(world, lambda: build_model(config.model, model_context(config, world, tokenizer)))
+    assert model is not None, "every rank builds one"
     optimizer = build_optimizer(config.optim, model)
     precision = build_precision(config.precision, world.device)
     if start.checkpoint is not None:
@@ -118,7 +140,6 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         precision=precision,
         checkpoints=checkpoints,
         sample=sample,
-        stop_request=StopRequest(),
         flops_per_token=flops_per_token(model, config),
         facts=facts,
     )
@@ -141,7 +162,7 @@ def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
     if result.state == "finished":
         end_run_folder(trainer, folder, state="finished", reason=None, exit_code=EXIT_FINISHED)
     else:
-        code = EXIT_PREEMPTED if trainer.world.world_size == 1 else EXIT_FINISHED
+        code = exit_code_when_preempted(trainer.world)
         reason = signal_name(result.signal_number)
         end_run_folder(trainer, folder, state="preempted", reason=reason, exit_code=code)
     return result

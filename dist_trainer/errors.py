@@ -6,10 +6,13 @@
     │   ├── DataError          a data set, a file in it, a tokenizer
     │   └── CheckpointError    a run folder or a checkpoint in it
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
-    └── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
+    ├── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
+    └── StoppedError           exit code 75: a signal came before the first step; the same command begins again
 
 Each message names the key or the path, the value, and the remedy; commands print it without a traceback.
 """
+
+from __future__ import annotations
 
 
 class DistTrainerError(Exception):
@@ -44,3 +47,17 @@ class TrainingDivergedError(DistTrainerError):
 
 class SavingFailedError(DistTrainerError):
     """Checkpoints could not be saved, several times in a row."""
+
+
+class StoppedError(DistTrainerError):
+    """A signal asked to stop before training began: there is nothing to save."""
+
+    exit_code = 75
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number} before the first step; the same command begins again")
+        self.signal_number = signal_number
+
+    def __reduce__(self) -> tuple[type[StoppedError], tuple[int]]:
+        """Travels between ranks by its number."""
+        return StoppedError, (self.signal_number,)

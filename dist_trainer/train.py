@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_trainer.config.loading import load_config
+from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.exit_codes import exit_code_of
 
 
@@ -13,10 +14,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
 
     def act() -> int:
-        config = load_config(argv)
-        # Only now torch: --help and config errors answer at once.
-        from dist_trainer.assembly import run
-
+        with StopRequest().listen() as stop_request, stop_request.breaking_off():
+            config = load_config(argv)
+            # Only now torch: --help and config errors answer at once.
+            from dist_trainer.assembly import run
         return run(config)
 
     return exit_code_of(act)

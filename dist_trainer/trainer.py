@@ -21,15 +21,14 @@ from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
-from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum, barrier, gather_objects
-from dist_trainer.distributed.preemption import StopRequest
+from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, barrier, gather_objects
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
-from dist_trainer.errors import SavingFailedError
+from dist_trainer.errors import SavingFailedError, StoppedError
 from dist_trainer.evaluation import LossFunction, evaluate
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.schedules import build_schedule
-from dist_trainer.parallel.registry import gradient_sync, unwrap
+from dist_trainer.parallel.registry import gradient_sync, is_compiled, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample
 from dist_trainer.tracking.throughput import Throughput
@@ -87,7 +86,6 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         tracker: Tracker | None = None,
         sample: Sample | None = None,
-        stop_request: StopRequest | None = None,
         flops_per_token: float | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
@@ -107,7 +105,6 @@ class Trainer:
         self.checkpoints = checkpoints or NoCheckpoints()
         self.tracker = tracker or NullTracker()
         self.sample = sample
-        self.stop_request = stop_request or StopRequest()
         self.facts = facts or {}
         self.progress = Progress()
 
@@ -132,8 +129,11 @@ class Trainer:
         self._saved_step = self.progress.step
         self.sampler.seek(self.progress.step)
         batches = iter(self.train_data)
-        self._match_bucket_order()
-        with self.stop_request.listen():
+        with self.world.stop_request.listen():
+            try:
+                self._warm_up()
+            except StoppedError as stopped:
+                return TrainingResult("preempted", self.progress, stopped.signal_number)
             self._make_up_for_validation()
             self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
             upcoming = self._fetch(batches)
@@ -158,7 +158,7 @@ class Trainer:
         self.checkpoints.wait()
         barrier(self.world)
         if self._stopped:
-            signals = gather_objects(self.stop_request.signal_number, self.world)
+            signals = gather_objects(self.world.stop_request.signal_number, self.world)
             return TrainingResult("preempted", self.progress, max(signals))
         return TrainingResult("finished", self.progress)
 
@@ -212,22 +212,28 @@ class Trainer:
             fetched = [next(batches) for _ in range(self.accumulation_steps)]
             target_tokens = sum(batch.num_targets() for batch in fetched)
             on_device = [batch.to(self.world.device) for batch in fetched]
-        facts = [target_tokens, int(bool(self.stop_request)), int(self.checkpoints.failed_for_good())]
+        facts = [target_tokens, int(bool(self.world.stop_request)), int(self.checkpoints.failed_for_good())]
         return StepInput(on_device, PendingSum(facts, self.world))
 
-    def _match_bucket_order(self) -> None:
-        """Give DDP its final gradient buckets before the first step, as a run that never stopped has them.
+    def _warm_up(self) -> None:
+        """Compile where a signal can break it off, and bring DDP into the state it has in a run that never stopped.
 
-        DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two ranks
-        that changes the order of summation, hence the last bits, of just the first step after a resume.
+        Raises StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with
+        more than two ranks that changes the order of summation, hence the last bits, of just the first step after a resume.
         """
-        if self.world.world_size <= 2:
-            return
+        if is_compiled(self.config.precision.compile, self.world):
+            agree(self.world, lambda: self._rehearse(exchange=False))
+        if self.world.world_size > 2:
+            self._rehearse(exchange=True)
+
+    def _rehearse(self, *, exchange: bool) -> None:
+        """One micro-batch forward and backward that changes nothing."""
         batch = next(iter(self.train_data)).to(self.world.device)
         self._seed_dropout(0, block=0)
-        with self.precision.autocast():
-            loss = self.loss_function(self.model, batch)
-        (loss * 0.0).backward()
+        with gradient_sync(self.model, enabled=exchange):
+            with self.precision.autocast():
+                loss = self.loss_function(self.model, batch)
+            (loss * 0.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     # --------------------------------------------------------------------------------------- between the steps
@@ -275,7 +281,7 @@ class Trainer:
             world=self.world,
             precision=self.precision,
             loss_function=self.loss_function,
-            interrupted=lambda: bool(self.stop_request),
+            interrupted=lambda: bool(self.world.stop_request),
         )
         if result is None:
             self._stopped = True

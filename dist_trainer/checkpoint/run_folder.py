@@ -76,7 +76,7 @@ class RunFolder:
         """Keep the resolved config."""
         write_atomically(self.path / CONFIG_FILE, text)
 
-    def write_status(self, state: State, *, step: int, max_steps: int, **facts: Any) -> None:
+    def write_status(self, state: State, *, step: int, max_steps: int | None, **facts: Any) -> None:
         """How the run stands, for people, scripts and schedulers; never stops a run where the disk is full."""
         status = {"state": state, "step": step, "max_steps": max_steps, **facts, "time": time.time()}
         try:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import DistTrainerError
+from dist_trainer.errors import DistTrainerError, StoppedError
 
 T = TypeVar("T")
 
@@ -70,16 +70,20 @@ def barrier(world: World) -> None:
 def agree(world: World, act: Callable[[], T], *, acts: bool = True) -> T | None:
     """Run `act` on the ranks where `acts` holds; an error that one of them meets is raised on all of them.
 
-    The result is None on the others. Only DistTrainerErrors are shared; anything else is a crash of its rank.
+    The result is None on the others. A stop signal breaks `act` off, and ends in a StoppedError on all ranks. Only
+    DistTrainerErrors are shared; anything else is a crash of its rank.
     """
     result: T | None = None
     error: DistTrainerError | None = None
     if acts:
         try:
-            result = act()
+            with world.stop_request.breaking_off():
+                result = act()
         except DistTrainerError as raised:
             error = raised
     barrier(world)
+    if error is None and world.stop_request and world.control is not None:
+        error = StoppedError(world.stop_request.signal_number)
     for shared in gather_objects(error, world):
         if shared is not None:
             raise shared
@@ -97,7 +101,7 @@ def first_on_each_node(world: World, prepare: Callable[[], T]) -> T:
     An error on any rank is raised on all of them.
     """
     if world.control is None:
-        return prepare()
+        return agree(world, prepare)  # type: ignore[return-value]
     leads = world.local_rank == 0
     first = agree(world, prepare, acts=leads)
     later = agree(world, prepare, acts=not leads)

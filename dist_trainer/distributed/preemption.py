@@ -1,7 +1,8 @@
 """Signals that ask a run to stop: SIGTERM, SIGUSR1, SIGINT.
 
-The handler only sets a flag, which the trainer shares over all ranks once a step: all stop at the same step. A second
-signal changes nothing; a third one ends the process at once.
+The handler only sets a flag, which the trainer shares over all ranks once a step: all stop at the same step. In the long
+preparations before the first step, where nothing can be lost, it raises StoppedError instead. A second signal changes
+nothing; a third one ends the process at once.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from dist_trainer.errors import StoppedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = 3
@@ -24,6 +27,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number = 0
         self._count = 0
+        self._listening = False
+        self._breaks_off = False
 
     def __bool__(self) -> bool:
         return self.signal_number != 0
@@ -31,21 +36,47 @@ class StopRequest:
     @contextmanager
     def listen(self) -> Iterator[StopRequest]:
         """Take the stop signals while the context lasts (in the main thread, where Python delivers them)."""
-        if threading.current_thread() is not threading.main_thread():
+        if self._listening or threading.current_thread() is not threading.main_thread():
             yield self
             return
+        self._listening = True
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
+            self._listening = False
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """Raise StoppedError as soon as a signal has come, in the midst of what is done here if need be.
+
+        For work of one rank alone: a rank that breaks off a collective would leave the others waiting.
+        """
+        if self:
+            raise StoppedError(self.signal_number)
+        self._breaks_off = True
+        try:
+            yield
+        except Exception as error:
+            # A library may have wrapped or replaced what the handler raised within it.
+            if self and not isinstance(error, StoppedError):
+                raise StoppedError(self.signal_number) from error
+            raise
+        finally:
+            self._breaks_off = False
+        if self:
+            raise StoppedError(self.signal_number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
         if self._count >= PATIENCE:
             os._exit(128 + number)
+        first = not self
         self.signal_number = number
+        if first and self._breaks_off:
+            raise StoppedError(number)
 
 
 def signal_name(number: int) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.errors import ConfigError, DistTrainerError
 
 CONTROL_TIMEOUT = timedelta(days=7)
@@ -35,6 +36,8 @@ class World:
     """What this rank computes on."""
     control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     """Group for small facts in host memory, by gloo; None for a single process."""
+    stop_request: StopRequest = field(default_factory=StopRequest, repr=False, compare=False)
+    """Whether a signal asked this rank to stop."""
 
     @property
     def is_main(self) -> bool:

@@ -26,11 +26,16 @@ def parallelize(
     model: nn.Module, world: World, *, strategy: str = "auto", compile: bool | Literal["auto"] = "auto"
 ) -> nn.Module:
     """`model` as several ranks train it together: compiled first (auto: on GPUs), then wrapped by `strategy`."""
-    if compile is True or (compile == "auto" and world.device.type == "cuda"):
+    if is_compiled(compile, world):
         compile_blocks(model)
     if strategy == "auto":
         strategy = "ddp" if world.world_size > 1 else "single"
     return resolve(STRATEGIES, strategy, "distributed.strategy")(model, world)
+
+
+def is_compiled(compile: bool | Literal["auto"], world: World) -> bool:
+    """What precision.compile means here: `auto` compiles on GPUs."""
+    return compile is True or (compile == "auto" and world.device.type == "cuda")
 
 
 def compile_blocks(model: nn.Module) -> None:

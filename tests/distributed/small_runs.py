@@ -109,7 +109,7 @@ def stop_after(step: int, *, rank: int = 0) -> Callable[[Trainer], None]:
         def step_then_ask(*arguments: Any) -> Any:
             result = train_step(*arguments)
             if trainer.progress.step == step and trainer.world.rank == rank:
-                trainer.stop_request.signal_number = 15
+                trainer.world.stop_request.signal_number = 15
             return result
 
         trainer.train_step = step_then_ask

@@ -139,7 +139,7 @@ def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path)
                 for batch in validation:
                     yield batch
                     if trainer.world.rank == 1:
-                        trainer.stop_request.signal_number = 10
+                        trainer.world.stop_request.signal_number = 10
 
         trainer.validation_data = Interrupting()
 

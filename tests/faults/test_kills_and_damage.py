@@ -177,3 +177,18 @@ def test_nothing_in_a_checkpoint_needs_unpickling(undisturbed):
             json.loads(path.read_text())
         else:
             assert path.suffix == ".safetensors"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_while_data_are_prepared_breaks_it_off(tmp_path, number):
+    text, cache, output = tmp_path / "text.jsonl", tmp_path / "cache", tmp_path / "runs"
+    line = json.dumps({"text": "It is a truth universally acknowledged, that a single man must want a wife. " * 40})
+    text.write_text((line + "\n") * 15_000)
+    with started(output, "--data.dataset", str(text), "--data.cache_dir", str(cache)) as process:
+        while not any(path.is_file() for path in cache.rglob("*")):
+            assert process.poll() is None
+        process.send_signal(number)
+        process.wait(10)
+    assert process.returncode == 75
+    assert status(output / "debug")["state"] == "preempted"
+    assert status(output / "debug")["reason"] == number.name

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from dist_trainer.distributed.preemption import STOP_SIGNALS, StopRequest, signal_name
+from dist_trainer.errors import StoppedError
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -43,3 +44,34 @@ print("still here")
 def test_signals_have_names():
     assert signal_name(15) == "SIGTERM"
     assert signal_name(0) == "signal 0"
+
+
+def test_long_preparations_are_broken_off():
+    went_on = False
+
+    def work():
+        nonlocal went_on
+        os.kill(os.getpid(), signal.SIGUSR1)
+        went_on = True
+
+    with StopRequest().listen() as stop, pytest.raises(StoppedError), stop.breaking_off():
+        work()
+    assert not went_on
+
+
+def test_a_library_that_replaces_the_error_does_not_hide_the_signal():
+    def library():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        except StoppedError as error:
+            raise ValueError("something is wrong") from error
+
+    with StopRequest().listen() as stop, pytest.raises(StoppedError), stop.breaking_off():
+        library()
+
+
+def test_a_signal_that_came_before_is_seen_at_the_next_preparation():
+    with StopRequest().listen() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedError), stop.breaking_off():
+            raise AssertionError("not begun")
