@@ -77,7 +77,9 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, c
         trackers.log(train_line(2))
     trackers.close(state="finished", reason=None)
     assert steps_of(tmp_path) == [1, 2]
-    assert [record.message for record in caplog.records] == ["tracker broken failed (RuntimeError: no); training goes on"]
+    assert [record.message for record in caplog.records] == [
+        "tracking: broken has trouble (RuntimeError: no); training goes on"
+    ]
 
 
 def test_only_the_main_rank_tracks(tmp_path):
