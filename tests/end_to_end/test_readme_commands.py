@@ -64,7 +64,7 @@ def cheap(command: str, folder: Path) -> list[str]:
 
 
 def run(words: list[str]) -> str:
-    not_from_make = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    not_from_make = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
     done = subprocess.run(
         words,
         cwd=REPOSITORY,
