@@ -110,9 +110,12 @@ def _data(data: DataConfig) -> Iterator[str]:
 
 def _batch(batch: BatchConfig, world_size: int | None) -> Iterator[str]:
     ranks = world_size or 1
-    if batch.global_batch_size <= 0 or batch.micro_batch_size <= 0:
+    if batch.global_batch_size <= 0:
         return
-    if batch.global_batch_size % (batch.micro_batch_size * ranks):
+    if batch.micro_batch_size is None:
+        if batch.global_batch_size % ranks:
+            yield f"batch.global_batch_size: {batch.global_batch_size} must be a multiple of the number of ranks ({ranks})"
+    elif batch.micro_batch_size > 0 and batch.global_batch_size % (batch.micro_batch_size * ranks):
         together = f"batch.micro_batch_size ({batch.micro_batch_size})"
         if world_size is not None:
             product = batch.micro_batch_size * ranks

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-DEFAULT_MAX_STEPS = 700
+DEFAULT_MAX_STEPS = 350
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class BatchConfig:
 
     global_batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int = 8
-    """Sequences per forward pass of one rank; global_batch_size is a multiple of this times the number of ranks."""
+    micro_batch_size: int | None = None
+    """Sequences per forward pass of one rank; global_batch_size is a multiple of this times the number of ranks. null: a
+    rank's whole share of the global batch, with no accumulation."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class OptimConfig:
 
     name: str = "adamw"
     """Row of the OPTIMIZERS table, or "package.module:function"."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the running mean of the gradient and of its square."""
@@ -114,7 +115,7 @@ class TrainConfig:
     """Length of the run: it ends at whichever of the two comes first."""
 
     max_steps: int | None = None
-    """Optimizer steps; null: as many as train.epochs asks for, or 700 where that is null too."""
+    """Optimizer steps; null: as many as train.epochs asks for, or 350 where that is null too."""
     epochs: float | None = None
     """Passes over the training data; null: no limit but max_steps."""
     on_non_finite: Literal["stop", "skip"] = "stop"
@@ -142,7 +143,8 @@ class ValidationConfig:
     every_epochs: float = 0.0
     """Passes over the training data between validations; 0: only by every_steps and at the end."""
     max_batches: int | None = None
-    """Micro-batches over all ranks to validate on; null: every row once."""
+    """Validate on the first rows alone: this many times batch.micro_batch_size (or global_batch_size, where that is null),
+    over all ranks; null: every row once."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from dist_trainer.config.schema import DataConfig, TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
-from dist_trainer.data.sampler import GlobalOrderSampler, KeyedPermutation, ValidationSampler
+from dist_trainer.data.sampler import GlobalOrderSampler, KeyedPermutation, ValidationSampler, rows_per_micro_batch
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import text_of
 from dist_trainer.data.token_store import TokenStore, default_cache_dir, token_store
@@ -60,7 +60,7 @@ def create_dataloaders(
     train_dataset: Dataset | None = None,
     validation_dataset: Dataset | None = None,
 ) -> Dataloaders:
-    """Loaders of `Batch`es of micro_batch_size rows, for this rank of `world` (default: a single process).
+    """Loaders of `Batch`es of a micro-batch's rows, for this rank of `world` (default: a single process).
 
     Loads, tokenises (once per content, whatever the number of ranks), splits and packs what `config.data` names; or takes
     your own map-style `train_dataset` and `validation_dataset` of (inputs, targets) pairs, where a target of -100 carries
@@ -93,12 +93,14 @@ def _agreed_rows(config: TrainingConfig, world: World, tokenizer: Tokenizer | No
 def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader | None:
     if rows.validation is None:
         return None
+    batch, max_batches = config.batch, config.validation.max_batches
     sampler = ValidationSampler(
         rows.validation,
-        micro_batch_size=config.batch.micro_batch_size,
+        micro_batch_size=rows_per_micro_batch(batch, world.world_size),
         rank=world.rank,
         world_size=world.world_size,
-        max_blocks=config.validation.max_batches,
+        # Rows that do not depend on the number of ranks.
+        max_rows=None if max_batches is None else max_batches * (batch.micro_batch_size or batch.global_batch_size),
     )
     return _loader(rows.validation, sampler, rows.collate, config=config, world=world)
 
@@ -112,7 +114,7 @@ def _loader(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         dataset,
-        batch_size=config.batch.micro_batch_size,
+        batch_size=rows_per_micro_batch(config.batch, world.world_size),
         sampler=sampler,
         collate_fn=collate,
         num_workers=workers,

@@ -20,15 +20,26 @@ STEPS_AT_A_TIME = 32
 _ROUNDS = 6
 
 
-def accumulation_steps(batch: BatchConfig, world_size: int) -> int:
-    """Micro-batches of one rank per optimizer step. Raises ConfigError where they do not come out even."""
+def rows_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
+    """Rows of one forward pass of one rank. Raises ConfigError where those of all ranks do not make a global batch."""
+    if batch.micro_batch_size is None:
+        if batch.global_batch_size % world_size:
+            raise ConfigError(
+                f"batch.global_batch_size ({batch.global_batch_size}) must be a multiple of the number of ranks ({world_size})"
+            )
+        return batch.global_batch_size // world_size
     together = batch.micro_batch_size * world_size
     if batch.global_batch_size % together:
         raise ConfigError(
             f"batch.global_batch_size ({batch.global_batch_size}) must be a multiple of batch.micro_batch_size x ranks "
             f"({batch.micro_batch_size} x {world_size} = {together} sequences)"
         )
-    return batch.global_batch_size // together
+    return batch.micro_batch_size
+
+
+def accumulation_steps(batch: BatchConfig, world_size: int) -> int:
+    """Micro-batches of one rank per optimizer step. Raises ConfigError where they do not come out even."""
+    return batch.global_batch_size // (rows_per_micro_batch(batch, world_size) * world_size)
 
 
 class KeyedPermutation:
@@ -70,7 +81,7 @@ class GlobalOrderSampler(DistributedSampler):
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.num_rows = len(dataset)  # type: ignore[arg-type]
         self.batch = batch
-        self.accumulation_steps = accumulation_steps(batch, world_size)
+        self.micro_batch_size = rows_per_micro_batch(batch, world_size)
         self._start_step = 0
 
     @property
@@ -94,9 +105,10 @@ class GlobalOrderSampler(DistributedSampler):
 
     def _rows_of_steps(self, first: int, count: int) -> np.ndarray:
         """Rows of this rank for `count` steps, in the order in which it reads them."""
-        micro = self.batch.micro_batch_size
+        micro = self.micro_batch_size
+        per_step = self.batch.global_batch_size // (micro * self.num_replicas)
         steps = np.arange(first, first + count, dtype=np.int64)
-        blocks = np.arange(self.accumulation_steps, dtype=np.int64) * self.num_replicas + self.rank
+        blocks = np.arange(per_step, dtype=np.int64) * self.num_replicas + self.rank
         starts = (steps[:, None] * self.batch.global_batch_size + blocks * micro).reshape(-1, 1)
         return self.rows_at((starts + np.arange(micro, dtype=np.int64)).reshape(-1))
 
@@ -113,14 +125,13 @@ class GlobalOrderSampler(DistributedSampler):
 class ValidationSampler(DistributedSampler):
     """This rank's blocks of micro_batch_size rows: block b is rank b % world_size's; no row twice, none left out."""
 
-    def __init__(self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_blocks: int | None) -> None:
+    def __init__(self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_rows: int | None) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
-        self.num_rows = len(dataset)  # type: ignore[arg-type]
+        rows = len(dataset)  # type: ignore[arg-type]
+        self.num_rows = rows if max_rows is None else min(rows, max_rows)
         self.micro_batch_size = micro_batch_size
         self.num_blocks = -(-self.num_rows // micro_batch_size)
         """Over all ranks."""
-        if max_blocks is not None:
-            self.num_blocks = min(self.num_blocks, max_blocks)
 
     def __iter__(self) -> Iterator[int]:
         for block in range(self.rank, self.num_blocks, self.num_replicas):

@@ -161,7 +161,8 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "(8) x ranks (3) = 24 sequences" in refused()
+    assert "16 must be a multiple of the number of ranks (3)" in refused()
+    assert "(8) x ranks (3) = 24 sequences" in refused("--batch.micro_batch_size", "8")
 
 
 def test_a_config_made_in_python_is_checked_too_and_cannot_change():

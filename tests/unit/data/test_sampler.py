@@ -1,8 +1,14 @@
 import numpy as np
 import pytest
 
-from dist_trainer.config.schema import BatchConfig
-from dist_trainer.data.sampler import GlobalOrderSampler, KeyedPermutation, ValidationSampler, accumulation_steps
+from dist_trainer.config.schema import BatchConfig, TrainingConfig
+from dist_trainer.data.sampler import (
+    GlobalOrderSampler,
+    KeyedPermutation,
+    ValidationSampler,
+    accumulation_steps,
+    rows_per_micro_batch,
+)
 from dist_trainer.errors import ConfigError
 
 
@@ -66,17 +72,17 @@ def test_another_seed_gives_another_order():
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 40])
 def test_validation_reads_every_row_once_over_all_ranks(world_size, rows):
     samplers = [
-        ValidationSampler(range(rows), micro_batch_size=4, rank=rank, world_size=world_size, max_blocks=None)
+        ValidationSampler(range(rows), micro_batch_size=4, rank=rank, world_size=world_size, max_rows=None)
         for rank in range(world_size)
     ]
     assert sorted(row for sampler in samplers for row in sampler) == list(range(rows))
     assert sum(map(len, samplers)) == rows
 
 
-def test_validation_can_be_limited_to_some_blocks_the_same_on_any_number_of_ranks():
+def test_validation_can_be_limited_to_some_rows_the_same_on_any_number_of_ranks():
     def rows(world_size: int) -> list[int]:
         samplers = [
-            ValidationSampler(range(40), micro_batch_size=4, rank=rank, world_size=world_size, max_blocks=3)
+            ValidationSampler(range(40), micro_batch_size=4, rank=rank, world_size=world_size, max_rows=12)
             for rank in range(world_size)
         ]
         return sorted(row for sampler in samplers for row in sampler)
@@ -88,3 +94,15 @@ def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
     assert accumulation_steps(BatchConfig(16, 2), 4) == 2
     with pytest.raises(ConfigError, match=r"\(16\).*3 x 4 = 12"):
         accumulation_steps(BatchConfig(16, 3), 4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
+def test_without_a_micro_batch_size_a_rank_takes_its_share_of_the_default_batch_at_once(world_size):
+    share = 16 // world_size
+    assert rows_per_micro_batch(TrainingConfig().batch, world_size) == share
+    assert accumulation_steps(TrainingConfig().batch, world_size) == 1
+
+
+def test_a_global_batch_without_equal_shares_is_refused():
+    with pytest.raises(ConfigError, match=r"\(16\) must be a multiple of the number of ranks \(3\)"):
+        rows_per_micro_batch(BatchConfig(16), 3)
