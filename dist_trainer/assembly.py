@@ -236,7 +236,8 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, loaders:
         first = dataset[0]
         tokens = first["input_ids"] if isinstance(first, dict) else first.tokens[0].tolist()
         beginning = tokens[: max(1, min(SAMPLE_PROMPT_TOKENS, config.data.sequence_length // 2))]
-        prompt = tokenizer.decode(beginning, skip_special_tokens=True)
+        words = tokenizer.decode(beginning, skip_special_tokens=True)
+        prompt = words.rpartition(" ")[0].rstrip() or words  # the last word may be cut in two
     length = len(tokenizer.encode(prompt, add_special_tokens=False))
     if not 0 < length < model.max_position_embeddings:
         raise ConfigError(

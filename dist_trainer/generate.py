@@ -24,9 +24,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", help="beginning of the text; without it and --prompts_file: asks for prompts")
     parser.add_argument("--prompts_file", type=Path, help="a text file, one prompt a line")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="at most this many (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: 0.8)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: 0.7)")
     parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
-    parser.add_argument("--top_p", type=float, default=0.95, help="draw from this much probability (default: 0.95)")
+    parser.add_argument("--top_p", type=float, default=0.8, help="draw from this much probability (default: 0.8)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
     arguments = parser.parse_args(argv)
     if not arguments.path.exists():

@@ -8,8 +8,8 @@ from typing import Any
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.generation import generate
 
-SAMPLE_TEMPERATURE = 0.8
-SAMPLE_TOP_P = 0.95
+SAMPLE_TEMPERATURE = 0.7
+SAMPLE_TOP_P = 0.8
 
 Sample = Callable[[Any], dict[str, Any]]
 """Gives `prompt` and `text`."""
