@@ -66,8 +66,21 @@ def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> T
     """Find where to begin, and build all parts of the run."""
     start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
     check_visible_everywhere(start, world)
-    configure_logging(Path(config.output_dir) / config.run_name / "logs", rank=world.rank)
-    return assemble(config, world, folder, start)
+    logs = Path(config.output_dir) / config.run_name / "logs"
+    if config.checkpoint.resume != "never":
+        configure_logging(logs, rank=world.rank)
+        return assemble(config, world, folder, start)
+    trainer = assemble(config, world, folder, start)
+    # Only now that the new run can begin: a refused one must leave the old one in its place.
+    on_main(world, lambda: begin_anew(_owned(folder)))
+    configure_logging(logs, rank=world.rank)
+    return trainer
+
+
+def begin_anew(folder: RunFolder) -> None:
+    """Set aside what an earlier run left."""
+    folder.set_aside()
+    folder.checkpoints.mkdir(exist_ok=True)
 
 
 def leave_before_the_first_step(config: TrainingConfig, world: World, folder: RunFolder | None, stopped: StoppedError) -> int:
@@ -126,10 +139,9 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
 
     facts: dict[str, Any] = {"config": as_dict(config), "world_size": world.world_size, "data_fingerprint": fingerprint}
     checkpoints: Checkpoints = NoCheckpoints()
-    sample = None
     if folder is not None:
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export_to(model, tokenizer))
-        sample = sample_of(config, tokenizer, model, loaders)
+    sample = agree(world, lambda: sample_of(config, tokenizer, model, loaders), acts=world.is_main)
     trainer = Trainer(
         config,
         world,
@@ -171,6 +183,7 @@ def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
 def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
     """From here on the folder is this run's: its config, its log, its trackers."""
     config, step = trainer.config, trainer.progress.step
+    folder.is_new = False  # whatever comes: from now on it holds what must not be lost
     folder.write_config(dump_config(config))
     folder.write_status("running", step=step, max_steps=trainer.max_steps)
     environment = describe_environment(trainer.world)

@@ -34,18 +34,19 @@ class StartingPoint:
 
 
 def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPoint:
-    """What checkpoint.resume means for this run folder, as it is now; sweeps what a killed run left behind.
+    """What checkpoint.resume means for this run folder, as it is now; sweeps what a killed run left behind. With `never`, an
+    earlier run stays where it is until the new one is known to be good.
 
     Raises CheckpointError where checkpoints are there but none is intact, or where the config is another run's.
     """
     resume = config.checkpoint.resume
     if resume == "never":
-        folder.set_aside()
+        return StartingPoint()
     sweep(folder.path)
     sweep(folder.checkpoints)
     checkpoint = newest_intact(folder.checkpoints)
     own = checkpoint is not None
-    if checkpoint is None and resume not in ("auto", "never"):
+    if checkpoint is None and resume != "auto":
         checkpoint = find_checkpoint(Path(resume))
     if checkpoint is None:
         return StartingPoint()

@@ -92,7 +92,7 @@ class Trainer:
         """`model` is on world.device, wrapped by `parallelize`; `optimizer` is over its parameters.
 
         `loss_function(model, batch)` gives the sum of the batch's token losses. `flops_per_token` is for the utilisation
-        (MFU); `facts` are remembered in every checkpoint.
+        (MFU); `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
         """
         self.config = config
         self.world = world
@@ -102,8 +102,8 @@ class Trainer:
         self.validation_data = validation_data
         self.precision = precision or Precision("fp32", world.device)
         self.loss_function = loss_function
-        self.checkpoints = checkpoints or NoCheckpoints()
-        self.tracker = tracker or NullTracker()
+        self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
+        self.tracker = tracker if tracker is not None and world.is_main else NullTracker()
         self.sample = sample
         self.facts = facts or {}
         self.progress = Progress()
@@ -127,14 +127,15 @@ class Trainer:
         Raises TrainingDivergedError, SavingFailedError: on all ranks at the same step.
         """
         self._saved_step = self.progress.step
-        self.sampler.seek(self.progress.step)
-        batches = iter(self.train_data)
         with self.world.stop_request.listen():
             try:
                 self._warm_up()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
             self._make_up_for_validation()
+            # After the warm-up, which reads too: loaders with lasting workers have but one iterator.
+            self.sampler.seek(self.progress.step)
+            batches = iter(self.train_data)
             self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
             upcoming = self._fetch(batches)
             while self.progress.step < self.max_steps and not self._stopped:

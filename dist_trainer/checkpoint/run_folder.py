@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_trainer.checkpoint.manager import step_folders
 from dist_trainer.checkpoint.storage import write_atomically
 from dist_trainer.errors import CheckpointError, ConfigError
 
@@ -84,17 +84,13 @@ class RunFolder:
         except OSError as error:
             log.warning("%s could not be written: %s", self.path / STATUS_FILE, error.strerror)
 
-    def has_checkpoints(self) -> bool:
-        """Whether a run has saved here, be it damaged by now."""
-        return bool(step_folders(self.checkpoints)) or any(self.checkpoints.glob("damaged-*"))
-
     def set_aside(self) -> None:
         """Move what an earlier run left into a numbered folder inside; nothing is deleted."""
         leftovers = [p for p in self.path.iterdir() if p.name != LOCK_FILE and not p.name.startswith("replaced-")]
         if not leftovers:
             return
-        number = 1 + sum(1 for _ in self.path.glob("replaced-*"))
-        aside = self.path / f"replaced-{number}"
+        names = (self.path / f"replaced-{number}" for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
         aside.mkdir()
         for leftover in leftovers:
             leftover.rename(aside / leftover.name)

@@ -22,9 +22,12 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
     if ":" in name:
         module_name, _, attribute = name.partition(":")
         try:
-            return cast(T, getattr(importlib.import_module(module_name), attribute))
+            found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(f"{key}: {name!r} cannot be imported ({error})") from error
+        if not callable(found):
+            raise ConfigError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
+        return cast(T, found)
     near = difflib.get_close_matches(name, table, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"{key}: no row {name!r}; {hint}There are {', '.join(table)}, or your own as package.module:function")

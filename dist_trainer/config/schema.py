@@ -105,7 +105,7 @@ class ScheduleConfig:
     name: str = "cosine"
     """Row of the SCHEDULES table (cosine, linear, constant, wsd), or "package.module:function"."""
     warmup_steps: int = 40
-    """Steps of linear warmup from 0 to the peak."""
+    """Steps of linear warmup: step s has s / warmup_steps of the peak."""
     min_lr_ratio: float = 0.1
     """Final learning rate as a fraction of the peak."""
 

@@ -69,5 +69,7 @@ def _plain(node: yaml.Node, path: Path) -> Any:
         return loader.construct_object(node, deep=True)
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(f"{path}:{node.start_mark.line + 1}: {node.tag} is not allowed in a config") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {node.value!r} cannot be read ({error}); quote it") from error
     finally:
         loader.dispose()

@@ -7,6 +7,7 @@ very first is a target exactly once; only the last row is padded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,7 +108,10 @@ class PaddingCollator:
     def __init__(self, tokenizer: Any) -> None:
         from transformers import DataCollatorForLanguageModeling
 
-        self._collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        # Some published tokenizers pad on the left, where a decoder without a mask would attend to it.
+        on_the_right = copy.deepcopy(tokenizer)
+        on_the_right.padding_side = "right"
+        self._collate = DataCollatorForLanguageModeling(on_the_right, mlm=False)
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> Batch:
         """A Batch of rows; the mask tells padding, for the padding token may be the EOS, which does count."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -42,7 +43,7 @@ def read_text(path: Path) -> Records:
         raise DataError(
             f"{path}:{line}: not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, for example with iconv"
         ) from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise unreadable(path, error) from error
     if text.strip():
         yield str(path), {"text": text}
@@ -58,7 +59,7 @@ def read_jsonl(path: Path) -> Records:
                     return
                 if line.strip():
                     yield f"{path}:{number}", _json_record(path, number, line)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise unreadable(path, error) from error
 
 
@@ -67,7 +68,7 @@ def _json_record(path: Path, number: int, line: bytes) -> Record:
         record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8 (byte {error.object[error.start]:#04x})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}:{number}: not a JSON object ({error}); JSONL has one object a line") from error
     if not isinstance(record, dict):
         raise DataError(f"{path}:{number}: a JSON {type(record).__name__}, not an object; JSONL has one object a line")
@@ -77,7 +78,7 @@ def _json_record(path: Path, number: int, line: bytes) -> Record:
 def _json_array(path: Path, content: bytes) -> Records:
     try:
         records = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON array of objects ({error})") from error
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
@@ -90,13 +91,15 @@ def read_parquet(path: Path) -> Records:
     import pyarrow
     import pyarrow.parquet
 
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            row = 0
             for batch in file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME):
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path} row {row}", record
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, after row {row}: not UTF-8 (byte {error.object[error.start]:#04x})") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, error) from error
 

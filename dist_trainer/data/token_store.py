@@ -145,6 +145,7 @@ def _batches(split: Split, text: TextOf) -> Iterator[list[str]]:
         document = text(where, record)
         if not document:
             continue
+        _refuse_surrogates(where, document)
         batch.append(document)
         characters += len(document)
         if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
@@ -152,3 +153,14 @@ def _batches(split: Split, text: TextOf) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _refuse_surrogates(where: str, document: str) -> None:
+    """JSON can hold halves of characters, as careless cutting leaves them; no tokenizer takes them."""
+    try:
+        document.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half of a character (a lone surrogate, {document[error.start]!a}) at place {error.start} of the text; "
+            "remove it"
+        ) from error

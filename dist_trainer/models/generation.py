@@ -42,7 +42,7 @@ def generate(
     try:
         new = torch.tensor([list(prompt_tokens)], device=device)
         for _ in range(min(max_new_tokens, room)):
-            with torch.inference_mode():
+            with torch.no_grad():  # not inference_mode: training may use the rotary tables made here
                 logits_V = model(new, cache=cache)[0, -1].float().cpu()
             token = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if token == eos_token_id:
