@@ -5,10 +5,11 @@ import os
 import pytest
 import torch
 
+from dist_trainer import assembly
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.collectives import all_reduce_sum, first_on_each_node, on_main
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import DataError, TrainingDivergedError
+from dist_trainer.errors import ConfigError, DataError, TrainingDivergedError
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import folder, losses, metrics, run, same_weights, small_config, status, stop_after
 
@@ -210,3 +211,53 @@ def test_a_stop_during_the_last_validation_is_made_up_for(stories, tmp_path):
     assert run(config, 1) == [0]
     assert [line["step"] for line in metrics(config, "validation")] == [12]
     assert (folder(config) / "checkpoints" / "best").resolve().name == "step-00000012"
+
+
+def test_a_warm_up_takes_no_batch_from_worker_processes(stories, tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_trainer.trainer.is_compiled", lambda *_: True)  # so that it warms up, but eagerly
+    configs = [small_config(stories, tmp_path / str(workers), data__num_workers=workers) for workers in (0, 1)]
+    for config in configs:
+        assert assembly.run(config) == 0  # here: ranks that pytest forks may have no children
+    assert losses(configs[0]) == losses(configs[1])
+
+
+def test_a_new_run_that_is_refused_leaves_the_old_one_in_its_place(stories, tmp_path):
+    config = small_config(stories, tmp_path)
+    assert run(config, 1) == [0]
+    nowhere = small_config(tmp_path / "nowhere.txt", tmp_path, checkpoint__resume="never")
+    with pytest.raises(AssertionError, match="does not exist"):
+        run(nowhere, 1)
+    assert not list(folder(config).glob("replaced-*"))
+    (folder(config) / "replaced-2").mkdir()
+    assert run(small_config(stories, tmp_path, checkpoint__resume="never"), 1) == [0]
+    assert (folder(config) / "replaced-1" / "checkpoints" / "latest").exists()
+    assert (folder(config) / "logs" / "rank-0.log").exists()
+
+
+def test_a_sample_prompt_that_does_not_fit_is_refused_on_all_ranks_at_once(stories, tmp_path):
+    config = small_config(stories, tmp_path, tracking__sample_tokens=4, tracking__sample_prompt="word " * 100)
+
+    def refused():
+        with pytest.raises(ConfigError, match=r"tracking\.sample_prompt"):
+            assembly.run(config)
+        return True
+
+    assert run_ranks(2, refused) == [True, True]
+    assert not folder(config).exists()
+
+
+def test_a_refusal_in_the_middle_of_training_deletes_nothing(stories, tmp_path):
+    def refuse_at_step_9(trainer):
+        train_step = trainer.train_step
+
+        def refuse(*arguments):
+            if trainer.progress.step == 9:
+                raise ConfigError("schedule.name: no more")
+            return train_step(*arguments)
+
+        trainer.train_step = refuse
+
+    config = small_config(stories, tmp_path)
+    with pytest.raises(AssertionError, match="no more"):
+        run(config, 1, before=refuse_at_step_9)
+    assert (folder(config) / "checkpoints" / "step-00000008").is_dir()

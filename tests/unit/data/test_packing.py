@@ -84,7 +84,9 @@ def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
     offsets = np.cumsum([0, *(len(document) + 1 for document in documents)])
     spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
     rows = DocumentRows(TokenStore(np.array(ids, dtype=np.uint16), offsets, "key"), spans, 4)
+    tokenizer.padding_side = "left"  # as some published tokenizers have it; rows are padded on the right all the same
     batch = PaddingCollator(tokenizer)([rows[index] for index in range(len(rows))])
+    assert tokenizer.padding_side == "left"
     eos, none = tokenizer.eos_token_id, IGNORED_TARGET
     assert batch.targets.tolist() == [
         [12, 13, eos, none],
