@@ -126,6 +126,7 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
         except ConfigError as error:
             problems.append(str(error))
     nested: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for assignment in assignments + arguments.assignments:
         try:
             value = _checked(assignment)
@@ -134,10 +135,19 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
             continue
         section, _, name = assignment.key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
+        places[assignment.key] = assignment.where
     config = _parser().instantiate(_parser().parse_object(nested))
     resolved = TrainingConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)})
-    _raise_all(problems + broken_rules(resolved, world_size=_world_size()))
+    broken = broken_rules(resolved, world_size=_world_size())
+    _raise_all(problems + [_with_place(problem, places) for problem in broken])
     return resolved
+
+
+def _with_place(problem: str, places: Mapping[str, str]) -> str:
+    """The sentence, after the place that set the first of the keys it names; as it is where all are defaults."""
+    named = (word.strip(":,()") for word in problem.split())
+    place = next((places[word] for word in named if word in places), None)
+    return f"{place}: {problem}" if place else problem
 
 
 def _checked(assignment: Assignment) -> Any:

@@ -73,6 +73,8 @@ def _signs(config: TrainingConfig) -> Iterator[str]:
         value = _value(config, key)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             yield f"{key}: {value} must be 0 or more"
+    if config.seed >= 1 << 63:
+        yield f"seed: {config.seed} must be less than 2^63"
 
 
 def _names(config: TrainingConfig) -> Iterator[str]:

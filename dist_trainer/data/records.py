@@ -5,6 +5,7 @@ Own readers, because a user whose file is malformed needs the path and the line.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
@@ -54,6 +55,8 @@ def read_jsonl(path: Path) -> Records:
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if number == 1 and line.lstrip().startswith(b"["):
                     yield from _json_array(path, line + file.read())
                     return
@@ -65,7 +68,7 @@ def read_jsonl(path: Path) -> Records:
 
 def _json_record(path: Path, number: int, line: bytes) -> Record:
     try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8 (byte {error.object[error.start]:#04x})") from error
     except (ValueError, RecursionError) as error:

@@ -43,11 +43,6 @@ class TokenStore:
     key: str
     """Digest of content and tokenizer."""
 
-    @property
-    def num_documents(self) -> int:
-        """Documents in the store."""
-        return len(self.offsets) - 1
-
 
 def default_cache_dir() -> Path:
     """DIST_TRAINER_CACHE, else dist_trainer/ in the user's cache folder."""

@@ -1,4 +1,4 @@
-"""logs/events.jsonl: when a run started, resumed, was signalled, saved, ended. Only grows; resuming rewinds nothing."""
+"""logs/events.jsonl: when a run started, resumed, ended. Only grows; resuming rewinds nothing."""
 
 from __future__ import annotations
 

@@ -94,13 +94,15 @@ def test_all_problems_come_in_one_message_with_file_and_line(tmp_path):
     assert "5 problems" in message or "6 problems" in message
     assert f"{path}:1: seed: 'one' is not a whole number" in message
     assert f"{path}:3: schedule.warmpup_steps: no such key; did you mean schedule.warmup_steps?" in message
-    assert "7 heads do not divide model.hidden_size (192)" in message
+    assert f"{path}:5: model.num_attention_heads: 7 heads do not divide model.hidden_size (192)" in message
     assert "batch.global_batch_size: 16 must be a multiple of batch.micro_batch_size (5)" in message
-    assert "train.max_steps: -1 must be more than 0" in message
+    assert "command line: train.max_steps: -1 must be more than 0" in message
 
 
 REFUSED = {
     "--seed x": "command line: seed: 'x' is not a whole number",
+    "--seed 9223372036854775808": "command line: seed: 9223372036854775808 must be less than 2^63",
+    "--model.hidden_size 100": "command line: model.num_attention_heads: 6 heads do not divide model.hidden_size (100)",
     "--seed 1.5": "seed: '1.5' is not a whole number",
     "--optim.betas [0.9]": "optim.betas: '[0.9]' is not a list of 2 numbers",
     "--optim.betas [0.9,1.0]": "optim.betas: [0.9, 1.0] must each be 0 or more, and less than 1",

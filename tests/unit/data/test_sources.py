@@ -135,6 +135,7 @@ BAD = {
     "damaged gzip": ("x.jsonl.gz", gzip.compress(b"text" * 1000)[:12] + b"\xff" * 40, r"x\.jsonl\.gz: cannot be read"),
     "half a character": ("x.jsonl", '{"text": "a"}\n{"text": "b\\ud83d"}\n', r"x\.jsonl:2: half of a character .* at place 1"),
     "nested without end": ("x.jsonl", "[" * 200_000, r"x\.jsonl: not a JSON array"),
+    "an array after a BOM": ("x.json", b"\xef\xbb\xbf[1]", r"x\.json: element 1 is a JSON int"),
     "empty": ("x.jsonl", "", r"x\.jsonl: there is no text"),
     "only blanks": ("x.txt", " \n ", r"x\.txt: there is no text"),
     "not Parquet": ("x.parquet", "text", r"x\.parquet: cannot be read"),
