@@ -20,7 +20,7 @@ def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
     pipes, processes = [], []
     for rank in range(world_size):
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, world_size, port, function, sending), daemon=True)
+        process = context.Process(target=_rank, args=(rank, world_size, port, function, sending))
         process.start()
         sending.close()
         pipes.append(receiving)
