@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dist_trainer.data.tokenization import load_tokenizer
     from dist_trainer.distributed.world import World
     from dist_trainer.models.decoder_lm import DecoderLM
+    from dist_trainer.models.registry import weights_writer
     from dist_trainer.optim.optimizers import build_optimizer
     from dist_trainer.parallel.registry import parallelize
     from dist_trainer.trainer import Trainer
@@ -32,6 +33,7 @@ _HOMES = {
     "load_config": "config.loading",
     "load_tokenizer": "data.tokenization",
     "parallelize": "parallel.registry",
+    "weights_writer": "models.registry",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "parallelize",
+    "weights_writer",
 ]
 
 

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints, step_folders
 from dist_trainer.checkpoint.run_folder import RunFolder
-from dist_trainer.checkpoint.state import Snapshot, restore_optimizer
 from dist_trainer.config.loading import as_dict, dump_config
-from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
+from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import CheckpointError, ConfigError, DistTrainerError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.registry import ModelContext, build_model, load_weights, weights_writer
+from dist_trainer.models.registry import ModelContext, build_model, weights_writer
 from dist_trainer.optim.optimizers import build_optimizer
 from dist_trainer.parallel.registry import parallelize
 from dist_trainer.precision import build_precision
@@ -34,6 +34,7 @@ from dist_trainer.starting_point import StartingPoint, find_starting_point
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import configure_logging
+from dist_trainer.tracking.status import State, write_status
 from dist_trainer.tracking.tracker import RunContext, build_tracker
 from dist_trainer.trainer import Trainer, TrainingResult
 
@@ -47,19 +48,31 @@ def run(config: TrainingConfig) -> int:
     with World.join(config.distributed) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
-        with open_run_folder(config, world) as folder:
-            try:
-                trainer = prepare(config, world, folder)
-            except StoppedError as stopped:
-                return leave_before_the_first_step(config, world, folder, stopped)
-            if trainer.has_finished:
-                log.info(
-                    "%s has finished its %d steps already; raise --train.max_steps to go on, or choose another --run_name",
-                    *(Path(config.output_dir) / config.run_name, trainer.progress.step),
-                )
-                return EXIT_FINISHED
-            result = train(trainer, folder)
-        return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
+        try:
+            with open_run_folder(config, world) as folder:
+                return run_in(folder, config, world)
+        except StoppedError as stopped:
+            log.warning("%s", stopped)
+            return exit_code_when_preempted(world)
+
+
+def run_in(folder: RunFolder | None, config: TrainingConfig, world: World) -> int:
+    """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
+    try:
+        trainer = prepare(config, world, folder)
+        if trainer.has_finished:
+            log.info(
+                "%s has finished its %d steps already; raise --train.max_steps to go on, or choose another --run_name",
+                *(Path(config.output_dir) / config.run_name, trainer.progress.step),
+            )
+            return EXIT_FINISHED
+        agree(world, lambda: _owned(folder).write_config(dump_config(config)), acts=world.is_main)
+    except StoppedError as stopped:
+        if folder is not None:
+            note_early_stop(folder, config, stopped, exit_code=exit_code_when_preempted(world))
+        raise
+    result = train(trainer, folder)
+    return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
 
 
 def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> Trainer:
@@ -67,7 +80,7 @@ def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> T
     start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
     check_visible_everywhere(start, world)
     logs = Path(config.output_dir) / config.run_name / "logs"
-    if config.checkpoint.resume != "never":
+    if config.checkpoint.resume != "never" or start.checkpoint is not None:
         configure_logging(logs, rank=world.rank)
         return assemble(config, world, folder, start)
     trainer = assemble(config, world, folder, start)
@@ -83,16 +96,15 @@ def begin_anew(folder: RunFolder) -> None:
     folder.checkpoints.mkdir(exist_ok=True)
 
 
-def leave_before_the_first_step(config: TrainingConfig, world: World, folder: RunFolder | None, stopped: StoppedError) -> int:
+def note_early_stop(folder: RunFolder, config: TrainingConfig, stopped: StoppedError, *, exit_code: int) -> None:
     """A signal came while data were prepared: nothing is lost, and the run's folder says so."""
-    log.warning("%s", stopped)
-    if folder is not None:
-        saved = step_folders(folder.checkpoints)
-        step = int(saved[0].name.removeprefix("step-")) if saved else 0
-        reason = signal_name(stopped.signal_number)
-        code = exit_code_when_preempted(world)
-        folder.write_status("preempted", step=step, max_steps=config.train.max_steps, reason=reason, exit_code=code)
-    return exit_code_when_preempted(world)
+    folder.is_new = False
+    saved = step_folders(folder.checkpoints)
+    step = int(saved[0].name.removeprefix("step-")) if saved else 0
+    planned = DEFAULT_MAX_STEPS if config.train.epochs is None else None
+    max_steps = config.train.max_steps or planned
+    reason = signal_name(stopped.signal_number)
+    write_status(folder.path, "preempted", step=step, max_steps=max_steps, reason=reason, exit_code=exit_code)
 
 
 def exit_code_when_preempted(world: World) -> int:
@@ -102,42 +114,35 @@ def exit_code_when_preempted(world: World) -> int:
 
 @contextmanager
 def open_run_folder(config: TrainingConfig, world: World) -> Iterator[RunFolder | None]:
-    """The run's folder, locked, on rank 0; None elsewhere. A refused run leaves no new folder behind."""
+    """The run's folder, locked, on rank 0; None elsewhere. A new one stays only if something happened in it."""
     path = Path(config.output_dir) / config.run_name
     folder = agree(world, lambda: RunFolder(path), acts=world.is_main)
-    refused = False
+    unused = True
     try:
         yield folder
-    except RefusedError:
-        refused = True
+    except Exception as error:
+        unused = isinstance(error, RefusedError)  # what a crash left in the logs may tell why
         raise
     finally:
         if folder is not None:
             configure_logging(None, rank=world.rank)
-            folder.close(refused=refused)
+            folder.close(unused=unused)
 
 
 def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, start: StartingPoint) -> Trainer:
     """All parts of a run, standing where `start` says."""
     tokenizer = first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
-    fingerprint = getattr(loaders.train.dataset, "fingerprint", None)
-    if start.data_fingerprint not in (None, fingerprint):
-        raise CheckpointError(
-            f"data.dataset: {config.data.dataset} holds other text now than when the run in {start.checkpoint} began; "
-            "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
-        )
-
-    model = agree(world, lambda: build_model(config.model, model_context(config, world, tokenizer)))
+    fingerprints = data_fingerprints(loaders)
+    refuse_other_data(config, start, fingerprints)
+    model = agree(world, lambda: build_model(config.model, model_context(config, world, tokenizer, start)))
     assert model is not None, "every rank builds one"
-    optimizer = build_optimizer(config.optim, model)
-    precision = build_precision(config.precision, world.device)
-    if start.checkpoint is not None:
-        load_weights(model, start.checkpoint)
-        restore_optimizer(optimizer, model, start.checkpoint)
-        precision.load_state_dict(start.scaler)
-
-    facts: dict[str, Any] = {"config": as_dict(config), "world_size": world.world_size, "data_fingerprint": fingerprint}
+    facts: dict[str, Any] = {
+        "config": as_dict(config),
+        "world_size": world.world_size,
+        "launcher": launcher(),
+        **fingerprints,
+    }
     checkpoints: Checkpoints = NoCheckpoints()
     if folder is not None:
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export_to(model, tokenizer))
@@ -146,17 +151,42 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         config,
         world,
         model=parallelize(model, world, strategy=config.distributed.strategy, compile=config.precision.compile),
-        optimizer=optimizer,
+        optimizer=build_optimizer(config.optim, model),
         train_data=loaders.train,
         validation_data=loaders.validation,
-        precision=precision,
+        precision=build_precision(config.precision, world.device),
         checkpoints=checkpoints,
         sample=sample,
         flops_per_token=flops_per_token(model, config),
         facts=facts,
     )
-    trainer.progress = start.progress
+    if start.checkpoint is not None:
+        trainer.restore(start.checkpoint, start.progress)
     return trainer
+
+
+def data_fingerprints(loaders: Dataloaders) -> dict[str, Any]:
+    """What tells whether a run that goes on still reads, and validates on, the same text."""
+    datasets = {"data_fingerprint": loaders.train.dataset}
+    if loaders.validation is not None:
+        datasets["validation_fingerprint"] = loaders.validation.dataset
+    return {name: getattr(dataset, "fingerprint", None) for name, dataset in datasets.items()}
+
+
+def refuse_other_data(config: TrainingConfig, start: StartingPoint, fingerprints: dict[str, Any]) -> None:
+    """Raises CheckpointError where text changed since the run in start.checkpoint began."""
+    data = config.data
+    validation = data.validation_dataset or f"the validation split of {data.dataset}"
+    names = {
+        "data_fingerprint": f"data.dataset: {data.dataset}",
+        "validation_fingerprint": f"data.validation_dataset: {validation}",
+    }
+    for key, name in names.items():
+        if start.facts.get(key) not in (None, fingerprints.get(key)):
+            raise CheckpointError(
+                f"{name} holds other text now than when the run in {start.checkpoint} began; "
+                "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
+            )
 
 
 def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
@@ -181,11 +211,10 @@ def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
 
 
 def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
-    """From here on the folder is this run's: its config, its log, its trackers."""
+    """From here on the folder is this run's: its status, its events, its trackers."""
     config, step = trainer.config, trainer.progress.step
     folder.is_new = False  # whatever comes: from now on it holds what must not be lost
-    folder.write_config(dump_config(config))
-    folder.write_status("running", step=step, max_steps=trainer.max_steps)
+    write_status(folder.path, "running", step=step, max_steps=trainer.max_steps)
     environment = describe_environment(trainer.world)
     append_event(folder.path, "resume" if step else "start", step=step, environment=environment)
     context = RunContext(
@@ -199,16 +228,16 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
     trainer.tracker = build_tracker(trainer.world, context)
 
 
-def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: Any, reason: str | None, exit_code: int) -> None:
+def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason: str | None, exit_code: int) -> None:
     """How it ended: for the trackers, the events and status.json."""
     step = trainer.progress.step
     best = {"best_step": trainer.progress.best_step, "best_loss": trainer.progress.best_loss}
-    folder.write_status(state, step=step, max_steps=trainer.max_steps, reason=reason, exit_code=exit_code, **best)
+    write_status(folder.path, state, step=step, max_steps=trainer.max_steps, reason=reason, exit_code=exit_code, **best)
     append_event(folder.path, state, step=step, reason=reason)
     trainer.tracker.close(state=state, reason=reason)
 
 
-def model_context(config: TrainingConfig, world: World, tokenizer: Any) -> ModelContext:
+def model_context(config: TrainingConfig, world: World, tokenizer: Any, start: StartingPoint) -> ModelContext:
     """What the model must fit."""
     return ModelContext(
         vocabulary_size=vocabulary_size(tokenizer),
@@ -218,6 +247,7 @@ def model_context(config: TrainingConfig, world: World, tokenizer: Any) -> Model
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        resumed_from=start.checkpoint,
     )
 
 
@@ -225,8 +255,8 @@ def export_to(model: nn.Module, tokenizer: Any) -> Export:
     """Makes a folder usable by itself: weights in Hugging Face format, and the tokenizer beside them."""
     write_weights = weights_writer(model)
 
-    def export(snapshot: Snapshot, folder: Path) -> None:
-        write_weights(snapshot.weights, folder)
+    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+        write_weights(weights, folder)
         tokenizer.save_pretrained(folder)
 
     return export

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_trainer.errors import TrainingDivergedError
+from dist_trainer.step import StepResult
 
 
 class DivergenceWatch:
@@ -21,48 +22,53 @@ class DivergenceWatch:
         self.max_skipped_steps = max_skipped_steps
         self.skipped_steps = 0
         """Skipped updates so far."""
-        self._in_a_row = 0
-        self._pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self.skipped_in_a_row = 0
+        """Of these, the last ones without a good one between them."""
+        self.judged: StepResult | None = None
+        """The newest step that is known to be good or not."""
+        self._pending: tuple[StepResult, Tensor, torch.cuda.Event | None] | None = None
         self._on_gpu = device.type == "cuda"
 
-    def observe(self, step: int, grad_norm: Tensor) -> None:
-        """Note the norm of `step`, and judge what is known by now.
+    def observe(self, result: StepResult) -> None:
+        """Note the gradient norm of `result`, and judge what is known by now.
 
         Raises TrainingDivergedError where the policy is to stop, or too many updates in a row were skipped.
         """
         if self._on_gpu:
-            on_host = torch.empty_like(grad_norm, device="cpu", pin_memory=True).copy_(grad_norm, non_blocking=True)
+            norm = result.grad_norm
+            on_host = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-            earlier, self._pending = self._pending, (step, on_host, copied)
+            earlier, self._pending = self._pending, (result, on_host, copied)
             self._judge(earlier)
         else:
-            self._judge((step, grad_norm, None))
+            self._judge((result, result.grad_norm, None))
 
     def drain(self) -> None:
         """Judge what is still on its way; before a checkpoint is taken and at the end."""
         earlier, self._pending = self._pending, None
         self._judge(earlier)
 
-    def _judge(self, seen: tuple[int, Tensor, torch.cuda.Event | None] | None) -> None:
+    def _judge(self, seen: tuple[StepResult, Tensor, torch.cuda.Event | None] | None) -> None:
         if seen is None:
             return
-        step, grad_norm, copied = seen
+        self.judged, grad_norm, copied = seen
+        step = self.judged.step
         if copied is not None:
             copied.synchronize()
         norm = grad_norm.numpy()[()]
         if norm - norm == 0:  # neither infinite nor NaN
-            self._in_a_row = 0
+            self.skipped_in_a_row = 0
             return
         self.skipped_steps += 1
-        self._in_a_row += 1
+        self.skipped_in_a_row += 1
         if self.policy == "stop":
             raise TrainingDivergedError(
                 f"step {step}: the loss or its gradients are not finite (gradient norm {norm}); the weights were left as "
                 "they were. Lower optim.learning_rate, or set --train.on_non_finite skip"
             )
-        if self._in_a_row > self.max_skipped_steps:
+        if self.skipped_in_a_row > self.max_skipped_steps:
             raise TrainingDivergedError(
-                f"step {step}: gradients were not finite {self._in_a_row} steps in a row "
+                f"step {step}: gradients were not finite {self.skipped_in_a_row} steps in a row "
                 f"(train.max_skipped_steps is {self.max_skipped_steps})"
             )

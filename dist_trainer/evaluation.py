@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_trainer.config.schema import ValidationConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.collectives import all_reduce_sum
 from dist_trainer.distributed.world import World
@@ -34,6 +35,13 @@ class ValidationResult:
     def perplexity(self) -> float:
         """exp(loss); infinity where that overflows."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
+
+
+def validation_is_due(config: ValidationConfig, step: int, *, max_steps: int, epoch_of: Callable[[int], float]) -> bool:
+    """Whether a validation follows `step`: by steps, by epochs, and always after the last one."""
+    by_steps = config.every_steps > 0 and step % config.every_steps == 0
+    by_epochs = config.every_epochs > 0 and (epoch_of(step) // config.every_epochs > epoch_of(step - 1) // config.every_epochs)
+    return step > 0 and (by_steps or by_epochs or step == max_steps)
 
 
 @torch.no_grad()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.checkpoint.manager import find_checkpoint, newest_intact, prepare_to_resume
+from dist_trainer.checkpoint.manager import find_checkpoint, newest_intact, prepare_to_resume, step_folders
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Progress, read_training_state
 from dist_trainer.checkpoint.storage import sweep
 from dist_trainer.config.loading import config_differences
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.distributed.launch import is_started_again
 from dist_trainer.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -29,24 +31,25 @@ class StartingPoint:
     checkpoint: Path | None = None
     """None: step 0."""
     progress: Progress = field(default_factory=Progress)
-    scaler: dict[str, Any] = field(default_factory=dict)
-    data_fingerprint: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What that run remembered of itself."""
 
 
 def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPoint:
     """What checkpoint.resume means for this run folder, as it is now; sweeps what a killed run left behind. With `never`, an
-    earlier run stays where it is until the new one is known to be good.
+    earlier run stays where it is until the new one is known to be good; where a launcher has restarted ranks that crashed,
+    the run that they began is none.
 
     Raises CheckpointError where checkpoints are there but none is intact, or where the config is another run's.
     """
     resume = config.checkpoint.resume
-    if resume == "never":
+    if resume == "never" and not _began_in_this_launch(folder):
         return StartingPoint()
     sweep(folder.path)
     sweep(folder.checkpoints)
     checkpoint = newest_intact(folder.checkpoints)
     own = checkpoint is not None
-    if checkpoint is None and resume != "auto":
+    if checkpoint is None and resume not in ("auto", "never"):
         checkpoint = find_checkpoint(Path(resume))
     if checkpoint is None:
         return StartingPoint()
@@ -57,7 +60,15 @@ def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPo
         progress.best_step, progress.best_loss = prepare_to_resume(folder.checkpoints, checkpoint)
     else:
         progress.best_step = progress.best_loss = None
-    return StartingPoint(checkpoint, progress, state.get("scaler", {}), state.get("data_fingerprint"))
+    return StartingPoint(checkpoint, progress, facts={key: value for key, value in state.items() if key != "progress"})
+
+
+def _began_in_this_launch(folder: RunFolder) -> bool:
+    newest = next(iter(step_folders(folder.checkpoints)), None)
+    try:
+        return newest is not None and is_started_again(read_training_state(newest).get("launcher"))
+    except CheckpointError:
+        return False
 
 
 def _refuse_another_run(config: TrainingConfig, saved: dict[str, Any], checkpoint: Path) -> None:

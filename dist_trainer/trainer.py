@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,47 +17,27 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
-from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
-from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
+from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints, resume_point
+from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
+from dist_trainer.config.loading import validated
+from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
-from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, barrier, gather_objects
+from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, barrier, gather_objects, on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
-from dist_trainer.errors import SavingFailedError, StoppedError
-from dist_trainer.evaluation import LossFunction, evaluate
+from dist_trainer.errors import SavingFailedError, StoppedError, TrainingDivergedError
+from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
-from dist_trainer.optim.schedules import build_schedule
+from dist_trainer.optim.schedules import build_schedule, total_steps
 from dist_trainer.parallel.registry import gradient_sync, is_compiled, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample
+from dist_trainer.step import StepInput, StepResult
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepInput:
-    """One step's share of this rank, fetched ahead, and what the ranks tell one another before it."""
-
-    micro_batches: list[Batch]
-    facts: PendingSum
-    """Target tokens, who was asked to stop, and whose saves failed for good: summed over the ranks."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves; tensors stay on the device until someone wants to read them."""
-
-    step: int
-    loss_sum: Tensor
-    """Sum of this rank's token losses, in nats."""
-    grad_norm: Tensor
-    learning_rate: float
-    target_tokens: int
-    """Over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +75,7 @@ class Trainer:
         `loss_function(model, batch)` gives the sum of the batch's token losses. `flops_per_token` is for the utilisation
         (MFU); `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
         """
-        self.config = config
+        self.config = validated(config)
         self.world = world
         self.model = model
         self.optimizer = optimizer
@@ -111,12 +92,12 @@ class Trainer:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
         self.sampler: GlobalOrderSampler = train_data.sampler  # type: ignore[assignment]
-        self.max_steps = total_steps(config, self.sampler)
+        self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
         self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
-        self._saved_step = 0
+        self._saved_step = self._logged_step = 0
         self._stopped = False
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -124,8 +105,15 @@ class Trainer:
     def fit(self) -> TrainingResult:
         """Train to `max_steps`, or until a signal on any rank asks to stop; both end in a checkpoint.
 
-        Raises TrainingDivergedError, SavingFailedError: on all ranks at the same step.
+        Raises TrainingDivergedError, SavingFailedError: on all ranks at the same step. Nothing is being written any more
+        when it returns or raises.
         """
+        try:
+            return self._fit()
+        finally:
+            self.checkpoints.wait()
+
+    def _fit(self) -> TrainingResult:
         self._saved_step = self.progress.step
         with self.world.stop_request.listen():
             try:
@@ -149,19 +137,36 @@ class Trainer:
                     self._stopped = True
                     break
                 result = self.train_step(upcoming.micro_batches, target_tokens)
-                self.divergence.observe(result.step, result.grad_norm)
+                self._watch(result)
                 upcoming = self._fetch(batches)
                 self._after_step(result)
             upcoming.facts.wait()
-        self.divergence.drain()
+        self._watch(None)
         if self._saved_step != self.progress.step:
             self._save(is_best=False)
-        self.checkpoints.wait()
+        self.checkpoints.wait()  # before the barrier: who has passed it may leave
         barrier(self.world)
         if self._stopped:
             signals = gather_objects(self.world.stop_request.signal_number, self.world)
             return TrainingResult("preempted", self.progress, max(signals))
         return TrainingResult("finished", self.progress)
+
+    def resume(self, checkpoints: Path) -> bool:
+        """Go on from the newest intact checkpoint in the folder `checkpoints`; whether there is one. For all ranks.
+
+        Raises CheckpointError where none is intact, or where it holds another model's state.
+        """
+        found = on_main(self.world, lambda: resume_point(checkpoints))
+        if found is not None:
+            self.restore(*found)
+        return found is not None
+
+    def restore(self, checkpoint: Path, progress: Progress) -> None:
+        """Stand where `checkpoint` was taken, after `progress`. For all ranks; raises CheckpointError on all of them."""
+        agree(self.world, lambda: restore(checkpoint, unwrap(self.model), self.optimizer, self.precision))
+        self.progress = progress
+        self.divergence.skipped_steps = progress.skipped_steps
+        self.divergence.skipped_in_a_row = progress.skipped_in_a_row
 
     @property
     def has_finished(self) -> bool:
@@ -192,7 +197,7 @@ class Trainer:
 
         self.progress.step += 1
         self.progress.target_tokens += target_tokens
-        return StepResult(self.progress.step, loss_sum, grad_norm, learning_rate, target_tokens)
+        return StepResult(self.progress.step, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
     def _clip_gradients(self) -> Tensor:
         """Scale gradients down to `optim.max_grad_norm`; their norm before, over all parameters."""
@@ -249,8 +254,22 @@ class Trainer:
             if improved or (every and step % every == 0):
                 self._save(is_best=improved)
 
+    def _watch(self, result: StepResult | None) -> None:
+        """Hand `result` to the divergence watch (None: let it judge what it has); the step it ends the run for is logged."""
+        try:
+            if result is None:
+                self.divergence.drain()
+            else:
+                self.divergence.observe(result)
+        except TrainingDivergedError:
+            assert self.divergence.judged is not None, "it has just been judged"
+            if self.divergence.judged.step > self._logged_step:
+                self._log_step(self.divergence.judged)
+            raise
+
     def _log_step(self, result: StepResult) -> None:
         """The only place where a step's loss is read, and the device awaited."""
+        self._logged_step = result.step
         loss = float(all_reduce_sum(result.loss_sum, self.world)) / max(1, result.target_tokens)
         grad_norm = float(result.grad_norm)
         self.tracker.log(
@@ -262,9 +281,9 @@ class Trainer:
                 "grad_norm": grad_norm,
                 "skipped": not math.isfinite(grad_norm),
                 "skipped_steps": self.divergence.skipped_steps,
-                "tokens": self.progress.target_tokens,
+                "tokens": result.target_tokens_so_far,
                 "epoch": self.sampler.epoch_of(result.step),
-                **self.throughput.measure(step=result.step, tokens=self.progress.target_tokens),
+                **self.throughput.measure(step=result.step, tokens=result.target_tokens_so_far),
                 "time": time.time(),
             }
         )
@@ -272,7 +291,9 @@ class Trainer:
     def _validate_if_due(self) -> bool:
         """Validate where this step asks for it and has not been yet; whether the loss is the best so far."""
         step = self.progress.step
-        if self.validation_data is None or self.progress.validated_step == step or not self._validation_is_due(step):
+        if self.validation_data is None or self.progress.validated_step == step:
+            return False
+        if not validation_is_due(self.config.validation, step, max_steps=self.max_steps, epoch_of=self.sampler.epoch_of):
             return False
         validation_sampler: ValidationSampler = self.validation_data.sampler  # type: ignore[assignment]
         result = evaluate(
@@ -307,18 +328,10 @@ class Trainer:
         if self.progress.validated_step != before:
             self._save(is_best=improved)
 
-    def _validation_is_due(self, step: int) -> bool:
-        if step == 0:
-            return False
-        validation = self.config.validation
-        by_steps = validation.every_steps > 0 and step % validation.every_steps == 0
-        by_epochs = validation.every_epochs > 0 and (
-            self.sampler.epoch_of(step) // validation.every_epochs > self.sampler.epoch_of(step - 1) // validation.every_epochs
-        )
-        return by_steps or by_epochs or step == self.max_steps
-
     def _save(self, *, is_best: bool) -> None:
-        self.divergence.drain()
+        self._watch(None)
+        self.progress.skipped_steps = self.divergence.skipped_steps
+        self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
         self.tracker.sync()
         self.checkpoints.save(self._take_snapshot, is_best=is_best)
         self._saved_step = self.progress.step
@@ -331,12 +344,3 @@ class Trainer:
             progress=self.progress,
             facts=self.facts,
         )
-
-
-def total_steps(config: TrainingConfig, sampler: GlobalOrderSampler) -> int:
-    """Optimizer steps of the whole run: train.max_steps or train.epochs, whichever ends first."""
-    max_steps, epochs = config.train.max_steps, config.train.epochs
-    if epochs is None:
-        return DEFAULT_MAX_STEPS if max_steps is None else max_steps
-    by_epochs = max(1, math.ceil(epochs * sampler.steps_per_epoch - 1e-9))
-    return by_epochs if max_steps is None else min(max_steps, by_epochs)

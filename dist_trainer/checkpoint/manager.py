@@ -8,13 +8,14 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
+from torch import Tensor
 
-from dist_trainer.checkpoint.state import Snapshot, read_training_state, write_training_state
+from dist_trainer.checkpoint.state import Progress, Snapshot, read_training_state, write_training_state
 from dist_trainer.checkpoint.storage import discard, point, publish, sweep, verify
 from dist_trainer.config.schema import CheckpointConfig
 from dist_trainer.errors import CheckpointError
@@ -26,8 +27,8 @@ LATEST, BEST = "latest", "best"
 DAMAGED_PREFIX = "damaged-"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
-Export = Callable[[Snapshot, Path], None]
-"""Writes the weights (and what else makes a model usable) into a folder."""
+Export = Callable[[Mapping[str, Tensor], Path], None]
+"""Writes weights by name (and what else makes a model usable) into a folder; `weights_writer(model)` gives one."""
 
 
 class Checkpoints(Protocol):
@@ -122,7 +123,7 @@ class CheckpointManager:
         folder = self.folder / f"step-{snapshot.progress.step:08d}"
 
         def write(staging: Path) -> None:
-            self.export(snapshot, staging)
+            self.export(snapshot.weights, staging)
             write_training_state(snapshot, staging)
 
         facts = {"format_version": FORMAT_VERSION, "step": snapshot.progress.step}
@@ -211,6 +212,18 @@ def prepare_to_resume(folder: Path, checkpoint: Path) -> tuple[int | None, float
         return None, None
     point(folder / BEST, best)
     return int(best.name.removeprefix("step-")), best_loss
+
+
+def resume_point(folder: Path) -> tuple[Path, Progress] | None:
+    """The newest intact checkpoint in `folder` and how far it is, made the one that the pointers agree with; None: there
+    is no checkpoint. Raises CheckpointError where none is intact.
+    """
+    checkpoint = newest_intact(folder)
+    if checkpoint is None:
+        return None
+    progress: Progress = read_training_state(checkpoint)["progress"]
+    progress.best_step, progress.best_loss = prepare_to_resume(folder, checkpoint)
+    return checkpoint, progress
 
 
 def own_validation_loss(state: dict[str, Any]) -> float | None:

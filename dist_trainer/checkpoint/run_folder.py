@@ -5,24 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
-import json
 import logging
 import os
 import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any, Literal
 
 from dist_trainer.checkpoint.storage import write_atomically
 from dist_trainer.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
-State = Literal["running", "finished", "preempted", "failed"]
-
 LOCK_FILE = ".lock"
-STATUS_FILE = "status.json"
 CONFIG_FILE = "config.yaml"
 
 
@@ -66,27 +61,26 @@ class RunFolder:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, owner.encode(), 0)
 
-    def close(self, *, refused: bool = False) -> None:
-        """Give the folder free; a run that was `refused` leaves no new folder behind."""
-        if refused and self.is_new:
+    def close(self, *, unused: bool = False) -> None:
+        """Give the folder free; a new one that stayed `unused` goes."""
+        if unused and self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
     def write_config(self, text: str) -> None:
-        """Keep the resolved config."""
-        write_atomically(self.path / CONFIG_FILE, text)
-
-    def write_status(self, state: State, *, step: int, max_steps: int | None, **facts: Any) -> None:
-        """How the run stands, for people, scripts and schedulers; never stops a run where the disk is full."""
-        status = {"state": state, "step": step, "max_steps": max_steps, **facts, "time": time.time()}
+        """Keep the resolved config. Raises ConfigError where the disk refuses."""
         try:
-            write_atomically(self.path / STATUS_FILE, json.dumps(status, indent=2) + "\n")
+            write_atomically(self.path / CONFIG_FILE, text)
         except OSError as error:
-            log.warning("%s could not be written: %s", self.path / STATUS_FILE, error.strerror)
+            raise ConfigError(
+                f"output_dir, run_name: {self.path / CONFIG_FILE} cannot be written ({error.strerror}); make room, "
+                "or choose another --output_dir"
+            ) from error
 
     def set_aside(self) -> None:
         """Move what an earlier run left into a numbered folder inside; nothing is deleted."""
-        leftovers = [p for p in self.path.iterdir() if p.name != LOCK_FILE and not p.name.startswith("replaced-")]
+        found = [path for path in self.path.iterdir() if path.name != LOCK_FILE and not path.name.startswith("replaced-")]
+        leftovers = [path for path in found if not path.is_dir() or any(path.iterdir())]
         if not leftovers:
             return
         names = (self.path / f"replaced-{number}" for number in itertools.count(1))

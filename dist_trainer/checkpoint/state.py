@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 
 from dist_trainer.checkpoint.storage import read_json
 from dist_trainer.errors import CheckpointError
+from dist_trainer.models.registry import load_weights
+from dist_trainer.precision import Precision
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -41,6 +43,9 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     """Lowest validation loss so far, and where."""
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    """Updates left out because gradients were not finite: so far, and just now."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,16 @@ def read_training_state(folder: Path) -> dict[str, Any]:
         return {**state, "progress": Progress(**state["progress"])}
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {error}") from error
+
+
+def restore(folder: Path, model: nn.Module, optimizer: Optimizer, precision: Precision) -> None:
+    """Bring weights, optimizer and scaler back from the checkpoint in `folder`. Raises CheckpointError."""
+    try:
+        load_weights(model, folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its weights do not fit this model ({error})") from error
+    restore_optimizer(optimizer, model, folder)
+    precision.load_state_dict(read_training_state(folder).get("scaler", {}))
 
 
 def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -10,12 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_trainer.distributed.world import World
+from dist_trainer.distributed.world import World, is_done_within
 from dist_trainer.errors import DistTrainerError, StoppedError
 
 T = TypeVar("T")
-
-POLL_SECONDS = 0.02
 
 
 def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
@@ -61,10 +59,7 @@ def barrier(world: World) -> None:
     """Wait, for hours if need be, until every rank is here; signal handlers run meanwhile."""
     if world.control is None:
         return
-    work = dist.all_reduce(torch.zeros(1), group=world.control, async_op=True)
-    while not work.is_completed():
-        time.sleep(POLL_SECONDS)
-    work.wait()
+    is_done_within(math.inf, dist.all_reduce(torch.zeros(1), group=world.control, async_op=True))
 
 
 def agree(world: World, act: Callable[[], T], *, acts: bool = True) -> T | None:

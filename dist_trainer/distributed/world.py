@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from dist_trainer.errors import ConfigError, DistTrainerError
 
 CONTROL_TIMEOUT = timedelta(days=7)
 """Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
+ERROR_PATIENCE_SECONDS = 20.0
+POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class World:
         try:
             yield World(place.rank, place.local_rank, place.world_size, place.local_world_size, device, control)
         except DistTrainerError:
-            _leave(control)
+            # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
+            _leave(control, patience_seconds=ERROR_PATIENCE_SECONDS)
             raise
         else:
             _leave(control)
@@ -128,7 +133,18 @@ def _initialise_process_group(place: _Place, config: DistributedConfig, device: 
     )
 
 
-def _leave(control: dist.ProcessGroup) -> None:
+def _leave(control: dist.ProcessGroup, *, patience_seconds: float = math.inf) -> None:
     """Wait for all ranks before the groups go: without this barrier every second gloo run hung at its exit."""
-    dist.barrier(group=control)
-    dist.destroy_process_group()
+    if is_done_within(patience_seconds, dist.all_reduce(torch.zeros(1), group=control, async_op=True)):
+        dist.destroy_process_group()
+
+
+def is_done_within(patience_seconds: float, work: dist.Work) -> bool:
+    """Whether the collective `work` was completed in time; signal handlers run while it is waited for."""
+    end = time.monotonic() + patience_seconds
+    while not work.is_completed():
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_SECONDS)
+    work.wait()
+    return True

@@ -39,12 +39,14 @@ class ModelContext:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    resumed_from: Path | None = None
+    """Checkpoint whose weights will be loaded: nothing else needs to be read, init_from may be gone."""
 
 
 def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     """A DecoderLM, initialised by context.seed or from the folder config.init_from."""
     if config.init_from is not None:
-        return _from_folder(config, context)
+        return _from_folder(context.resumed_from or Path(config.init_from), config, context)
     with torch.device("meta"):
         model = DecoderLM(
             config,
@@ -59,27 +61,29 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     return model
 
 
-def _from_folder(config: ModelConfig, context: ModelContext) -> DecoderLM:
-    """The weights in config.init_from; the shape is the folder's, and the config must not contradict it."""
-    folder = Path(str(config.init_from))
+def _from_folder(folder: Path, config: ModelConfig, context: ModelContext) -> DecoderLM:
+    """The weights in `folder`; the shape is the folder's, and the config must not contradict it."""
     if not folder.is_dir():
         raise ConfigError(f"model.init_from: {folder} is not a folder; give a run, a checkpoint or a Hugging Face model folder")
     folder = locate_weights(folder)
     described = read_hf_config(folder)
-    for name in SHAPE_FIELDS:
-        asked, there = getattr(config, name), getattr(described.config, name)
-        if asked != there:
-            raise ConfigError(f"model.{name} is {asked!r}, but the model in {folder} has {there!r}; set the key to that")
+    problems = [
+        f"model.{name}: is {asked!r}, but the model has {there!r}; set the key to that"
+        for name in SHAPE_FIELDS
+        if (asked := getattr(config, name)) != (there := getattr(described.config, name))
+    ]
     if described.vocabulary_size < context.vocabulary_size:
-        raise ConfigError(
-            f"data.tokenizer has {context.vocabulary_size} tokens, the model in {folder} knows {described.vocabulary_size}; "
+        problems.append(
+            f"data.tokenizer: has {context.vocabulary_size} tokens, the model knows {described.vocabulary_size}; "
             "use the model's own tokenizer (--data.tokenizer with the same folder)"
         )
     if described.max_position_embeddings < context.sequence_length:
-        raise ConfigError(
-            f"data.sequence_length is {context.sequence_length}; the model in {folder} was made for at most "
+        problems.append(
+            f"data.sequence_length: is {context.sequence_length}, but the model was made for at most "
             f"{described.max_position_embeddings} positions"
         )
+    if problems:
+        raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
     return DecoderLM.from_pretrained(folder).to(context.device).train()
 
 

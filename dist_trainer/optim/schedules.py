@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_trainer.config.lookup import resolve
-from dist_trainer.config.schema import ScheduleConfig
+from dist_trainer.config.schema import DEFAULT_MAX_STEPS, ScheduleConfig, TrainConfig
 
 STABLE_PART = 0.8
 """Part of the run after which warmup-stable-decay decays."""
@@ -70,3 +70,12 @@ def build_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[int], 
     schedule = resolve(SCHEDULES, config.name, "schedule.name")
     span = Span(config.warmup_steps, total_steps, config.min_lr_ratio)
     return lambda step: schedule(step, span)
+
+
+def total_steps(config: TrainConfig, steps_per_epoch: float) -> int:
+    """Optimizer steps of the whole run: train.max_steps or train.epochs, whichever ends first."""
+    max_steps, epochs = config.max_steps, config.epochs
+    if epochs is None:
+        return DEFAULT_MAX_STEPS if max_steps is None else max_steps
+    by_epochs = max(1, math.ceil(epochs * steps_per_epoch - 1e-9))
+    return by_epochs if max_steps is None else min(max_steps, by_epochs)

@@ -17,6 +17,7 @@ import yaml
 
 from dist_trainer.tracking.events import EVENTS_FILE
 from dist_trainer.tracking.run_context import METRICS_FILE
+from dist_trainer.tracking.status import STATUS_FILE
 
 TRAIN_COLUMNS = (
     "step",
@@ -80,7 +81,7 @@ class RunHistory:
             self._take(line)
         self.events = list(read_events(self.folder))
         self.config = self.config or _read_config(self.folder / "config.yaml")
-        self.status = _object(_text(self.folder / "status.json")) or {}
+        self.status = _object(_text(self.folder / STATUS_FILE)) or {}
         environments = [e["environment"] for e in self.events if isinstance(e.get("environment"), dict)]
         self.environment = environments[-1] if environments else {}
 

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dist_trainer.errors import DistTrainerError
 from dist_trainer.tracking.console_tracker import ConsoleTracker
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.report_tracker import ReportTracker
 from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.status import StatusTracker
 from dist_trainer.tracking.wandb_tracker import WandbTracker
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
     "console": ConsoleTracker,
     "wandb": WandbTracker,
     "report": ReportTracker,
+    "status": StatusTracker,
 }
 
 
@@ -97,7 +98,7 @@ class FanOut:
 def build_tracker(world: World, context: RunContext) -> Tracker:
     """Every row of TRACKERS on rank 0, but W&B where it is disabled; nothing on other ranks.
 
-    A sink that cannot begin costs a warning. Raises DistTrainerError where a sink of your own refuses the run by it.
+    A sink that cannot begin costs a warning.
     """
     if not world.is_main:
         return NullTracker()
@@ -107,8 +108,6 @@ def build_tracker(world: World, context: RunContext) -> Tracker:
             continue
         try:
             sinks[name] = build(context)
-        except DistTrainerError:
-            raise
         except Exception as error:
             log.warning("tracking: %s cannot begin (%s: %s); going on without it", name, type(error).__name__, error)
     return FanOut(sinks)

@@ -12,6 +12,7 @@ FLOORS = [
     {"config", "exit_codes"},
     {"distributed"},
     {"models", "data", "optim", "parallel", "precision"},
+    {"step"},
     {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},
     {"trainer", "starting_point"},
     {"assembly"},

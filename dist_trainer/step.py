@@ -1,0 +1,34 @@
+"""What goes into a step and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dist_trainer.data.batch import Batch
+from dist_trainer.distributed.collectives import PendingSum
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step's share of this rank, fetched ahead, and what the ranks tell one another before it."""
+
+    micro_batches: list[Batch]
+    facts: PendingSum
+    """Target tokens, who was asked to stop, and whose saves failed for good: summed over the ranks."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves; tensors stay on the device until someone wants to read them."""
+
+    step: int
+    loss_sum: Tensor
+    """Sum of this rank's token losses, in nats."""
+    grad_norm: Tensor
+    learning_rate: float
+    target_tokens: int
+    """Over all ranks."""
+    target_tokens_so_far: int
+    """With those of all steps before."""
