@@ -35,13 +35,17 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
         allow_abbrev=False,
     )
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
-    parser.add_argument("--data", help="other data to evaluate on, all of it, named as data.dataset is")
+    parser.add_argument(
+        "--data", help="other data, named as data.dataset is: its validation split, or all of it where it has none"
+    )
     arguments, rest = parser.parse_known_args(argv)
     path: Path = arguments.path
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a run's folder, such as runs/default")
     own = next((folder / "config.yaml" for folder in (path, *path.resolve().parents[:2]) if _is_run(folder)), None)
     given = ["--config", str(own)] if own else ["--data.tokenizer", str(path)]
+    if arguments.data is not None:
+        given += ["--validation.max_batches", "null"]  # of other data all is wanted, unless said otherwise
     config = load_config([*given, "--data.tokenizer", str(path), *rest])
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))

@@ -59,8 +59,8 @@ class DataConfig:
     packing: bool = True
     """Join documents into full rows; false: one document a row, padded (padding carries no loss)."""
     validation_dataset: str | None = None
-    """Data set to validate on, named as data.dataset is; null: the data set's validation split, else a part of the
-    training documents."""
+    """Data set to validate on, named as data.dataset is: its validation split, or all of it where it has none. null:
+    data.dataset's validation split, else a part of the training documents."""
     validation_fraction: float = 0.05
     """Part of the documents held out where no validation split exists; 0: no validation."""
     num_workers: int = 0
@@ -77,7 +77,8 @@ class BatchConfig:
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
     """Sequences per forward pass of one rank; global_batch_size is a multiple of this times the number of ranks. null: a
-    rank's whole share of the global batch, with no accumulation."""
+    rank's whole share of the global batch, with no accumulation. Dropout is drawn anew for each micro-batch: for the same
+    masks on any number of ranks, set this."""
 
 
 @dataclass(frozen=True)

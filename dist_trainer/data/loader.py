@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from dist_trainer.config.schema import DataConfig, TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
-from dist_trainer.data.sampler import GlobalOrderSampler, KeyedPermutation, ValidationSampler, rows_per_micro_batch
+from dist_trainer.data.sampler import GlobalOrderSampler, KeyedPermutation, ValidationSampler, rows_per_validation_block
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import text_of
 from dist_trainer.data.token_store import TokenStore, default_cache_dir, token_store
@@ -32,8 +31,8 @@ log = logging.getLogger(__name__)
 SPLIT_KEY = (0x5917, 0)
 """Which documents are held out does not depend on the run's seed: runs with other seeds validate on the same text."""
 
-Spans = list[tuple[int, int]]
-"""[start, end) positions in a token store."""
+Spans = np.ndarray
+"""int64 [documents, 2], in ascending order: [start, end) positions in a token store."""
 
 
 class Dataloaders(NamedTuple):
@@ -96,7 +95,7 @@ def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> Data
     batch, max_batches = config.batch, config.validation.max_batches
     sampler = ValidationSampler(
         rows.validation,
-        micro_batch_size=rows_per_micro_batch(batch, world.world_size),
+        micro_batch_size=rows_per_validation_block(batch),
         rank=world.rank,
         world_size=world.world_size,
         # Rows that do not depend on the number of ranks.
@@ -114,7 +113,7 @@ def _loader(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         dataset,
-        batch_size=rows_per_micro_batch(config.batch, world.world_size),
+        batch_size=sampler.micro_batch_size,
         sampler=sampler,
         collate_fn=collate,
         num_workers=workers,
@@ -154,7 +153,8 @@ def _rows(config: DataConfig, tokenizer: Tokenizer) -> Rows:
     train = _store(source.train, config, tokenizer)
     held_out = source.validation
     if config.validation_dataset is not None:
-        held_out = open_source(config.validation_dataset, config).train
+        other = open_source(config.validation_dataset, config)
+        held_out = other.validation or other.train
     if held_out is not None:
         validation = _store(held_out, config, tokenizer)
         train_spans, validation_spans = _document_spans(train), _document_spans(validation)
@@ -169,7 +169,7 @@ def _rows(config: DataConfig, tokenizer: Tokenizer) -> Rows:
     make = _packed if config.packing else _unpacked
     return Rows(
         make(train, train_spans, config, tokenizer),
-        make(validation, validation_spans, config, tokenizer) if validation_spans else None,
+        make(validation, validation_spans, config, tokenizer) if len(validation_spans) else None,
         as_it_is if config.packing else PaddingCollator(tokenizer),
     )
 
@@ -197,22 +197,21 @@ def split_by_document(store: TokenStore, fraction: float) -> tuple[Spans, Spans]
     """Hold out `fraction` of the documents, at least one, the same ones each time; of a single document, its last part."""
     spans = _document_spans(store)
     if fraction == 0:
-        return spans, []
+        return spans, spans[:0]
     if len(spans) == 1:
-        start, end = spans[0]
+        start, end = spans[0].tolist()
         border = max(start + 1, end - max(2, round(fraction * (end - start))))
         log.info("the data is a single document: its last %d tokens are held out for validation", end - border)
-        return [(start, border)], [(border, end)]
+        return np.array([[start, border]]), np.array([[border, end]])
     count = min(len(spans) - 1, max(1, round(fraction * len(spans))))
-    held_out = set(KeyedPermutation(len(spans), SPLIT_KEY)(np.arange(count)).tolist())
-    train = [span for number, span in enumerate(spans) if number not in held_out]
-    return train, [span for number, span in enumerate(spans) if number in held_out]
+    held_out = np.zeros(len(spans), dtype=bool)
+    held_out[KeyedPermutation(len(spans), SPLIT_KEY)(np.arange(count))] = True
+    return spans[~held_out], spans[held_out]
 
 
 def _document_spans(store: TokenStore) -> Spans:
-    bounds = store.offsets.tolist()
-    return list(itertools.pairwise(bounds))
+    return np.stack([store.offsets[:-1], store.offsets[1:]], axis=1)
 
 
 def _num_tokens(spans: Spans) -> int:
-    return sum(end - start for start, end in spans)
+    return int((spans[:, 1] - spans[:, 0]).sum())

@@ -8,7 +8,6 @@ very first is a target exactly once; only the last row is padded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,14 @@ from dist_trainer.data.token_store import TokenStore
 class TokenStream:
     """Some documents of a store, end to end, in the store's order."""
 
-    def __init__(self, store: TokenStore, spans: Sequence[tuple[int, int]] | None = None) -> None:
-        """`spans` are [start, end) token positions in the store; adjacent ones are joined. None: everything."""
-        whole = [(0, len(store.tokens))]
-        joined: list[list[int]] = []
-        for start, end in whole if spans is None else sorted(spans):
-            if joined and joined[-1][1] == start:
-                joined[-1][1] = end
-            elif end > start:
-                joined.append([start, end])
+    def __init__(self, store: TokenStore, spans: np.ndarray | None = None) -> None:
+        """`spans` [documents, 2] are [start, end) token positions in the store, ascending. None: everything."""
+        starts, ends = np.array([[0, len(store.tokens)]] if spans is None else spans, dtype=np.int64).reshape(-1, 2).T
+        begins_anew = np.append(True, starts[1:] != ends[:-1])[: len(starts)]  # where the one before does not end
         self._tokens = store.tokens
-        self._starts = np.array([start for start, _ in joined], dtype=np.int64)
-        self._virtual = np.cumsum([0, *(end - start for start, end in joined)])
+        self._starts = starts[begins_anew]
+        lengths = np.add.reduceat(ends - starts, np.flatnonzero(begins_anew)) if len(starts) else []
+        self._virtual = np.concatenate([[0], lengths]).cumsum().astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._virtual[-1])
@@ -84,9 +79,9 @@ class PackedRows(torch.utils.data.Dataset):
 class DocumentRows(torch.utils.data.Dataset):
     """One document a row, of at most T + 1 tokens; a longer one goes on in further rows, so that no target is lost."""
 
-    def __init__(self, store: TokenStore, spans: Sequence[tuple[int, int]], sequence_length: int) -> None:
+    def __init__(self, store: TokenStore, spans: np.ndarray, sequence_length: int) -> None:
         self._tokens = store.tokens
-        starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        starts, ends = spans.T
         rows = -(-np.maximum(0, ends - starts - 1) // sequence_length)
         first_row = np.repeat(np.cumsum(rows) - rows, rows)
         begins = np.repeat(starts, rows) + (np.arange(rows.sum()) - first_row) * sequence_length

@@ -17,6 +17,8 @@ from dist_trainer.config.schema import BatchConfig
 from dist_trainer.errors import ConfigError
 
 STEPS_AT_A_TIME = 32
+VALIDATION_ROWS = 8
+"""Rows at a time in validation, where batch.micro_batch_size does not say; without gradients few are enough."""
 _ROUNDS = 6
 
 
@@ -35,6 +37,11 @@ def rows_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
             f"({batch.micro_batch_size} x {world_size} = {together} sequences)"
         )
     return batch.micro_batch_size
+
+
+def rows_per_validation_block(batch: BatchConfig) -> int:
+    """Rows of one forward pass of validation: the same on any number of ranks, so that its sum is too."""
+    return batch.micro_batch_size or min(batch.global_batch_size, VALIDATION_ROWS)
 
 
 def accumulation_steps(batch: BatchConfig, world_size: int) -> int:

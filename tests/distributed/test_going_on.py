@@ -154,3 +154,14 @@ def test_status_follows_the_run(stories, tmp_path, monkeypatch):
 
     assert run(config, 1, before=look) == [0]
     assert status(config)["state"] == "finished"
+
+
+def test_without_a_micro_batch_size_validation_is_the_same_number_on_any_number_of_ranks(stories, tmp_path):
+    found = []
+    for world_size in (1, 2, 4):
+        config = small_config(
+            stories, tmp_path / str(world_size), batch__micro_batch_size=None, optim__learning_rate=1e-30, train__max_steps=1
+        )
+        run(config, world_size)
+        found.append(losses(config, "validation"))
+    assert found[0] == found[1] == found[2]

@@ -35,7 +35,7 @@ def test_only_the_last_row_is_padded():
 
 
 def test_a_stream_of_some_documents_reads_them_end_to_end():
-    stream = TokenStream(store(4, 4, 4, 4), [(0, 4), (12, 16), (4, 8)])
+    stream = TokenStream(store(4, 4, 4, 4), np.array([[0, 4], [4, 8], [12, 16]]))
     assert len(stream) == 12
     expected = [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
     for start in range(12):
@@ -60,20 +60,24 @@ def test_rows_do_not_depend_on_what_they_are_read_with():
 def test_documents_are_split_alike_each_time_and_every_one_is_on_one_side():
     documents = store(*range(2, 42))
     train, validation = split_by_document(documents, 0.1)
-    assert (train, validation) == split_by_document(documents, 0.1)
+    again = split_by_document(documents, 0.1)
+    assert np.array_equal(train, again[0])
+    assert np.array_equal(validation, again[1])
     assert len(validation) == 4
-    assert sorted(train + validation) == sorted(zip(documents.offsets[:-1], documents.offsets[1:], strict=True))
+    both = sorted([*train.tolist(), *validation.tolist()])
+    assert both == np.stack([documents.offsets[:-1], documents.offsets[1:]], axis=1).tolist()
 
 
 def test_at_least_one_document_is_held_out_and_one_is_left():
     for fraction in (0.001, 0.999):
         train, validation = split_by_document(store(5, 5), fraction)
         assert len(train) == len(validation) == 1
-    assert split_by_document(store(5, 5), 0.0)[1] == []
+    assert len(split_by_document(store(5, 5), 0.0)[1]) == 0
 
 
 def test_of_a_single_document_the_last_part_is_held_out():
-    assert split_by_document(store(100), 0.1) == ([(0, 90)], [(90, 100)])
+    train, validation = split_by_document(store(100), 0.1)
+    assert (train.tolist(), validation.tolist()) == ([[0, 90]], [[90, 100]])
 
 
 def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
@@ -82,7 +86,7 @@ def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
     documents = [[11, 12, 13], [21], [31, 32, 33, 34, 35, 36, 37]]
     ids = [i for document in documents for i in [*document, tokenizer.eos_token_id]]
     offsets = np.cumsum([0, *(len(document) + 1 for document in documents)])
-    spans = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
+    spans = np.stack([offsets[:-1], offsets[1:]], axis=1)
     rows = DocumentRows(TokenStore(np.array(ids, dtype=np.uint16), offsets, "key"), spans, 4)
     tokenizer.padding_side = "left"  # as some published tokenizers have it; rows are padded on the right all the same
     batch = PaddingCollator(tokenizer)([rows[index] for index in range(len(rows))])

@@ -273,3 +273,21 @@ def test_data_sets_of_ones_own_are_paired_into_batches():
     batch = next(iter(loaders.validation))
     assert batch.targets.tolist() == [0, 1]
     assert batch.tokens.shape == (2, 3)
+
+
+def test_a_data_set_to_validate_on_gives_its_validation_split_or_all_of_itself(tmp_path):
+    words = {"train": "one " * 400, "validation": "two " * 200}
+    both, alone = tmp_path / "both", tmp_path / "alone.jsonl"
+    both.mkdir()
+    for name, text in words.items():
+        (both / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    alone.write_text(json.dumps({"text": words["train"]}) + "\n")
+    tokenizer = load_tokenizer("austen")
+    for dataset, word in ((both, "two"), (alone, "one")):
+        config = TrainingConfig(
+            data=DataConfig(
+                dataset=str(alone), validation_dataset=str(dataset), sequence_length=8, cache_dir=str(tmp_path / "cache")
+            )
+        )
+        _, validation = create_dataloaders(config, tokenizer=tokenizer)
+        assert tokenizer.decode(next(iter(validation)).tokens[0]).split()[:2] == [word, word]
