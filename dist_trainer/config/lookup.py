@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
-from typing import TypeVar, cast
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 from dist_trainer.errors import ConfigError
 
@@ -31,3 +32,21 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
     near = difflib.get_close_matches(name, table, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"{key}: no row {name!r}; {hint}There are {', '.join(table)}, or your own as package.module:function")
+
+
+def build(table: Mapping[str, Callable[..., T]], name: str, key: str, *arguments: Any, kind: type[T]) -> T:
+    """What the row that `name` means makes of `arguments`.
+
+    Raises ConfigError as `resolve` does, and where a function of the user's own takes other arguments or does not give a
+    `kind`. What goes wrong inside it comes out as it is.
+    """
+    row = resolve(table, name, key)
+    try:
+        inspect.signature(row).bind(*arguments)
+    except TypeError as error:
+        wanted = ", ".join(type(argument).__name__ for argument in arguments)
+        raise ConfigError(f"{key}: {name!r} cannot be called with ({wanted}): {error}; see docs/extending.md") from error
+    made = row(*arguments)
+    if not isinstance(made, kind):
+        raise ConfigError(f"{key}: {name!r} gave a {type(made).__name__}, not a {kind.__name__}; see docs/extending.md")
+    return made

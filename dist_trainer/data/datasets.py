@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_trainer.config.lookup import resolve
+from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_folder
 from dist_trainer.data.records import COMPRESSIONS, OTHER_FORMATS, READERS, Records, format_suffix, read_file
@@ -49,7 +49,7 @@ def open_source(name: str, config: DataConfig) -> Source:
     """
     path = Path(name).expanduser()
     if name in DATASETS or (":" in name and not path.exists()):
-        return resolve(DATASETS, name, "data.dataset")(config)
+        return build(DATASETS, name, "data.dataset", config, kind=Source)
     if _is_meant_as_path(name) or (path.exists() and config.dataset_config is None):
         if not path.exists():
             raise DataError(f"data.dataset: {name} does not exist; give a file, a folder, a Hub name, or austen")

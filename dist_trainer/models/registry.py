@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dist_trainer.config.lookup import resolve
+from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
@@ -92,7 +92,7 @@ MODELS: dict[str, Callable[[ModelConfig, ModelContext], nn.Module]] = {"decoder_
 
 def build_model(config: ModelConfig, context: ModelContext) -> nn.Module:
     """The model that `config.name` names, on context.device; the same on every rank."""
-    return resolve(MODELS, config.name, "model.name")(config, context)
+    return build(MODELS, config.name, "model.name", config, context, kind=nn.Module)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_trainer.config.lookup import resolve
+from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import OptimConfig
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     """The optimizer that `config.name` names, over all parameters of `model` that want a gradient."""
-    return resolve(OPTIMIZERS, config.name, "optim.name")(config, model)
+    return build(OPTIMIZERS, config.name, "optim.name", config, model, kind=Optimizer)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_trainer.config.lookup import resolve
+from dist_trainer.config.lookup import build
 from dist_trainer.distributed.world import World
 from dist_trainer.parallel.ddp import ddp
 
@@ -30,7 +30,7 @@ def parallelize(
         compile_blocks(model)
     if strategy == "auto":
         strategy = "ddp" if world.world_size > 1 else "single"
-    return resolve(STRATEGIES, strategy, "distributed.strategy")(model, world)
+    return build(STRATEGIES, strategy, "distributed.strategy", model, world, kind=nn.Module)
 
 
 def is_compiled(compile: bool | Literal["auto"], world: World) -> bool:

@@ -89,6 +89,13 @@ def test_make_train_is_set_up_and_the_local_launch() -> None:
     assert printed.splitlines()[-1].endswith("launch/local.sh --seed 1")
 
 
+def test_the_torchrun_line_is_the_one_whose_curve_is_tested() -> None:
+    """test_train.py runs it with 2 ranks; 8 need GPUs."""
+    lines = [shlex.split(command) for command, _ in COMMANDS if command.startswith("torchrun")]
+    assert [words[:4] for words in lines] == [["torchrun", "--nproc_per_node=8", "-m", "dist_trainer.train"]]
+    assert all((REPOSITORY / words[5]).is_file() for words in lines)
+
+
 def test_make_test_is_set_up_and_pytest() -> None:
     assert run(cheap("make test", REPOSITORY)).splitlines()[-1].strip().endswith("-m pytest")
 

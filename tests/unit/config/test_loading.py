@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.config.loading import config_differences, dump_config, leaf_types, load_config, validated
-from dist_trainer.config.schema import BatchConfig, ModelConfig, TrainConfig, TrainingConfig
+from dist_trainer.config.lookup import build
+from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
+from dist_trainer.data.datasets import Source
 from dist_trainer.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -172,6 +174,20 @@ def test_a_config_made_in_python_is_checked_too_and_cannot_change():
         validated(TrainingConfig(batch=BatchConfig(7, 2), model=ModelConfig(dropout=-1)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainingConfig().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ("builtins:repr", "gave a str, not a Source"),
+        ("os:getcwd", "cannot be called with \\(DataConfig\\)"),
+        ("os:sep", "is a str, not a function"),
+        ("os:nowhere", "cannot be imported"),
+    ],
+)
+def test_a_function_of_ones_own_that_does_not_fit_is_refused(row, complaint):
+    with pytest.raises(ConfigError, match=rf"data\.dataset: '{row}' {complaint}"):
+        build({}, row, "data.dataset", DataConfig(), kind=Source)
 
 
 def test_differences_are_named_by_key():
