@@ -3,14 +3,27 @@
 #
 #   launch/local.sh [--config FILE] [--section.key VALUE]...     the arguments of `python -m dist_trainer.train`
 #
-# NPROC=2 sets the number of ranks, CUDA_VISIBLE_DEVICES=0,1 the GPUs, OMP_NUM_THREADS the threads of a rank,
+# Fewer ranks than GPUs where the global batch cannot be shared out evenly among all. NPROC=2 sets the number of ranks,
+# CUDA_VISIBLE_DEVICES=0,1 the GPUs, OMP_NUM_THREADS the threads of a rank,
 # MAX_RESTARTS=3 how often torchrun starts ranks that crashed anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 train=(-m dist_trainer.train "$@")
-if ((ranks == 1)); then become "$python" "${train[@]}"; fi
 # What is asked of the command alone needs no ranks, and a config error should come once, now, and with exit code 2.
 case " $* " in *" --help "* | *" -h "* | *" --print_config"*) become "$python" "${train[@]}" ;; esac
-"$python" "${train[@]}" --print_config >/dev/null
-become "${torchrun[@]}" --standalone "${train[@]}"
+if ((ranks > 1)); then config=$("$python" "${train[@]}" --print_config); fi
+
+if ((ranks > 1)) && [[ -z ${NPROC:-} ]]; then
+  batch_size=$(sed -n 's/^ *global_batch_size: *//p' <<<"$config")
+  micro_batch_size=$(sed -n 's/^ *micro_batch_size: *\([0-9]*\).*/\1/p' <<<"$config")
+  all=$ranks
+  while ((batch_size % (ranks * ${micro_batch_size:-1}))); do ranks=$((ranks - 1)); done
+  if ((ranks < all)); then
+    echo "local.sh: training on $ranks of $all GPUs, for $all ranks cannot share batch.global_batch_size $batch_size evenly;" \
+      "to use all, make it a multiple of $((all * ${micro_batch_size:-1}))" >&2
+    share_out_threads
+  fi
+fi
+if ((ranks == 1)); then become "$python" "${train[@]}"; fi
+become "${torchrun[@]}" --nproc-per-node="$ranks" --standalone "${train[@]}"

@@ -36,7 +36,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 # c10d, not --master-addr: only with it can ranks be restarted. Machine 0 keeps the store, whatever its name resolves to.
 keeps_store=$((NODE_RANK == 0))
-become "${torchrun[@]}" --nnodes="$NODES" \
+become "${torchrun[@]}" --nproc-per-node="$ranks" --nnodes="$NODES" \
   --rdzv-backend=c10d --rdzv-id="${RDZV_ID:-dist_trainer-$MASTER_PORT}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
   --rdzv-conf="is_host=$keeps_store" \
   -m dist_trainer.train "$@"

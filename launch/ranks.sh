@@ -1,5 +1,5 @@
 # Read by local.sh and multinode.sh: which Python, how many ranks on this machine, how many threads each, and the options
-# of torchrun that let a run stop, save and start again. Sets: python, ranks, torchrun.
+# of torchrun that let a run stop, save and start again. Sets: python, ranks, torchrun, OMP_NUM_THREADS.
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
@@ -19,7 +19,9 @@ ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
 
 # Threads are shared out on purpose: torchrun would give each of several ranks a single one.
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
+threads=${OMP_NUM_THREADS:-}
+share_out_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
+share_out_threads
 # Waiting threads that spin take the core from a rank that works.
 if ((gpus == 0)); then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}; fi
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
@@ -27,7 +29,7 @@ export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 # torchrun's default keeps one store over all restarts, with the dead ranks' addresses in it: restarted ranks then fail to
 # connect (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-torchrun=("$python" -m torch.distributed.run --nproc-per-node="$ranks" --max-restarts="${MAX_RESTARTS:-0}")
+torchrun=("$python" -m torch.distributed.run --max-restarts="${MAX_RESTARTS:-0}")
 # Without these, SIGUSR1 kills torchrun and orphans its ranks, and ranks that still save are killed after 30 seconds.
 # torch 2.11 may know neither; a look into its source is twenty times quicker than its --help.
 torchrun_source=$("$python" -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/distributed/run.py

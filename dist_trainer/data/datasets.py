@@ -11,8 +11,9 @@ from pathlib import Path
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_folder
-from dist_trainer.data.records import COMPRESSIONS, OTHER_FORMATS, READERS, Records, format_suffix, read_file
+from dist_trainer.data.records import COMPRESSIONS, DATA_SUFFIXES, OTHER_FORMATS, Records, format_suffix, read_file
 from dist_trainer.data.split import Split
+from dist_trainer.data.template import columns_of
 from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Source:
 
 def austen(config: DataConfig) -> Source:
     """Six novels by Jane Austen, inside the package; see corpus/LICENSE.txt."""
-    train, validation = (files_split([CORPUS / f"austen_{name}.jsonl.gz"]) for name in ("train", "validation"))
+    train, validation = (files_split([CORPUS / f"austen_{name}.jsonl.gz"], config) for name in ("train", "validation"))
     return Source("austen", train, validation)
 
 
@@ -60,7 +61,7 @@ def open_source(name: str, config: DataConfig) -> Source:
 
 
 def _is_meant_as_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or format_suffix(Path(name)) in READERS or name.endswith(COMPRESSIONS)
+    return name.startswith((".", "/", "~")) or format_suffix(Path(name)) in DATA_SUFFIXES or name.endswith(COMPRESSIONS)
 
 
 def _could_be_on_the_hub(name: str) -> bool:
@@ -69,10 +70,10 @@ def _could_be_on_the_hub(name: str) -> bool:
 
 def _local_source(path: Path, config: DataConfig) -> Source:
     if path.is_file():
-        return Source(str(path), files_split([path]))
+        return Source(str(path), files_split([path], config))
     if is_arrow_folder(path) or _declares_configs(path):
         return _from_splits(str(path), arrow_folder_splits(path, config))
-    return _from_splits(str(path), {name: files_split(files) for name, files in _files_by_split(path).items()})
+    return _from_splits(str(path), {name: files_split(files, config) for name, files in _files_by_split(path).items()})
 
 
 def _from_splits(name: str, splits: dict[str, Split]) -> Source:
@@ -85,13 +86,14 @@ def _from_splits(name: str, splits: dict[str, Split]) -> Source:
     return Source(name, train, validation)
 
 
-def files_split(files: Iterable[Path]) -> Split:
+def files_split(files: Iterable[Path], config: DataConfig) -> Split:
     """The records of local files, one file after the other."""
     paths = sorted(files)
+    columns = columns_of(config.text_column, config.template)
 
     def records() -> Records:
         for path in paths:
-            yield from read_file(path)
+            yield from read_file(path, columns)
 
     return Split(", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else ""), records, files=paths)
 
@@ -102,10 +104,10 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
-    files = [path for path in found if format_suffix(path) in READERS and not path.name.startswith("README")]
+    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not path.name.startswith("README")]
     if not files:
         seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
-        raise DataError(f"data.dataset: {folder} has no file of type {', '.join(READERS)} (also .gz, .xz){seen}")
+        raise DataError(f"data.dataset: {folder} has no file of type {', '.join(DATA_SUFFIXES)} (also .gz, .xz){seen}")
     ignored = [path.name for path in found if path not in files]
     if ignored:
         level = logging.WARNING if any(format_suffix(Path(name)) in OTHER_FORMATS for name in ignored) else logging.INFO

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dist_trainer.config.schema import DataConfig, TrainingConfig
+from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.datasets import open_source
-from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
-from dist_trainer.data.sampler import GlobalOrderSampler, KeyedPermutation, ValidationSampler, rows_per_validation_block
-from dist_trainer.data.split import Split
-from dist_trainer.data.template import text_of
-from dist_trainer.data.token_store import TokenStore, default_cache_dir, token_store
+from dist_trainer.data.rows import Rows, train_and_validation_rows, validation_rows
+from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, rows_per_validation_block
 from dist_trainer.data.tokenization import Tokenizer, load_tokenizer
 from dist_trainer.distributed.collectives import first_on_each_node
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import DataError
-
-log = logging.getLogger(__name__)
-
-SPLIT_KEY = (0x5917, 0)
-"""Which documents are held out does not depend on the run's seed: runs with other seeds validate on the same text."""
-
-Spans = np.ndarray
-"""int64 [documents, 2], in ascending order: [start, end) positions in a token store."""
 
 
 class Dataloaders(NamedTuple):
@@ -41,14 +25,6 @@ class Dataloaders(NamedTuple):
     train: DataLoader
     """Without end; its sampler says where it stands."""
     validation: DataLoader | None
-
-
-class Rows(NamedTuple):
-    """Data sets of rows, before any rank or order."""
-
-    train: Dataset
-    validation: Dataset | None
-    collate: Callable[[Any], Batch]
 
 
 def create_dataloaders(
@@ -67,55 +43,66 @@ def create_dataloaders(
     """
     world = world or World.single()
     if train_dataset is not None:
-        rows = Rows(train_dataset, validation_dataset, collate_pairs)
+        train = Rows(train_dataset, collate_pairs)
+        validation = None if validation_dataset is None else Rows(validation_dataset, collate_pairs)
     else:
-        rows = _agreed_rows(config, world, tokenizer)
-    _refuse_too_few(rows, config)
-    sampler = GlobalOrderSampler(rows.train, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed)
-    train = _loader(rows.train, sampler, rows.collate, config=config, world=world)
-    return Dataloaders(train, _validation_loader(rows, config, world))
+        chosen = _agreed_tokenizer(config, world, tokenizer)
+        train, validation = first_on_each_node(world, lambda: train_and_validation_rows(config.data, chosen))
+    validation_loader = None if validation is None else _validation_loader(validation, config, world)
+    return Dataloaders(_train_loader(train, config, world), validation_loader)
 
 
 def create_validation_loader(config: TrainingConfig, world: World, *, tokenizer: Tokenizer | None = None) -> DataLoader:
     """The validation loader alone, for evaluating a model. Raises DataError where the config names no such data."""
-    loader = _validation_loader(_agreed_rows(config, world, tokenizer), config, world)
-    if loader is None:
+    chosen = _agreed_tokenizer(config, world, tokenizer)
+    rows = first_on_each_node(world, lambda: validation_rows(config.data, chosen))
+    if rows is None:
         raise DataError("data.validation_fraction: is 0, so there is nothing to validate on; name data.validation_dataset")
-    return loader
+    return _validation_loader(rows, config, world)
 
 
-def _agreed_rows(config: TrainingConfig, world: World, tokenizer: Tokenizer | None) -> Rows:
-    chosen = tokenizer or first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
-    return first_on_each_node(world, lambda: _rows(config.data, chosen))
+def _agreed_tokenizer(config: TrainingConfig, world: World, tokenizer: Tokenizer | None) -> Tokenizer:
+    return tokenizer or first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
 
 
-def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader | None:
-    if rows.validation is None:
-        return None
+def _train_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader:
+    found, needed = len(rows.dataset), config.batch.global_batch_size  # type: ignore[arg-type]
+    if found < needed:
+        raise DataError(
+            f"data.dataset: {config.data.dataset} makes {found} rows of {config.data.sequence_length} tokens, fewer than one "
+            f"global batch ({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
+        )
+    sampler = GlobalOrderSampler(
+        rows.dataset, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed
+    )
+    return _loader(rows, sampler, config, world)
+
+
+def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader:
+    if len(rows.dataset) == 0:  # type: ignore[arg-type]
+        raise DataError("data.validation_dataset: the validation text makes no row; give more of it")
     batch, max_batches = config.batch, config.validation.max_batches
     sampler = ValidationSampler(
-        rows.validation,
+        rows.dataset,
         micro_batch_size=rows_per_validation_block(batch),
         rank=world.rank,
         world_size=world.world_size,
         # Rows that do not depend on the number of ranks.
         max_rows=None if max_batches is None else max_batches * (batch.micro_batch_size or batch.global_batch_size),
     )
-    return _loader(rows.validation, sampler, rows.collate, config=config, world=world)
+    return _loader(rows, sampler, config, world)
 
 
-def _loader(
-    dataset: Dataset, sampler: Any, collate: Callable[[Any], Batch], *, config: TrainingConfig, world: World
-) -> DataLoader:
+def _loader(rows: Rows, sampler: Any, config: TrainingConfig, world: World) -> DataLoader:
     workers = config.data.num_workers
     if workers:
         # Tokenising is over; forked workers would otherwise warn of the tokenizer's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
-        dataset,
+        rows.dataset,
         batch_size=sampler.micro_batch_size,
         sampler=sampler,
-        collate_fn=collate,
+        collate_fn=rows.collate,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=world.device.type == "cuda",
@@ -124,94 +111,9 @@ def _loader(
     )
 
 
-def _refuse_too_few(rows: Rows, config: TrainingConfig) -> None:
-    found, needed = len(rows.train), config.batch.global_batch_size  # type: ignore[arg-type]
-    if found < needed:
-        raise DataError(
-            f"data.dataset: {config.data.dataset} makes {found} rows of {config.data.sequence_length} tokens, fewer than one "
-            f"global batch ({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
-        )
-    if rows.validation is not None and len(rows.validation) == 0:  # type: ignore[arg-type]
-        raise DataError("data.validation_dataset: the validation text makes no row; give more of it")
-
-
 def collate_pairs(pairs: Sequence[Any]) -> Batch:
     """(inputs, targets) pairs, or Batches of a row, to one Batch."""
     if isinstance(pairs[0], Batch):
         return Batch(torch.stack([p.tokens for p in pairs]), torch.stack([p.targets for p in pairs]))
     inputs, targets = default_collate(list(pairs))
     return Batch(inputs, targets)
-
-
-def as_it_is(batch: Batch) -> Batch:
-    """For data sets that read a whole micro-batch at once."""
-    return batch
-
-
-def _rows(config: DataConfig, tokenizer: Tokenizer) -> Rows:
-    source = open_source(config.dataset, config)
-    train = _store(source.train, config, tokenizer)
-    held_out = source.validation
-    if config.validation_dataset is not None:
-        other = open_source(config.validation_dataset, config)
-        held_out = other.validation or other.train
-    if held_out is not None:
-        validation = _store(held_out, config, tokenizer)
-        train_spans, validation_spans = _document_spans(train), _document_spans(validation)
-    else:
-        validation = train
-        train_spans, validation_spans = split_by_document(train, config.validation_fraction)
-    log.info(
-        "data %s: %d documents, %d tokens to train on; %d documents, %d tokens to validate on",
-        *(config.dataset, len(train_spans), _num_tokens(train_spans)),
-        *(len(validation_spans), _num_tokens(validation_spans)),
-    )
-    make = _packed if config.packing else _unpacked
-    return Rows(
-        make(train, train_spans, config, tokenizer),
-        make(validation, validation_spans, config, tokenizer) if len(validation_spans) else None,
-        as_it_is if config.packing else PaddingCollator(tokenizer),
-    )
-
-
-def _store(split: Split, config: DataConfig, tokenizer: Tokenizer) -> TokenStore:
-    return token_store(
-        split,
-        tokenizer,
-        text=text_of(config.text_column, config.template),
-        text_identity=json.dumps([config.text_column, config.template]),
-        cache_dir=Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir(),
-    )
-
-
-def _packed(store: TokenStore, spans: Spans, config: DataConfig, tokenizer: Tokenizer) -> PackedRows:
-    stream = TokenStream(store, spans)
-    return PackedRows(stream, config.sequence_length, padding=tokenizer.eos_token_id, fingerprint=store.key)
-
-
-def _unpacked(store: TokenStore, spans: Spans, config: DataConfig, tokenizer: Tokenizer) -> DocumentRows:
-    return DocumentRows(store, spans, config.sequence_length)
-
-
-def split_by_document(store: TokenStore, fraction: float) -> tuple[Spans, Spans]:
-    """Hold out `fraction` of the documents, at least one, the same ones each time; of a single document, its last part."""
-    spans = _document_spans(store)
-    if fraction == 0:
-        return spans, spans[:0]
-    if len(spans) == 1:
-        start, end = spans[0].tolist()
-        border = max(start + 1, end - max(2, round(fraction * (end - start))))
-        log.info("the data is a single document: its last %d tokens are held out for validation", end - border)
-        return np.array([[start, border]]), np.array([[border, end]])
-    count = min(len(spans) - 1, max(1, round(fraction * len(spans))))
-    held_out = np.zeros(len(spans), dtype=bool)
-    held_out[KeyedPermutation(len(spans), SPLIT_KEY)(np.arange(count))] = True
-    return spans[~held_out], spans[held_out]
-
-
-def _document_spans(store: TokenStore) -> Spans:
-    return np.stack([store.offsets[:-1], store.offsets[1:]], axis=1)
-
-
-def _num_tokens(spans: Spans) -> int:
-    return int((spans[:, 1] - spans[:, 0]).sum())

@@ -10,10 +10,11 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from dist_trainer.data.template import missing_column
 from dist_trainer.errors import DataError
 
 Record = dict[str, Any]
@@ -89,15 +90,18 @@ def _json_array(path: Path, content: bytes) -> Records:
         yield f"{path} element {number}", record
 
 
-def read_parquet(path: Path) -> Records:
-    """One record a row, a few thousand rows in memory at a time."""
+def read_parquet(path: Path, columns: Sequence[str]) -> Records:
+    """One record a row, with these columns only; a few thousand rows in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME):
+            for column in columns:
+                if column not in file.schema_arrow.names:
+                    raise missing_column(column, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME, columns=list(columns)):
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path} row {row}", record
@@ -114,8 +118,8 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_jsonl,
-    ".parquet": read_parquet,
 }
+DATA_SUFFIXES = (*READERS, ".parquet")
 COMPRESSIONS = (".gz", ".xz")
 OTHER_FORMATS = (".csv", ".tsv", ".zip", ".tar", ".tgz", ".zst", ".pdf", ".html", ".docx", ".arrow", ".bz2")
 
@@ -128,13 +132,13 @@ def format_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_file(path: Path) -> Records:
-    """The records of `path`, by its suffix; a file of unknown suffix is read as text."""
+def read_file(path: Path, columns: Sequence[str]) -> Records:
+    """The records of `path`, by its suffix, with at least these columns; a file of unknown suffix is read as text."""
     suffix = format_suffix(path)
     if suffix in OTHER_FORMATS:
-        known = ", ".join(READERS)
+        known = ", ".join(DATA_SUFFIXES)
         raise DataError(f"{path}: files of type {suffix} are not read; convert it to one of {known} (also .gz, .xz)")
-    return READERS.get(suffix, read_text)(path)
+    return read_parquet(path, columns) if suffix == ".parquet" else READERS.get(suffix, read_text)(path)
 
 
 def unreadable(path: Path, error: Exception) -> DataError:

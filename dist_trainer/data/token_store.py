@@ -10,11 +10,13 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -27,9 +29,12 @@ from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-BATCH_DOCUMENTS = 1024
+FORMAT_VERSION = 2
+BATCH_PIECES = 1024
 BATCH_CHARACTERS = 1 << 21
+PIECE_CHARACTERS = 1 << 20
+"""A longer document is tokenised in pieces, or a tokenizer would need a hundred times its size in memory."""
+_BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,19 @@ def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf) -> No
         shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir()
     dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
-    lengths: list[np.ndarray] = []
+    ends = [np.zeros(1, np.int64)]
+    written = 0
     with (staging / "tokens.bin").open("wb") as file:
-        for documents in _tokenised(split, tokenizer, text):
-            lengths.append(np.array([len(ids) for ids in documents], dtype=np.int64))
-            file.write(np.fromiter((i for ids in documents for i in ids), dtype, int(lengths[-1].sum())).tobytes())
+        for pieces in _tokenised(split, tokenizer, text):
+            lengths = np.array([len(piece.ids) for piece in pieces], dtype=np.int64)
+            file.write(np.fromiter((i for piece in pieces for i in piece.ids), dtype, int(lengths.sum())).tobytes())
+            borders = written + lengths.cumsum()
+            written = int(borders[-1])
+            ends.append(borders[np.array([piece.ends_document for piece in pieces])])
         _sync(file.fileno())
-    if not lengths:
+    if not written:
         raise DataError(f"{split.description}: there is no text in it")
-    offsets = np.concatenate([[0], *lengths]).cumsum()
+    offsets = np.concatenate(ends)
     with (staging / "offsets.npy").open("wb") as file:
         np.save(file, offsets)
         _sync(file.fileno())
@@ -123,31 +132,65 @@ def _sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _tokenised(split: Split, tokenizer: Tokenizer, text: TextOf) -> Iterator[list[list[int]]]:
-    """Documents' ids with EOS, in batches; a document without text is left out."""
+class TokenPiece(NamedTuple):
+    """A document's ids, or those of a part of a long one; with EOS where the document ends."""
+
+    ids: list[int]
+    ends_document: bool
+
+
+class TextPiece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: str
+    ends_document: bool
+
+
+def _tokenised(split: Split, tokenizer: Tokenizer, text: TextOf) -> Iterator[list[TokenPiece]]:
+    """The ids of all documents in order, in batches; a document without text is left out."""
     end = [tokenizer.eos_token_id]
     with tqdm(desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False) as progress:
-        for texts in _batches(split, text):
+        for pieces in _batches(_documents(split, text)):
+            texts = [piece.text for piece in pieces]
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            yield [ids + end for ids in encoded["input_ids"]]
+            yield [
+                TokenPiece(ids + end if piece.ends_document else ids, piece.ends_document)
+                for ids, piece in zip(encoded["input_ids"], pieces, strict=True)
+            ]
             progress.update(sum(map(len, texts)))
 
 
-def _batches(split: Split, text: TextOf) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
+def _documents(split: Split, text: TextOf) -> Iterator[str]:
     for where, record in split.records():
-        document = text(where, record)
-        if not document:
-            continue
-        _refuse_surrogates(where, document)
-        batch.append(document)
-        characters += len(document)
-        if len(batch) >= BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
+        if document := text(where, record):
+            _refuse_surrogates(where, document)
+            yield document
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[TextPiece]]:
+    batch: list[TextPiece] = []
+    characters = 0
+    for document in documents:
+        for piece in pieces_of(document):
+            batch.append(piece)
+            characters += len(piece.text)
+            if len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
     if batch:
         yield batch
+
+
+def pieces_of(document: str) -> Iterator[TextPiece]:
+    """The document; or, of a long one, pieces that end between two words, where tokens end anyway, if there is such a place."""
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        limit = start + PIECE_CHARACTERS
+        places = [match.start() for match in _BETWEEN_WORDS.finditer(document, limit - PIECE_CHARACTERS // 8, limit)]
+        cut = places[-1] if places else limit
+        yield TextPiece(document[start:cut], ends_document=False)
+        start = cut
+    yield TextPiece(document[start:], ends_document=True)
 
 
 def _refuse_surrogates(where: str, document: str) -> None:

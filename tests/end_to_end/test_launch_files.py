@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ SCRIPTS = [*sorted((REPOSITORY / "launch").glob("*.sh")), REPOSITORY / "slurm/tr
 STAND_IN = """#!/bin/bash
 case "$*" in
   *--reject*) echo bad >&2; exit 2 ;;
-  *--print_config*) printf 'run_name: demo\\noutput_dir: {runs}\\ncheckpoint: {{resume: %s}}\\n' "${{RESUME:-auto}}" ;;
+  *--print_config*) printf 'run_name: demo\\noutput_dir: {runs}\\ncheckpoint: {{resume: %s}}\\n' "${{RESUME:-auto}}"
+    printf 'batch:\\n  global_batch_size: 16\\n  micro_batch_size: %s\\n' "${{MICRO:-null}}" ;;
+  *torch.cuda.device_count*) echo "${{GPUS:-0}}" ;;
   "-m torch.distributed.run"* | "-m dist_trainer.train"*) echo "RUN OMP_NUM_THREADS=$OMP_NUM_THREADS $*" ;;
   *) exec {python} "$@" ;;
 esac
@@ -70,9 +73,23 @@ def test_several_ranks_share_the_cores_under_torchrun(stand_in: Path) -> None:
     done = launch("launch/local.sh", "--seed", "1", stand_in=stand_in, NPROC="2", OMP_NUM_THREADS="3")
     assert done.returncode == 0, done.stderr
     run = done.stdout.splitlines()[-1]
-    assert run.startswith("RUN OMP_NUM_THREADS=3 -m torch.distributed.run --nproc-per-node=2 --max-restarts=0")
-    assert run.endswith("--standalone -m dist_trainer.train --seed 1")
+    assert run.startswith("RUN OMP_NUM_THREADS=3 -m torch.distributed.run --max-restarts=0")
+    assert run.endswith("--nproc-per-node=2 --standalone -m dist_trainer.train --seed 1")
     assert "SIGUSR1" in run or "signals-to-handle" not in torchrun_source()
+
+
+@pytest.mark.parametrize(("gpus", "micro", "ranks"), [("8", "null", 8), ("7", "null", 4), ("3", "null", 2), ("6", "8", 2)])
+def test_gpus_that_cannot_share_the_global_batch_evenly_are_left_alone(
+    stand_in: Path, gpus: str, micro: str, ranks: int
+) -> None:
+    write_program(stand_in / "nvidia-smi", "#!/bin/bash\n")
+    done = launch("launch/local.sh", stand_in=stand_in, GPUS=gpus, MICRO=micro)
+    assert f"--nproc-per-node={ranks} --standalone" in done.stdout, done.stderr
+    assert (f"training on {ranks} of {gpus} GPUs" in done.stderr) == (ranks < int(gpus))
+
+
+def test_a_number_of_ranks_that_was_asked_for_is_not_changed(stand_in: Path) -> None:
+    assert "--nproc-per-node=3" in launch("launch/local.sh", stand_in=stand_in, NPROC="3").stdout
 
 
 def test_arguments_with_spaces_arrive_whole(stand_in: Path) -> None:
@@ -159,7 +176,7 @@ def test_sbatch_starts_torchrun_on_every_node(stand_in: Path, slurm: dict[str, s
     assert done.returncode == 0, done.stdout + done.stderr
     logs = f"{slurm['RUN']}/logs/job-12345-try-0-%N.log"
     assert f"SRUN --ntasks-per-node=1 --kill-on-bad-exit=1 --output={logs} launch/multinode.sh" in done.stdout
-    assert "OMP_NUM_THREADS=4 -m torch.distributed.run --nproc-per-node=8" in done.stdout
+    assert re.search(r"OMP_NUM_THREADS=4 -m torch\.distributed\.run .*--nproc-per-node=8 --nnodes=2 ", done.stdout)
     assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=12345-0 --rdzv-endpoint=node1:22345" in done.stdout
     assert "-m dist_trainer.train --config configs/x.yaml" in done.stdout
     assert "requeue" not in done.stdout

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from dist_trainer.data.batch import IGNORED_TARGET
-from dist_trainer.data.loader import split_by_document
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
+from dist_trainer.data.rows import Documents, split_by_document
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenization import load_tokenizer
 
@@ -13,6 +13,16 @@ def store(*lengths: int) -> TokenStore:
     """Documents whose tokens are 0, 1, 2, ... over the whole store."""
     offsets = np.cumsum([0, *lengths])
     return TokenStore(np.arange(offsets[-1], dtype=np.uint16), offsets, "key")
+
+
+def documents(*lengths: int) -> Documents:
+    offsets = np.cumsum([0, *lengths])
+    return Documents(store(*lengths), np.stack([offsets[:-1], offsets[1:]], axis=1))
+
+
+def spans(fraction: float, *lengths: int) -> tuple[list[list[int]], list[list[int]]]:
+    train, validation = split_by_document(documents(*lengths), fraction)
+    return train.spans.tolist(), validation.spans.tolist()
 
 
 def read_all(rows: PackedRows):
@@ -58,26 +68,22 @@ def test_rows_do_not_depend_on_what_they_are_read_with():
 
 
 def test_documents_are_split_alike_each_time_and_every_one_is_on_one_side():
-    documents = store(*range(2, 42))
-    train, validation = split_by_document(documents, 0.1)
-    again = split_by_document(documents, 0.1)
-    assert np.array_equal(train, again[0])
-    assert np.array_equal(validation, again[1])
+    lengths = range(2, 42)
+    train, validation = spans(0.1, *lengths)
+    assert (train, validation) == spans(0.1, *lengths)
     assert len(validation) == 4
-    both = sorted([*train.tolist(), *validation.tolist()])
-    assert both == np.stack([documents.offsets[:-1], documents.offsets[1:]], axis=1).tolist()
+    assert sorted(train + validation) == documents(*lengths).spans.tolist()
 
 
 def test_at_least_one_document_is_held_out_and_one_is_left():
     for fraction in (0.001, 0.999):
-        train, validation = split_by_document(store(5, 5), fraction)
+        train, validation = spans(fraction, 5, 5)
         assert len(train) == len(validation) == 1
-    assert len(split_by_document(store(5, 5), 0.0)[1]) == 0
+    assert spans(0.0, 5, 5)[1] == []
 
 
 def test_of_a_single_document_the_last_part_is_held_out():
-    train, validation = split_by_document(store(100), 0.1)
-    assert (train.tolist(), validation.tolist()) == ([[0, 90]], [[90, 100]])
+    assert spans(0.1, 100) == ([[0, 90]], [[90, 100]])
 
 
 def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():

@@ -16,9 +16,10 @@ import pytest
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import token_store as token_store_module
 from dist_trainer.data.datasets import open_source
-from dist_trainer.data.loader import create_dataloaders
+from dist_trainer.data.loader import create_dataloaders, create_validation_loader
 from dist_trainer.data.template import text_of
 from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
+from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError
 
 STORIES = [f"Story {number}. " + "It is a truth universally acknowledged. " * (number + 3) for number in range(12)]
@@ -70,6 +71,14 @@ def test_a_text_file_is_one_document(tmp_path):
 def test_parquet(tmp_path):
     pyarrow.parquet.write_table(pa.table({"body": STORIES}), tmp_path / "s.parquet", row_group_size=5)
     assert texts(tmp_path / "s.parquet", text_column="body")[0] == STORIES
+
+
+def test_of_a_parquet_file_only_the_columns_that_are_asked_for_are_read(tmp_path):
+    pyarrow.parquet.write_table(pa.table({"body": STORIES, "picture": [b"\xff" * 9] * 12}), tmp_path / "s.parquet")
+    [(_, first), *_] = open_source(str(tmp_path / "s.parquet"), DataConfig(text_column="body")).train.records()
+    assert first == {"body": STORIES[0]}
+    with pytest.raises(DataError, match=r"s\.parquet: there is no column 'text', only 'body', 'picture'"):
+        texts(tmp_path / "s.parquet")
 
 
 def test_save_to_disk_folders_with_and_without_splits(tmp_path):
@@ -218,6 +227,24 @@ def test_text_is_tokenised_once_per_content_and_anew_when_it_changes(tmp_path, m
     assert len(builds) == 3
 
 
+@pytest.mark.parametrize(
+    "text", ["one two, three.\n\n  Four\r\nfive" * 40, "x" * 900, "\n\n" * 500], ids=["prose", "x", "lines"]
+)
+def test_a_long_document_is_tokenised_in_pieces_and_stays_one(tmp_path, monkeypatch, text):
+    config = small(write(tmp_path / "x.txt", f"{text} end"), tmp_path, validation_fraction=0.0, sequence_length=4)
+    [whole, *more] = token_store_module.pieces_of(f"{text} end")
+    assert more == []
+    monkeypatch.setattr(token_store_module, "PIECE_CHARACTERS", 64)
+    store = create_dataloaders(config).train.dataset.stream
+    tokenizer = load_tokenizer("austen")
+    tokens = np.zeros(len(store), dtype=np.int64)
+    store.read_into(tokens, 0)
+    assert tokenizer.decode(tokens[:-1]) == whole.text
+    assert tokens.tolist().index(tokenizer.eos_token_id) == len(tokens) - 1
+    if "two" in text:
+        assert tokens[:-1].tolist() == tokenizer(whole.text)["input_ids"]
+
+
 def _load(config: TrainingConfig, built) -> None:
     real = token_store_module._build
 
@@ -265,6 +292,13 @@ def test_worker_processes_change_nothing(tmp_path, packing):
         ours, theirs = next(here), next(there)
         assert ours.tokens.equal(theirs.tokens)
         assert ours.targets.equal(theirs.targets)
+
+
+def test_validating_alone_does_not_read_the_text_to_train_on(tmp_path):
+    write(tmp_path / "both" / "train.jsonl", "no JSON")
+    write(tmp_path / "both" / "validation.jsonl", jsonl())
+    loader = create_validation_loader(small(tmp_path / "both", tmp_path), World.single())
+    assert sum(batch.num_targets() for batch in loader) == len(loader.dataset.stream) - 1
 
 
 def test_data_sets_of_ones_own_are_paired_into_batches():

@@ -1,0 +1,117 @@
+"""From the config's data section to rows of tokens: opened, tokenised, split by document, packed or one document a row."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from dist_trainer.config.schema import DataConfig
+from dist_trainer.data.batch import Batch
+from dist_trainer.data.datasets import open_source
+from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, as_it_is
+from dist_trainer.data.sampler import KeyedPermutation
+from dist_trainer.data.split import Split
+from dist_trainer.data.template import text_of
+from dist_trainer.data.token_store import TokenStore, default_cache_dir, token_store
+from dist_trainer.data.tokenization import Tokenizer
+
+log = logging.getLogger(__name__)
+
+SPLIT_KEY = (0x5917, 0)
+"""Which documents are held out does not depend on the run's seed: runs with other seeds validate on the same text."""
+
+
+class Rows(NamedTuple):
+    """A map-style data set of rows, before any rank or order, and how rows become a batch."""
+
+    dataset: Dataset
+    collate: Callable[[Any], Batch]
+
+
+class Documents(NamedTuple):
+    """Some documents of a token store."""
+
+    store: TokenStore
+    spans: np.ndarray
+    """int64 [documents, 2], in ascending order: [start, end) positions in the store."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of these documents, each with its EOS."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+
+def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
+    """What the config names to train on, and to validate on if anything. Raises DataError, ConfigError."""
+    held_out = _held_out(config)
+    train = _all_documents(open_source(config.dataset, config).train, config, tokenizer)
+    if held_out is not None:
+        validation = _all_documents(held_out, config, tokenizer)
+    else:
+        train, validation = split_by_document(train, config.validation_fraction)
+    log.info(
+        "data %s: %d documents, %d tokens to train on; %d documents, %d tokens to validate on",
+        *(config.dataset, len(train.spans), train.num_tokens, len(validation.spans), validation.num_tokens),
+    )
+    return _rows(train, config, tokenizer), _rows(validation, config, tokenizer) if len(validation.spans) else None
+
+
+def validation_rows(config: DataConfig, tokenizer: Tokenizer) -> Rows | None:
+    """What the config names to validate on; the text to train on is not even tokenised where that is a text of its own."""
+    held_out = _held_out(config)
+    if held_out is not None:
+        validation = _all_documents(held_out, config, tokenizer)
+    else:
+        everything = _all_documents(open_source(config.dataset, config).train, config, tokenizer)
+        _, validation = split_by_document(everything, config.validation_fraction)
+    return _rows(validation, config, tokenizer) if len(validation.spans) else None
+
+
+def _held_out(config: DataConfig) -> Split | None:
+    """The text that is for validation alone, if there is one."""
+    if config.validation_dataset is None:
+        return open_source(config.dataset, config).validation
+    other = open_source(config.validation_dataset, config)
+    return other.validation or other.train
+
+
+def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Documents:
+    store = token_store(
+        split,
+        tokenizer,
+        text=text_of(config.text_column, config.template),
+        text_identity=json.dumps([config.text_column, config.template]),
+        cache_dir=Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir(),
+    )
+    return Documents(store, np.stack([store.offsets[:-1], store.offsets[1:]], axis=1))
+
+
+def split_by_document(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
+    """Hold out `fraction` of the documents, at least one, the same ones each time; of a single document, its last part."""
+    store, spans = documents
+    if fraction == 0:
+        return documents, Documents(store, spans[:0])
+    if len(spans) == 1:
+        start, end = spans[0].tolist()
+        border = max(start + 1, end - max(2, round(fraction * (end - start))))
+        log.info("the data is a single document: its last %d tokens are held out for validation", end - border)
+        return Documents(store, np.array([[start, border]])), Documents(store, np.array([[border, end]]))
+    count = min(len(spans) - 1, max(1, round(fraction * len(spans))))
+    held_out = np.zeros(len(spans), dtype=bool)
+    held_out[KeyedPermutation(len(spans), SPLIT_KEY)(np.arange(count))] = True
+    return Documents(store, spans[~held_out]), Documents(store, spans[held_out])
+
+
+def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Rows:
+    store, spans = documents
+    if not config.packing:
+        return Rows(DocumentRows(store, spans, config.sequence_length), PaddingCollator(tokenizer))
+    stream = TokenStream(store, spans)
+    packed = PackedRows(stream, config.sequence_length, padding=tokenizer.eos_token_id, fingerprint=store.key)
+    return Rows(packed, as_it_is)
