@@ -10,8 +10,11 @@ import torch._dynamo  # noqa: F401  seconds in each forked process otherwise
 import transformers  # noqa: F401
 
 from dist_trainer.data.datasets import CORPUS
+from tests.distributed.conftest import stories
 from tests.distributed.small_runs import small_config
 from tests.faults.faults import Run
+
+__all__ = ["stories"]
 
 
 @pytest.fixture(scope="session")
