@@ -231,8 +231,12 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
 def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason: str | None, exit_code: int) -> None:
     """How it ended: for the trackers, the events and status.json."""
     step = trainer.progress.step
-    best = {"best_step": trainer.progress.best_step, "best_loss": trainer.progress.best_loss}
-    write_status(folder.path, state, step=step, max_steps=trainer.max_steps, reason=reason, exit_code=exit_code, **best)
+    facts = {
+        "best_step": trainer.progress.best_step,
+        "best_loss": trainer.progress.best_loss,
+        "checkpoint_seconds": trainer.checkpoints.write_seconds,  # slurm/train.sh compares it with the time it is given
+    }
+    write_status(folder.path, state, step=step, max_steps=trainer.max_steps, reason=reason, exit_code=exit_code, **facts)
     append_event(folder.path, state, step=step, reason=reason)
     trainer.tracker.close(state=state, reason=reason)
 

@@ -34,6 +34,9 @@ Export = Callable[[Mapping[str, Tensor], Path], None]
 class Checkpoints(Protocol):
     """What the trainer asks of them."""
 
+    write_seconds: float | None
+    """How long the slowest write of this process took; None before the first."""
+
     def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
         """Save what `take` gives, now or in the background."""
         ...
@@ -49,6 +52,9 @@ class Checkpoints(Protocol):
 
 class NoCheckpoints:
     """For ranks, and runs, that save nothing."""
+
+    write_seconds: float | None = None
+    """None: nothing is written."""
 
     def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
         """Nothing."""
@@ -71,6 +77,8 @@ class CheckpointManager:
         self.export = export
         self.stall_seconds = 0.0
         """How long the last save held training up."""
+        self.write_seconds: float | None = None
+        """How long the slowest write took."""
         self._writer: threading.Thread | None = None
         self._failures_in_a_row = 0
         self._crash: BaseException | None = None
@@ -107,7 +115,9 @@ class CheckpointManager:
             if not snapshot.is_finite():
                 log.warning("step %d: the weights are not finite; no checkpoint is written of them", step)
                 return
+            started = time.perf_counter()
             self._publish(snapshot, is_best)
+            self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
             self._failures_in_a_row = 0
         except (OSError, SafetensorError) as error:
             self._failures_in_a_row += 1
