@@ -35,6 +35,58 @@ JOB=${JOB:-$SLURM_JOB_ID}
 say() { echo "$(date '+%F %T') [job $JOB, try $TRY] $*"; }
 refuse() { say "refused: $*"; exit 2; }
 
+# --- signals: trapped from the first moment on, or they would kill this shell -----------------------
+# What SLURM says of this job: `job JobState` is RUNNING.
+job() { scontrol show job "$JOB" 2>/dev/null | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"; }
+seconds_left() {
+  local end
+  end=$(job EndTime)
+  end=$(date -d "${end:-Unknown}" +%s 2>/dev/null) && echo $((end - $(date +%s)))
+}
+
+newest() { readlink "$run_folder/checkpoints/latest"; }
+requeue() { # whether SLURM has taken the job back
+  if ((TRY + 1 >= MAX_TRIES)); then
+    say "stopped early, but this was try $((TRY + 1)) of $MAX_TRIES (MAX_TRIES); sbatch the same command to go on"
+    return 1
+  fi
+  say "stopped early: back to the queue"
+  scontrol requeue "$JOB" && return
+  say "could not be requeued; sbatch the same command to go on"
+  return 1
+}
+
+run_folder= newest_before= step= asked= left= told= ended=
+# USR1: the time is nearly up. Ask the ranks to save and leave: TERM to the job's steps, not to the job.
+nearly_up() {
+  if [[ -n $asked ]]; then return; fi
+  asked=$SECONDS left=$(seconds_left)
+  say "the time is nearly up${left:+, $left s are left}"
+  if [[ -n $step ]]; then tell_ranks; fi
+}
+tell_ranks() { # once: they take repeated signals for impatience
+  if [[ -n $told ]]; then return; fi
+  told=1
+  # What is sent before srun has made its step reaches nobody, and scancel does not say so.
+  until [[ $(squeue --noheader --steps --jobs="$JOB" --format=%i) =~ \.[0-9] ]] || ! kill -0 "$step" 2>/dev/null; do sleep 0.5; done
+  scancel --signal=TERM "$JOB"
+}
+# TERM: the time is up, and all will be killed in a moment; or somebody ends this job for good, or SLURM requeues it by itself.
+told_to_end() {
+  if [[ -n $ended ]]; then return; fi
+  ended=1
+  if [[ $(job Reason) != TimeLimit ]]; then
+    say "told to end"
+  elif [[ $(newest) == "$newest_before" ]]; then
+    say "WARNING: the time is up, and no checkpoint was made in this try: another one would come no further"
+  else
+    say "WARNING: the time is up before the ranks have left: what came after $(newest) will be done again"
+    requeue
+  fi
+}
+trap nearly_up USR1
+trap told_to_end TERM
+
 # SLURM's own requeueing, after a node's failure, counts too.
 ((TRY < MAX_TRIES)) || refuse "this would be try $((TRY + 1)) of $MAX_TRIES (MAX_TRIES); sbatch the same command to go on"
 
@@ -63,7 +115,6 @@ logs=$run_folder/logs
 mkdir -p "$logs" || exit 2
 # Another life of this run left its last words here.
 status() { cat "$run_folder/status.json" 2>/dev/null; }
-newest() { readlink "$run_folder/checkpoints/latest"; }
 status_before=$(status) newest_before=$(newest)
 
 # --- is the signal early enough? -------------------------------------------------------------------
@@ -109,73 +160,41 @@ export SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-110}
 # Some versions of SLURM do not hand --cpus-per-task on to srun: then all ranks of a node share one core.
 export SRUN_CPUS_PER_TASK=$cores
 
-# --- signals --------------------------------------------------------------------------------------------
-# What SLURM says of this job: `job JobState` is RUNNING.
-job() { scontrol show job "$JOB" 2>/dev/null | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"; }
-seconds_left() {
-  local end
-  end=$(job EndTime)
-  end=$(date -d "${end:-Unknown}" +%s 2>/dev/null) && echo $((end - $(date +%s)))
-}
-
-# USR1: the time is nearly up. Ask the ranks, once, to save and leave: TERM to the job's steps, not to the job.
-# TERM: the time is up, somebody ends this job for good, or SLURM requeues it by itself.
-asked= left= ended= reason=
-nearly_up() {
-  if [[ -n $asked ]]; then return; fi
-  asked=$SECONDS
-  scancel --signal=TERM "$JOB"
-  left=$(seconds_left)
-  say "the time is nearly up${left:+, $left s are left}"
-}
-told_to_end() {
-  ended=1
-  reason=$(job Reason)
-  say "told to end"
-}
-trap nearly_up USR1
-trap told_to_end TERM
-
 # --- train ------------------------------------------------------------------------------------------------
 say "$run_folder on $SLURM_JOB_NODELIST, $NPROC ranks a node, meeting at $MASTER_ADDR:$MASTER_PORT"
-if [[ $LAUNCHER == torchrun ]]; then
-  srun --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N.log" \
-    launch/multinode.sh "$@" &
-else
-  srun --ntasks=$((NODES * NPROC)) --ntasks-per-node="$NPROC" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1 \
-    --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N-rank-%t.log" \
-    "$PYTHON" -m dist_trainer.train "$@" &
+code=143
+if [[ -z $asked$ended ]]; then # else there is nothing to save yet
+  if [[ $LAUNCHER == torchrun ]]; then
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N.log" \
+      launch/multinode.sh "$@" &
+  else
+    srun --ntasks=$((NODES * NPROC)) --ntasks-per-node="$NPROC" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1 \
+      --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N-rank-%t.log" \
+      "$PYTHON" -m dist_trainer.train "$@" &
+  fi
+  step=$!
+  if [[ -n $asked ]]; then tell_ranks; fi # the signal came between these lines
+  # A trap interrupts `wait`: go on waiting while srun lives.
+  while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done
+  wait "$step" # remembers
+  code=$?
 fi
-step=$!
-# A trap interrupts `wait`: go on waiting while srun lives.
-while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
 say "srun ended with $code${asked:+, $((SECONDS - asked)) s after it was asked to}; logs are in $logs"
 if [[ -n $left ]]; then check_lead "$left" "so many were left when the signal came"; fi
 
 # --- go on later? -------------------------------------------------------------------------------------------
 now=$(status)
 said() { [[ $now != "$status_before" && $now =~ \"state\":\ *\"$1\" ]]; }
-if [[ $ended && $reason == TimeLimit ]]; then
-  say "WARNING: the time was up before the ranks had left"
-  if [[ $(newest) == "$newest_before" ]]; then
-    say "no checkpoint was made in this try: the next one would come no further"
-    exit "$code"
-  fi
-elif [[ $ended ]]; then
-  exit "$code" # not our turn
-elif said preempted; then
+if [[ -n $ended ]]; then exit "$code"; fi # not our turn
+if said preempted; then
   : # A preempted job that saved and left in time is, for SLURM, simply over.
 elif said finished || said failed || [[ -z $asked && $(job PreemptTime) != [0-9]* ]]; then
   exit "$code"
-fi # else it was told to leave before it had anything to save
-if ((TRY + 1 >= MAX_TRIES)); then
-  say "stopped early, but this was try $((TRY + 1)) of $MAX_TRIES (MAX_TRIES); sbatch the same command to go on"
-  exit 1
+else
+  say "told to leave before there was anything to save"
 fi
-say "stopped early: back to the queue"
-if scontrol requeue "$JOB"; then
+if requeue; then
   trap - TERM
   sleep 600 & wait # SLURM ends this script here
 fi
-say "could not be requeued; sbatch the same command to go on"
 exit 1

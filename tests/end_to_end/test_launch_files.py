@@ -150,6 +150,7 @@ FAKE_SLURM = {
   *) echo "SCONTROL $*" ;;
 esac""",
     "scancel": 'echo "SCANCEL $*"',
+    "squeue": 'echo "$SLURM_JOB_ID.0"',
     "sleep": "exit 0",
     "getent": "echo 10.0.0.1 node1",
     "srun": """echo "SRUN $*"
@@ -210,7 +211,7 @@ def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str
         ({"STATE": "failed", "SRUN_CODE": "3", "SIGNAL": "USR1"}, False, 3),
         ({"STATE": "finished", "SIGNAL": "USR1"}, False, 0),
         ({"SRUN_CODE": "143", "SIGNAL": "TERM", "FACTS": "Reason=TimeLimit"}, False, 143),  # no checkpoint was made
-        ({"SRUN_CODE": "143", "SIGNAL": "TERM", "FACTS": "Reason=TimeLimit", "CHECKPOINT": "5"}, True, 1),
+        ({"SRUN_CODE": "143", "SIGNAL": "TERM", "FACTS": "Reason=TimeLimit", "CHECKPOINT": "5"}, True, 143),
         ({"STATE": "failed", "SRUN_CODE": "3"}, False, 3),
         ({"STATE": "finished"}, False, 0),
         ({"SRUN_CODE": "9"}, False, 9),  # died before it said anything
