@@ -11,32 +11,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints, step_folders
+from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.config.loading import as_dict, dump_config
-from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
+from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.launch import launcher
-from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import CheckpointError, ConfigError, DistTrainerError, RefusedError, StoppedError
-from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
+from dist_trainer.errors import CheckpointError, ConfigError, RefusedError, StoppedError
+from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model, weights_writer
 from dist_trainer.optim.optimizers import build_optimizer
 from dist_trainer.parallel.registry import parallelize
 from dist_trainer.precision import build_precision
+from dist_trainer.run_record import exit_code_when_preempted, note_early_stop, train
 from dist_trainer.sampling import Sample, build_sample
 from dist_trainer.starting_point import StartingPoint, find_starting_point
-from dist_trainer.tracking.environment import describe_environment
-from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import configure_logging
-from dist_trainer.tracking.status import State, write_status
-from dist_trainer.tracking.tracker import RunContext, build_tracker
-from dist_trainer.trainer import Trainer, TrainingResult
+from dist_trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -94,22 +90,6 @@ def begin_anew(folder: RunFolder) -> None:
     """Set aside what an earlier run left."""
     folder.set_aside()
     folder.checkpoints.mkdir(exist_ok=True)
-
-
-def note_early_stop(folder: RunFolder, config: TrainingConfig, stopped: StoppedError, *, exit_code: int) -> None:
-    """A signal came while data were prepared: nothing is lost, and the run's folder says so."""
-    folder.is_new = False
-    saved = step_folders(folder.checkpoints)
-    step = int(saved[0].name.removeprefix("step-")) if saved else 0
-    planned = DEFAULT_MAX_STEPS if config.train.epochs is None else None
-    max_steps = config.train.max_steps or planned
-    reason = signal_name(stopped.signal_number)
-    write_status(folder.path, "preempted", step=step, max_steps=max_steps, reason=reason, exit_code=exit_code)
-
-
-def exit_code_when_preempted(world: World) -> int:
-    """75; as one of several ranks 0: launchers take anything else for a crash, and status.json tells the story."""
-    return EXIT_PREEMPTED if world.world_size == 1 else EXIT_FINISHED
 
 
 @contextmanager
@@ -187,58 +167,6 @@ def refuse_other_data(config: TrainingConfig, start: StartingPoint, fingerprints
                 f"{name} holds other text now than when the run in {start.checkpoint} began; "
                 "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
             )
-
-
-def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
-    """Train, and leave the truth in the run's folder however it ends."""
-    if folder is None:
-        return trainer.fit()
-    begin_run_folder(trainer, folder)
-    try:
-        result = trainer.fit()
-    except BaseException as error:
-        reason = str(error) if isinstance(error, DistTrainerError) else f"{type(error).__name__}: {error}"
-        code = error.exit_code if isinstance(error, DistTrainerError) else EXIT_CRASHED
-        end_run_folder(trainer, folder, state="failed", reason=reason, exit_code=code)
-        raise
-    if result.state == "finished":
-        end_run_folder(trainer, folder, state="finished", reason=None, exit_code=EXIT_FINISHED)
-    else:
-        code = exit_code_when_preempted(trainer.world)
-        reason = signal_name(result.signal_number)
-        end_run_folder(trainer, folder, state="preempted", reason=reason, exit_code=code)
-    return result
-
-
-def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
-    """From here on the folder is this run's: its status, its events, its trackers."""
-    config, step = trainer.config, trainer.progress.step
-    folder.is_new = False  # whatever comes: from now on it holds what must not be lost
-    write_status(folder.path, "running", step=step, max_steps=trainer.max_steps)
-    environment = describe_environment(trainer.world)
-    append_event(folder.path, "resume" if step else "start", step=step, environment=environment)
-    context = RunContext(
-        config=config,
-        folder=folder.path,
-        start_step=step,
-        max_steps=trainer.max_steps,
-        parameters=sum(parameter.numel() for parameter in trainer.parameters),
-        environment=environment,
-    )
-    trainer.tracker = build_tracker(trainer.world, context)
-
-
-def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason: str | None, exit_code: int) -> None:
-    """How it ended: for the trackers, the events and status.json."""
-    step = trainer.progress.step
-    facts = {
-        "best_step": trainer.progress.best_step,
-        "best_loss": trainer.progress.best_loss,
-        "checkpoint_seconds": trainer.checkpoints.write_seconds,  # slurm/train.sh compares it with the time it is given
-    }
-    write_status(folder.path, state, step=step, max_steps=trainer.max_steps, reason=reason, exit_code=exit_code, **facts)
-    append_event(folder.path, state, step=step, reason=reason)
-    trainer.tracker.close(state=state, reason=reason)
 
 
 def model_context(config: TrainingConfig, world: World, tokenizer: Any, start: StartingPoint) -> ModelContext:

@@ -7,6 +7,7 @@
     │   └── CheckpointError    a run folder or a checkpoint in it
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
     ├── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
+    ├── PeerLostError          exit code 1: another rank has died
     └── StoppedError           exit code 75: a signal came before the first step; the same command begins again
 
 Each message names the key or the path, the value, and the remedy; commands print it without a traceback.
@@ -47,6 +48,10 @@ class TrainingDivergedError(DistTrainerError):
 
 class SavingFailedError(DistTrainerError):
     """Checkpoints could not be saved, several times in a row."""
+
+
+class PeerLostError(DistTrainerError):
+    """Another rank has died, and this one cannot go on without it."""
 
 
 class StoppedError(DistTrainerError):

@@ -6,8 +6,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
-from dist_trainer.errors import DistTrainerError
+from dist_trainer.errors import DistTrainerError, PeerLostError
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
@@ -22,15 +23,21 @@ def exit_code_of(act: Callable[[], int]) -> int:
     except DistTrainerError as error:
         if speaks():
             print(f"dist_trainer: {error}", file=sys.stderr)
+        if isinstance(error, PeerLostError):
+            _end_at_once(error.exit_code)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_PREEMPTED
     except Exception:
         traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Not sys.exit: with ranks still connected, the interpreter's own clean-up can wait for them for ever.
-        os._exit(EXIT_CRASHED)
+        _end_at_once(EXIT_CRASHED)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """Not sys.exit: with ranks still connected, the interpreter's own clean-up can wait for them for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def speaks() -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dist_trainer.data.batch import Batch
@@ -32,3 +34,9 @@ class StepResult:
     """Over all ranks."""
     target_tokens_so_far: int
     """With those of all steps before."""
+
+
+def seed_dropout(seed: int, step: int, *, block: int) -> None:
+    """Random numbers of a micro-batch follow from what it is, not from which rank computes it after what."""
+    key = hashlib.blake2b(f"{seed}/{step}/{block}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(key, "little"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
@@ -24,6 +23,7 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, barrier, gather_objects, on_main
+from dist_trainer.distributed.heartbeat import Phase
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
 from dist_trainer.errors import SavingFailedError, StoppedError, TrainingDivergedError
@@ -33,9 +33,10 @@ from dist_trainer.optim.schedules import build_schedule, total_steps
 from dist_trainer.parallel.registry import gradient_sync, is_compiled, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample
-from dist_trainer.step import StepInput, StepResult
+from dist_trainer.step import StepInput, StepResult, seed_dropout
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import NullTracker, Tracker
+from dist_trainer.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class Trainer:
         self._saved_step = self.progress.step
         with self.world.stop_request.listen():
             try:
+                self._at("warming up")
                 self._warm_up()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
@@ -127,6 +129,7 @@ class Trainer:
             self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
             upcoming = self._fetch(batches)
             while self.progress.step < self.max_steps and not self._stopped:
+                self._at("waiting for others")
                 target_tokens, asked_to_stop, saving_failed = upcoming.facts.wait()
                 if saving_failed:
                     raise SavingFailedError(
@@ -136,14 +139,19 @@ class Trainer:
                 if asked_to_stop:
                     self._stopped = True
                     break
+                self._at("training")
                 result = self.train_step(upcoming.micro_batches, target_tokens)
                 self._watch(result)
+                self._at("reading data")
                 upcoming = self._fetch(batches)
                 self._after_step(result)
+                self.world.heartbeat.first_step_is_done()
+            self._at("waiting for others")
             upcoming.facts.wait()
         self._watch(None)
         if self._saved_step != self.progress.step:
             self._save(is_best=False)
+        self._at("saving")
         self.checkpoints.wait()  # before the barrier: who has passed it may leave
         barrier(self.world)
         if self._stopped:
@@ -179,7 +187,7 @@ class Trainer:
         step = self.progress.step
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
-            self._seed_dropout(step, block=index * self.world.world_size + self.world.rank)
+            seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
             with gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
                 with self.precision.autocast():
                     micro_loss_sum = self.loss_function(self.model, batch)
@@ -207,11 +215,6 @@ class Trainer:
             clip_grads_with_norm_(self.parameters, self.config.optim.max_grad_norm, grad_norm)
         return grad_norm
 
-    def _seed_dropout(self, step: int, *, block: int) -> None:
-        """Random numbers of a micro-batch follow from what it is, not from which rank computes it after what."""
-        key = hashlib.blake2b(f"{self.config.seed}/{step}/{block}".encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(key, "little"))
-
     def _fetch(self, batches: Iterator[Batch]) -> StepInput:
         """The next step's micro-batches, on their way to the device, and the facts on theirs to all ranks."""
         with self.throughput.waiting_for_data():
@@ -221,28 +224,20 @@ class Trainer:
         facts = [target_tokens, int(bool(self.world.stop_request)), int(self.checkpoints.failed_for_good())]
         return StepInput(on_device, PendingSum(facts, self.world))
 
-    def _warm_up(self) -> None:
-        """Compile where a signal can break it off, and bring DDP into the state it has in a run that never stopped.
-
-        Raises StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with
-        more than two ranks that changes the order of summation, hence the last bits, of just the first step after a resume.
-        """
-        if is_compiled(self.config.precision.compile, self.world):
-            agree(self.world, lambda: self._rehearse(exchange=False))
-        if self.world.world_size > 2:
-            self._rehearse(exchange=True)
-
-    def _rehearse(self, *, exchange: bool) -> None:
-        """One micro-batch forward and backward that changes nothing."""
-        batch = next(iter(self.train_data)).to(self.world.device)
-        self._seed_dropout(0, block=0)
-        with gradient_sync(self.model, enabled=exchange):
-            with self.precision.autocast():
-                loss = self.loss_function(self.model, batch)
-            (loss * 0.0).backward()
-        self.optimizer.zero_grad(set_to_none=True)
-
     # --------------------------------------------------------------------------------------- between the steps
+
+    def _warm_up(self) -> None:
+        warm_up(
+            self.model,
+            self.train_data,
+            world=self.world,
+            precision=self.precision,
+            loss_function=self.loss_function,
+            compiles=is_compiled(self.config.precision.compile, self.world),
+        )
+
+    def _at(self, phase: Phase) -> None:
+        self.world.heartbeat.at(phase, step=self.progress.step)
 
     def _after_step(self, result: StepResult) -> None:
         step = result.step
@@ -269,6 +264,7 @@ class Trainer:
 
     def _log_step(self, result: StepResult) -> None:
         """The only place where a step's loss is read, and the device awaited."""
+        self._at("logging")
         self._logged_step = result.step
         loss = float(all_reduce_sum(result.loss_sum, self.world)) / max(1, result.target_tokens)
         grad_norm = float(result.grad_norm)
@@ -303,7 +299,7 @@ class Trainer:
             world=self.world,
             precision=self.precision,
             loss_function=self.loss_function,
-            interrupted=lambda: bool(self.world.stop_request),
+            interrupted=self._validation_is_interrupted,
         )
         if result is None:
             self._stopped = True
@@ -321,6 +317,10 @@ class Trainer:
             self.tracker.log({"kind": "sample", "step": step, **text, "time": time.time()})
         return is_best
 
+    def _validation_is_interrupted(self) -> bool:
+        self._at("validating")
+        return bool(self.world.stop_request)
+
     def _make_up_for_validation(self) -> None:
         """A run that was stopped while it validated still owes that validation."""
         before = self.progress.validated_step
@@ -330,10 +330,12 @@ class Trainer:
 
     def _save(self, *, is_best: bool) -> None:
         self._watch(None)
-        self.progress.skipped_steps = self.divergence.skipped_steps
-        self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
-        self.tracker.sync()
-        self.checkpoints.save(self._take_snapshot, is_best=is_best)
+        self._at("saving")
+        with self.throughput.saving():
+            self.progress.skipped_steps = self.divergence.skipped_steps
+            self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
+            self.tracker.sync()
+            self.checkpoints.save(self._take_snapshot, is_best=is_best)
         self._saved_step = self.progress.step
 
     def _take_snapshot(self) -> Snapshot:

@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,8 +74,6 @@ class CheckpointManager:
         self.keep_last = config.keep_last
         self.max_failures = config.max_failures
         self.export = export
-        self.stall_seconds = 0.0
-        """How long the last save held training up."""
         self.write_seconds: float | None = None
         """How long the slowest write took."""
         self._writer: threading.Thread | None = None
@@ -89,12 +86,10 @@ class CheckpointManager:
 
         A disk that refuses is survived: training goes on, and the next save tries again.
         """
-        started = time.perf_counter()
         self.wait()
         snapshot = take()
         self._writer = threading.Thread(target=self._write, args=(snapshot, is_best), name="checkpoint-writer")
         self._writer.start()
-        self.stall_seconds = time.perf_counter() - started
 
     def wait(self) -> None:
         """Until the last save is on disk, or has failed; what is a crash and no full disk is raised here."""

@@ -190,8 +190,9 @@ class DistributedConfig:
     """Row of the STRATEGIES table; auto: ddp with several ranks, none with one."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl on GPUs, gloo on CPU."""
-    timeout_minutes: float = 10.0
-    """Minutes after which a rank that waits for another gives up."""
+    timeout_minutes: float | None = None
+    """Minutes without a sign of life or without progress after which a rank counts as hanging, and all leave; null: 10 until
+    the first step is done (compilation, loading), then 2. Preparing data and saving may take longer."""
 
 
 @dataclass(frozen=True)

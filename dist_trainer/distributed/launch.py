@@ -7,6 +7,11 @@ import socket
 from collections.abc import Mapping
 
 
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or srun as a launcher of ranks, started this process, and should not be outlived."""
+    return "TORCHELASTIC_RUN_ID" in environment or ("SLURM_PROCID" in environment and "MASTER_ADDR" in environment)
+
+
 def launcher(environment: Mapping[str, str] = os.environ) -> str | None:
     """Names the torchrun that this process is a rank of, the same over its restarts; None without one."""
     run_id = environment.get("TORCHELASTIC_RUN_ID")

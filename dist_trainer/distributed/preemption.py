@@ -2,7 +2,8 @@
 
 The handler only sets a flag, which the trainer shares over all ranks once a step: all stop at the same step. In the long
 preparations before the first step, where nothing can be lost, it raises StoppedError instead. A second signal changes
-nothing; a third one ends the process at once.
+nothing; a third one ends the process at once, also while the main thread hangs in a collective, where Python runs no
+handlers: a thread counts them too, by the descriptor that Python writes each signal's number to as it comes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from dist_trainer.errors import StoppedError
@@ -42,7 +43,8 @@ class StopRequest:
         self._listening = True
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
-            yield self
+            with _third_signal_ends_at_once():
+                yield self
         finally:
             self._listening = False
             for number, handler in before.items():
@@ -77,6 +79,41 @@ class StopRequest:
         self.signal_number = number
         if first and self._breaks_off:
             raise StoppedError(number)
+
+
+@contextmanager
+def _third_signal_ends_at_once() -> Iterator[None]:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    counter = threading.Thread(target=_count_signals, args=(reading,), name="signal counter", daemon=True)
+    counter.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+        counter.join()
+        os.close(reading)
+
+
+def _count_signals(pipe: int) -> None:
+    count = 0
+    while numbers := os.read(pipe, 64):
+        asked = [number for number in numbers if number in STOP_SIGNALS]
+        count += len(asked)
+        if count >= PATIENCE:
+            os._exit(128 + asked[-1])
+
+
+def _forget_wakeup_descriptor() -> None:
+    """In forked workers: Ctrl-C reaches them too, and must not count for their parent."""
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_wakeup_descriptor)
 
 
 def signal_name(number: int) -> str:

@@ -15,11 +15,16 @@ import torch
 import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed.heartbeat import Heartbeat
+from dist_trainer.distributed.launch import is_launched
 from dist_trainer.distributed.preemption import StopRequest
-from dist_trainer.errors import ConfigError, DistTrainerError
+from dist_trainer.distributed.processes import ProcessId
+from dist_trainer.errors import ConfigError, DistTrainerError, PeerLostError
 
 CONTROL_TIMEOUT = timedelta(days=7)
 """Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""Patience of collectives on the device, at least; the heartbeat notices sooner, and knows what is worth waiting for."""
 ERROR_PATIENCE_SECONDS = 20.0
 POLL_SECONDS = 0.02
 
@@ -42,6 +47,8 @@ class World:
     """Group for small facts in host memory, by gloo; None for a single process."""
     stop_request: StopRequest = field(default_factory=StopRequest, repr=False, compare=False)
     """Whether a signal asked this rank to stop."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat, repr=False, compare=False)
+    """This rank's sign of life to the others, and theirs to it."""
 
     @property
     def is_main(self) -> bool:
@@ -64,20 +71,18 @@ class World:
         device = _device_of(place, config.backend)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if place.world_size == 1:
-            yield World(device=device)
-            return
-        _initialise_process_group(place, config, device)
-        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-        assert isinstance(control, dist.ProcessGroup), "every rank is a member of the group of all ranks"
+        heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.timeout_minutes)
+        if is_launched():
+            heartbeat.watch_launcher()
         try:
-            yield World(place.rank, place.local_rank, place.world_size, place.local_world_size, device, control)
-        except DistTrainerError:
-            # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
-            _leave(control, patience_seconds=ERROR_PATIENCE_SECONDS)
-            raise
-        else:
-            _leave(control)
+            if place.world_size == 1:
+                yield World(device=device, heartbeat=heartbeat)
+            else:
+                with _process_groups(place, device, heartbeat) as control:
+                    ranks = (place.rank, place.local_rank, place.world_size, place.local_world_size)
+                    yield World(*ranks, device, control, heartbeat=heartbeat)
+        finally:
+            heartbeat.stop()
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,30 @@ def _device_of(place: _Place, backend: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _initialise_process_group(place: _Place, config: DistributedConfig, device: torch.device) -> None:
+@contextmanager
+def _process_groups(place: _Place, device: torch.device, heartbeat: Heartbeat) -> Iterator[dist.ProcessGroup]:
+    """The control group, beside torch's default one; left together with all other ranks."""
+    _initialise_process_group(place, device, heartbeat.timeout_minutes)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    assert isinstance(control, dist.ProcessGroup), "every rank is a member of the group of all ranks"
+    _watch_peers(heartbeat, place, control)
+    try:
+        yield control
+    except PeerLostError:
+        raise
+    except DistTrainerError:
+        # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
+        _leave(control, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
+        raise
+    except Exception as error:
+        if lost := heartbeat.lost_peers():
+            raise PeerLostError(lost) from error
+        raise
+    else:
+        _leave(control, heartbeat)
+
+
+def _initialise_process_group(place: _Place, device: torch.device, timeout_minutes: float | None) -> None:
     alone_on_this_machine = place.world_size == place.local_world_size
     if alone_on_this_machine and sys.platform == "linux":
         # A host name that /etc/hosts maps to 127.0.1.1 would break gloo; within one machine loopback always works.
@@ -128,14 +156,30 @@ def _initialise_process_group(place: _Place, config: DistributedConfig, device: 
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size))
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=config.timeout_minutes),
+        timeout=max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * (timeout_minutes or 0))),
         device_id=device if device.type == "cuda" else None,
     )
 
 
-def _leave(control: dist.ProcessGroup, *, patience_seconds: float = math.inf) -> None:
+def _watch_peers(heartbeat: Heartbeat, place: _Place, control: dist.ProcessGroup) -> None:
+    """Tell all ranks of this process and of each other, and where rank 0 keeps what they have to say."""
+    address, store, port = os.environ["MASTER_ADDR"], None, 0
+    if place.rank == 0:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=CONTROL_TIMEOUT)
+        heartbeat.lay_out(store, place.world_size)
+        port = store.port
+    everyone = [(ProcessId.of(os.getpid()), port)] * place.world_size
+    dist.all_gather_object(everyone, everyone[0], group=control)
+    if store is None:
+        store = dist.TCPStore(address, everyone[0][1], is_master=False, wait_for_workers=False, timeout=CONTROL_TIMEOUT)
+    heartbeat.watch_peers([process for process, _ in everyone], store)
+
+
+def _leave(control: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_seconds: float = math.inf) -> None:
     """Wait for all ranks before the groups go: without this barrier every second gloo run hung at its exit."""
+    heartbeat.peers_may_leave()
     if is_done_within(patience_seconds, dist.all_reduce(torch.zeros(1), group=control, async_op=True)):
+        heartbeat.stop()
         dist.destroy_process_group()
 
 

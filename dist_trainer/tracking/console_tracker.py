@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_trainer.tracking.formatting import duration, printable, quantity, significant
+from dist_trainer.tracking.goodput import Goodput, goodput_of
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.run_history import best_validation
 from dist_trainer.tracking.run_log import PROGRESS_LOGGER, configure_logging
@@ -70,6 +71,7 @@ class ConsoleTracker:
         best = f"; best validation loss {self._best[1]:.4f} at step {self._best[0]}" if self._best else ""
         because = f" ({reason})" if reason else ""
         log.info("%s at step %d of %d after %s%s%s", state, self._step, context.max_steps, took, because, best)
+        log.info("%s", goodput_in_words(goodput_of(context.folder, now=time.time())))
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
@@ -129,6 +131,12 @@ class ConsoleTracker:
         shown = textwrap.shorten(f"{prompt} | {text}", _SAMPLE_CHARACTERS, placeholder=" ...")
         wrapped = textwrap.fill(shown, 100, initial_indent="    ", subsequent_indent="    ")
         log.info("step %d  sample (prompt | what the model makes of it):\n%s", line["step"], wrapped)
+
+
+def goodput_in_words(spent: Goodput) -> str:
+    """`92% of 5 min 20 s went into steps and validation; 2 restarts, 13 steps done again`."""
+    restarts = f"; {spent.restarts} restarts, {spent.lost_steps} steps done again" if spent.restarts else ""
+    return f"{spent.share:.0%} of {duration(spent.wall_seconds)} went into steps and validation{restarts}"
 
 
 def next_commands(folder: Any) -> str:

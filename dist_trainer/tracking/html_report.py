@@ -11,6 +11,7 @@ from typing import Any
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.tracking.formatting import duration, quantity
+from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.run_history import RunHistory
 from dist_trainer.tracking.svg_charts import Chart, Line, figure, short
 
@@ -174,24 +175,17 @@ def _samples(run: RunHistory) -> str:
 
 def _time_spent(run: RunHistory) -> str:
     """Of the time since the run first began: steps, waiting for data, validation, and all else."""
-    times = [t for t in (*run.train["time"], *run.validation["time"]) if math.isfinite(t)]
-    starts = [event["time"] for event in run.events if math.isfinite(event["time"])]
-    if not times or not starts or not len(run.train["step"]):
+    spent = goodput(run)
+    if not spent.wall_seconds or not len(run.train["step"]):
         return ""
-    total = max(*times, *starts) - min(starts)
-    steps = data = before = 0.0
-    for step, seconds, waited in zip(run.train["step"], run.train["step_seconds"], run.train["data_seconds"], strict=True):
-        if math.isfinite(seconds):
-            steps += (step - before) * (seconds - _or_zero(waited))
-            data += (step - before) * _or_zero(waited)
-        before = step
-    validation = sum(map(_or_zero, run.validation["seconds"]))
-    rest = max(0.0, total - steps - data - validation)
-    parts = [("steps", steps, "c0"), ("waiting for data", data, "c1"), ("validation", validation, "c2"),
-             ("start, saving, samples, standing still", rest, "c3")]  # fmt: skip
+    rest = max(0.0, spent.wall_seconds - spent.useful_seconds)
+    parts = [("steps", spent.step_seconds, "c0"), ("waiting for data", spent.data_seconds, "c1"),
+             ("validation", spent.validation_seconds, "c2"), ("start, saving, samples, standing still", rest, "c3")]  # fmt: skip
     bar = "".join(f'<span class="{colour}" style="flex:{max(seconds, 1e-6):.6f}"></span>' for _, seconds, colour in parts)
     keys = "".join(f'<span class="key {colour}">{name} {duration(seconds)}</span>' for name, seconds, colour in parts)
-    return f'<h2>Where {html.escape(run.name)}\'s {duration(total)} went</h2><div class="bar">{bar}</div><p>{keys}</p>'
+    lost = f"<p>{spent.restarts} restarts, {spent.lost_steps} steps done again</p>" if spent.restarts else ""
+    title = f"Where {html.escape(run.name)}'s {duration(spent.wall_seconds)} went"
+    return f'<h2>{title}</h2><div class="bar">{bar}</div><p>{keys}</p>{lost}'
 
 
 def _config(run: RunHistory) -> str:
@@ -240,7 +234,3 @@ def _median(values: Sequence[float]) -> float:
 
 def _or_infinity(value: float) -> float:
     return value if math.isfinite(value) else math.inf
-
-
-def _or_zero(value: float) -> float:
-    return value if math.isfinite(value) else 0.0

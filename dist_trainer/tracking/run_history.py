@@ -154,6 +154,12 @@ def best_validation(folder: Path) -> tuple[int, float] | None:
     return best
 
 
+def last_step(folder: Path) -> int:
+    """The largest step that a line of the run in `folder` has; 0 where there is none."""
+    steps = (number((_object(text) or {}).get("step")) for text, _ in whole_lines(folder / METRICS_FILE))
+    return int(max((step for step in steps if 0 <= step <= _MOST_STEPS), default=0))
+
+
 def number(value: Any) -> float:
     """`value` as a finite float; NaN where it is anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):

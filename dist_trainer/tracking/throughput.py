@@ -107,6 +107,7 @@ class Throughput:
         """Begin to measure, with `step` steps and `tokens` target tokens done."""
         self._step, self._tokens = step, tokens
         self._left_out_seconds = self._data_seconds = 0.0
+        self._stall_seconds: float | None = None
         self._started = self._clock()
 
     @contextmanager
@@ -127,11 +128,21 @@ class Throughput:
         finally:
             self._data_seconds += self._clock() - begin
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """What happens inside holds training up for a checkpoint, and is shown as `checkpoint_stall_ms`."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self._stall_seconds = (self._stall_seconds or 0.0) + self._clock() - begin
+
     def measure(self, *, step: int, tokens: int) -> dict[str, float | int | None]:
         """Rates since the last call, over all ranks, given the steps and target tokens done so far; begins anew.
 
         `tokens_per_second` counts tokens that carry a loss. `mfu` = tokens_per_second * flops_per_token / (ranks * peak):
         the share of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
+        `checkpoint_stall_ms` is how long training stood still for checkpoints since the last call; None: there was none.
         """
         seconds = self._clock() - self._started - self._left_out_seconds
         steps = max(1, step - self._step)
@@ -141,6 +152,7 @@ class Throughput:
             "mfu": tokens_per_second / self._full_use if self._full_use else None,
             "step_seconds": seconds / steps,
             "data_seconds": self._data_seconds / steps,
+            "checkpoint_stall_ms": None if self._stall_seconds is None else 1000 * self._stall_seconds,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
         self.start(step=step, tokens=tokens)

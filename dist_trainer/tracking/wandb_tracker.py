@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FOLLOWER = "dist_trainer.tracking.wandb_follower"
 SECONDS_TO_FINISH = 20.0
+SECONDS_TO_STOP = 6.0
+"""Where a signal or an error ended the run: who sent it waits for all of us to leave."""
 OUTPUT_FILE = "logs/wandb.log"
 """What W&B itself prints."""
 
@@ -63,23 +65,24 @@ class WandbTracker:
         """Nothing: metrics.jsonl is what must be durable."""
 
     def close(self, *, state: str, reason: str | None) -> None:
-        """Let the follower finish for at most 20 seconds; say what it left undone."""
+        """Let the follower finish for some seconds; say what it left undone."""
         process = self._process
         if process is None or process.stdin is None:
             return
+        patience = SECONDS_TO_FINISH if state == "finished" else SECONDS_TO_STOP
         # A follower that reads nothing any more must not block this either.
-        select.select([], [self._pipe], [], SECONDS_TO_FINISH)
+        select.select([], [self._pipe], [], patience)
         self._tell(b"\n" + json.dumps({"state": state}).encode() + b"\n")
         with contextlib.suppress(OSError):
             process.stdin.close()
         try:
-            process.wait(SECONDS_TO_FINISH)
+            process.wait(patience)
         except subprocess.TimeoutExpired:
             _end(process)
             log.warning(
                 "W&B did not finish within %.0f s and was ended; it has %s, metrics.jsonl has all, and starting this run "
                 "again sends the rest",
-                *(SECONDS_TO_FINISH, Position.read(self._folder).in_words()),
+                *(patience, Position.read(self._folder).in_words()),
             )
         self._ear.join(1.0)
         self._process = None

@@ -14,17 +14,7 @@ TIMEOUT_SECONDS = 90
 
 def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
     """What `function()` returns on each rank, by rank. One rank's exception is raised here, with its traceback."""
-    context = multiprocessing.get_context("fork")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(world_size):
-        receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, world_size, port, function, sending))
-        process.start()
-        sending.close()
-        pipes.append(receiving)
-        processes.append(process)
+    pipes, processes = _start(world_size, function)
     try:
         outcomes = [pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else ("hung", f"rank {r} hangs") for r, pipe in enumerate(pipes)]
     except EOFError:
@@ -37,6 +27,33 @@ def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
         if kind != "result":
             raise AssertionError(outcome)
     return [outcome for _, outcome in outcomes]
+
+
+def exit_codes(world_size: int, command: Callable[[], int]) -> list[int | None]:
+    """What each rank's process ends with where `command()` gives its exit code; minus a signal's number where one killed it."""
+    _, processes = _start(world_size, lambda: os._exit(command()))
+    for process in processes:
+        process.join(TIMEOUT_SECONDS)
+    still_alive = [process for process in processes if process.is_alive()]
+    for process in still_alive:
+        process.kill()
+    assert not still_alive, f"{len(still_alive)} of {world_size} ranks hang"
+    return [process.exitcode for process in processes]
+
+
+def _start(world_size: int, function: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+    context = multiprocessing.get_context("fork")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    pipes, processes = [], []
+    for rank in range(world_size):
+        receiving, sending = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world_size, port, function, sending))
+        process.start()
+        sending.close()
+        pipes.append(receiving)
+        processes.append(process)
+    return pipes, processes
 
 
 def _rank(rank: int, world_size: int, port: int, function: Callable[[], Any], sending: Any) -> None:

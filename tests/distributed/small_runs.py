@@ -26,8 +26,9 @@ from dist_trainer.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
+from dist_trainer.exit_codes import exit_code_of
 from dist_trainer.trainer import Trainer
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import exit_codes, run_ranks
 
 
 def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig:
@@ -59,19 +60,25 @@ def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig
 def run(config: TrainingConfig, world_size: int, *, before: Callable[[Trainer], None] | None = None) -> list[int]:
     """Run `config` on forked ranks; their exit codes. `before` may change each rank's trainer before it fits."""
 
-    def one_rank() -> int:
-        torch.set_num_threads(1)
-        if before is not None:
-            fit = Trainer.fit
+    return run_ranks(world_size, lambda: one_rank(config, before))
 
-            def changed(trainer: Trainer) -> Any:
-                before(trainer)
-                return fit(trainer)
 
-            Trainer.fit = changed
-        return assembly.run(config)
+def command(config: TrainingConfig, world_size: int, *, before: Callable[[Trainer], None] | None = None) -> list[int | None]:
+    """As the command does it, on forked ranks: how each process ends."""
+    return exit_codes(world_size, lambda: exit_code_of(lambda: one_rank(config, before)))
 
-    return run_ranks(world_size, one_rank)
+
+def one_rank(config: TrainingConfig, before: Callable[[Trainer], None] | None) -> int:
+    torch.set_num_threads(1)
+    if before is not None:
+        fit = Trainer.fit
+
+        def changed(trainer: Trainer) -> Any:
+            before(trainer)
+            return fit(trainer)
+
+        Trainer.fit = changed
+    return assembly.run(config)
 
 
 def folder(config: TrainingConfig) -> Path:

@@ -41,6 +41,30 @@ print("still here")
     assert "still here" not in done.stdout
 
 
+def test_the_third_signal_ends_also_a_process_that_hangs_outside_python():
+    code = """
+import ctypes, os, subprocess
+from dist_trainer.distributed.preemption import StopRequest
+with StopRequest().listen():
+    subprocess.Popen(["sh", "-c", f"for _ in 1 2 3; do kill -TERM {os.getpid()}; sleep 0.1; done"])
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)  # for ever, whatever signals come
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
+def test_a_signal_to_a_forked_worker_does_not_count_for_its_parent():
+    with StopRequest().listen():
+        for _ in range(3):
+            worker = os.fork()
+            if worker == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+                os._exit(0)
+            os.waitpid(worker, 0)
+
+
 def test_signals_have_names():
     assert signal_name(15) == "SIGTERM"
     assert signal_name(0) == "signal 0"

@@ -1,0 +1,302 @@
+"""Signs of life: which rank is gone, which one hangs, whether the launcher still lives. No collective tells that in time.
+
+Two threads of each rank see to it, since its main thread may be waiting in a collective for ever. One tells rank 0 each
+second how far its rank is, over a TCPStore that rank 0 keeps, and reads what rank 0 makes of all of them. The other looks
+whether the launcher and the ranks of this machine are alive, and ends this process where the run cannot go on, after one
+line in the log that names the rank, its machine, and where it was last seen.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch.distributed as dist
+
+from dist_trainer.distributed.processes import ProcessId
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.2
+"""Between two beats of a rank, for up to RANKS_HEARD_AT_ONCE ranks; rank 0 hears them all, so more of them speak less often."""
+RANKS_HEARD_AT_ONCE = 64
+LOOK_SECONDS = 0.25
+GRACE_SECONDS = 4.0
+"""For a rank whose peer is gone: to notice by itself, by a closed connection, and leave in order."""
+LOST_PEERS_SECONDS = 2.0
+SPEAKING_SECONDS = 3.0
+FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
+"""distributed.timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
+EXIT_CODE = 1
+
+Phase = Literal["preparing", "warming up", "reading data", "waiting for others", "training", "logging", "validating", "saving"]
+UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving"})
+"""These may take hours, as long as the process shows signs of life."""
+WAITING: frozenset[Phase] = frozenset({"waiting for others", "logging"})
+"""In these a rank without progress is not to blame (logging sums losses over the ranks)."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank tells of itself."""
+
+    step: int = 0
+    """Finished steps."""
+    phase: Phase = "preparing"
+    phase_seconds: float = 0.0
+    """How long it has been in the phase."""
+    patience_seconds: float = 60 * FIRST_STEP_MINUTES
+    """How long others are to bear its silence, and how long a limited phase may last."""
+    gone: tuple[int, ...] = ()
+    """Ranks that it knows to have died."""
+    number: int = 0
+    """Of the beat: equal numbers are silence."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rank without which the run cannot go on."""
+
+    rank: int
+    trouble: str
+    """`is gone`, `hangs: no sign of life for 120 s`, ..."""
+    beat: Beat
+    """The last one of it."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process has ended."""
+        return self.trouble == IS_GONE
+
+
+IS_GONE = "is gone"
+
+
+def judge(beats: Sequence[Beat], silent_seconds: Sequence[float]) -> list[Finding]:
+    """The ranks that the run cannot go on with: dead, silent, or without progress, by their last beats and their ages.
+
+    Where one makes no progress none does, as the others wait for it: to blame are those that do not wait; and nobody is,
+    as long as one of them is in an unlimited phase.
+    """
+    if gone := sorted({rank for beat in beats for rank in beat.gone}):
+        return [Finding(rank, IS_GONE, beats[rank]) for rank in gone]
+    if silent := silent_ranks(zip(range(len(beats)), beats, silent_seconds, strict=True)):
+        return silent
+    if any(beat.phase in UNLIMITED or beat.phase_seconds <= beat.patience_seconds for beat in beats):
+        return []
+    busy = [rank for rank, beat in enumerate(beats) if beat.phase not in WAITING] or range(len(beats))
+    return [Finding(rank, f"hangs: no progress for {beats[rank].phase_seconds:.0f} s", beats[rank]) for rank in busy]
+
+
+def silent_ranks(ranks: Iterable[tuple[int, Beat, float]]) -> list[Finding]:
+    """Those of (rank, last beat, seconds since it) that have been silent for longer than they asked to bear."""
+    return [
+        Finding(rank, f"hangs: no sign of life for {seconds:.0f} s", beat)
+        for rank, beat, seconds in ranks
+        if seconds > beat.patience_seconds
+    ]
+
+
+class Heartbeat:
+    """This rank's sign of life, and its eye on the others. Before a call of `watch_...` it only notes the phase."""
+
+    def __init__(self, *, rank: int = 0, timeout_minutes: float | None = None) -> None:
+        self.rank = rank
+        self.timeout_minutes = timeout_minutes
+        self.last_words: Callable[[str], None] = lambda reason: None
+        """What to do before this process ends; called on one rank of those that still can."""
+        self.told = Beat()
+        """The last one of this rank that the others can know."""
+        self._phase: tuple[Phase, int, float] = ("preparing", 0, time.monotonic())
+        self._first_step_is_done = False
+        self._launcher: int | None = None
+        self._members: list[ProcessId] = []
+        self._beats: dict[int, Beat] = {}
+        self._changed: dict[int, float] = {}
+        self._gone_since: dict[int, float] = {}
+        self._findings: list[Finding] = []
+        self._peers_may_leave = False
+        self._stopped = threading.Event()
+
+    # -------------------------------------------------------------------------------- what the main thread says
+
+    def at(self, phase: Phase, *, step: int) -> None:
+        """The main thread has come to `phase`, after `step` finished steps."""
+        self._phase = (phase, step, time.monotonic())
+
+    def first_step_is_done(self) -> None:
+        """What may take long only once, such as compilation, is over."""
+        self._first_step_is_done = True
+
+    def peers_may_leave(self) -> None:
+        """All ranks are about to leave, some a little earlier: from here on only silence counts."""
+        self._peers_may_leave = True
+
+    def stop(self) -> None:
+        """No more signs of life, no more looking."""
+        self._stopped.set()
+
+    def lost_peers(self) -> str | None:
+        """Which ranks are gone, if any, in a sentence; waits a moment, for what went wrong here may come from there."""
+        end = time.monotonic() + LOST_PEERS_SECONDS
+        while self._members and not self._stopped.is_set() and time.monotonic() < end:
+            if self._gone_since:
+                return self._in_words(self._gone())
+            time.sleep(LOOK_SECONDS)
+        return None
+
+    # ------------------------------------------------------------------------------------------------ watching
+
+    def watch_launcher(self) -> None:
+        """End this process soon after the one that started it has ended."""
+        self._launcher = os.getppid()
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def lay_out(self, store: dist.Store, num_ranks: int) -> None:
+        """Rank 0: make all entries, so that nobody waits for one that has not been told yet."""
+        for rank in range(num_ranks):
+            store.set(_key(rank), encode_beat(Beat(patience_seconds=self._patience_seconds())))
+        store.set(FINDINGS_KEY, "[]")
+
+    def watch_peers(self, members: list[ProcessId], store: dist.Store) -> None:
+        """Look after all ranks, by way of `store`, which rank 0 keeps and all have reached."""
+        now = time.monotonic()
+        self._changed = {rank: now for rank in range(len(members))}
+        self._beats = {rank: Beat(patience_seconds=self._patience_seconds()) for rank in range(len(members))}
+        self._members = members
+        if self._launcher is None:
+            threading.Thread(target=self._look, name="watch", daemon=True).start()
+        threading.Thread(target=self._exchange, args=(store,), name="heartbeat", daemon=True).start()
+
+    def _patience_seconds(self) -> float:
+        default = LATER_MINUTES if self._first_step_is_done else FIRST_STEP_MINUTES
+        return 60.0 * (default if self.timeout_minutes is None else self.timeout_minutes)
+
+    def _exchange(self, store: dist.Store) -> None:
+        """Tell, and read: rank 0 what all tell, the others what rank 0 tells and has found. Ends where it cannot be reached."""
+        of_interest = range(len(self._members)) if self.rank == 0 else (0,)
+        pause_seconds = BEAT_SECONDS * max(1.0, len(self._members) / RANKS_HEARD_AT_ONCE)
+        try:
+            while not self._stopped.wait(pause_seconds):
+                beat = self._own_beat()
+                store.set(_key(self.rank), encode_beat(beat))
+                self.told = beat
+                for rank, text in zip(of_interest, store.multi_get([_key(rank) for rank in of_interest]), strict=True):
+                    self._hear(rank, decode_beat(text))
+                self._spread_findings(store)
+        except (dist.DistError, RuntimeError) as error:
+            log.debug("no more signs of life by way of rank 0: %s", error)
+
+    def _own_beat(self) -> Beat:
+        phase, step, began = self._phase
+        seconds = time.monotonic() - began
+        return Beat(step, phase, seconds, self._patience_seconds(), tuple(self._gone_since), self.told.number + 1)
+
+    def _hear(self, rank: int, beat: Beat) -> None:
+        if beat.number != self._beats[rank].number:
+            self._changed[rank] = time.monotonic()
+        self._beats[rank] = beat
+
+    def _spread_findings(self, store: dist.Store) -> None:
+        if self.rank == 0:
+            self._findings = judge(list(self._beats.values()), [self._silent_seconds(rank) for rank in self._beats])
+            store.set(FINDINGS_KEY, json.dumps([asdict(finding) for finding in self._findings]))
+        else:
+            told = json.loads(store.get(FINDINGS_KEY))
+            self._findings = [Finding(f["rank"], f["trouble"], decode_beat(f["beat"])) for f in told]
+        for finding in self._findings:
+            if finding.is_gone:
+                self._gone_since.setdefault(finding.rank, time.monotonic())
+
+    def _silent_seconds(self, rank: int) -> float:
+        return time.monotonic() - self._changed[rank]
+
+    def _look(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._end(f"the launcher (pid {self._launcher}) is gone", speaks=self.rank == 0)
+            self._look_after_near_ranks()
+            if findings := self._to_act_on():
+                self._leave(findings)
+
+    def _look_after_near_ranks(self) -> None:
+        if self._peers_may_leave:
+            return
+        for rank, member in enumerate(self._members):
+            if rank != self.rank and rank not in self._gone_since and member.is_near() and not member.is_alive():
+                self._gone_since[rank] = time.monotonic()
+
+    def _to_act_on(self) -> list[Finding]:
+        if self._gone_since and not self._peers_may_leave:
+            waited = time.monotonic() - min(self._gone_since.values())
+            return self._gone() if waited > GRACE_SECONDS else []
+        if hanging := [finding for finding in self._findings if not finding.is_gone]:
+            return hanging
+        if self.rank != 0 and self._members:  # rank 0 judges all; who judges rank 0?
+            return silent_ranks([(0, self._beats[0], self._silent_seconds(0))])
+        return []
+
+    def _gone(self) -> list[Finding]:
+        return [Finding(rank, IS_GONE, self._beats[rank]) for rank in sorted(self._gone_since)]
+
+    # ------------------------------------------------------------------------------------------------- leaving
+
+    def _leave(self, findings: list[Finding]) -> None:
+        lost = {finding.rank for finding in findings}
+        able = [rank for rank in range(len(self._members)) if rank not in lost] or sorted(lost)
+        reason = self._in_words(findings)
+        if self.rank == able[0]:
+            self._say(reason)
+        if self.rank == next((rank for rank in able if self._members[rank].is_near()), None):
+            for member in (self._members[rank] for rank in lost - {self.rank}):
+                if member.is_near():
+                    member.kill()  # a stopped process would outlive all others
+        self._end(reason, speaks=False)
+
+    def _in_words(self, findings: Sequence[Finding]) -> str:
+        return "; ".join(
+            f"rank {finding.rank} on {self._members[finding.rank].host} (pid {self._members[finding.rank].pid}) "
+            f"{finding.trouble}; it was last seen in step {finding.beat.step + 1}, {finding.beat.phase}"
+            for finding in findings
+        )
+
+    def _end(self, reason: str, *, speaks: bool) -> None:
+        if speaks:
+            self._say(reason)
+        os._exit(EXIT_CODE)
+
+    def _say(self, reason: str) -> None:
+        """In a thread of its own: a log that blocks must not keep this process."""
+
+        def say() -> None:
+            log.error("%s. The run ends here; the same command goes on from its last checkpoint", reason)
+            self.last_words(reason)
+
+        speaking = threading.Thread(target=say, name="last words", daemon=True)
+        speaking.start()
+        speaking.join(SPEAKING_SECONDS)
+
+
+FINDINGS_KEY = "findings"
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"
+
+
+def encode_beat(beat: Beat) -> str:
+    """As JSON."""
+    return json.dumps(asdict(beat))
+
+
+def decode_beat(told: bytes | str | dict[str, Any]) -> Beat:
+    """From JSON, or what was made of it."""
+    fields: dict[str, Any] = told if isinstance(told, dict) else json.loads(told)
+    fields["gone"] = tuple(fields["gone"])
+    return Beat(**fields)

@@ -1,0 +1,62 @@
+"""Processes by pid and start time, so that a number that was given to another process is never mistaken for the first."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """One process of one machine."""
+
+    host: str
+    pid: int
+    namespace: int
+    """Of process ids: containers on one machine do not see one another's processes."""
+    started: int
+    """Clock ticks since the machine's start; 0 where the system does not tell."""
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """The process `pid` of this machine."""
+        return cls(socket.gethostname(), pid, _namespace(), _state_and_start(pid)[1])
+
+    def is_near(self) -> bool:
+        """Whether this process can be seen and signalled from here."""
+        return self.host == socket.gethostname() and self.namespace == _namespace()
+
+    def is_alive(self) -> bool:
+        """Whether it runs or is stopped; one that has ended and waits to be reaped does not."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        state, started = _state_and_start(self.pid)
+        return state not in ("Z", "X") and started == self.started
+
+    def kill(self) -> None:
+        """SIGKILL, if it still is the same process."""
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _namespace() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
+def _state_and_start(pid: int) -> tuple[str, int]:
+    """From /proc/PID/stat (fields 3 and 22); the name before them may hold anything but ends with the last bracket."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return fields[0], int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return "", 0

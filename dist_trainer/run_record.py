@@ -1,0 +1,120 @@
+"""What a run leaves in its folder beside checkpoints: how it stands, how it began, and the truth of how it ended."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.run_folder import RunFolder
+from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
+from dist_trainer.distributed.preemption import signal_name
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import DistTrainerError, StoppedError, TrainingDivergedError
+from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
+from dist_trainer.tracking.environment import describe_environment
+from dist_trainer.tracking.events import append_event
+from dist_trainer.tracking.goodput import goodput_of, steps_to_redo
+from dist_trainer.tracking.status import State, write_status
+from dist_trainer.tracking.tracker import RunContext, build_tracker
+from dist_trainer.trainer import Trainer, TrainingResult
+
+
+def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
+    """Train, and leave the truth in the run's folder however it ends."""
+    trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason)
+    if folder is None:
+        return trainer.fit()
+    begin_run_folder(trainer, folder)
+    try:
+        result = trainer.fit()
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, DistTrainerError) else EXIT_CRASHED
+        end_run_folder(trainer, folder, state="failed", reason=reason_of(error, trainer.world), exit_code=code)
+        raise
+    if result.state == "finished":
+        end_run_folder(trainer, folder, state="finished", reason=None, exit_code=EXIT_FINISHED)
+    else:
+        code = exit_code_when_preempted(trainer.world)
+        reason = signal_name(result.signal_number)
+        end_run_folder(trainer, folder, state="preempted", reason=reason, exit_code=code)
+    return result
+
+
+def reason_of(error: BaseException, world: World) -> str:
+    """Why a run failed, in a sentence: of a broken connection who has broken it."""
+    if isinstance(error, TrainingDivergedError):
+        return f"diverged: {error}"
+    if isinstance(error, DistTrainerError):
+        return str(error)
+    return world.heartbeat.lost_peers() or f"{type(error).__name__}: {error}"
+
+
+def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
+    """From here on the folder is this run's: its status, its events, its trackers."""
+    config, step = trainer.config, trainer.progress.step
+    folder.is_new = False  # whatever comes: from now on it holds what must not be lost
+    write_status(folder.path, "running", step=step, max_steps=trainer.max_steps)
+    environment = describe_environment(trainer.world)
+    lost_steps = steps_to_redo(folder.path, start_step=step)
+    append_event(folder.path, "resume" if step else "start", step=step, lost_steps=lost_steps, environment=environment)
+    context = RunContext(
+        config=config,
+        folder=folder.path,
+        start_step=step,
+        max_steps=trainer.max_steps,
+        parameters=sum(parameter.numel() for parameter in trainer.parameters),
+        environment=environment,
+    )
+    trainer.tracker = build_tracker(trainer.world, context)
+
+
+def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason: str | None, exit_code: int) -> None:
+    """How it ended: for status.json, the events, and the trackers."""
+    write_ending(trainer, folder.path, state=state, reason=reason, exit_code=exit_code)
+    append_event(folder.path, state, step=trainer.progress.step, reason=reason)
+    trainer.tracker.close(state=state, reason=reason)
+
+
+def write_ending(trainer: Trainer, folder: Path, *, state: State, reason: str | None, exit_code: int) -> None:
+    """status.json, with the best loss and what the time went into."""
+    progress, now = trainer.progress, time.time()
+    spent = goodput_of(folder, now=now)
+    write_status(
+        folder,
+        state,
+        step=progress.step,
+        max_steps=trainer.max_steps,
+        reason=reason,
+        exit_code=exit_code,
+        best_step=progress.best_step,
+        best_loss=progress.best_loss,
+        checkpoint_seconds=trainer.checkpoints.write_seconds,  # slurm/train.sh compares it with the time it is given
+        restarts=spent.restarts,
+        lost_steps=spent.lost_steps,
+        useful_seconds=spent.useful_seconds,
+        wall_seconds=spent.wall_seconds,
+    )
+
+
+def note_sudden_end(trainer: Trainer, reason: str) -> None:
+    """This process is about to end, from another thread: the run has lost a rank, or its launcher."""
+    folder = Path(trainer.config.output_dir) / trainer.config.run_name
+    write_ending(trainer, folder, state="failed", reason=reason, exit_code=EXIT_CRASHED)
+    append_event(folder, "failed", step=trainer.progress.step, reason=reason)
+
+
+def note_early_stop(folder: RunFolder, config: TrainingConfig, stopped: StoppedError, *, exit_code: int) -> None:
+    """A signal came while data were prepared: nothing is lost, and the run's folder says so."""
+    folder.is_new = False
+    saved = step_folders(folder.checkpoints)
+    step = int(saved[0].name.removeprefix("step-")) if saved else 0
+    planned = DEFAULT_MAX_STEPS if config.train.epochs is None else None
+    max_steps = config.train.max_steps or planned
+    reason = signal_name(stopped.signal_number)
+    write_status(folder.path, "preempted", step=step, max_steps=max_steps, reason=reason, exit_code=exit_code)
+
+
+def exit_code_when_preempted(world: World) -> int:
+    """75; as one of several ranks 0: launchers take anything else for a crash, and status.json tells the story."""
+    return EXIT_PREEMPTED if world.world_size == 1 else EXIT_FINISHED

@@ -1,0 +1,129 @@
+"""A rank dies, hangs, or is left alone by its launcher: the others leave soon, say who it was, and the run goes on later."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.small_runs import command, folder, losses, run, same_weights, small_config, status
+
+
+def at_step(step, *, rank, act):
+    """Let `rank` do `act` in place of its step number `step`, when the others know that it has come there."""
+
+    def change(trainer):
+        train_step = trainer.train_step
+
+        def step_or_fault(*arguments):
+            if trainer.progress.step == step - 1 and trainer.world.rank == rank:
+                wait_until_told(trainer)
+                act()
+            return train_step(*arguments)
+
+        trainer.train_step = step_or_fault
+
+    return change
+
+
+def wait_until_told(trainer) -> None:
+    """Some beats more: the others have read the first of them by then."""
+    heartbeat = trainer.world.heartbeat
+    while heartbeat.told.step != trainer.progress.step:
+        time.sleep(0.01)
+    first = heartbeat.told.number
+    while heartbeat.told.number < first + 6:
+        time.sleep(0.01)
+
+
+def kill(*, rank, at):
+    return at_step(at, rank=rank, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def freeze(*, rank, at):
+    return at_step(at, rank=rank, act=lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def crash(*, rank, at):
+    def raise_an_error():
+        raise ZeroDivisionError("one over nothing")
+
+    return at_step(at, rank=rank, act=raise_an_error)
+
+
+def get_stuck_reading_data(*, rank, at):
+    def change(trainer):
+        fetch = trainer._fetch
+
+        def fetch_or_wait(batches):
+            if trainer.progress.step == at and trainer.world.rank == rank:
+                wait_until_told(trainer)
+                threading.Event().wait()
+            return fetch(batches)
+
+        trainer._fetch = fetch_or_wait
+
+    return change
+
+
+def said(config) -> str:
+    return "".join(path.read_text() for path in Path(folder(config), "logs").glob("rank-*.log"))
+
+
+def goes_on_as_if_nothing_had_happened(config, stories, tmp_path) -> None:
+    undisturbed = small_config(stories, tmp_path / "undisturbed")
+    run(undisturbed, 2)
+    assert command(config, 2) == [0, 0]
+    assert losses(config) == losses(undisturbed)
+    assert same_weights(config, undisturbed)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_takes_the_others_with_it_within_seconds(stories, tmp_path, rank):
+    config = small_config(stories, tmp_path / "run")
+    began = time.monotonic()
+    codes = command(config, 2, before=kill(rank=rank, at=7))
+    assert codes == ([-9, 1] if rank == 0 else [1, -9])
+    assert time.monotonic() - began < 30, "preparing, six steps, and ten seconds at most"
+    if rank == 1:
+        assert status(config)["state"] == "failed"
+        assert status(config)["exit_code"] == 1
+        assert "rank 1 on " in status(config)["reason"]
+        assert "is gone; it was last seen in step" in status(config)["reason"]
+    goes_on_as_if_nothing_had_happened(config, stories, tmp_path)
+
+
+def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path / "run")
+    assert command(config, 2, before=crash(rank=1, at=7)) == [1, 1]
+    told = capfd.readouterr().err
+    assert "ZeroDivisionError: one over nothing" in told
+    assert told.count("Traceback") == 1
+    assert "rank 1 on " in status(config)["reason"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp_path, rank):
+    config = small_config(stories, tmp_path / "run", distributed__timeout_minutes=0.1)
+    began = time.monotonic()
+    codes = command(config, 2, before=freeze(rank=rank, at=7))
+    assert codes == ([-9, 1] if rank == 0 else [1, -9])
+    assert time.monotonic() - began < 6 + 20 + 15, "the timeout, the leaving, and what came before"
+    lines = [line for line in said(config).splitlines() if f"rank {rank} on {os.uname().nodename}" in line]
+    assert len(lines) == 1
+    assert "hangs: no sign of life for" in lines[0]
+    assert "it was last seen in step 7, training" in lines[0]
+    assert status(config)["state"] == "failed"
+    assert "hangs" in status(config)["reason"]
+    goes_on_as_if_nothing_had_happened(config, stories, tmp_path)
+
+
+def test_a_rank_whose_main_thread_is_stuck_is_named_too(stories, tmp_path):
+    config = small_config(stories, tmp_path, distributed__timeout_minutes=0.1)
+    codes = command(config, 2, before=get_stuck_reading_data(rank=1, at=6))
+    assert codes == [1, -9]
+    assert status(config)["reason"].startswith("rank 1 on ")
+    assert "hangs: no progress for" in status(config)["reason"]
+    assert "it was last seen in step 7, reading data" in status(config)["reason"]
