@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,9 @@ Export = Callable[[Mapping[str, Tensor], Path], None]
 class Checkpoints(Protocol):
     """What the trainer asks of them."""
 
+    write_seconds: float | None
+    """How long the slowest write of this process took; None before the first."""
+
     def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
         """Save what `take` gives, now or in the background."""
         ...
@@ -60,6 +64,9 @@ class Checkpoints(Protocol):
 
 class NoCheckpoints:
     """For ranks, and runs, that save nothing."""
+
+    write_seconds: float | None = None
+    """None: nothing is written."""
 
     def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
         """Nothing."""
@@ -84,6 +91,8 @@ class CheckpointManager:
         self.keep_last = config.keep_last
         self.max_failures = config.max_failures
         self.export = export
+        self.write_seconds: float | None = None
+        """How long the slowest write took."""
         self._writer: threading.Thread | None = None
         self._failures_in_a_row = 0
         self._trouble: str | None = None
@@ -118,7 +127,7 @@ class CheckpointManager:
         return self._trouble
 
     def _write(self, snapshot: Snapshot, is_best: bool) -> None:
-        step = snapshot.progress.step
+        step, started = snapshot.progress.step, time.perf_counter()
         try:
             if not snapshot.is_finite():
                 self._trouble = f"step {step}: not every number in the weights and the optimizer is finite"
@@ -138,6 +147,7 @@ class CheckpointManager:
             )
             return
         self._failures_in_a_row, self._trouble = 0, None
+        self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
         try:
             self._move_pointers(folder, snapshot.progress, is_best=is_best)
             self._rotate(snapshot.progress)
