@@ -74,6 +74,18 @@ def run_in(folder: RunFolder | None, config: TrainingConfig, world: World) -> in
 def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> Trainer:
     """Find where to begin, and build all parts of the run."""
     start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
+    while True:
+        try:
+            return prepare_from(start, config, world, folder)
+        except CheckpointError:
+            # What was intact a moment ago may have been damaged since: then there is another one to go on from.
+            refused, start = start, on_main(world, lambda: find_starting_point(config, _owned(folder)))
+            if start.checkpoint == refused.checkpoint:
+                raise
+
+
+def prepare_from(start: StartingPoint, config: TrainingConfig, world: World, folder: RunFolder | None) -> Trainer:
+    """All parts of the run, and its folder, made ready to go on from `start`."""
     check_visible_everywhere(start, world)
     logs = Path(config.output_dir) / config.run_name / "logs"
     if config.checkpoint.resume != "never" or start.checkpoint is not None:
@@ -89,7 +101,6 @@ def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> T
 def begin_anew(folder: RunFolder) -> None:
     """Set aside what an earlier run left."""
     folder.set_aside()
-    folder.checkpoints.mkdir(exist_ok=True)
 
 
 @contextmanager

@@ -89,6 +89,7 @@ def write_ending(trainer: Trainer, folder: Path, *, state: State, reason: str | 
         exit_code=exit_code,
         best_step=progress.best_step,
         best_loss=progress.best_loss,
+        checkpoint_seconds=trainer.checkpoints.write_seconds,  # slurm/train.sh compares it with the time it is given
         restarts=spent.restarts,
         lost_steps=spent.lost_steps,
         useful_seconds=spent.useful_seconds,

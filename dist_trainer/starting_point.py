@@ -40,17 +40,26 @@ def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPo
     earlier run stays where it is until the new one is known to be good; where a launcher has restarted ranks that crashed,
     the run that they began is none.
 
-    Raises CheckpointError where checkpoints are there but none is intact, or where the config is another run's.
+    Raises CheckpointError where checkpoints are there but none is intact, where the config is another run's, or where the
+    folder cannot be written.
     """
-    resume = config.checkpoint.resume
-    if resume == "never" and not _began_in_this_launch(folder):
+    if config.checkpoint.resume == "never" and not _began_in_this_launch(folder):
         return StartingPoint()
-    sweep(folder.path)
-    sweep(folder.checkpoints)
+    try:
+        sweep(folder.checkpoints)
+        return _own_or_anothers(config, folder)
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str) else folder.path
+        raise CheckpointError(
+            f"{named} cannot be brought in order ({error.strerror}); see that {folder.path} can be read and written"
+        ) from error
+
+
+def _own_or_anothers(config: TrainingConfig, folder: RunFolder) -> StartingPoint:
     checkpoint = newest_intact(folder.checkpoints)
     own = checkpoint is not None
-    if checkpoint is None and resume not in ("auto", "never"):
-        checkpoint = find_checkpoint(Path(resume))
+    if checkpoint is None and config.checkpoint.resume not in ("auto", "never"):
+        checkpoint = find_checkpoint(Path(config.checkpoint.resume))
     if checkpoint is None:
         return StartingPoint()
     state = read_training_state(checkpoint)

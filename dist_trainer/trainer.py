@@ -16,13 +16,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from dist_trainer.checkpoint.last_save import see_last_save_through
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints, resume_point
 from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
-from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, barrier, gather_objects, on_main
+from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, gather_objects, on_main
 from dist_trainer.distributed.heartbeat import Phase
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
@@ -152,8 +153,8 @@ class Trainer:
         if self._saved_step != self.progress.step:
             self._save(is_best=False)
         self._at("saving")
-        self.checkpoints.wait()  # before the barrier: who has passed it may leave
-        barrier(self.world)
+        is_best = self.progress.best_step == self.progress.step
+        see_last_save_through(self.checkpoints, self.world, save_again=lambda: self._save(is_best=is_best))
         if self._stopped:
             signals = gather_objects(self.world.stop_request.signal_number, self.world)
             return TrainingResult("preempted", self.progress, max(signals))
@@ -171,7 +172,8 @@ class Trainer:
 
     def restore(self, checkpoint: Path, progress: Progress) -> None:
         """Stand where `checkpoint` was taken, after `progress`. For all ranks; raises CheckpointError on all of them."""
-        agree(self.world, lambda: restore(checkpoint, unwrap(self.model), self.optimizer, self.precision))
+        verifies = self.world.local_rank == 0
+        agree(self.world, lambda: restore(checkpoint, unwrap(self.model), self.optimizer, self.precision, verifies=verifies))
         self.progress = progress
         self.divergence.skipped_steps = progress.skipped_steps
         self.divergence.skipped_in_a_row = progress.skipped_in_a_row

@@ -5,7 +5,7 @@
 #
 # Submit it from the repository's folder, on a file system that all nodes share, after `make setup` (slurm/README.md).
 # From the environment: LAUNCHER=torchrun|srun, NPROC (ranks a node; default: its GPUs), MAX_TRIES (100), MAX_RESTARTS (0),
-# SHUTDOWN_TIMEOUT (110 seconds), PYTHON.
+# SHUTDOWN_TIMEOUT (110 seconds), PYTHON, SWEEP (a file with further arguments, a line for each task of a job array).
 #
 # What a cluster or a job may want otherwise; options given to sbatch win over these lines:
 #SBATCH --job-name=dist_trainer
@@ -21,16 +21,74 @@
 #SBATCH --open-mode=append
 # Back to the queue after a node failure or a preemption, which SLURM does by itself ...
 #SBATCH --requeue
-# ... and a warning to this shell this many seconds before the time limit, so that it can do the same. Must be enough for
-# a step, a checkpoint and a minute.
+# ... and a signal to this shell so many seconds before the time limit, so that it can do the same. A step, two checkpoints
+# and half a minute must fit in; a warning says so when they do not.
 #SBATCH --signal=B:USR1@180
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" || exit 2
 
 LAUNCHER=${LAUNCHER:-torchrun} TRY=${SLURM_RESTART_COUNT:-0} MAX_TRIES=${MAX_TRIES:-100}
 export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-say() { echo "$(date '+%F %T') [job $SLURM_JOB_ID, try $TRY] $*"; }
+# The name that SLURM's commands take: the id alone would mean the whole array where this is its last task.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+JOB=${JOB:-$SLURM_JOB_ID}
+say() { echo "$(date '+%F %T') [job $JOB, try $TRY] $*"; }
 refuse() { say "refused: $*"; exit 2; }
+
+# --- signals: trapped from the first moment on, or they would kill this shell -----------------------
+# What SLURM says of this job: `job JobState` is RUNNING.
+job() { scontrol show job "$JOB" 2>/dev/null | sed -n "s/.*\b$1=\([^ ]*\).*/\1/p"; }
+seconds_left() {
+  local end
+  end=$(job EndTime)
+  end=$(date -d "${end:-Unknown}" +%s 2>/dev/null) && echo $((end - $(date +%s)))
+}
+
+newest() { readlink "$run_folder/checkpoints/latest"; }
+requeue() { # whether SLURM has taken the job back
+  if ((TRY + 1 >= MAX_TRIES)); then
+    say "stopped early, but this was try $((TRY + 1)) of $MAX_TRIES (MAX_TRIES); sbatch the same command to go on"
+    return 1
+  fi
+  say "stopped early: back to the queue"
+  scontrol requeue "$JOB" && return
+  say "could not be requeued; sbatch the same command to go on"
+  return 1
+}
+
+run_folder= newest_before= step= asked= left= told= ended=
+# USR1: the time is nearly up. Ask the ranks to save and leave: TERM to the job's steps, not to the job.
+nearly_up() {
+  if [[ -n $asked ]]; then return; fi
+  asked=$SECONDS left=$(seconds_left)
+  say "the time is nearly up${left:+, $left s are left}"
+  if [[ -n $step ]]; then tell_ranks; fi
+}
+tell_ranks() { # once: they take repeated signals for impatience
+  if [[ -n $told ]]; then return; fi
+  told=1
+  # What is sent before srun has made its step reaches nobody, and scancel does not say so.
+  until [[ $(squeue --noheader --steps --jobs="$JOB" --format=%i) =~ \.[0-9] ]] || ! kill -0 "$step" 2>/dev/null; do sleep 0.5; done
+  scancel --signal=TERM "$JOB"
+}
+# TERM: the time is up, and all will be killed in a moment; or somebody ends this job for good, or SLURM requeues it by itself.
+told_to_end() {
+  if [[ -n $ended ]]; then return; fi
+  ended=1
+  if [[ $(job Reason) != TimeLimit ]]; then
+    say "told to end"
+  elif [[ $(newest) == "$newest_before" ]]; then
+    say "WARNING: the time is up, and no checkpoint was made in this try: another one would come no further"
+  else
+    say "WARNING: the time is up before the ranks have left: what came after $(newest) will be done again"
+    requeue
+  fi
+}
+trap nearly_up USR1
+trap told_to_end TERM
+
+# SLURM's own requeueing, after a node's failure, counts too.
+((TRY < MAX_TRIES)) || refuse "this would be try $((TRY + 1)) of $MAX_TRIES (MAX_TRIES); sbatch the same command to go on"
 
 [[ -x launch/multinode.sh ]] || refuse "$PWD is not the repository's folder: cd there before sbatch"
 command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON: run \`make setup TORCH=gpu\` there before sbatch, or set PYTHON"
@@ -38,6 +96,13 @@ command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON: run \`make setup
 export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 if [[ -n ${SLURM_GPUS_ON_NODE:-} && $("$PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))') == *+cpu ]]; then
   say "WARNING: the job has GPUs, but $PYTHON has a torch without CUDA: run \`make clean && make setup TORCH=gpu\`"
+fi
+
+if [[ -n ${SWEEP:-} ]]; then
+  line=$(sed -n "${SLURM_ARRAY_TASK_ID:?SWEEP needs an array: sbatch --array=1-LINES}p" "$SWEEP")
+  [[ -n $line ]] || refuse "$SWEEP has no line $SLURM_ARRAY_TASK_ID"
+  mapfile -t arguments < <(xargs -n 1 printf '%s\n' <<<"$line") # quotes count, nothing is executed
+  set -- "$@" "${arguments[@]}"
 fi
 
 # --- which run is this? A config error is refused here, before any rank starts --------------------
@@ -50,7 +115,30 @@ logs=$run_folder/logs
 mkdir -p "$logs" || exit 2
 # Another life of this run left its last words here.
 status() { cat "$run_folder/status.json" 2>/dev/null; }
-status_before=$(status)
+status_before=$(status) newest_before=$(newest)
+
+# --- is the signal early enough? -------------------------------------------------------------------
+# Seconds that a step and two checkpoints took when last measured (one may be on its way to the disk already), and half a
+# minute for all else; nothing where no life of this run has measured them yet.
+needed() {
+  "$PYTHON" - "$run_folder" 2>/dev/null <<'END'
+import json, math, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+save = json.loads((folder / "status.json").read_text())["checkpoint_seconds"]
+lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[-100:]]
+step = max((line["step_seconds"] for line in lines if line["kind"] == "train"), default=0)
+print(math.ceil(step + 2 * save + 30))
+END
+}
+check_lead() { # SECONDS WHERE-FROM
+  local seconds
+  seconds=$(needed)
+  if [[ -n $seconds ]] && (($1 < seconds)); then
+    say "WARNING: this run needs $seconds s to save and leave, but has $1 s ($2): give sbatch --signal=B:USR1@$seconds or more"
+  fi
+}
+lead=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2>/dev/null)}
+if [[ $lead == *@* ]]; then check_lead "${lead##*@}" "${SBATCH_SIGNAL:+SBATCH_SIGNAL is }$lead, unless sbatch was told otherwise"; fi
 
 # --- where the ranks meet ---------------------------------------------------------------------------
 # The first node's name, and a port of this job's own, below those that the kernel hands out by itself (32768-60999): two
@@ -72,37 +160,41 @@ export SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-110}
 # Some versions of SLURM do not hand --cpus-per-task on to srun: then all ranks of a node share one core.
 export SRUN_CPUS_PER_TASK=$cores
 
-# --- signals --------------------------------------------------------------------------------------------
-# USR1: the time is nearly up. Ask the ranks to save and leave: TERM to the job's steps, not to the job.
-# TERM: somebody ends this job for good, or SLURM requeues it by itself: in neither case our turn.
-ended=
-trap 'say "the time is nearly up"; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-trap 'ended=1; say "told to end"' TERM
-
 # --- train ------------------------------------------------------------------------------------------------
 say "$run_folder on $SLURM_JOB_NODELIST, $NPROC ranks a node, meeting at $MASTER_ADDR:$MASTER_PORT"
-if [[ $LAUNCHER == torchrun ]]; then
-  srun --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N.log" \
-    launch/multinode.sh "$@" &
-else
-  srun --ntasks=$((NODES * NPROC)) --ntasks-per-node="$NPROC" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1 \
-    --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N-rank-%t.log" \
-    "$PYTHON" -m dist_trainer.train "$@" &
+code=143
+if [[ -z $asked$ended ]]; then # else there is nothing to save yet
+  if [[ $LAUNCHER == torchrun ]]; then
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N.log" \
+      launch/multinode.sh "$@" &
+  else
+    srun --ntasks=$((NODES * NPROC)) --ntasks-per-node="$NPROC" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1 \
+      --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N-rank-%t.log" \
+      "$PYTHON" -m dist_trainer.train "$@" &
+  fi
+  step=$!
+  if [[ -n $asked ]]; then tell_ranks; fi # the signal came between these lines
+  # A trap interrupts `wait`: go on waiting while srun lives.
+  while wait "$step"; kill -0 "$step" 2>/dev/null; do :; done
+  wait "$step" # remembers
+  code=$?
 fi
-step=$!
-# A trap interrupts `wait`: go on waiting while srun lives.
-while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done
-say "srun ended with $code; logs are in $logs"
+say "srun ended with $code${asked:+, $((SECONDS - asked)) s after it was asked to}; logs are in $logs"
+if [[ -n $left ]]; then check_lead "$left" "so many were left when the signal came"; fi
 
 # --- go on later? -------------------------------------------------------------------------------------------
-# A preempted job whose ranks saved and left in time is, for SLURM, simply over: it must put itself back into the queue.
 now=$(status)
-if [[ -n $ended || $now == "$status_before" || ! $now =~ \"state\":\ *\"preempted\" ]]; then exit "$code"; fi
-if ((TRY + 1 >= MAX_TRIES)); then
-  say "stopped after saving, but this was try $((TRY + 1)) of $MAX_TRIES (MAX_TRIES); sbatch the same command to go on"
-  exit 1
+said() { [[ $now != "$status_before" && $now =~ \"state\":\ *\"$1\" ]]; }
+if [[ -n $ended ]]; then exit "$code"; fi # not our turn
+if said preempted; then
+  : # A preempted job that saved and left in time is, for SLURM, simply over.
+elif said finished || said failed || [[ -z $asked && $(job PreemptTime) != [0-9]* ]]; then
+  exit "$code"
+else
+  say "told to leave before there was anything to save"
 fi
-say "stopped after saving: back to the queue"
-if scontrol requeue "$SLURM_JOB_ID"; then sleep 600; fi # SLURM ends this script here
-say "could not be requeued; sbatch the same command to go on"
+if requeue; then
+  trap - TERM
+  sleep 600 & wait # SLURM ends this script here
+fi
 exit 1

@@ -7,23 +7,32 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dist_trainer.checkpoint.state import Progress, Snapshot, read_training_state, write_training_state
-from dist_trainer.checkpoint.storage import discard, point, publish, sweep, verify
+from dist_trainer.checkpoint.storage import (
+    DAMAGED_PREFIX,
+    discard,
+    make_folder,
+    point,
+    points_at,
+    publish,
+    put_out_of_the_way,
+    sweep,
+)
 from dist_trainer.config.schema import CheckpointConfig
 from dist_trainer.errors import CheckpointError
+from dist_trainer.manifest import MANIFEST, verify
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 LATEST, BEST = "latest", "best"
-DAMAGED_PREFIX = "damaged-"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 Export = Callable[[Mapping[str, Tensor], Path], None]
@@ -32,6 +41,9 @@ Export = Callable[[Mapping[str, Tensor], Path], None]
 
 class Checkpoints(Protocol):
     """What the trainer asks of them."""
+
+    write_seconds: float | None
+    """How long the slowest write of this process took; None before the first."""
 
     def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
         """Save what `take` gives, now or in the background."""
@@ -45,9 +57,16 @@ class Checkpoints(Protocol):
         """Whether saving failed too often to go on."""
         ...
 
+    def trouble(self) -> str | None:
+        """Why the last save, if it has ended, is not on the disk; None where it is."""
+        ...
+
 
 class NoCheckpoints:
     """For ranks, and runs, that save nothing."""
+
+    write_seconds: float | None = None
+    """None: nothing is written."""
 
     def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
         """Nothing."""
@@ -59,6 +78,10 @@ class NoCheckpoints:
         """Never."""
         return False
 
+    def trouble(self) -> str | None:
+        """None."""
+        return None
+
 
 class CheckpointManager:
     """The checkpoints of one run folder, written by this process alone (rank 0, under the run folder's lock)."""
@@ -68,10 +91,13 @@ class CheckpointManager:
         self.keep_last = config.keep_last
         self.max_failures = config.max_failures
         self.export = export
+        self.write_seconds: float | None = None
+        """How long the slowest write took."""
         self._writer: threading.Thread | None = None
         self._failures_in_a_row = 0
+        self._trouble: str | None = None
         self._crash: BaseException | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
 
     def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
         """Take a snapshot now and write it in the background; waits for the write before it, if there still is one.
@@ -96,26 +122,40 @@ class CheckpointManager:
         """Whether `checkpoint.max_failures` saves in a row have failed."""
         return self._failures_in_a_row >= self.max_failures
 
+    def trouble(self) -> str | None:
+        """Why the last save, if it has ended, is not on the disk; None where it is."""
+        return self._trouble
+
     def _write(self, snapshot: Snapshot, is_best: bool) -> None:
-        step = snapshot.progress.step
+        step, started = snapshot.progress.step, time.perf_counter()
         try:
             if not snapshot.is_finite():
-                log.warning("step %d: the weights are not finite; no checkpoint is written of them", step)
+                self._trouble = f"step {step}: not every number in the weights and the optimizer is finite"
+                log.warning("%s; no checkpoint is written of them", self._trouble)
                 return
-            self._publish(snapshot, is_best)
-            self._failures_in_a_row = 0
-        except (OSError, SafetensorError) as error:
+            folder = self._publish(snapshot)
+        except BaseException as error:
+            refusal = refusal_of_the_disk(error)
+            self._trouble = f"step {step}: the checkpoint could not be saved ({refusal or repr(error)})"
+            if refusal is None:
+                self._crash = error
+                return
             self._failures_in_a_row += 1
             log.warning(
-                "step %d: the checkpoint could not be saved (%s; failure %d in a row); training goes on, "
-                "older checkpoints are untouched, the next save tries again",
-                *(step, _reason(error), self._failures_in_a_row),
+                "%s, failure %d in a row; training goes on, older checkpoints are untouched, the next save tries again",
+                *(self._trouble, self._failures_in_a_row),
             )
-        except BaseException as error:
-            self._crash = error
+            return
+        self._failures_in_a_row, self._trouble = 0, None
+        self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
+        try:
+            self._move_pointers(folder, snapshot.progress, is_best=is_best)
+            self._rotate(snapshot.progress)
+        except OSError as error:
+            log.warning("step %d is saved, but %s (the next save tries again)", step, refusal_of_the_disk(error))
 
-    def _publish(self, snapshot: Snapshot, is_best: bool) -> None:
-        folder = self.folder / f"step-{snapshot.progress.step:08d}"
+    def _publish(self, snapshot: Snapshot) -> Path:
+        folder = self.folder / _name_of(snapshot.progress.step)
 
         def write(staging: Path) -> None:
             self.export(snapshot.weights, staging)
@@ -123,25 +163,43 @@ class CheckpointManager:
 
         facts = {"format_version": FORMAT_VERSION, "step": snapshot.progress.step}
         publish(folder, write, facts={**facts, "world_size": snapshot.facts.get("world_size")})
-        point(self.folder / LATEST, folder)
-        if is_best:
-            point(self.folder / BEST, folder)
-        self._rotate()
+        return folder
 
-    def _rotate(self) -> None:
-        best = (self.folder / BEST).resolve()
+    def _move_pointers(self, newest: Path, progress: Progress, *, is_best: bool) -> None:
+        point(self.folder / LATEST, newest)
+        best = newest if is_best else self._best_by(progress)
+        if best is not None and best.is_dir():
+            point(self.folder / BEST, best)
+
+    def _rotate(self, progress: Progress) -> None:
+        """Delete what is older than the newest ones; never the best, by the pointer or by what the run itself knows."""
+        best = {points_at(self.folder / BEST), progress.best_step and _name_of(progress.best_step)}
         for folder in step_folders(self.folder)[max(1, self.keep_last) :]:
-            if folder.resolve() != best:
+            if folder.name not in best:
                 discard(folder)
 
+    def _best_by(self, progress: Progress) -> Path | None:
+        return None if progress.best_step is None else self.folder / _name_of(progress.best_step)
 
-def _reason(error: OSError | SafetensorError) -> str:
-    """`ENOSPC: No space left on device`; safetensors tells the number in its text."""
+
+def refusal_of_the_disk(error: BaseException) -> str | None:
+    """`ENOSPC: No space left on device`; None where `error` is something else.
+
+    safetensors and tokenizers, which write by themselves, raise errors of their own with the number in the text.
+    """
     told = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
     if number is None:
-        return str(error)
+        return str(error) if isinstance(error, OSError) else None
     return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"
+
+
+def _name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -149,21 +207,24 @@ def step_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and not path.is_symlink()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=_step_of, reverse=True)
 
 
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` whose files are all as they were written; None where there is none at all.
 
-    Damaged ones are named in a warning, and renamed out of the way. Raises CheckpointError where all are damaged.
+    Damaged ones are named in a warning. Raises CheckpointError where all are damaged, or the last one has gone.
     """
     candidates = step_folders(folder)
     for candidate in candidates:
         if is_intact(candidate):
             return candidate
-    if candidates or any(folder.glob(f"{DAMAGED_PREFIX}*")):
+    remains = [path.name for path in folder.glob(f"{DAMAGED_PREFIX}step-*")]
+    remains += [name for link in (LATEST, BEST) if (name := points_at(folder / link)) and _STEP_FOLDER.fullmatch(name)]
+    if candidates or remains:
+        which = f"there was {remains[0]}" if not candidates else "see the warnings above"
         raise CheckpointError(
-            f"{folder} holds checkpoints but none of them is intact (see the warnings above); restore one from a backup, "
+            f"{folder} holds checkpoints but none of them is intact ({which}); restore one from a backup, "
             "or begin anew with --checkpoint.resume never, which sets this run aside"
         )
     return None
@@ -174,8 +235,10 @@ def is_intact(checkpoint: Path) -> bool:
     try:
         manifest = verify(checkpoint)
         if manifest.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(f"{checkpoint} has format version {manifest.get('format_version')}, not {FORMAT_VERSION}")
-        read_training_state(checkpoint)
+            raise CheckpointError(f"{checkpoint} has format version {manifest.get('format_version')!r}, not {FORMAT_VERSION}")
+        step = read_training_state(checkpoint)["progress"].step
+        if _STEP_FOLDER.fullmatch(checkpoint.name) and _step_of(checkpoint) != step:
+            raise CheckpointError(f"{checkpoint} holds step {step}, which is not what its name says")
     except CheckpointError as error:
         log.warning("checkpoint passed over: %s", error)
         return False
@@ -192,21 +255,27 @@ def prepare_to_resume(folder: Path, checkpoint: Path) -> tuple[int | None, float
     best: Path | None = None
     best_loss: float | None = None
     for candidate in step_folders(folder):
-        if candidate.name > checkpoint.name:
-            candidate.rename(_free_name(folder / f"{DAMAGED_PREFIX}{candidate.name}"))
+        if _step_of(candidate) > _step_of(checkpoint):
+            put_out_of_the_way(candidate)
             continue
         try:
             loss = own_validation_loss(read_training_state(candidate))
         except CheckpointError:
             continue
-        if loss is not None and (best_loss is None or loss < best_loss) and is_intact(candidate):
+        better = loss is not None and (best_loss is None or loss < best_loss)
+        if better and (candidate == checkpoint or is_intact(candidate)):
             best, best_loss = candidate, loss
-    point(folder / LATEST, checkpoint)
-    if best is None:
-        (folder / BEST).unlink(missing_ok=True)
-        return None, None
-    point(folder / BEST, best)
-    return int(best.name.removeprefix("step-")), best_loss
+    try:
+        point(folder / LATEST, checkpoint)
+        if best is not None:
+            point(folder / BEST, best)
+        elif (folder / BEST).is_symlink():
+            (folder / BEST).unlink()
+        elif (folder / BEST).exists():
+            put_out_of_the_way(folder / BEST)
+    except OSError as error:
+        log.warning("%s: its pointers could not be moved (%s); the next save tries again", folder, refusal_of_the_disk(error))
+    return (None, None) if best is None else (_step_of(best), best_loss)
 
 
 def resume_point(folder: Path) -> tuple[Path, Progress] | None:
@@ -229,19 +298,12 @@ def own_validation_loss(state: dict[str, Any]) -> float | None:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest intact one of the run folder `path`."""
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         if is_intact(path):
             return path.resolve()
         raise CheckpointError(f"{path} is damaged (see the warning above); name another checkpoint")
-    found = newest_intact(path / "checkpoints")
+    folder = path / "checkpoints"
+    found = newest_intact(folder) if folder.resolve().is_relative_to(path.resolve()) else None
     if found is None:
         raise CheckpointError(f"checkpoint.resume: {path} is neither a checkpoint nor a run folder with checkpoints")
     return found
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.name}-{number}")
-    return free

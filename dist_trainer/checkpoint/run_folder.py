@@ -2,90 +2,132 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
 import logging
 import os
 import shutil
-import socket
-import time
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from dist_trainer.checkpoint.storage import write_atomically
+from dist_trainer.checkpoint.run_lock import LOCK_FILE, RunLock
+from dist_trainer.checkpoint.storage import make_folder, put_out_of_the_way, sweep, sync, write_atomically
 from dist_trainer.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
 CONFIG_FILE = "config.yaml"
+FILES = (CONFIG_FILE, "metrics.jsonl", "status.json", "report.html")
+FOLDERS = ("checkpoints", "logs", "wandb")
+WANDB_FILES = ("run_id", "logged.json", "wandb", "wandb/logs", "artifacts")
+"""Of wandb/, what is opened again at the next start; W&B's own links to its newest files are not."""
+REPLACED_PREFIX = "replaced-"
+_MOVING = ".moving-aside"
 
 
 class RunFolder:
     """OUTPUT_DIR/RUN_NAME, locked against other jobs for as long as this process lives."""
 
     def __init__(self, path: Path) -> None:
-        """Create and lock the folder.
+        """Create and lock the folder, see that what stands in it is what belongs there, and sweep what a killed run left.
 
-        Raises ConfigError where it cannot be written, CheckpointError naming the owner where another job holds it.
+        Raises ConfigError where it cannot be written, CheckpointError naming the owner where another job holds it, or the
+        link where one leads out of it.
         """
         self.path = path
         self.is_new = not path.exists()
+        with self._writing("choose another --output_dir"):
+            make_folder(path)
+            self._lock = RunLock(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir, run_name: {path} cannot be written ({error.strerror}); choose another --output_dir"
-            ) from error
-        self._acquire()
+            with self._writing("choose another --output_dir"):
+                self._guard_doors()
+                for folder in (self.path, self.path / "wandb"):
+                    sweep(folder)
+                self._finish_setting_aside()
+                make_folder(self.checkpoints)
+        except BaseException:
+            self.close(unused=True)
+            raise
 
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints are."""
         return self.path / "checkpoints"
 
-    def _acquire(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(self._lock, 4096, 0).decode(errors="replace").strip()
-            os.close(self._lock)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise CheckpointError(
-                    f"{self.path} is in use by another job ({owner or 'owner unknown'}); wait for it, stop it, "
-                    "or choose another --run_name"
-                ) from error
-            raise CheckpointError(f"{self.path} cannot be locked ({error.strerror})") from error
-        owner = f"host {socket.gethostname()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, owner.encode(), 0)
-
     def close(self, *, unused: bool = False) -> None:
         """Give the folder free; a new one that stayed `unused` goes."""
         if unused and self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        self._lock.release()
 
     def write_config(self, text: str) -> None:
         """Keep the resolved config. Raises ConfigError where the disk refuses."""
-        try:
-            write_atomically(self.path / CONFIG_FILE, text)
-        except OSError as error:
-            raise ConfigError(
-                f"output_dir, run_name: {self.path / CONFIG_FILE} cannot be written ({error.strerror}); make room, "
-                "or choose another --output_dir"
-            ) from error
+        path = self.path / CONFIG_FILE
+        with self._writing("make room, or choose another --output_dir"):
+            if not path.is_file() or path.read_bytes() != text.encode():
+                write_atomically(path, text)
 
     def set_aside(self) -> None:
-        """Move what an earlier run left into a numbered folder inside; nothing is deleted."""
-        found = [path for path in self.path.iterdir() if path.name != LOCK_FILE and not path.name.startswith("replaced-")]
-        leftovers = [path for path in found if not path.is_dir() or any(path.iterdir())]
-        if not leftovers:
+        """Move what an earlier run left into a numbered folder inside; nothing is deleted.
+
+        It is gathered under a hidden name first: what was begun and killed here is finished at the next start, or half of
+        that run could be taken for the new one.
+        """
+        with self._writing("make room, or choose another --run_name"):
+            if any(not path.is_dir() or any(path.iterdir()) for path in self._of_the_run()):
+                (self.path / _MOVING).mkdir()
+                self._finish_setting_aside()
+            make_folder(self.checkpoints)
+
+    def _finish_setting_aside(self) -> None:
+        moving = self.path / _MOVING
+        if not os.path.lexists(moving):
             return
-        names = (self.path / f"replaced-{number}" for number in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        aside.mkdir()
-        for leftover in leftovers:
-            leftover.rename(aside / leftover.name)
+        for leftover in self._of_the_run():
+            leftover.rename(moving / leftover.name)
+        names = (self.path / f"{REPLACED_PREFIX}{number}" for number in itertools.count(1))
+        aside = next(name for name in names if not os.path.lexists(name))
+        moving.rename(aside)
+        sync(self.path)
         log.info("an earlier run was set aside into %s", aside)
+
+    def _of_the_run(self) -> list[Path]:
+        kept = (LOCK_FILE, _MOVING)
+        return [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith(REPLACED_PREFIX)]
+
+    def _guard_doors(self) -> None:
+        """Whoever made this folder must not have made us write, or wait, somewhere else."""
+        for name in (*FILES, *FOLDERS, _MOVING, *(f"wandb/{name}" for name in WANDB_FILES)):
+            _refuse_link(self.path / name)
+        for name in FILES:
+            _expect(self.path / name, stat.S_ISREG)
+        for name in FOLDERS:
+            _expect(self.path / name, stat.S_ISDIR)
+        logs = self.path / "logs"
+        for path in list(logs.iterdir()) if logs.is_dir() else []:
+            _refuse_link(path)
+            _expect(path, stat.S_ISREG)
+
+    @contextmanager
+    def _writing(self, remedy: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            named = error.filename if isinstance(error.filename, str) else self.path
+            raise ConfigError(f"output_dir, run_name: {named} cannot be written ({error.strerror}); {remedy}") from error
+
+
+def _refuse_link(path: Path) -> None:
+    if path.is_symlink():
+        raise CheckpointError(
+            f"{path} is a symbolic link (to {os.readlink(path)}), and no link is followed inside a run's folder; "
+            "remove it, or choose another --output_dir"
+        )
+
+
+def _expect(path: Path, is_kind: Callable[[int], bool]) -> None:
+    """Rename what stands under the name of a file or a folder and is none, such as a pipe, which would be waited at."""
+    if path.exists() and not is_kind(path.stat().st_mode):
+        put_out_of_the_way(path)

@@ -7,6 +7,7 @@ the dropout masks are pure functions of (seed, step), so the step alone brings b
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_trainer.checkpoint.storage import read_json
 from dist_trainer.errors import CheckpointError
+from dist_trainer.manifest import read_json, verify
 from dist_trainer.models.registry import load_weights
 from dist_trainer.precision import Precision
 
@@ -61,8 +62,11 @@ class Snapshot:
     """What else to remember: the config, the number of ranks, the data's fingerprint."""
 
     def is_finite(self) -> bool:
-        """Whether every weight is a finite number."""
-        return all(bool(weight.isfinite().all()) for weight in self.weights.values() if weight.is_floating_point())
+        """Whether every number in the weights and in the optimizer's state is finite."""
+        tensors = [*self.weights.values(), *self.optimizer_tensors.values()]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()):
+            return False
+        return all(math.isfinite(value) for value in self.optimizer_values.values() if isinstance(value, float))
 
 
 def take_snapshot(
@@ -105,22 +109,42 @@ def write_training_state(snapshot: Snapshot, folder: Path) -> None:
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of the state in `folder`, with `progress` as a Progress."""
+    """The JSON part of the state in `folder`, with `progress` as a Progress. Raises CheckpointError where it is none."""
     state = read_json(folder / STATE_FILE)
     try:
-        return {**state, "progress": Progress(**state["progress"])}
+        progress = Progress(**state["progress"])
+        sections = [state[name] for name in ("scaler", "optimizer_values")] + [state.get("config", {})]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {error}") from error
+    if not _has_its_types(progress) or not all(isinstance(section, dict) for section in sections):
+        raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: its values are not of their types")
+    return {**state, "progress": progress}
 
 
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer, precision: Precision) -> None:
-    """Bring weights, optimizer and scaler back from the checkpoint in `folder`. Raises CheckpointError."""
+def _has_its_types(progress: Progress) -> bool:
+    values = asdict(progress)
+    losses = (values.pop("validation_loss"), values.pop("best_loss"))
+    counts = [0 if value is None and name == "best_step" else value for name, value in values.items()]
+    return all(type(count) is int and count >= 0 for count in counts) and all(type(x) in (float, type(None)) for x in losses)
+
+
+def restore(folder: Path, model: nn.Module, optimizer: Optimizer, precision: Precision, *, verifies: bool = True) -> None:
+    """Bring weights, optimizer and scaler back from the checkpoint in `folder`. Raises CheckpointError.
+
+    `verifies`: compare its files with their digests once more, after they were read. It was intact when it was chosen, but
+    what counts is what was read now, and a disk need not give the same bits twice.
+    """
     try:
         load_weights(model, folder)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its weights do not fit this model ({error})") from error
-    restore_optimizer(optimizer, model, folder)
-    precision.load_state_dict(read_training_state(folder).get("scaler", {}))
+    try:
+        restore_optimizer(optimizer, model, folder)
+        precision.load_state_dict(read_training_state(folder)["scaler"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error!r})") from error
+    if verifies:
+        verify(folder)
 
 
 def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A folder that exists whole or not at all, and that says of itself whether it is intact.
+"""A folder that exists whole or not at all.
 
 Written beside its place under a hidden name, every file synced, the manifest (sizes and digests of all files) last, then
 the folder synced, renamed, and its parent synced. Deleted by renaming to a hidden name first. What a killed process
@@ -7,147 +7,161 @@ leaves behind therefore always has a hidden name, and `sweep` removes it.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.errors import CheckpointError
+from dist_trainer.manifest import MANIFEST, describe_files
 
-MANIFEST = "manifest.json"
+log = logging.getLogger(__name__)
+
 STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
 ASIDE_PREFIX = ".aside-"
-DIGEST = "sha256"
-_READ_BYTES = 1 << 22
+DAMAGED_PREFIX = "damaged-"
+_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
+"""What some network file systems answer to an fsync of a folder."""
 
 
 def publish(folder: Path, write: Callable[[Path], None], *, facts: dict[str, Any]) -> None:
     """Make `folder` appear with what `write` puts into it, and `facts` in its manifest.
 
-    Raises OSError where the disk refuses; then nothing is visible and the staging folder is gone as far as possible.
+    Raises OSError where the disk refuses; then nothing is visible, what stood there before still does, and the staging
+    folder is gone as far as possible.
     """
-    staging = folder.parent / f"{STAGING_PREFIX}{folder.name}"
-    _remove(staging)
+    staging = folder.with_name(f"{STAGING_PREFIX}{folder.name}")
+    aside = folder.with_name(f"{ASIDE_PREFIX}{folder.name}")
+    remove(staging)
     staging.mkdir(parents=True)
     try:
         write(staging)
-        readable = staging.stat().st_mode & 0o666  # as the user's umask has it; safetensors makes private files
-        files = {}
-        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-            files[path.relative_to(staging).as_posix()] = {"bytes": path.stat().st_size, DIGEST: _digest(path)}
-            path.chmod(readable)
-            _sync(path)
-        manifest = staging / MANIFEST
-        manifest.write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
-        _sync(manifest)
-        for directory in sorted({path.parent for path in staging.rglob("*")}, reverse=True):
-            _sync(directory)
-        aside = folder.with_name(f"{ASIDE_PREFIX}{folder.name}")
-        if folder.exists():
+        _seal(staging, facts)
+        if os.path.lexists(folder):
+            remove(aside)
             os.rename(folder, aside)
         os.rename(staging, folder)
-        _sync(folder.parent)
-        _remove(aside)
+        sync(folder.parent)
     except BaseException:
-        _remove(staging)
+        if os.path.lexists(aside) and not os.path.lexists(folder):
+            os.rename(aside, folder)
+        remove(staging)
         raise
+    remove(aside)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`, after every file was compared with its size and digest.
-
-    Raises CheckpointError naming the first file that is missing or differs.
-    """
-    manifest = read_json(folder / MANIFEST)
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{folder / MANIFEST} lists no files")
-    for name, entry in files.items():
-        path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder: {name}")
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise CheckpointError(f"{path} is missing ({error.strerror})") from error
-        if size != entry.get("bytes"):
-            raise CheckpointError(f"{path} has {size} bytes where the manifest says {entry.get('bytes')}")
-        if _digest(path) != entry.get(DIGEST):
-            raise CheckpointError(f"{path} is damaged: its {DIGEST} is not the manifest's")
-    return manifest
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint; raises CheckpointError naming the path."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return value
+def _seal(staging: Path, facts: dict[str, Any]) -> None:
+    """Add the manifest, and return when everything in `staging` survives a power cut."""
+    readable = staging.stat().st_mode & 0o666  # as the user's umask has it; safetensors makes private files
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            path.chmod(readable)
+            sync(path)
+    manifest = staging / MANIFEST
+    manifest.write_text(describe_files(staging, facts), encoding="utf-8")
+    sync(manifest)
+    for directory in sorted({path.parent for path in staging.rglob("*")}, reverse=True):
+        sync(directory)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by a file with `text`: readers see the old or the new one, also after a power cut."""
     staging = path.with_name(f"{STAGING_PREFIX}{path.name}")
-    staging.write_text(text, encoding="utf-8")
-    _sync(staging)
-    os.replace(staging, path)
-    _sync(path.parent)
+    remove(staging)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        sync(staging)
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def point(link: Path, target: Path) -> None:
-    """Make `link` a symbolic link to `target`, a sibling; readers see the old or the new one."""
+    """Make `link` a symbolic link to `target`, a sibling; readers see the old or the new one.
+
+    What else may stand under its name is renamed out of the way.
+    """
+    if points_at(link) == target.name:
+        return
+    if os.path.lexists(link) and not link.is_symlink():
+        put_out_of_the_way(link)
     staging = link.with_name(f"{STAGING_PREFIX}{link.name}")
-    staging.unlink(missing_ok=True)
+    remove(staging)
     staging.symlink_to(target.name)
     os.replace(staging, link)
-    _sync(link.parent)
+    sync(link.parent)
+
+
+def points_at(link: Path) -> str | None:
+    """What the link says, whether or not it is there; None where `link` is none."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return None
 
 
 def discard(folder: Path) -> None:
     """Delete `folder`; from the first moment on nobody sees a part of it under its name."""
     trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}")
-    _remove(trash)
+    remove(trash)
     os.rename(folder, trash)
-    _remove(trash)
+    sync(folder.parent)  # or a power cut could bring it back without the files that are deleted next
+    remove(trash)
+
+
+def put_out_of_the_way(path: Path) -> Path:
+    """Rename `path` to `damaged-...`, and give its new name."""
+    wanted = path.with_name(f"{DAMAGED_PREFIX}{path.name}")
+    number, free = 1, wanted
+    while os.path.lexists(free):
+        number += 1
+        free = wanted.with_name(f"{wanted.name}-{number}")
+    path.rename(free)
+    log.warning("%s is not what belongs there; it was renamed to %s", path, free.name)
+    return free
 
 
 def sweep(parent: Path) -> None:
     """Remove what interrupted writes and deletions left in `parent`, and bring back what was about to be replaced."""
     for path in list(parent.iterdir()) if parent.is_dir() else []:
         original = path.with_name(path.name.removeprefix(ASIDE_PREFIX))
-        if path.name.startswith(ASIDE_PREFIX) and not original.exists():
+        if path.name.startswith(ASIDE_PREFIX) and not os.path.lexists(original):
             path.rename(original)
         elif path.name.startswith((STAGING_PREFIX, TRASH_PREFIX, ASIDE_PREFIX)):
-            _remove(path)
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """`mkdir -p`, with names that survive a power cut. Raises OSError."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):  # a folder that may be written in, but not listed
+        sync(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete what is at `path`, if anything; links are deleted, not followed."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.new(DIGEST)
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when the content of a file, or the names in a folder, survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_FOR_FOLDERS or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,16 +40,37 @@ def _file_digest(path: Path, memory: Path) -> str:
         stat = path.stat()
         identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
         note = memory / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.txt"
-        if note.is_file():
-            return note.read_text()
+        if (noted := _read_note(note)) is not None:
+            return noted
         digest = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(_READ_BYTES):
                 digest.update(block)
     except OSError as error:
         raise unreadable(path, error) from error
-    note.parent.mkdir(parents=True, exist_ok=True)
-    staging = note.with_suffix(f".{id(digest)}")
-    staging.write_text(digest.hexdigest())
-    staging.replace(note)
+    with contextlib.suppress(OSError):  # a full disk: the digest is only taken once more the next time
+        _write_note(note, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _read_note(note: Path) -> str | None:
+    """The digest noted there; None where there is none, or not as it was written: a process may have died writing it."""
+    try:
+        content = note.read_text() if note.is_file() else ""
+    except (OSError, ValueError):
+        return None
+    digest = content.partition(" ")[0]
+    return digest if content and content == _sealed(note, digest) else None
+
+
+def _write_note(note: Path, digest: str) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+    try:
+        os.write(file, _sealed(note, digest).encode())
+    finally:
+        os.close(file)
+
+
+def _sealed(note: Path, digest: str) -> str:
+    return f"{digest} {hashlib.sha256(f'{note.name} {digest}'.encode()).hexdigest()}\n"

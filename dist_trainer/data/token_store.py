@@ -1,11 +1,13 @@
 """The token store: a split's token ids in one memory-mapped file, made once per content, under a lock.
 
 A folder per content: tokens.bin (uint16, or uint32 for large vocabularies), offsets.npy (where documents begin, and the
-end), index.json. It is built under a hidden name and renamed when whole.
+end), index.json (with the digests of both). It is built under a hidden name and renamed when whole.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -16,10 +18,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from dist_trainer.data.split import Split
@@ -30,6 +32,10 @@ from dist_trainer.errors import DataError
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
+DTYPES = ("uint16", "uint32")
+MOST_BYTES_VERIFIED = 1 << 32
+"""Digests of larger files are not compared at each start: at some 2 GB a second that would take more than two seconds."""
+_BUILDING = ".building-"
 BATCH_PIECES = 1024
 BATCH_CHARACTERS = 1 << 21
 PIECE_CHARACTERS = 1 << 20
@@ -61,6 +67,9 @@ def token_store(split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identi
 
     `text_identity` tells apart what `text` may make of the same records. Raises DataError.
     """
+    for name in ("tokens", "digests"):
+        if (cache_dir / name).is_symlink():
+            raise DataError(f"data.cache_dir: {cache_dir / name} is a symbolic link, which is not followed; remove it")
     try:
         (cache_dir / "tokens").mkdir(parents=True, exist_ok=True)
         content = split.digest(cache_dir / "digests")
@@ -69,14 +78,16 @@ def token_store(split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identi
         folder = cache_dir / "tokens" / key
         if (store := _open(folder, key)) is not None:
             return store
-        with FileLock(f"{folder}.lock"):
+        _sweep(cache_dir / "tokens")
+        with FileLock(_lock_of(folder)):
             if (store := _open(folder, key)) is not None:
                 return store
             _build(folder, split, tokenizer, text)
         store = _open(folder, key)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error or "its file system has no locks"
         raise DataError(
-            f"data.cache_dir: {cache_dir} cannot be used ({error.strerror or error}); name another folder with "
+            f"data.cache_dir: {cache_dir} cannot be used ({reason}); make room there, or name another folder with "
             "--data.cache_dir or DIST_TRAINER_CACHE"
         ) from error
     if store is None:
@@ -84,25 +95,72 @@ def token_store(split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identi
     return store
 
 
+def _lock_of(folder: Path) -> Path:
+    """The lock file of the store `folder`; raises OSError where a link would lead the lock, which empties it, elsewhere."""
+    lock = folder.with_name(f"{folder.name}.lock")
+    if lock.is_symlink():
+        raise OSError(errno.ELOOP, f"{lock} is a symbolic link, which is not followed", str(lock))
+    return lock
+
+
+def _sweep(stores: Path) -> None:
+    """Remove what processes left that died while they built a store: no one holds its lock any more."""
+    for half in stores.glob(f"{_BUILDING}*"):
+        lock = FileLock(_lock_of(stores / half.name.removeprefix(_BUILDING)), timeout=0)
+        with contextlib.suppress(Timeout, NotImplementedError), lock:
+            _remove(half)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _open(folder: Path, key: str) -> TokenStore | None:
     """The store in `folder`; None where it is absent or not what its index says."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if index["dtype"] not in DTYPES or not _is_as_written(folder, index["digests"]):
+            return None
         tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(index["dtype"]), mode="r")
         offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
         whole = len(tokens) == index["tokens"] == offsets[-1] and len(offsets) == index["documents"] + 1
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
     return TokenStore(tokens, offsets, key) if whole else None
 
 
+def _is_as_written(folder: Path, digests: dict[str, str]) -> bool:
+    """Whether the files have the digests that the index names; of a very large one that would take minutes."""
+    files = [folder / name for name in ("tokens.bin", "offsets.npy")]
+    return all(path.stat().st_size > MOST_BYTES_VERIFIED or _digest(path) == digests[path.name] for path in files)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf) -> None:
     started = time.perf_counter()
-    staging = folder.with_name(f".building-{folder.name}")
+    staging = folder.with_name(f"{_BUILDING}{folder.name}")
     for leftover in (staging, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     staging.mkdir()
-    dtype = np.dtype(np.uint16 if vocabulary_size(tokenizer) <= 1 << 16 else np.uint32)
+    try:
+        num_tokens = _write_store(staging, split, tokenizer, text)
+        os.rename(staging, folder)
+    except BaseException:  # a full disk, a signal, a text that cannot be read
+        _remove(staging)
+        raise
+    log.info("tokenised %s: %d tokens in %.1f s", split.description, num_tokens, time.perf_counter() - started)
+
+
+def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf) -> int:
+    """Write the three files, and give the number of tokens in them."""
+    dtype = np.dtype(DTYPES[0] if vocabulary_size(tokenizer) <= 1 << 16 else DTYPES[1])
     ends = [np.zeros(1, np.int64)]
     written = 0
     with (staging / "tokens.bin").open("wb") as file:
@@ -112,24 +170,30 @@ def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf) -> No
             borders = written + lengths.cumsum()
             written = int(borders[-1])
             ends.append(borders[np.array([piece.ends_document for piece in pieces])])
-        _sync(file.fileno())
+        _sync(file)
     if not written:
         raise DataError(f"{split.description}: there is no text in it")
     offsets = np.concatenate(ends)
     with (staging / "offsets.npy").open("wb") as file:
         np.save(file, offsets)
-        _sync(file.fileno())
-    index = {"format_version": FORMAT_VERSION, "dtype": dtype.name, "tokens": int(offsets[-1])}
-    with (staging / "index.json").open("w", encoding="utf-8") as index_file:
-        json.dump({**index, "documents": len(offsets) - 1, "made_of": split.description}, index_file, indent=2)
-        _sync(index_file.fileno())
-    os.rename(staging, folder)
-    seconds = time.perf_counter() - started
-    log.info("tokenised %s: %d tokens in %.1f s", split.description, offsets[-1], seconds)
+        _sync(file)
+    index = {
+        "format_version": FORMAT_VERSION,
+        "dtype": dtype.name,
+        "tokens": written,
+        "documents": len(offsets) - 1,
+        "made_of": split.description,
+        "digests": {name: _digest(staging / name) for name in ("tokens.bin", "offsets.npy")},
+    }
+    with (staging / "index.json").open("wb") as file:
+        file.write(json.dumps(index, indent=2).encode())
+        _sync(file)
+    return written
 
 
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 class TokenPiece(NamedTuple):

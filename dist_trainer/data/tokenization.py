@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def _folder_with_tokenizer(path: Path) -> Path:
     checkpoints = path / "checkpoints"
     newest_first = sorted(checkpoints.glob("step-*"), reverse=True)
     for candidate in (path, checkpoints / "best", checkpoints / "latest", *newest_first):
-        if any((candidate / file).is_file() for file in TOKENIZER_FILES):
+        inside = candidate.resolve().is_relative_to(path.resolve())
+        if inside and any((candidate / file).is_file() for file in TOKENIZER_FILES):
             return candidate
     state = "has no tokenizer in it" if path.exists() else "does not exist"
     raise DataError(f"data.tokenizer: {path} {state}; give a folder with tokenizer.json, a Hub name, or austen")
@@ -53,7 +55,7 @@ def _from_folder(folder: Path) -> Tokenizer:
     try:
         if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds; each ends in one message
         raise DataError(f"data.tokenizer: the tokenizer in {folder} cannot be loaded: {error}") from error
 
@@ -63,7 +65,7 @@ def _from_hub(name: str) -> Tokenizer:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=not reachable)
+        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=not reachable, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds; each ends in one message
         if not reachable:
             raise DataError(
@@ -76,6 +78,10 @@ def _from_hub(name: str) -> Tokenizer:
 
 
 def _with_end_and_padding(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    templates = getattr(tokenizer, "chat_template", None)
+    # Saved with each checkpoint, under their names.
+    if isinstance(templates, dict) and not all(re.fullmatch(r"\w[\w.-]*", str(template)) for template in templates):
+        raise DataError(f"data.tokenizer: {name} has a chat template whose name is no file's: {sorted(map(str, templates))}")
     if tokenizer.eos_token_id is None:
         known = tokenizer.get_added_vocab()
         end = tokenizer.sep_token or next((token for token in END_NAMES if token in known), None)

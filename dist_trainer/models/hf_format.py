@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.manifest import MANIFEST, read_json, verify
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -21,6 +22,17 @@ CONFIG_FILE = "config.json"
 _PREFIX, _HEAD = "model.", "lm_head.weight"
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 REPRESENTED_TYPES = ("llama", "mistral")
+_WHOLE_NUMBERS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "head_dim",
+)
+_MOST = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ def read_hf_config(folder: Path) -> HFModel:
     path = folder / CONFIG_FILE
     raw = _read_json(path)
     _refuse_what_differs(raw, path)
+    _refuse_wrong_types(raw, path)
     try:
         config = ModelConfig(
             hidden_size=raw["hidden_size"],
@@ -126,8 +139,27 @@ def _refuse_what_differs(raw: Mapping[str, Any], path: Path) -> None:
         refuse("rope_parameters.rope_type", kind, "default")
 
 
+def _refuse_wrong_types(raw: Mapping[str, Any], path: Path) -> None:
+    """A file from a stranger may hold anything."""
+    for name in _WHOLE_NUMBERS:
+        value = raw.get(name)
+        if value is not None and not (type(value) is int and 0 < value < _MOST):
+            raise ConfigError(f"{path}: {name} is {value!r}, which is no size of a model")
+    for name in ("rms_norm_eps", "rope_theta"):
+        if type(raw.get(name, 1.0)) not in (int, float):
+            raise ConfigError(f"{path}: {name} is {raw[name]!r}, not a number")
+    if type(_rope(raw).get("rope_theta", 1.0)) not in (int, float):
+        raise ConfigError(f"{path}: rope_parameters.rope_theta is {_rope(raw)['rope_theta']!r}, not a number")
+    if type(raw.get("tie_word_embeddings", False)) is not bool:
+        raise ConfigError(f"{path}: tie_word_embeddings is {raw['tie_word_embeddings']!r}, not true or false")
+    for name in _TOKEN_IDS:
+        if type(_first(raw.get(name))) not in (int, type(None)):
+            raise ConfigError(f"{path}: {name} is {raw[name]!r}, not a token id")
+
+
 def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    return rope if isinstance(rope, Mapping) else {"rope_type": rope}
 
 
 def _first(value: Any) -> int | None:
@@ -139,7 +171,8 @@ def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     index = folder / INDEX_FILE
     names = [WEIGHTS_FILE]
     if not (folder / WEIGHTS_FILE).is_file() and index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        shards = _read_json(index).get("weight_map")
+        names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
     for name in names:
         path = folder / name
         if Path(name).name != name or not path.is_file():
@@ -153,25 +186,26 @@ def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def locate_weights(path: Path) -> Path:
-    """The folder with weights that `path` means: itself, or the best, latest or newest checkpoint of a run folder."""
-    if (path / CONFIG_FILE).is_file():
-        return path
+    """The folder with weights that `path` means: itself, or the best, latest or newest checkpoint of a run folder.
+
+    Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
+    """
+    folder = path if (path / CONFIG_FILE).is_file() else _newest_inside(path)
+    if (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file():  # a checkpoint of ours
+        verify(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
+    return folder
+
+
+def _newest_inside(path: Path) -> Path:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     candidates = [root / "best", root / "latest", *sorted(root.glob("step-*"), reverse=True)]
     for candidate in candidates:
-        inside = candidate.resolve().is_relative_to(root.resolve())
+        inside = candidate.resolve().is_relative_to(path.resolve())
         if inside and (candidate / CONFIG_FILE).is_file():
             return candidate.resolve()
     raise CheckpointError(f"{path} is neither a run folder with checkpoints, nor a checkpoint, nor a Hugging Face model folder")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
+    """As `read_json`, also through a link: the Hub's cache is made of them."""
+    return read_json(path.resolve())

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+_BLOCK_BYTES = 4096
+"""The smallest piece in which file systems give out room: a file that stays within it needs no more."""
 
 
 def replace_file(path: Path, chunks: Iterable[bytes], *, durable: bool) -> None:
@@ -13,8 +17,9 @@ def replace_file(path: Path, chunks: Iterable[bytes], *, durable: bool) -> None:
     Raises OSError where the disk refuses; then `path` is what it was.
     """
     staging = path.with_name(f".staging-{path.name}")
+    staging.unlink(missing_ok=True)  # what a killed process left, or a link that someone laid there
     try:
-        with staging.open("wb") as file:
+        with staging.open("xb") as file:
             file.writelines(chunks)
             if durable:
                 file.flush()
@@ -24,8 +29,36 @@ def replace_file(path: Path, chunks: Iterable[bytes], *, durable: bool) -> None:
         staging.unlink(missing_ok=True)
         raise
     if durable:
-        folder = os.open(path.parent, os.O_RDONLY)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in `folder` survive a power cut, as far as its file system can promise that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def replace_or_overwrite(path: Path, data: bytes, *, durable: bool) -> None:
+    """As `replace_file`; where the disk has no room for a second file, over the one there, within the room that it has.
+
+    `data` ends with what may be filled up with blanks, as JSON may. Raises OSError where that fails too.
+    """
+    try:
+        replace_file(path, [data], durable=durable)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(data) > _BLOCK_BYTES:
+            raise
+        file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
         try:
-            os.fsync(folder)
+            # One write, and blanks over what was longer: a reader never finds the end of the old behind the new.
+            os.pwrite(file, data.ljust(os.fstat(file).st_size), 0)
+            if durable:
+                os.fsync(file)
         finally:
-            os.close(folder)
+            os.close(file)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dist_trainer.distributed.world import World
+from dist_trainer.tracking.secrets import masked_command
 from dist_trainer.version import __version__
 
 _GIT_TIMEOUT_SECONDS = 5.0
@@ -37,7 +38,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "world_size": world.world_size,
         "local_world_size": world.local_world_size,
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(masked_command(sys.orig_argv)),
         "folder": str(Path.cwd()),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.tracking.secrets import masked
+
 log = logging.getLogger(__name__)
 
 EVENTS_FILE = "logs/events.jsonl"
@@ -19,11 +21,11 @@ def append_event(folder: Path, event: str, *, step: int, **facts: Any) -> None:
 
     A last line that a killed process left half-written is closed first, so that it damages no line but itself.
     """
-    line = json.dumps({"event": event, "step": step, "time": time.time(), **facts}, default=str).encode() + b"\n"
+    line = masked(json.dumps({"event": event, "step": step, "time": time.time(), **facts}, default=str)).encode() + b"\n"
     path = folder / EVENTS_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"

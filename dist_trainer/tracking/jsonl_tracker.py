@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.tracking.atomic_file import replace_file, sync_folder
 from dist_trainer.tracking.run_context import METRICS_FILE, RunContext
 
 log = logging.getLogger(__name__)
@@ -29,12 +29,16 @@ class JsonlTracker:
     """
 
     def __init__(self, context: RunContext) -> None:
-        """Open the file, rewound to `start_step`; raises OSError where the folder cannot be written."""
+        """Open the file, rewound to `start_step`; where the disk refuses that, it is tried again with each line."""
         self._path = context.folder / METRICS_FILE
-        _rewind(self._path, context.start_step)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._good_bytes = os.fstat(self._file).st_size
+        self._start_step = context.start_step
+        self._file: int | None = None
+        self._good_bytes = 0
         self._pending: deque[bytes] = deque(maxlen=_KEPT_WHILE_DISK_IS_FULL)
+        try:
+            self._open()
+        except OSError as error:
+            log.warning("%s cannot be written yet (%s); its lines are kept in memory", self._path, error.strerror)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append `line`; raises OSError where the disk refuses, and tries again with the next line."""
@@ -43,29 +47,40 @@ class JsonlTracker:
 
     def sync(self) -> None:
         """Return when all lines are on the disk."""
-        self._write_pending()
-        os.fsync(self._file)
+        os.fsync(self._write_pending())
 
     def close(self, *, state: str, reason: str | None) -> None:
         """Write what is left and close the file."""
         try:
             self.sync()
         finally:
-            os.close(self._file)
+            if self._file is not None:
+                os.close(self._file)
 
-    def _write_pending(self) -> None:
+    def _open(self) -> int:
+        """The file, opened, and rewound before anything is added to it."""
+        if self._file is None:
+            _rewind(self._path, self._start_step)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._good_bytes = os.fstat(self._file).st_size
+            sync_folder(self._path.parent)
+        return self._file
+
+    def _write_pending(self) -> int:
+        file = self._open()
         while self._pending:
             data = self._pending[0]
             try:
-                written = os.write(self._file, data)
+                written = os.write(file, data)
                 while written < len(data):
-                    written += os.write(self._file, data[written:])
+                    written += os.write(file, data[written:])
             except OSError:
                 # A part of a line may stand there now: the next try begins where the last whole line ended.
-                os.ftruncate(self._file, self._good_bytes)
+                os.ftruncate(file, self._good_bytes)
                 raise
             self._good_bytes += len(data)
             self._pending.popleft()
+        return file
 
 
 def encode_line(line: dict[str, Any]) -> bytes:
@@ -79,32 +94,57 @@ def encode_line(line: dict[str, Any]) -> bytes:
 
 
 def _rewind(path: Path, start_step: int) -> None:
-    """Drop lines past `start_step`, and what is no line of ours, such as the half of one; by an atomic replacement."""
-    if not path.exists() or path.stat().st_size == 0:
+    """Drop lines past `start_step`, lines that stand twice, and what is no line of ours, such as the half of one.
+
+    What is to be dropped is mostly the end, which is cut off: that needs no room on the disk. Else by an atomic replacement.
+    """
+    if not path.exists():
         return
-    if start_step == 0:
-        replace_file(path, (), durable=True)
+    beginning = kept = 0
+    is_beginning = True
+    for line in _lines_up_to(path, start_step):
+        is_beginning = is_beginning and line is not None
+        size = len(line or b"")
+        kept += size
+        beginning += size if is_beginning else 0
+    if kept > beginning:
+        replace_file(path, filter(None, _lines_up_to(path, start_step)), durable=True)
+    elif path.stat().st_size > kept:
+        _cut_off(path, kept)
+    else:
         return
-    size = path.stat().st_size
-    if sum(map(len, _lines_up_to(path, start_step))) < size:
-        replace_file(path, _lines_up_to(path, start_step), durable=True)
+    if start_step:
         log.info("%s was taken back to step %d", path, start_step)
 
 
-def _lines_up_to(path: Path, start_step: int) -> Iterator[bytes]:
+def _cut_off(path: Path, size: int) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        os.ftruncate(file, size)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _lines_up_to(path: Path, start_step: int) -> Iterator[bytes | None]:
+    """Each line; None in place of one that is to be dropped."""
+    seen: set[tuple[str, int]] = set()
     with path.open("rb") as file:
         for line in file:
-            step = _step_of(line)
-            if step is not None and step <= start_step:
-                yield line
+            identity = _kind_and_step(line)
+            drop = identity is None or identity[1] > start_step or identity in seen
+            if identity is not None:
+                seen.add(identity)
+            yield None if drop else line
 
 
-def _step_of(line: bytes) -> int | None:
-    """The step of a whole line; None for anything else."""
+def _kind_and_step(line: bytes) -> tuple[str, int] | None:
+    """Of a whole line; None for anything else."""
     if not line.endswith(b"\n"):
         return None
     try:
-        step = json.loads(line)["step"]
+        found = json.loads(line)
+        kind, step = found["kind"], found["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return step if isinstance(step, int) else None
+    return (kind, step) if isinstance(kind, str) and type(step) is int and step > 0 else None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 from tqdm import tqdm
+
+from dist_trainer.tracking.secrets import masked
 
 PACKAGE_LOGGER = "dist_trainer"
 PROGRESS_LOGGER = "dist_trainer.progress"
@@ -25,7 +30,8 @@ def configure_logging(log_folder: Path | None, *, rank: int, is_terminal: bool |
     logger.propagate = False
     for handler in [h for h in logger.handlers if isinstance(h, ConsoleHandler | RankFileHandler)]:
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # the last lines may not fit on the disk
+            handler.close()
     logger.addHandler(ConsoleHandler(rank, sys.stderr.isatty() if is_terminal is None else is_terminal))
     if log_folder is not None:
         try:
@@ -63,11 +69,19 @@ class ConsoleHandler(logging.Handler):
 
 
 class RankFileHandler(logging.FileHandler):
-    """Appends to a file; a full disk disturbs nothing."""
+    """Appends to a file, through no link; a full disk disturbs nothing, and what did not fit is written once it does."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+
+    def _open(self) -> TextIOWrapper:
+        file = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return open(file, "a", encoding=self.encoding, errors=self.errors)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, with no secret in it: messages of libraries may hold addresses with passwords."""
+        return masked(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the record silently."""

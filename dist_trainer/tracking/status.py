@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.tracking.atomic_file import replace_or_overwrite
 from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.secrets import masked
 
 log = logging.getLogger(__name__)
 
@@ -20,10 +21,11 @@ SECONDS_BETWEEN = 5.0
 
 
 def write_status(folder: Path, state: State, *, step: int, max_steps: int | None, durable: bool = True, **facts: Any) -> None:
-    """Replace the status of the run in `folder`; never stops a run where the disk is full."""
+    """Replace the status of the run in `folder`; never stops a run where the disk is full, and
+    tells the truth even then."""
     status = {"state": state, "step": step, "max_steps": max_steps, **facts, "time": time.time()}
     try:
-        replace_file(folder / STATUS_FILE, [json.dumps(status, indent=2).encode() + b"\n"], durable=durable)
+        replace_or_overwrite(folder / STATUS_FILE, masked(json.dumps(status, indent=2)).encode() + b"\n", durable=durable)
     except OSError as error:
         log.warning("%s could not be written: %s", folder / STATUS_FILE, error.strerror)
 

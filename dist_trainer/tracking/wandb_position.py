@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dist_trainer.tracking.atomic_file import replace_file
 
 POSITION_FILE = "wandb/logged.json"
 RUN_ID_FILE = "wandb/run_id"
+_MADE = re.compile(r"[a-z0-9]{8}")
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Position:
         try:
             kept = json.loads((folder / POSITION_FILE).read_text(encoding="utf-8"))
             return Position(int(kept["step"]), [str(kind) for kind in kept["kinds"]])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return Position()
 
     def passes(self, line: dict[str, Any]) -> bool:
@@ -52,9 +54,10 @@ def run_id(folder: Path) -> str:
     """The W&B id of the run in `folder`: made up once, the same ever after."""
     path = folder / RUN_ID_FILE
     try:
-        if kept := path.read_text(encoding="utf-8").strip():
+        kept = path.read_text(encoding="utf-8").strip()
+        if _MADE.fullmatch(kept):  # W&B makes names of folders of it
             return kept
-    except OSError:
+    except (OSError, ValueError):
         pass
     made = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
     path.parent.mkdir(parents=True, exist_ok=True)

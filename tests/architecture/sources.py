@@ -31,7 +31,7 @@ def files_under(folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in LEFT_OUT]
-        found += [Path(parent, name) for name in names]
+        found += [Path(parent, name) for name in names if name not in LEFT_OUT]  # .git is a file in a worktree
     return sorted(found)
 
 

@@ -9,7 +9,7 @@ from tests.architecture.sources import PACKAGE, imports_of_the_package, loaded_b
 GROUND = {"version", "errors"}
 FLOORS = [
     GROUND,
-    {"config", "exit_codes"},
+    {"config", "exit_codes", "manifest"},
     {"distributed"},
     {"models", "data", "optim", "parallel", "precision"},
     {"step"},

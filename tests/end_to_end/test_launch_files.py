@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,16 +141,23 @@ def torchrun_source() -> str:
 
 # --------------------------------------------------------------------------------------------------- SLURM
 
-# srun runs its command once, as the first of the nodes; what the run leaves in its status comes from $STATE.
+# srun runs its command once, as the first of the nodes; what the run leaves in its status comes from $STATE, what SLURM
+# says of the job from $FACTS.
 FAKE_SLURM = {
-    "scontrol": '[[ $1 == show ]] && echo node1 || echo "SCONTROL $*"; exit ${SCONTROL_CODE:-0}',
+    "scontrol": """case "$*" in
+  "show job "*) echo "${FACTS:-}" ;;
+  show*) echo node1 ;;
+  *) echo "SCONTROL $*" ;;
+esac""",
     "scancel": 'echo "SCANCEL $*"',
+    "squeue": 'echo "$SLURM_JOB_ID.0"',
     "sleep": "exit 0",
     "getent": "echo 10.0.0.1 node1",
     "srun": """echo "SRUN $*"
 while [[ $1 == --* ]]; do shift; done
 SLURM_NODEID=0 "$@"
 [[ -z ${STATE:-} ]] || printf '{"state": "%s", "time": %s}' "$STATE" "$RANDOM" >"$RUN/status.json"
+[[ -z ${CHECKPOINT:-} ]] || { mkdir "$RUN/checkpoints"; ln -s "step-$CHECKPOINT" "$RUN/checkpoints/latest"; }
 [[ -z ${SIGNAL:-} ]] || { kill -"$SIGNAL" $PPID; /bin/sleep 0.3; }
 exit ${SRUN_CODE:-0}""",
 }
@@ -195,6 +204,14 @@ def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str
         ({"STATE": "preempted", "SIGNAL": "USR1"}, True, 1),  # the same, asked by this script before the time limit
         ({"STATE": "preempted", "SRUN_CODE": "143", "SIGNAL": "TERM"}, False, 143),  # scancel, or SLURM's own requeue
         ({"STATE": "preempted", "SLURM_RESTART_COUNT": "4", "MAX_TRIES": "5"}, False, 1),
+        ({"SLURM_RESTART_COUNT": "5", "MAX_TRIES": "5"}, False, 2),  # SLURM itself requeued it once more
+        ({"SRUN_CODE": "143", "SIGNAL": "USR1"}, True, 1),  # asked to leave before it had anything to save
+        ({"SRUN_CODE": "143", "FACTS": "JobId=12345 PreemptTime=2026-11-25T03:44:29"}, True, 1),  # the same, by SLURM
+        ({"SRUN_CODE": "9", "FACTS": "JobId=12345 PreemptTime=None"}, False, 9),
+        ({"STATE": "failed", "SRUN_CODE": "3", "SIGNAL": "USR1"}, False, 3),
+        ({"STATE": "finished", "SIGNAL": "USR1"}, False, 0),
+        ({"SRUN_CODE": "143", "SIGNAL": "TERM", "FACTS": "Reason=TimeLimit"}, False, 143),  # no checkpoint was made
+        ({"SRUN_CODE": "143", "SIGNAL": "TERM", "FACTS": "Reason=TimeLimit", "CHECKPOINT": "5"}, True, 143),
         ({"STATE": "failed", "SRUN_CODE": "3"}, False, 3),
         ({"STATE": "finished"}, False, 0),
         ({"SRUN_CODE": "9"}, False, 9),  # died before it said anything
@@ -208,6 +225,50 @@ def test_only_a_run_that_saved_and_left_goes_back_to_the_queue(
     assert ("SCONTROL requeue 12345" in done.stdout) == requeued, done.stdout + done.stderr
     assert done.returncode == code  # after a requeue SLURM ends the script; here it runs to its end
     assert ("SCANCEL --signal=TERM 12345" in done.stdout) == (environment.get("SIGNAL") == "USR1")
+
+
+def test_a_task_of_an_array_means_itself_and_not_the_whole_array(stand_in: Path, slurm: dict[str, str]) -> None:
+    """The last task bears the array's own number."""
+    task = {"SLURM_ARRAY_JOB_ID": "12345", "SLURM_ARRAY_TASK_ID": "3", "STATE": "preempted", "SIGNAL": "USR1"}
+    done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **task)
+    assert "SCANCEL --signal=TERM 12345_3\n" in done.stdout
+    assert "SCONTROL requeue 12345_3\n" in done.stdout
+
+
+def test_each_task_of_a_sweep_takes_its_own_line(stand_in: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("--seed 1\n--seed 2 --data.template '{text}  $(id) \"now\"'\n")
+    task = {"SLURM_ARRAY_JOB_ID": "12340", "SWEEP": str(sweep)}
+    done = launch("slurm/train.sh", "--a", stand_in=stand_in, **slurm, **task, SLURM_ARRAY_TASK_ID="2")
+    assert '-m dist_trainer.train --a --seed 2 --data.template {text}  $(id) "now"\n' in done.stdout
+    beyond = launch("slurm/train.sh", stand_in=stand_in, **slurm, **task, SLURM_ARRAY_TASK_ID="3")
+    assert beyond.returncode == 2
+    assert f"{sweep} has no line 3" in beyond.stdout
+
+
+@pytest.mark.parametrize(("save_seconds", "given", "warned"), [(80, "", True), (60, "", False), (60, "B:USR1@100", True)])
+def test_a_signal_too_late_for_the_save_that_was_measured_is_warned_of(
+    stand_in: Path, slurm: dict[str, str], save_seconds: float, given: str, warned: bool
+) -> None:
+    """180 s are given by the script's own line; a step, two saves and half a minute must fit in."""
+    run = Path(slurm["RUN"])
+    (run / "status.json").write_text(json.dumps({"state": "preempted", "checkpoint_seconds": save_seconds}))
+    train_line = {"kind": "train", "step_seconds": 2.5}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (train_line, {"kind": "validation"})))
+    signal = {"SBATCH_SIGNAL": given} if given else {}
+    done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **signal)
+    assert (f"WARNING: this run needs {2 * save_seconds + 33} s to save and leave" in done.stdout) == warned, done.stdout
+
+
+def test_what_is_left_of_the_time_limit_is_checked_when_the_signal_comes(stand_in: Path, slurm: dict[str, str]) -> None:
+    (Path(slurm["RUN"]) / "status.json").write_text('{"checkpoint_seconds": 1}')
+    (Path(slurm["RUN"]) / "metrics.jsonl").touch()
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 12))
+    done = launch(
+        "slurm/train.sh", stand_in=stand_in, **slurm, SIGNAL="USR1", FACTS=f"   StartTime=x EndTime={end} Deadline=N/A"
+    )
+    assert re.search(r"the time is nearly up, 1[12] s are left", done.stdout), done.stdout
+    assert "WARNING: this run needs 32 s to save and leave, but has 1" in done.stdout
 
 
 def test_a_requeued_run_does_not_begin_anew_once_more(stand_in: Path, slurm: dict[str, str]) -> None:

@@ -34,6 +34,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(finished):
     assert validation[-1]["perplexity"] == pytest.approx(torch.tensor(validation[-1]["loss"]).exp().item(), rel=1e-4)
     assert status(folder)["state"] == "finished"
     assert status(folder)["exit_code"] == 0
+    assert status(folder)["checkpoint_seconds"] > 0
     assert load_config(["--config", str(folder / "config.yaml")]).run_name == "debug"
     assert (folder / "report.html").is_file()
     assert "step 20" in (folder / "logs" / "rank-0.log").read_text()

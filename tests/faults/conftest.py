@@ -1,5 +1,62 @@
-"""Most faults are injected into forked runs: what these need is imported once, here, before."""
+"""What faults are injected into: a small run that takes half a second, in a process forked from pytest."""
 
+import gzip
+import json
+import os
+import subprocess
+
+import pytest
+import torch._dynamo  # noqa: F401  seconds in each forked process otherwise
+import transformers  # noqa: F401
+
+from dist_trainer.data.datasets import CORPUS
 from tests.distributed.conftest import stories
+from tests.distributed.small_runs import small_config
+from tests.faults.faults import Run
 
 __all__ = ["stories"]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A JSONL file of 40 small documents of real text."""
+    path = tmp_path_factory.mktemp("text") / "stories.jsonl"
+    with gzip.open(CORPUS / "austen_train.jsonl.gz", "rt") as file:
+        chapters = "".join(json.loads(next(file))["text"] for _ in range(2))
+    parts = [chapters[start : start + 400] for start in range(0, 16000, 400)]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(text, tmp_path_factory):
+    """The run that nothing happens to."""
+    run = a_run(text, tmp_path_factory.mktemp("undisturbed"))
+    run.finish()
+    return run
+
+
+@pytest.fixture
+def run(text, tmp_path):
+    """The same run, to which things happen."""
+    return a_run(text, tmp_path / "runs")
+
+
+def a_run(text, output_dir, **changes):
+    """12 steps, saved at 3, 6, 9, 12, validated at 5, 10, 12; two checkpoints and the best one are kept."""
+    often = {"checkpoint__every_steps": 3, "checkpoint__keep_last": 2}
+    return Run(small_config(text, output_dir, **{**often, **changes}))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.checkpoint import storage
-from dist_trainer.checkpoint.storage import discard, point, publish, sweep, verify
+from dist_trainer.checkpoint.storage import discard, point, publish, sweep
 from dist_trainer.errors import CheckpointError
+from dist_trainer.manifest import verify
 
 
 def write_two_files(folder: Path) -> None:
@@ -56,7 +57,7 @@ def test_a_damaged_or_hostile_manifest_is_refused(tmp_path, text):
 
 def test_everything_is_synced_before_the_folder_becomes_visible(tmp_path, monkeypatch):
     trail = []
-    real_sync, real_rename = storage._sync, os.rename
+    real_sync, real_rename = storage.sync, os.rename
 
     def sync(path):
         trail.append(("sync", Path(path).name))
@@ -66,7 +67,7 @@ def test_everything_is_synced_before_the_folder_becomes_visible(tmp_path, monkey
         trail.append(("rename", Path(target).name))
         real_rename(source, target)
 
-    monkeypatch.setattr(storage, "_sync", sync)
+    monkeypatch.setattr(storage, "sync", sync)
     monkeypatch.setattr(os, "rename", rename)
     published(tmp_path)
     rename_at = trail.index(("rename", "step-00000001"))
@@ -83,7 +84,7 @@ class DiedError(BaseException):
 @pytest.mark.parametrize("replacing", [False, True])
 def test_dying_at_any_single_operation_leaves_an_intact_folder_or_none(tmp_path, monkeypatch, replacing):
     """Counts the operations of a whole save, then dies before each of them in turn."""
-    operations = ["_sync", "os.rename", "write", "_remove"]
+    operations = ["sync", "os.rename", "write", "remove"]
 
     def save_in(parent: Path, *, die_at: int) -> int:
         count = 0
@@ -99,11 +100,11 @@ def test_dying_at_any_single_operation_leaves_an_intact_folder_or_none(tmp_path,
             return wrapped
 
         with monkeypatch.context() as patched:
-            patched.setattr(storage, "_sync", may_die(storage._sync))
+            patched.setattr(storage, "sync", may_die(storage.sync))
             patched.setattr(os, "rename", may_die(os.rename))
-            real_remove = storage._remove
+            real_remove = storage.remove
             # A dying process does not clean up.
-            patched.setattr(storage, "_remove", lambda path: None if count == die_at else may_die(real_remove)(path))
+            patched.setattr(storage, "remove", lambda path: None if count == die_at else may_die(real_remove)(path))
             with contextlib.suppress(DiedError):
                 publish(parent / "step-00000001", may_die(write_two_files), facts={"step": 2})
         return count

@@ -1,0 +1,31 @@
+"""The last save of a run: no other comes after it to make up for a failure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from dist_trainer.checkpoint.manager import Checkpoints
+from dist_trainer.distributed.collectives import barrier, broadcast_object
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import SavingFailedError
+
+SECONDS_BEFORE_SAVING_AGAIN = (0.5, 1.0, 2.0)
+"""Long enough for someone else's temporary file to go, short enough for who sent a signal."""
+
+
+def see_last_save_through(checkpoints: Checkpoints, world: World, *, save_again: Callable[[], None]) -> None:
+    """Return when the last checkpoint is on the disk. Raises SavingFailedError, on all ranks, where it cannot be saved."""
+    for pause in (*SECONDS_BEFORE_SAVING_AGAIN, None):
+        checkpoints.wait()  # before the barrier: who has passed it may leave
+        barrier(world)
+        trouble = broadcast_object(checkpoints.trouble(), world)
+        if trouble is None:
+            return
+        if pause is not None:
+            time.sleep(pause)
+            save_again()
+    raise SavingFailedError(
+        f"{trouble}, nor {len(SECONDS_BEFORE_SAVING_AGAIN)} times after that; the steps since the last checkpoint are not "
+        "saved. Make room on the disk and start the same command again: it repeats them"
+    )

@@ -1,0 +1,42 @@
+"""Keeps keys, tokens and passwords out of everything that a run writes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+MASK = "***"
+_SHORTEST = 8
+"""A shorter value is none that anyone would call secret, and stands in too many words."""
+_NAME = r"(?:[a-z0-9]+[_-])*(?:api_?key|key|token|secret|password|passwd|credentials?)(?:[_-](?:id|value))?"
+_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
+_USER_IN_URL = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+_KNOWN_FORM = re.compile(r"\b(?:hf_\w{16,}|wandb_v\d_\w{16,}|gh[opsu]_\w{20,}|sk-[\w-]{20,})")
+
+
+def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """`text` without the values of arguments and of this process's variables whose names sound secret, without the user and
+    password in addresses, and without what has the form of a well-known kind of token.
+    """
+    for name, value in environment.items():
+        if len(value) >= _SHORTEST and _SECRET_NAME.fullmatch(name):
+            text = text.replace(value, MASK)
+    text = _USER_IN_URL.sub(rf"\1{MASK}@", text)
+    return _KNOWN_FORM.sub(MASK, text)
+
+
+def masked_command(words: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
+    """A command line, word by word."""
+    shown: list[str] = []
+    follows_secret = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_secret = word.startswith("-") and _SECRET_NAME.fullmatch(name.lstrip("-").rpartition(".")[2]) is not None
+        if is_secret and equals:
+            word = f"{name}={MASK}"
+        elif follows_secret and not word.startswith("--"):
+            word = MASK
+        follows_secret = is_secret and not equals
+        shown.append(masked(word, environment))
+    return shown
