@@ -103,7 +103,7 @@ def test_a_signal_during(when, rank, number, stories, tmp_path):
     assert status(config)["lost_steps"] == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its compiler
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU by g++, which is not here")
 def test_a_signal_during_compilation_breaks_it_off(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # nothing is compiled already
