@@ -141,7 +141,13 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     trainer = Trainer(
         config,
         world,
-        model=parallelize(model, world, strategy=config.distributed.strategy, compile=config.precision.compile),
+        model=parallelize(
+            model,
+            world,
+            strategy=config.distributed.strategy,
+            compile=config.precision.compile,
+            varying_length=not config.data.packing,
+        ),
         optimizer=build_optimizer(config.optim, model),
         train_data=loaders.train,
         validation_data=loaders.validation,

@@ -23,6 +23,10 @@ CORPUS = Path(__file__).parent / "corpus"
 TRAIN_WORDS = ("train", "training")
 VALIDATION_WORDS = ("validation", "valid", "val", "dev", "eval")
 TEST_WORDS = ("test", "testing")
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""What the `datasets` library writes beside data."""
+BESIDE_DATA = ("readme", "license", "licence", "notice", "citation", "changelog", "requirements")
+"""What people write beside data."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
-    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not path.name.startswith("README")]
+    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _tells_of_the_data(path.name)]
     if not files:
         seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
         raise DataError(f"data.dataset: {folder} has no file of type {', '.join(DATA_SUFFIXES)} (also .gz, .xz){seen}")
@@ -128,6 +132,10 @@ def _split_word(path: Path) -> str:
             if words & set(synonyms):
                 return name
     return "train"
+
+
+def _tells_of_the_data(name: str) -> bool:
+    return name in METADATA or name.lower().startswith(BESIDE_DATA)
 
 
 def _is_hidden(path: Path) -> bool:
