@@ -30,7 +30,7 @@ from dist_trainer.parallel.registry import parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.run_record import exit_code_when_preempted, note_early_stop, train
 from dist_trainer.sampling import Sample, build_sample
-from dist_trainer.starting_point import StartingPoint, find_starting_point
+from dist_trainer.starting_point import StartingPoint, find_starting_point, tell_of_other_ranks
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.trainer import Trainer
 
@@ -153,6 +153,10 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     )
     if start.checkpoint is not None:
         trainer.restore(start.checkpoint, start.progress)
+    if world.is_main:
+        drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+        depend = drops_out and config.batch.micro_batch_size is None
+        tell_of_other_ranks(start, world.world_size, masks_depend_on_ranks=depend)
     return trainer
 
 

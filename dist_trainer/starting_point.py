@@ -72,6 +72,21 @@ def _own_or_anothers(config: TrainingConfig, folder: RunFolder) -> StartingPoint
     return StartingPoint(checkpoint, progress, facts={key: value for key, value in state.items() if key != "progress"})
 
 
+def tell_of_other_ranks(start: StartingPoint, world_size: int, *, masks_depend_on_ranks: bool) -> None:
+    """Log what going on with another number of ranks means: the order of data does not change, dropout may."""
+    before = start.facts.get("world_size")
+    if before in (None, world_size):
+        return
+    if masks_depend_on_ranks:
+        log.warning(
+            "going on with %d ranks (it was %d): the same global batches, but other dropout masks than without the change; "
+            "with batch.micro_batch_size set they do not depend on the ranks",
+            *(world_size, before),
+        )
+    else:
+        log.info("going on with %d ranks (it was %d): the same global batches", world_size, before)
+
+
 def _began_in_this_launch(folder: RunFolder) -> bool:
     newest = next(iter(step_folders(folder.checkpoints)), None)
     try:

@@ -12,8 +12,11 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["DIST_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="dist_trainer-tests-")
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    os.environ["DIST_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="dist_trainer-tests-")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(os.environ["DIST_TRAINER_CACHE"], ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(os.environ["DIST_TRAINER_CACHE"], ignore_errors=True)

@@ -20,6 +20,8 @@ from dist_trainer.errors import StoppedError
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = 3
 """The signal of this count ends the process without saving."""
+_GOODBYE = b"\0"
+"""No signal has the number 0."""
 
 
 class StopRequest:
@@ -92,14 +94,15 @@ def _third_signal_ends_at_once() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        os.close(writing)
+        os.write(writing, _GOODBYE)  # closing it would not do: forked data workers hold it open too
         counter.join()
+        os.close(writing)
         os.close(reading)
 
 
 def _count_signals(pipe: int) -> None:
     count = 0
-    while numbers := os.read(pipe, 64):
+    while _GOODBYE not in (numbers := os.read(pipe, 64)):
         asked = [number for number in numbers if number in STOP_SIGNALS]
         count += len(asked)
         if count >= PATIENCE:

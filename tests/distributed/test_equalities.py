@@ -100,6 +100,16 @@ def test_a_run_goes_on_with_the_same_global_batches_on_other_numbers_of_ranks(st
     assert [line["tokens"] for line in metrics(config)] == [line["tokens"] for line in metrics(undisturbed)]
 
 
+@pytest.mark.parametrize("micro_batch_size", [2, None])
+def test_one_warning_says_that_other_ranks_mean_other_dropout_masks_where_they_do(stories, tmp_path, micro_batch_size, capfd):
+    config = small_config(stories, tmp_path, model__dropout=0.1, batch__micro_batch_size=micro_batch_size)
+    run(config, 2, before=stop_after(3))
+    run(config, 1, before=stop_after(6))
+    said = [line for line in capfd.readouterr().err.splitlines() if "(it was 2)" in line]
+    assert len(said) == 1
+    assert ("other dropout masks" in said[0]) == (micro_batch_size is None)
+
+
 def test_starting_a_finished_run_again_says_so_and_changes_nothing(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path)
     run(config, 1)

@@ -65,6 +65,18 @@ def test_a_signal_to_a_forked_worker_does_not_count_for_its_parent():
             os.waitpid(worker, 0)
 
 
+def test_listening_ends_while_a_forked_worker_lives():
+    reading, writing = os.pipe()
+    with StopRequest().listen():
+        worker = os.fork()
+        if worker == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(worker, 0)
+
+
 def test_signals_have_names():
     assert signal_name(15) == "SIGTERM"
     assert signal_name(0) == "signal 0"

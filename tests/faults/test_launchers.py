@@ -1,0 +1,125 @@
+"""Faults under a real torchrun, started by launch/local.sh: a rank dies, signals come, the launcher dies alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dist_trainer.config.loading import load_config
+from dist_trainer.distributed.processes import ProcessId
+from tests.distributed import small_runs
+from tests.end_to_end.commands import ROOT, SMALL, environment, lines, status
+
+STEPS = 100
+RUN = [*SMALL, "--tracking.sample_tokens", "0", "--train.max_steps", str(STEPS)]
+SECONDS_TO_LEAVE = 10
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    config = load_config([*RUN, "--output_dir", str(output)])
+    assert small_runs.run(config, 2) == [0, 0]
+    return output / "debug"
+
+
+@contextmanager
+def launched(output: Path, *, ranks: int = 2, **options: str):
+    """launch/local.sh, which becomes torchrun; its process and those of its ranks are gone at the end."""
+    words = [str(ROOT / "launch/local.sh"), *RUN, "--output_dir", str(output)]
+    settings = environment(PYTHON=sys.executable, NPROC=str(ranks), **options)
+    with (output / "said.txt").open("ab") as said, subprocess.Popen(words, env=settings, stdout=said, stderr=said) as process:
+        try:
+            yield process
+        finally:
+            for rank in ranks_of(process):
+                rank.kill()
+            process.kill()
+
+
+def ranks_of(launcher: subprocess.Popen) -> list[ProcessId]:
+    children = []
+    for task in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
+        children += [ProcessId.of(int(pid)) for pid in task.read_text().split()]
+    return children
+
+
+def wait_until(happened, *, seconds: float, launcher: subprocess.Popen | None = None) -> float:
+    """How long it took until `happened()`."""
+    began = time.monotonic()
+    while not happened():
+        assert time.monotonic() - began < seconds, f"not within {seconds} s"
+        assert launcher is None or launcher.poll() is None, "the launcher has ended"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def logged(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in lines(folder)]
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_signals_a_killed_launcher_and_a_killed_rank_cost_no_more_than_the_steps_since_the_last_checkpoint(
+    undisturbed, tmp_path, ranks, number
+):
+    a_signal_to_torchrun_saves_that_very_step(tmp_path, ranks, number)
+    a_killed_torchrun_leaves_no_orphans(tmp_path, ranks)
+    a_killed_rank_is_started_again_by_torchrun(tmp_path, ranks)
+    assert status(tmp_path / "debug")["state"] == "finished"
+    assert status(tmp_path / "debug")["restarts"] == 3
+    assert [line["step"] for line in lines(tmp_path / "debug")] == list(range(1, STEPS + 1))
+    if ranks == 2:
+        assert losses(tmp_path / "debug") == losses(undisturbed)
+
+
+def a_signal_to_torchrun_saves_that_very_step(output, ranks, number):
+    folder = output / "debug"
+    with launched(output, ranks=ranks) as launcher:
+        wait_until(lambda: logged(folder) >= 5, seconds=90, launcher=launcher)
+        processes = ranks_of(launcher)
+        assert len(processes) == ranks
+        launcher.send_signal(number)
+        launcher.send_signal(number)  # a second one does no harm
+        launcher.wait(SECONDS_TO_LEAVE)
+        assert not [process for process in processes if process.is_alive()]
+    assert status(folder)["state"] == "preempted"
+    assert status(folder)["reason"] == signal.Signals(number).name
+    assert status(folder)["step"] == lines(folder)[-1]["step"]
+    assert os.readlink(folder / "checkpoints" / "latest") == f"step-{status(folder)['step']:08d}"
+
+
+def a_killed_torchrun_leaves_no_orphans(output, ranks):
+    folder = output / "debug"
+    stopped_at = logged(folder)
+    with launched(output, ranks=ranks) as launcher:
+        wait_until(lambda: logged(folder) >= stopped_at + 5, seconds=90, launcher=launcher)
+        processes = ranks_of(launcher)
+        launcher.kill()
+        wait_until(lambda: not any(process.is_alive() for process in processes), seconds=SECONDS_TO_LEAVE)
+    assert status(folder)["state"] == "failed"
+    assert "the launcher (pid" in status(folder)["reason"]
+
+
+def a_killed_rank_is_started_again_by_torchrun(output, ranks):
+    folder = output / "debug"
+    resumed_from = int(os.readlink(folder / "checkpoints" / "latest").removeprefix("step-"))
+    with launched(output, ranks=ranks, MAX_RESTARTS="1") as launcher:
+        wait_until(lambda: is_training_again(folder, resumed_from), seconds=90, launcher=launcher)
+        ranks_of(launcher)[1].kill()
+        assert launcher.wait(120) == 0, (output / "said.txt").read_text()
+
+
+def is_training_again(folder, resumed_from):
+    return status(folder)["state"] == "running" and logged(folder) > resumed_from
