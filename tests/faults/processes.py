@@ -104,7 +104,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @contextmanager
-def busy_machine(processes: int = 4) -> Iterator[None]:
+def busy_machine(processes: int = 2) -> Iterator[None]:
     """Others want the processors too."""
     loops = [Process(_turn, Path(os.devnull)) for _ in range(processes)]
     try:
