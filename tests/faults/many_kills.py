@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import statistics
 import sys
@@ -53,6 +54,7 @@ def due(run: Run) -> int:
 
 
 def main(kills: int = KILLS) -> int:
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     from tests.faults.conftest import a_run  # imports all that a run needs, before the first fork
 
     began = time.monotonic()
@@ -60,6 +62,7 @@ def main(kills: int = KILLS) -> int:
     counts = {"inside a write": 0, "elsewhere": 0, "restarts": 0, "runs": 0}
     lost: list[int] = []
     with tempfile.TemporaryDirectory() as place:
+        os.environ["DIST_TRAINER_CACHE"] = f"{place}/cache"
         text = write_text(Path(place) / "stories.jsonl")
         undisturbed = a_run(text, Path(place) / "undisturbed")
         undisturbed.finish()

@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,6 +78,8 @@ def _live(act: Callable[[], int], said: Path) -> None:
         sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
         torch.set_num_threads(1)
         code = act()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from dist_trainer.assembly import export_to
 from dist_trainer.checkpoint.manager import CheckpointManager, resume_point
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig, ModelConfig
-from dist_trainer.data.tokenization import load_tokenizer
 from dist_trainer.models.registry import ModelContext, build_model
 from dist_trainer.precision import Precision
 
@@ -30,6 +32,12 @@ def small_model() -> nn.Module:
     return build_model(shape, ModelContext(64, 16, seed=1, device=torch.device("cpu")))
 
 
+@functools.cache
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<eos>": 0, "it": 1, "is": 2})), eos_token="<eos>")
+
+
+@functools.cache
 def snapshot(step: int) -> Snapshot:
     """What a run that was trained to `step` would save."""
     model = small_model()
@@ -50,7 +58,7 @@ def snapshot(step: int) -> Snapshot:
 def save(run_folder: Path, step: int, *, keep_last: int = 1, in_thread: Callable[..., None] | None = None) -> None:
     """Save `step` as a run does, under the folder's lock; `in_thread` is the profile function of the thread that writes."""
     folder = RunFolder(run_folder)
-    export = export_to(small_model(), load_tokenizer("austen"))
+    export = export_to(small_model(), small_tokenizer())
     manager = CheckpointManager(folder.checkpoints, CheckpointConfig(keep_last=keep_last), export=export)
     taken = snapshot(step)
     threading.setprofile(in_thread)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from dist_trainer.assembly import export_to
-from dist_trainer.checkpoint.manager import CheckpointManager
+from dist_trainer.checkpoint.manager import CheckpointManager, Export
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Progress, Snapshot
 from dist_trainer.config.schema import CheckpointConfig, ModelConfig, TrainingConfig
@@ -29,16 +31,16 @@ CONTEXT = ModelContext(vocabulary_size=64, sequence_length=8, seed=0, device=tor
 class Saver:
     """A run's folder, saved into as a run does it: with all files of a checkpoint, two kept and the best one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: nn.Module | None = None, export: Export | None = None) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
-        self.model = build_model(SIZES, CONTEXT)
-        self.export = export_to(self.model, load_tokenizer("austen"))
+        self.model = model or build_model(SIZES, CONTEXT)
+        self.export = export or export_to(self.model, load_tokenizer("austen"))
 
     def at(self, folder: Path) -> Saver:
         """The same, with a copy of its folder."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Saver(folder)
+        return Saver(folder, self.model, self.export)
 
     def save(self, *steps: int) -> CheckpointManager:
         """Each step is better than the one before, and every number of its weights is its own."""
@@ -69,7 +71,9 @@ class Saver:
         if start.checkpoint is None:
             return 0
         verify(start.checkpoint)
-        assert all(bool((tensor == start.progress.step).all()) for tensor in load_file(start.checkpoint / "model.safetensors").values())
+        assert all(
+            bool((tensor == start.progress.step).all()) for tensor in load_file(start.checkpoint / "model.safetensors").values()
+        )
         return start.progress.step
 
     def start_again(self) -> int:
@@ -90,8 +94,10 @@ def watched(operations: Operations, act: Callable[[], object], said: Path) -> En
     """`act` in a forked process, while `operations` sees what its threads do to files."""
 
     def live() -> int:
-        threading.setprofile_all_threads(operations)
+        threading.setprofile(operations)
+        sys.setprofile(operations)
         act()
+        sys.setprofile(None)
         return 0
 
     return Process(live, said).wait()

