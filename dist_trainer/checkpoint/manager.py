@@ -8,7 +8,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,15 +149,11 @@ class CheckpointManager:
             return
         self._failures_in_a_row, self._trouble = 0, None
         self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
-        # Rotation also where the pointers cannot be moved: on a full disk, it is what makes room.
-        for act in (
-            lambda: self._move_pointers(folder, snapshot.progress, is_best=is_best),
-            lambda: self._rotate(snapshot.progress),
-        ):
-            try:
-                act()
-            except OSError as error:
-                log.warning("step %d is saved, but %s (the next save tries again)", step, refusal_of_the_disk(error))
+        # Each by itself: on a full disk, where no pointer can be moved, it is the rotation that makes room.
+        with _left_to_the_next_save(step):
+            self._move_pointers(folder, snapshot.progress, is_best=is_best)
+        with _left_to_the_next_save(step):
+            self._rotate(snapshot.progress)
 
     def _publish(self, snapshot: Snapshot) -> Path:
         folder = self.folder / _name_of(snapshot.progress.step)
@@ -188,6 +185,14 @@ class CheckpointManager:
 
     def _best_by(self, progress: Progress) -> Path | None:
         return None if progress.best_step is None else self.folder / _name_of(progress.best_step)
+
+
+@contextmanager
+def _left_to_the_next_save(step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.warning("step %d is saved, but %s (the next save tries again)", step, refusal_of_the_disk(error))
 
 
 def refusal_of_the_disk(error: BaseException) -> str | None:
