@@ -10,7 +10,7 @@ from tests.faults.file_operations import Operations
 from tests.faults.processes import Process
 from tests.faults.saves import copied, next_start, save
 
-STEPS = {"of a new step": 3, "of a step that is there already": 2}
+STEPS = {"of a step that is there already": 2}  # of a new step: test_saving.py
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 def test_dying_at_any_operation_of_a_save_loses_no_older_checkpoint_and_leaves_no_litter(before, tmp_path, step):
     seen = []
@@ -46,7 +47,7 @@ def test_dying_at_any_operation_of_a_save_loses_no_older_checkpoint_and_leaves_n
             save(run, step, in_thread=watch)
             return 0
 
-        assert Process(live, tmp_path / "said.txt").wait().was_killed, f"operation {operation} did not come"
+        assert Process(live).wait().was_killed, f"operation {operation} did not come"
 
         checkpoint, progress = next_start(run)
         where = f"before operation {operation}, {seen[operation]}"
