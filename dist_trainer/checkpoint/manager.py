@@ -8,7 +8,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -148,11 +149,11 @@ class CheckpointManager:
             return
         self._failures_in_a_row, self._trouble = 0, None
         self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
-        try:
+        # Each by itself: on a full disk, where no pointer can be moved, it is the rotation that makes room.
+        with _left_to_the_next_save(step):
             self._move_pointers(folder, snapshot.progress, is_best=is_best)
+        with _left_to_the_next_save(step):
             self._rotate(snapshot.progress)
-        except OSError as error:
-            log.warning("step %d is saved, but %s (the next save tries again)", step, refusal_of_the_disk(error))
 
     def _publish(self, snapshot: Snapshot) -> Path:
         folder = self.folder / _name_of(snapshot.progress.step)
@@ -172,14 +173,26 @@ class CheckpointManager:
             point(self.folder / BEST, best)
 
     def _rotate(self, progress: Progress) -> None:
-        """Delete what is older than the newest ones; never the best, by the pointer or by what the run itself knows."""
-        best = {points_at(self.folder / BEST), progress.best_step and _name_of(progress.best_step)}
+        """Delete what is older than the newest ones; never what a pointer names, nor the best by what the run itself knows."""
+        kept = {
+            points_at(self.folder / LATEST),
+            points_at(self.folder / BEST),
+            progress.best_step and _name_of(progress.best_step),
+        }
         for folder in step_folders(self.folder)[max(1, self.keep_last) :]:
-            if folder.name not in best:
+            if folder.name not in kept:
                 discard(folder)
 
     def _best_by(self, progress: Progress) -> Path | None:
         return None if progress.best_step is None else self.folder / _name_of(progress.best_step)
+
+
+@contextmanager
+def _left_to_the_next_save(step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.warning("step %d is saved, but %s (the next save tries again)", step, refusal_of_the_disk(error))
 
 
 def refusal_of_the_disk(error: BaseException) -> str | None:
@@ -213,9 +226,12 @@ def step_folders(folder: Path) -> list[Path]:
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` whose files are all as they were written; None where there is none at all.
 
-    Damaged ones are named in a warning. Raises CheckpointError where all are damaged, or the last one has gone.
+    Damaged ones are named in a warning, and one that has gone. Raises CheckpointError where none is left of those there were.
     """
     candidates = step_folders(folder)
+    latest = points_at(folder / LATEST)
+    if latest and _STEP_FOLDER.fullmatch(latest) and not os.path.lexists(folder / latest):
+        log.warning("checkpoint passed over: %s has gone, and %s was the latest", folder / latest, latest)
     for candidate in candidates:
         if is_intact(candidate):
             return candidate
@@ -251,7 +267,6 @@ def prepare_to_resume(folder: Path, checkpoint: Path) -> tuple[int | None, float
     Later folders are damaged ones: they are renamed out of the way. Pointers are only hints, so `best` is made anew from
     what the intact checkpoints say of their validation loss. Returns its step and loss.
     """
-    sweep(folder)
     best: Path | None = None
     best_loss: float | None = None
     for candidate in step_folders(folder):
@@ -282,6 +297,7 @@ def resume_point(folder: Path) -> tuple[Path, Progress] | None:
     """The newest intact checkpoint in `folder` and how far it is, made the one that the pointers agree with; None: there
     is no checkpoint. Raises CheckpointError where none is intact.
     """
+    sweep(folder)  # before the search: the newest one may have been about to be replaced
     checkpoint = newest_intact(folder)
     if checkpoint is None:
         return None

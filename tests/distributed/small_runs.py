@@ -51,6 +51,11 @@ def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig
         tracking=TrackingConfig(log_every_steps=1, wandb="disabled", sample_tokens=0),
         distributed=DistributedConfig(timeout_minutes=1),
     )
+    return changed(config, **changes)
+
+
+def changed(config: TrainingConfig, **changes: Any) -> TrainingConfig:
+    """`config` with other values; dotted keys with __ for the dot."""
     for key, value in changes.items():
         section, _, name = key.partition("__")
         config = replace(config, **{section: replace(getattr(config, section), **{name: value})} if name else {key: value})

@@ -1,7 +1,5 @@
 """What faults are injected into: a small run that takes half a second, in a process forked from pytest."""
 
-import gzip
-import json
 import os
 import subprocess
 
@@ -9,23 +7,21 @@ import pytest
 import torch._dynamo  # noqa: F401  seconds in each forked process otherwise
 import transformers  # noqa: F401
 
-from dist_trainer.data.datasets import CORPUS
+from dist_trainer.data.tokenization import load_tokenizer
 from tests.distributed.conftest import stories
 from tests.distributed.small_runs import small_config
 from tests.faults.faults import Run
+from tests.faults.many_kills import write_text
 
 __all__ = ["stories"]
+
+load_tokenizer("austen")  # what transformers imports for it, a second in each forked process otherwise
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A JSONL file of 40 small documents of real text."""
-    path = tmp_path_factory.mktemp("text") / "stories.jsonl"
-    with gzip.open(CORPUS / "austen_train.jsonl.gz", "rt") as file:
-        chapters = "".join(json.loads(next(file))["text"] for _ in range(2))
-    parts = [chapters[start : start + 400] for start in range(0, 16000, 400)]
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "stories.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -44,18 +40,18 @@ def run(text, tmp_path):
 
 def a_run(text, output_dir, **changes):
     """12 steps, saved at 3, 6, 9, 12, validated at 5, 10, 12; two checkpoints and the best one are kept."""
-    often = {"checkpoint__every_steps": 3, "checkpoint__keep_last": 2}
+    often = {"checkpoint__every_steps": 3, "checkpoint__keep_last": 2, "batch__micro_batch_size": 4}
     return Run(small_config(text, output_dir, **{**often, **changes}))
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 8 MB of its own."""
+    """A file system of 16 MB of its own."""
     if os.geteuid() != 0:
         pytest.skip("mounting a tmpfs needs root")
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True, text=True)
     if mounted.returncode != 0:
         pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     yield folder

@@ -1,14 +1,17 @@
 """SIGKILL at any instant: the same command goes on, and nothing shows that anything has happened."""
 
+import json
+import os
 import random
-import time
 
 import pytest
 
-from tests.faults.faults import Operations, during_save, kill, kill_in_save
+from tests.faults.faults import count_operations, do, kill, kill_in_save
+from tests.faults.many_kills import kill_at_a_random_instant
+from tests.faults.processes import busy_machine, children_of, is_alive, wait_until
 
 
-@pytest.mark.parametrize("step", [1, 3, 7, 12])
+@pytest.mark.parametrize("step", [1, 7, 12])
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(run, undisturbed, step):
     assert run.start(kill(at_step=step)).was_killed
     run.finish()
@@ -18,57 +21,56 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(run, undisturbed,
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(run, undisturbed):
-    for step in (2, 4, 6, 6, 8, 9, 11):
-        run.start(kill(at_step=step))
+    for step in (2, 4, 6, 6, 8, 11):
+        assert run.start(kill(at_step=step)).was_killed
     run.finish()
     run.equals(undisturbed)
 
 
 def test_a_run_that_is_killed_at_random_instants_ends_as_if_nothing_had_happened(run, undisturbed):
-    rng = random.Random(6)
+    rng = random.Random(1)
     for number in range(8):
-        process = run.begin()
-        before = run.logged_steps()
-        if number % 2:  # inside the write of a checkpoint
-            while process.is_running() and not any(run.checkpoints.glob(".staging-*")):
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.03))
-        else:
-            while process.is_running() and run.logged_steps() < before + 1:
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.05))
-        process.kill()
-        ended = process.wait()
-        assert ended.was_killed or ended.code == 0, ended.said
+        kill_at_a_random_instant(run, rng, while_saving=number % 2 == 0)
     run.finish()
     run.equals(undisturbed)
 
 
-def count_operations_of_a_save(run, step):
-    """By letting a run write down how far it counted."""
-    note = run.folder.parent / "operations.txt"
-    watch = []
-
-    def lay():
-        during_save(lambda: None, of_step=step, at_operation=-1)()
-        before = Operations.__call__
-
-        def count(self, *arguments):
-            before(self, *arguments)
-            if self not in watch:
-                watch.append(self)
-            if watch[0].count != getattr(count, "noted", 0):
-                count.noted = watch[0].count
-                note.write_text(str(watch[0].count))
-
-        Operations.__call__ = count
-
-    run.start(lay)
-    return int(note.read_text())
+def test_kills_on_a_busy_machine_are_survived_as_well(run, undisturbed):
+    rng = random.Random(3)
+    with busy_machine():
+        for number in range(2):
+            kill_at_a_random_instant(run, rng, while_saving=number % 2 == 0)
+        run.finish()
+    run.equals(undisturbed)
 
 
 def test_dying_at_operations_of_a_save_inside_a_run_loses_nothing(run, undisturbed):
-    for operation in (0, 9, 23, 42, 60):
-        run.start(kill_in_save(of_step=9, at_operation=operation))
+    total = count_operations(run, of_step=9)
+    assert total > 40
+    run.delete()
+    for operation in (0, total // 3, total - 1):
+        assert run.start(kill_in_save(of_step=9, at_operation=operation)).was_killed
     run.finish()
     run.equals(undisturbed)
+
+
+def test_metrics_are_never_behind_the_newest_checkpoint(run):
+    for step in (4, 7, 10):
+        assert run.start(kill(at_step=step)).was_killed
+        newest = run.saved_steps()[-1]
+        assert [line["step"] for line in run.lines()][:newest] == list(range(1, newest + 1))
+
+
+def test_processes_that_read_data_do_not_outlive_the_run_nor_block_the_next(run, undisturbed):
+    config = run.but(data__num_workers=2)
+    note = run.folder.parent / "workers.json"
+
+    def note_workers(_):
+        note.write_text(json.dumps(children_of(os.getpid())))
+
+    assert run.start(do(note_workers, at_step=7), kill(at_step=7), config=config).was_killed
+    workers = json.loads(note.read_text())
+    assert len(workers) >= 2
+    run.finish()
+    run.equals(undisturbed)
+    wait_until(lambda: not any(is_alive(worker) for worker in workers), seconds=10)

@@ -1,0 +1,125 @@
+"""Processes forked from pytest, which has imported everything: one costs half a second, and not five."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SECONDS_OF_A_RUN = 60.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended, and what it printed."""
+
+    code: int
+    """Its exit code; -9 where it was killed."""
+    said: str
+
+    @property
+    def was_killed(self) -> bool:
+        return self.code == -signal.SIGKILL
+
+
+class Process:
+    """A forked process that does `act` and leaves with the exit code that it gives."""
+
+    def __init__(self, act: Callable[[], int]) -> None:
+        self._said = os.memfd_create("said")  # in memory: the disk may be full
+        self._status: int | None = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: none of them holds a lock
+            self.pid = os.fork()
+        if self.pid == 0:
+            _live(act, self._said)
+        self._ended = os.pidfd_open(self.pid)  # readable once it has ended
+
+    def is_running(self) -> bool:
+        return not self._has_ended_within(0.0)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        if self.is_running():
+            os.kill(self.pid, number)
+
+    def wait(self, seconds: float = SECONDS_OF_A_RUN) -> Ended:
+        if not self._has_ended_within(seconds):
+            self.kill()
+            raise AssertionError(f"still running after {seconds} s:\n{self.said()}")
+        assert self._status is not None
+        return Ended(os.waitstatus_to_exitcode(self._status), self.said())
+
+    def said(self) -> str:
+        return os.pread(self._said, os.fstat(self._said).st_size, 0).decode(errors="replace")
+
+    def __del__(self) -> None:
+        os.close(self._said)
+
+    def _has_ended_within(self, seconds: float) -> bool:
+        if self._status is None and select.select([self._ended], [], [], seconds)[0]:
+            _, self._status = os.waitpid(self.pid, 0)
+            os.close(self._ended)
+        return self._status is not None
+
+
+def _live(act: Callable[[], int], out: int) -> None:
+    code = 1
+    try:
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
+        torch.set_num_threads(1)
+        code = act()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait_until(happened: Callable[[], bool], *, of: Process | None = None, seconds: float = SECONDS_OF_A_RUN) -> None:
+    """Until `happened()`; an error where the process `of` ends before, or time is up."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert of is None or of.is_running() or happened(), "it ended before"
+        assert time.monotonic() < end, f"it has not happened within {seconds} s"
+        time.sleep(0.001)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process, of anyone, runs: a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that `pid` has started."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+
+
+@contextmanager
+def busy_machine(processes: int = 2) -> Iterator[None]:
+    """Others want the processors too."""
+    loops = [Process(_turn) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def _turn() -> int:
+    while True:
+        pass
