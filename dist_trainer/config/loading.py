@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from dist_trainer.config.rules import broken_rules
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.config.yaml_lines import Assignment, read_assignments
 from dist_trainer.errors import ConfigError
+from dist_trainer.place import place_of_this_process
 
 PROGRAM = "python -m dist_trainer.train"
 COMMAND_LINE = "command line"
@@ -138,7 +138,7 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
         places[assignment.key] = assignment.where
     config = _parser().instantiate(_parser().parse_object(nested))
     resolved = TrainingConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)})
-    broken = broken_rules(resolved, world_size=_world_size())
+    broken = broken_rules(resolved, world_size=_ranks(problems))
     _raise_all(problems + [_with_place(problem, places) for problem in broken])
     return resolved
 
@@ -238,10 +238,14 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _world_size() -> int | None:
-    """Ranks, where a launcher says so."""
-    value = os.environ.get("WORLD_SIZE", "")
-    return int(value) if value.isdigit() else None
+def _ranks(problems: list[str]) -> int | None:
+    """How many a launcher has started; None without one. Adds to `problems` where its variables make no sense."""
+    try:
+        ranks = place_of_this_process().world_size
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
+    return ranks if ranks > 1 else None
 
 
 def _raise_all(problems: Sequence[str]) -> None:

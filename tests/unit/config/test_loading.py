@@ -165,6 +165,9 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    assert load_config([]) == TrainingConfig(), "without RANK this is one process"
+    for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert "16 must be a multiple of the number of ranks (3)" in refused()
     assert "(8) x ranks (3) = 24 sequences" in refused("--batch.micro_batch_size", "8")
 
