@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from dist_trainer.assembly import check_rows
 from dist_trainer.config.loading import config_differences, dump_config, leaf_types, load_config, validated
 from dist_trainer.config.lookup import build
+from dist_trainer.config.row_names import ROW_NAMES
 from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import Source
 from dist_trainer.errors import ConfigError
+from dist_trainer.models.registry import MODELS
+from dist_trainer.optim.optimizers import OPTIMIZERS
+from dist_trainer.optim.schedules import SCHEDULES
+from dist_trainer.parallel.registry import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -128,6 +134,11 @@ REFUSED = {
     "--learning_rate 1": "learning_rate: no such key; did you mean optim.learning_rate?",
     "--zzz 1": "zzz: no such key; --help lists them all",
     "stray": "'stray' stands alone",
+    "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are adamw, or your own",
+    "--schedule.name foo": "schedule.name: no row 'foo'; there are cosine, linear, constant, wsd, or your own",
+    "--model.name my_project:": "model.name: 'my_project:' is not of the form package.module:function",
+    "--distributed.strategy fsdp --data.template {a!r} --optim.name sgd": "3 problems",
+    "--data.template {": "command line: data.template: '{' is not a template",
     "--seed null": "seed: 'null' is not a whole number",
     "--distributed.timeout_minutes 0": "distributed.timeout_minutes: 0.0 must be more than 0",
 }
@@ -170,6 +181,22 @@ def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
         monkeypatch.setenv(name, value)
     assert "16 must be a multiple of the number of ranks (3)" in refused()
     assert "(8) x ranks (3) = 24 sequences" in refused("--batch.micro_batch_size", "8")
+
+
+def test_the_names_that_are_checked_without_torch_are_the_tables_rows():
+    assert {key: set(names) for key, names in ROW_NAMES.items()} == {
+        "model.name": set(MODELS),
+        "optim.name": set(OPTIMIZERS),
+        "schedule.name": set(SCHEDULES),
+        "distributed.strategy": {"auto", *STRATEGIES},
+    }
+    assert load_config(["--optim.name", "my_project.lion:build_lion"]).optim.name == "my_project.lion:build_lion"
+
+
+def test_a_function_of_ones_own_that_cannot_be_imported_is_refused_before_data_are_read():
+    config = load_config(["--schedule.name", "nowhere_at_all:f"])
+    with pytest.raises(ConfigError, match=r"schedule\.name: 'nowhere_at_all:f' cannot be imported"):
+        check_rows(config)
 
 
 def test_a_config_made_in_python_is_checked_too_and_cannot_change():
