@@ -1,6 +1,7 @@
 """A config is whole or refused, and refused with every reason at once."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,8 @@ def test_a_bad_argument_is_refused_by_key_value_and_remedy(words):
 BAD_FILES = {
     "seed: 1\nseed: 2\n": ":2: seed stands here a second time (first on line 1)",
     "optim:\n  eps: 1\n  eps: 2\n": ":3: optim.eps stands here a second time",
+    "model.hidden_size: 96\nmodel:\n  hidden_size: 192\n": ":3: model.hidden_size stands here a second time (first on line 1)",
+    "{seed: 1, seed: 2}": ":1: seed stands here a second time",
     "- 1\n": ":1: holds no mapping",
     "seed: [1\n": "is not YAML",
     "a:\n\tb: 1\n": ":2: is not YAML",
@@ -167,6 +170,41 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path, text):
     message = refused("--config", path)
     assert path in message
     assert BAD_FILES[text] in message
+
+
+def test_a_duplicate_key_hides_no_other_problem_of_its_file(tmp_path):
+    text = "seed: 1\nseed: two\nzzz: 1\nmodel:\n  dropout: !!python/name:os.sep\n  hiden_size: 3\n  dropout: 1\n"
+    path = write(tmp_path / "bad.yaml", text)
+    message = refused("--config", path)
+    assert message.startswith("7 problems")
+    for line in (
+        ":2: seed stands here a second time (first on line 1)",
+        ":2: seed: 'two' is not",
+        ":3: zzz: no such key",
+        ":5: tag:",
+        ":6: model.hiden_size: no such key",
+        ":7: model.dropout stands here a second time (first on line 5)",
+        ":7: model.dropout: 1.0 must be",
+    ):
+        assert path + line in message
+
+
+def test_whole_numbers_may_be_written_with_a_point_or_an_exponent(tmp_path):
+    assert load_config(["--train.max_steps", "1e3", "--seed", "5.0"]).train.max_steps == 1000
+    path = write(tmp_path / "c.yaml", "train: {max_steps: 1.5e+3}\nseed: 9007199254740993.0e0\nmodel: {hidden_size: 192.0}\n")
+    config = load_config(["--config", path])
+    assert (config.train.max_steps, config.model.hidden_size, config.seed) == (1500, 192, 9007199254740993)
+    for wrong in ("1.5", "15e-1", "1e-3", "1e999", "true"):
+        assert f"seed: '{wrong}' is not a whole number" in refused("--seed", wrong)
+
+
+def test_help_lists_what_can_be_typed_and_no_more(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    options = set(re.findall(r"^  (?:-h, )?--([\w.]+)", said, re.MULTILINE))
+    assert options == {"help", "config", "print_config", *leaf_types()}
 
 
 def test_missing_and_empty_files(tmp_path):
