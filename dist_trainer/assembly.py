@@ -27,7 +27,7 @@ from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import MODELS, ModelContext, build_model, weights_writer
 from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
-from dist_trainer.optim.schedules import SCHEDULES
+from dist_trainer.optim.schedules import SCHEDULES, warn_of_unfinished_warmup
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.run_record import exit_code_when_preempted, note_early_stop, train
@@ -168,6 +168,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     if world.is_main:
         drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         depend = drops_out and config.batch.micro_batch_size is None
+        warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
         tell_of_other_ranks(start, world.world_size, masks_depend_on_ranks=depend)
     return trainer
 
