@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.config.loading import as_dict, dump_config
+from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
@@ -24,9 +25,10 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import CheckpointError, ConfigError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.registry import ModelContext, build_model, weights_writer
-from dist_trainer.optim.optimizers import build_optimizer
-from dist_trainer.parallel.registry import parallelize
+from dist_trainer.models.registry import MODELS, ModelContext, build_model, weights_writer
+from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
+from dist_trainer.optim.schedules import SCHEDULES, warn_of_unfinished_warmup
+from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.run_record import exit_code_when_preempted, note_early_stop, train
 from dist_trainer.sampling import Sample, build_sample
@@ -44,12 +46,22 @@ def run(config: TrainingConfig) -> int:
     with World.join(config.distributed) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
+        agree(world, lambda: check_rows(config))
         try:
             with open_run_folder(config, world) as folder:
                 return run_in(folder, config, world)
         except StoppedError as stopped:
             log.warning("%s", stopped)
             return exit_code_when_preempted(world)
+
+
+def check_rows(config: TrainingConfig) -> None:
+    """Raises ConfigError where a function of the user's own cannot be had: now, not after hours of preparing data."""
+    resolve(MODELS, config.model.name, "model.name")
+    resolve(OPTIMIZERS, config.optim.name, "optim.name")
+    resolve(SCHEDULES, config.schedule.name, "schedule.name")
+    if config.distributed.strategy != "auto":
+        resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")
 
 
 def run_in(folder: RunFolder | None, config: TrainingConfig, world: World) -> int:
@@ -162,6 +174,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     if world.is_main:
         drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         depend = drops_out and config.batch.micro_batch_size is None
+        warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
         tell_of_other_ranks(start, world.world_size, masks_depend_on_ranks=depend)
     return trainer
 

@@ -45,7 +45,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
     own = next((folder / "config.yaml" for folder in (path, *path.resolve().parents[:2]) if _is_run(folder)), None)
     given = ["--config", str(own)] if own else ["--data.tokenizer", str(path)]
     if arguments.data is not None:
-        given += ["--validation.max_batches", "null"]  # of other data all is wanted, unless said otherwise
+        # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
+        given += ["--validation.max_batches", "null", "--data.dataset_config", "null"]
     config = load_config([*given, "--data.tokenizer", str(path), *rest])
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))

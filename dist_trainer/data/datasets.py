@@ -14,7 +14,7 @@ from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_fold
 from dist_trainer.data.records import COMPRESSIONS, DATA_SUFFIXES, OTHER_FORMATS, Records, format_suffix, read_file
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import columns_of
-from dist_trainer.errors import DataError
+from dist_trainer.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,23 @@ def _could_be_on_the_hub(name: str) -> bool:
 
 
 def _local_source(path: Path, config: DataConfig) -> Source:
+    if not _declares_configs(path) or is_arrow_folder(path):
+        _refuse_config_name(str(path), config)
     if path.is_file():
         return Source(str(path), files_split([path], config))
     if is_arrow_folder(path) or _declares_configs(path):
         return _from_splits(str(path), arrow_folder_splits(path, config))
     return _from_splits(str(path), {name: files_split(files, config) for name, files in _files_by_split(path).items()})
+
+
+def _refuse_config_name(name: str, config: DataConfig) -> None:
+    """Raises ConfigError where data.dataset_config is set and no data set that the config names can heed it."""
+    others = {other for other in (config.dataset, config.validation_dataset) if other not in (None, name)}
+    if config.dataset_config is not None and all(Path(other).expanduser().exists() for other in others):
+        raise ConfigError(
+            f"data.dataset_config: {config.dataset_config!r} is set, but {name} has no configurations to choose from; "
+            "remove the key, or set it to null"
+        )
 
 
 def _from_splits(name: str, splits: dict[str, Split]) -> Source:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -132,4 +133,8 @@ def digest_of(records: Iterable[dict[str, Any]]) -> str:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
+    if text.startswith("Config name is missing"):
+        names = re.search(r"\[(.*?)\]", text)
+        choices = f": {names[1]}" if names else ""
+        return f"it has several configurations; choose one with --data.dataset_config{choices}"
     return text.splitlines()[0][:400]

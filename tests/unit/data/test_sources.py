@@ -119,6 +119,26 @@ def test_a_folder_that_declares_its_splits_in_readme(tmp_path):
     assert texts(tmp_path, cache_dir=str(tmp_path / "cache")) == (STORIES[:8], STORIES[8:])
 
 
+def test_of_several_configurations_in_readme_one_must_be_chosen(tmp_path):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    write(tmp_path / "README.md", f"---\nconfigs:\n{configs}---\n")
+    write(tmp_path / "a.jsonl", jsonl(STORIES[:8]))
+    write(tmp_path / "b.jsonl", jsonl(STORIES[8:]))
+    with pytest.raises(DataError, match=r"several configurations; choose one with --data\.dataset_config: 'a', 'b'"):
+        texts(tmp_path)
+    with pytest.raises(DataError, match=r"cannot be loaded: .*'c'.*'a', 'b'"):
+        texts(tmp_path, dataset_config="c")
+    assert texts(tmp_path, dataset_config="b")[0] == STORIES[8:]
+
+
+def test_a_configuration_that_nothing_heeds_is_refused(tmp_path):
+    file, folder = write(tmp_path / "s.jsonl", jsonl()), write(tmp_path / "plain" / "t.jsonl", jsonl()).parent
+    for path in (file, folder):
+        with pytest.raises(ConfigError, match=r"data\.dataset_config: 'b' is set, but .* has no configurations"):
+            texts(path, dataset_config="b")
+    assert texts(file, dataset_config="plain_text", validation_dataset="squad")[0] == STORIES, "which is for the other one"
+
+
 SQUAD_ROW = {"context": "A {b}", "question": "Why?", "answers": {"text": ["So", "Thus"], "answer_start": [0, 4]}}
 
 
