@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from dist_trainer.models.registry import ModelContext, build_model, weights_writ
 from dist_trainer.optim.optimizers import build_optimizer
 from dist_trainer.parallel.registry import parallelize
 from dist_trainer.precision import build_precision
-from dist_trainer.run_record import exit_code_when_preempted, note_early_stop, train
+from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words, make_up_for_ending, note_early_stop, train
 from dist_trainer.sampling import Sample, build_sample
 from dist_trainer.starting_point import StartingPoint, find_starting_point, tell_of_other_ranks
 from dist_trainer.tracking.run_log import configure_logging
@@ -39,35 +40,38 @@ log = logging.getLogger(__name__)
 SAMPLE_PROMPT_TOKENS = 16
 
 
-def run(config: TrainingConfig) -> int:
-    """A whole run; its exit code. Raises DistTrainerError, the same one on every rank."""
+def run(config: TrainingConfig, *, began: float | None = None) -> int:
+    """A whole run; its exit code. Raises DistTrainerError, the same one on every rank.
+
+    `began` (unix seconds; None: now) is when the command was entered: what it imported since belongs to the run's time.
+    """
+    began = time.time() if began is None else began
     with World.join(config.distributed) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
         try:
             with open_run_folder(config, world) as folder:
-                return run_in(folder, config, world)
+                return run_in(folder, config, world, began=began)
         except StoppedError as stopped:
             log.warning("%s", stopped)
             return exit_code_when_preempted(world)
 
 
-def run_in(folder: RunFolder | None, config: TrainingConfig, world: World) -> int:
+def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, began: float) -> int:
     """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
     try:
         trainer = prepare(config, world, folder)
         if trainer.has_finished:
-            log.info(
-                "%s has finished its %d steps already; raise --train.max_steps to go on, or choose another --run_name",
-                *(Path(config.output_dir) / config.run_name, trainer.progress.step),
-            )
+            log.info("%s", has_finished_in_words(trainer))
+            if folder is not None:
+                make_up_for_ending(trainer, folder)
             return EXIT_FINISHED
         agree(world, lambda: _owned(folder).write_config(dump_config(config)), acts=world.is_main)
     except StoppedError as stopped:
         if folder is not None:
             note_early_stop(folder, config, stopped, exit_code=exit_code_when_preempted(world))
         raise
-    result = train(trainer, folder)
+    result = train(trainer, folder, began=began)
     return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
 
 

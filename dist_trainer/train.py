@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 from dist_trainer.config.loading import load_config
@@ -12,13 +13,14 @@ from dist_trainer.exit_codes import exit_code_of
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
+    began = time.time()
 
     def act() -> int:
         with StopRequest().listen() as stop_request, stop_request.breaking_off():
             config = load_config(argv)
             # Only now torch: --help and config errors answer at once.
             from dist_trainer.assembly import run
-        return run(config)
+        return run(config, began=began)
 
     return exit_code_of(act)
 

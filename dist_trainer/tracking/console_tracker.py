@@ -46,9 +46,8 @@ class ConsoleTracker:
             disable=None,
         )
         log.info(
-            "%s: %s parameters, steps %d to %d, into %s",
-            *(context.config.run_name, quantity(context.parameters), context.start_step + 1, context.max_steps),
-            context.folder,
+            "%s: %s parameters, %s, into %s",
+            *(context.config.run_name, quantity(context.parameters), steps_in_words(context), context.folder),
         )
 
     def log(self, line: dict[str, Any]) -> None:
@@ -70,12 +69,16 @@ class ConsoleTracker:
         context, took = self._context, duration(self._clock() - self._began)
         best = f"; best validation loss {self._best[1]:.4f} at step {self._best[0]}" if self._best else ""
         because = f" ({reason})" if reason else ""
-        log.info("%s at step %d of %d after %s%s%s", state, self._step, context.max_steps, took, because, best)
+        log.info("%s at %s after %s%s%s", state, self._place(), took, because, best)
         log.info("%s", goodput_in_words(goodput_of(context.folder, now=time.time())))
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
             log.info("%s", next_commands(context.folder))
+
+    def _place(self) -> str:
+        most = self._context.max_steps
+        return f"step {self._step} of {most}" if self._step <= most else f"step {self._step}, past the {most} it is to do now"
 
     def _show_training(self, line: dict[str, Any]) -> None:
         self._step, now = line["step"], self._clock()
@@ -131,6 +134,12 @@ class ConsoleTracker:
         shown = textwrap.shorten(f"{prompt} | {text}", _SAMPLE_CHARACTERS, placeholder=" ...")
         wrapped = textwrap.fill(shown, 100, initial_indent="    ", subsequent_indent="    ")
         log.info("step %d  sample (prompt | what the model makes of it):\n%s", line["step"], wrapped)
+
+
+def steps_in_words(context: RunContext) -> str:
+    """`steps 1 to 300`; where max_steps was lowered since, that none is left."""
+    start, most = context.start_step, context.max_steps
+    return f"steps {start + 1} to {most}" if start < most else f"no step left after {start}, the last validation is"
 
 
 def goodput_in_words(spent: Goodput) -> str:
