@@ -22,22 +22,19 @@ from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import CheckpointError, ConfigError, RefusedError, StoppedError
+from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
-from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model, weights_writer
 from dist_trainer.optim.optimizers import build_optimizer
 from dist_trainer.parallel.registry import parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words, make_up_for_ending, note_early_stop, train
-from dist_trainer.sampling import Sample, build_sample
+from dist_trainer.sampling import sample_of
 from dist_trainer.starting_point import StartingPoint, find_starting_point, tell_of_other_ranks
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-SAMPLE_PROMPT_TOKENS = 16
 
 
 def run(config: TrainingConfig, *, began: float | None = None) -> int:
@@ -141,7 +138,8 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     checkpoints: Checkpoints = NoCheckpoints()
     if folder is not None:
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export_to(model, tokenizer))
-    sample = agree(world, lambda: sample_of(config, tokenizer, model, loaders), acts=world.is_main)
+    shown = (loaders.validation or loaders.train).dataset
+    sample = agree(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
     trainer = Trainer(
         config,
         world,
@@ -217,28 +215,6 @@ def flops_per_token(model: nn.Module, config: TrainingConfig) -> float | None:
     """What the model says of itself; None where it does not."""
     count = getattr(model, "flops_per_token", None)
     return count(config.data.sequence_length) if count is not None else None
-
-
-def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, loaders: Dataloaders) -> Sample | None:
-    """Samples of text at each validation, where they are wanted and the model can give them."""
-    tracking = config.tracking
-    if tracking.sample_tokens == 0 or tracking.sample_prompt == "" or not isinstance(model, DecoderLM):
-        return None
-    prompt = tracking.sample_prompt
-    if prompt is None:
-        dataset: Any = (loaders.validation or loaders.train).dataset
-        first = dataset[0]
-        tokens = first["input_ids"] if isinstance(first, dict) else first.tokens[0].tolist()
-        beginning = tokens[: max(1, min(SAMPLE_PROMPT_TOKENS, config.data.sequence_length // 2))]
-        words = tokenizer.decode(beginning, skip_special_tokens=True)
-        prompt = words.rpartition(" ")[0].rstrip() or words  # the last word may be cut in two
-    length = len(tokenizer.encode(prompt, add_special_tokens=False))
-    if not 0 < length < model.max_position_embeddings:
-        raise ConfigError(
-            f"tracking.sample_prompt: {prompt!r} has {length} tokens; the model's context has {model.max_position_embeddings}, "
-            'and one must be left to generate. Give another prompt, or "" for no samples'
-        )
-    return build_sample(tokenizer, prompt=prompt, max_new_tokens=tracking.sample_tokens, seed=config.seed)
 
 
 def check_visible_everywhere(start: StartingPoint, world: World) -> None:
