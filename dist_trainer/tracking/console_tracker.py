@@ -1,8 +1,10 @@
-"""Progress for people: a bar on a terminal, a plain line now and then in log files, and what to do next at the end."""
+"""Progress for people: a bar on a terminal, a plain line a logged step in log files, and what to do next at the end."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
 import textwrap
 import time
@@ -22,17 +24,16 @@ __all__ = ["ConsoleTracker", "configure_logging"]
 log = logging.getLogger(__name__)
 progress = logging.getLogger(PROGRESS_LOGGER)
 
-SECONDS_BETWEEN_LINES = 10.0
 _SAMPLE_CHARACTERS = 800
 
 
 class ConsoleTracker:
-    """Shows training lines on a tqdm bar where stderr is a terminal, and as plain lines in the log every ten seconds."""
+    """Shows training lines on a tqdm bar where stderr is a terminal, and as a plain line each in the log."""
 
     def __init__(self, context: RunContext, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
         self._clock = clock
-        self._began = self._last_line = clock()
+        self._began = clock()
         self._first: tuple[int, float] | None = None
         self._step = context.start_step
         self._best = best_validation(context.folder) if context.start_step else None
@@ -42,7 +43,7 @@ class ConsoleTracker:
             desc=context.config.run_name,
             unit="step",
             file=sys.stderr,
-            dynamic_ncols=True,
+            **_width(),
             disable=None,
         )
         log.info(
@@ -88,12 +89,9 @@ class ConsoleTracker:
                 refresh=False,
             )
             self._bar.update(self._step - self._bar.n)
-        is_first = self._first is None
         if self._first is None:
             self._first = (self._step, now)
-        if is_first or now - self._last_line >= SECONDS_BETWEEN_LINES or self._step >= self._context.max_steps:
-            self._last_line = now
-            progress.info("%s", self._plain(line, now))
+        progress.info("%s", self._plain(line, now))
 
     def _plain(self, line: dict[str, Any], now: float) -> str:
         parts = [
@@ -134,6 +132,16 @@ class ConsoleTracker:
         shown = textwrap.shorten(f"{prompt} | {text}", _SAMPLE_CHARACTERS, placeholder=" ...")
         wrapped = textwrap.fill(shown, 100, initial_indent="    ", subsequent_indent="    ")
         log.info("step %d  sample (prompt | what the model makes of it):\n%s", line["step"], wrapped)
+
+
+def _width() -> dict[str, Any]:
+    """How wide tqdm is to draw: as the terminal is, also when it changes; one that says 0 columns (a serial line, a container
+    without a window) would get no bar at all, so $COLUMNS or 80 count there."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no terminal: no bar
+        known = True
+    return {"dynamic_ncols": True} if known else {"ncols": shutil.get_terminal_size().columns}
 
 
 def steps_in_words(context: RunContext) -> str:

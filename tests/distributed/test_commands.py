@@ -8,10 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import transformers
+from torch import nn
 
 from dist_trainer import evaluate, generate, report
+from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
-from tests.distributed.small_runs import folder, run, small_config
+from dist_trainer.models.registry import ModelContext
+from tests.distributed.small_runs import folder, run, small_config, stop_after, weights
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +103,39 @@ def test_a_reader_that_has_had_enough_is_no_error(trained):
     done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def gpt2(config: ModelConfig, context: ModelContext) -> nn.Module:
+    """A model of transformers' own."""
+    shape = {"n_embd": config.hidden_size, "n_layer": 1, "n_head": 2, "n_positions": context.sequence_length}
+    torch.manual_seed(context.seed)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=context.vocabulary_size, **shape))
+    return model.to(context.device)
+
+
+def bare(config: ModelConfig, context: ModelContext) -> nn.Module:
+    """A module that nothing but its code describes."""
+    torch.manual_seed(context.seed)
+    return nn.Sequential(nn.Embedding(context.vocabulary_size, 8), nn.Linear(8, context.vocabulary_size)).to(context.device)
+
+
+def test_a_hugging_face_model_of_ones_own_is_saved_as_transformers_opens_it(stories, tmp_path, capsys):
+    config = small_config(stories, tmp_path, model__name=f"{__name__}:gpt2", train__max_steps=4)
+    run(config, 1, before=stop_after(2))
+    assert run(config, 1) == [0]
+    checkpoint = folder(config) / "checkpoints" / "latest"
+    model, said = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert isinstance(model, transformers.GPT2LMHeadModel)
+    assert not said["missing_keys"]
+    assert torch.equal(model.state_dict()["transformer.wpe.weight"], weights(config)["transformer.wpe.weight"])
+    assert generate.main([str(folder(config)), "--prompt", "x"]) == 2
+    assert "model_type is 'gpt2'; DecoderLM can represent llama and mistral only" in capsys.readouterr().err
+
+
+def test_of_a_model_that_only_its_code_describes_the_commands_say_what_they_cannot(stories, tmp_path, capsys):
+    config = small_config(stories, tmp_path, model__name=f"{__name__}:bare", train__max_steps=2)
+    assert run(config, 1) == [0]
+    for command in (generate.main, evaluate.main):
+        for path in (folder(config), folder(config) / "checkpoints" / "latest"):
+            assert command([str(path), *(["--prompt", "x"] if command is generate.main else [])]) == 2
+            assert "is a checkpoint of a model of your own (model.name), without config.json" in capsys.readouterr().err
