@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
 from dist_trainer.distributed.preemption import StopRequest
@@ -12,6 +13,7 @@ from dist_trainer.exit_codes import exit_code_of, leave_with
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
+    began = time.time()
 
     def act() -> int:
         with StopRequest().listen() as stop_request:
@@ -26,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with stop_request.breaking_off():
                 # Only now torch: --help and config errors answer at once.
                 from dist_trainer.assembly import run
-        return run(config)
+        return run(config, began=began)
 
     return exit_code_of(act)
 

@@ -58,6 +58,13 @@ def load_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     return config
 
 
+def keys_given(argv: Sequence[str]) -> set[str]:
+    """The dotted keys that the command line `argv` sets, itself or in its --config files; raises ConfigError as load_config."""
+    arguments = _take_apart(argv)
+    files = [assignment for name in arguments.configs for assignment in read_assignments(Path(name), sections())]
+    return {assignment.key for assignment in (*files, *arguments.assignments)}
+
+
 def validated(config: TrainingConfig) -> TrainingConfig:
     """`config` itself. Raises ConfigError with every rule it breaks; for configs made in Python."""
     _raise_all(broken_rules(config))

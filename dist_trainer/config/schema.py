@@ -168,7 +168,7 @@ class TrackingConfig:
     """What to log, where."""
 
     log_every_steps: int = 10
-    """Steps between training lines in metrics.jsonl and on the console."""
+    """Steps between training lines: in metrics.jsonl, in the log file, and on a console that is no terminal."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline files under the run folder, online, or none."""
     wandb_project: str = "dist_trainer"
