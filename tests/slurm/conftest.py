@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401  three seconds in each forked rank otherwise
+import transformers  # noqa: F401
 
 from tests.end_to_end.commands import environment
 from tests.slurm.jobs import SCRIPT, Cluster
