@@ -44,7 +44,7 @@ daemon() { # NAME HOST CMD...: start it unless it runs; on no host, if HOST is -
 track_processes() {
   local node
   for node in $(nodes); do
-    mkdir "$FREEZER/slurm_$node" 2>/dev/null && rmdir "$FREEZER/slurm_$node" || { echo linuxproc; return; }
+    if ! mkdir "$FREEZER/slurm_$node" 2>/dev/null || ! rmdir "$FREEZER/slurm_$node"; then echo linuxproc && return; fi
   done
   echo cgroup
 }

@@ -16,7 +16,7 @@ from tests.end_to_end.commands import ROOT, lines, status
 from tests.slurm.jobs import SLOW_FROM_STEP, SPACES, STEPS, TRAINING, Cluster, Job
 
 # By a signal, not from a thread: that would end pytest before the cluster is taken down.
-pytestmark = pytest.mark.timeout(600, method="signal")
+pytestmark = pytest.mark.timeout(1200, method="signal")
 SLOW = {"SLOW_FROM_STEP": str(SLOW_FROM_STEP)}
 
 
