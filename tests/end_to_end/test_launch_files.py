@@ -64,6 +64,16 @@ def test_scripts_are_valid_bash_and_can_be_executed(script: Path) -> None:
     assert os.access(script, os.X_OK) or script.name == "ranks.sh"
 
 
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+def test_scripts_please_shellcheck() -> None:
+    """Above the level of its hints, which differ between its versions."""
+    scripts = [*SCRIPTS, *sorted((REPOSITORY / "tests/slurm").glob("*.sh"))]
+    done = subprocess.run(
+        ["shellcheck", "--external-sources", "--severity=warning", *scripts], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_a_machine_without_gpu_trains_in_one_process_with_all_cores(stand_in: Path) -> None:
     done = launch("launch/local.sh", "--train.max_steps", "3", stand_in=stand_in)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
