@@ -62,7 +62,7 @@ def test_a_frozen_rank_on_the_other_node_is_named_and_all_leave(two_hosts: Hosts
         assert not [rank for rank, process in ranks.items() if process.is_alive()]
     found = [line for path in output.glob("debug/logs/rank-*.log") for line in path.read_text().splitlines()]
     naming = [line for line in found if "rank 3 on node2" in line]
-    assert len(naming) == 1, naming
+    assert len(naming) == 1, said(output)
     assert "hangs: no sign of life for" in naming[0]
     assert "it was last seen in step" in naming[0]
     assert status(output / "debug")["state"] == "failed"
