@@ -59,10 +59,10 @@ def load_config(argv: Sequence[str] | None = None) -> TrainingConfig:
 
 
 def keys_given(argv: Sequence[str]) -> set[str]:
-    """The dotted keys that the command line `argv` sets, itself or in its --config files; raises ConfigError as load_config."""
+    """The dotted keys that the command line `argv` sets, itself or in its --config files, as far as these can be read."""
     arguments = _take_apart(argv)
-    files = [assignment for name in arguments.configs for assignment in read_assignments(Path(name), sections())]
-    return {assignment.key for assignment in (*files, *arguments.assignments)}
+    in_files = [assignment for name in arguments.configs for assignment in read_assignments(Path(name), sections())[0]]
+    return {assignment.key for assignment in (*in_files, *arguments.assignments)}
 
 
 def validated(config: TrainingConfig) -> TrainingConfig:
