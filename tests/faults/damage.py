@@ -57,9 +57,13 @@ def fill(disk: Path) -> None:
                 pass
 
 
-def make_room(disk: Path) -> None:
-    """Give it back."""
-    (disk / "ballast").unlink()
+def make_room(disk: Path, *, just: int | None = None) -> None:
+    """Give it back, or `just` so many bytes of it."""
+    ballast = disk / "ballast"
+    if just is None:
+        ballast.unlink()
+    else:
+        os.truncate(ballast, ballast.stat().st_size - just)
 
 
 def contents(folder: Path) -> dict[str, bytes | str]:

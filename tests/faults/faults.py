@@ -57,8 +57,7 @@ class Run:
                 fault()
             return exit_code_of(lambda: assembly.run(config or self.config))
 
-        output = Path(self.config.output_dir)
-        return Process(live, output.parent / f"said-{output.name}-{self.config.run_name}.txt")
+        return Process(live)
 
     def start(self, *faults: Fault, config: TrainingConfig | None = None) -> Ended:
         """The run, started, and waited for however it ends."""

@@ -35,14 +35,14 @@ class Ended:
 class Process:
     """A forked process that does `act` and leaves with the exit code that it gives."""
 
-    def __init__(self, act: Callable[[], int], said: Path) -> None:
-        self._said = said
+    def __init__(self, act: Callable[[], int]) -> None:
+        self._said = os.memfd_create("said")  # in memory: the disk may be full
         self._status: int | None = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: none of them holds a lock
             self.pid = os.fork()
         if self.pid == 0:
-            _live(act, said)
+            _live(act, self._said)
         self._ended = os.pidfd_open(self.pid)  # readable once it has ended
 
     def is_running(self) -> bool:
@@ -60,7 +60,10 @@ class Process:
         return Ended(os.waitstatus_to_exitcode(self._status), self.said())
 
     def said(self) -> str:
-        return self._said.read_text(errors="replace") if self._said.is_file() else ""
+        return os.pread(self._said, os.fstat(self._said).st_size, 0).decode(errors="replace")
+
+    def __del__(self) -> None:
+        os.close(self._said)
 
     def _has_ended_within(self, seconds: float) -> bool:
         if self._status is None and select.select([self._ended], [], [], seconds)[0]:
@@ -69,10 +72,9 @@ class Process:
         return self._status is not None
 
 
-def _live(act: Callable[[], int], said: Path) -> None:
+def _live(act: Callable[[], int], out: int) -> None:
     code = 1
     try:
-        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
@@ -109,7 +111,7 @@ def children_of(pid: int) -> list[int]:
 @contextmanager
 def busy_machine(processes: int = 2) -> Iterator[None]:
     """Others want the processors too."""
-    loops = [Process(_turn, Path(os.devnull)) for _ in range(processes)]
+    loops = [Process(_turn) for _ in range(processes)]
     try:
         yield
     finally:

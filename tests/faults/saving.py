@@ -90,7 +90,7 @@ class Saver:
         return [name for name in self.names() if "/." in f"/{name}" and name != ".lock"]
 
 
-def watched(operations: Operations, act: Callable[[], object], said: Path) -> Ended:
+def watched(operations: Operations, act: Callable[[], object]) -> Ended:
     """`act` in a forked process, while `operations` sees what its threads do to files."""
 
     def live() -> int:
@@ -100,4 +100,4 @@ def watched(operations: Operations, act: Callable[[], object], said: Path) -> En
         sys.setprofile(None)
         return 0
 
-    return Process(live, said).wait()
+    return Process(live).wait()

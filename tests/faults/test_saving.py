@@ -20,16 +20,15 @@ def saved(tmp_path_factory):
     return saver
 
 
-def kinds_of(act, said):
+def kinds_of(act, note):
     """The file operations that `act` is made of, by name and in order."""
-    note = said.with_name("kinds.txt")
     note.write_text("")
 
     def write_down(_number, kind):
         with note.open("a") as file:
             file.write(f"{kind}\n")
 
-    ended = watched(Operations(write_down), act, said)
+    ended = watched(Operations(write_down), act)
     assert ended.code == 0, ended.said
     return note.read_text().split()
 
@@ -40,16 +39,16 @@ def dying_at(operation):
 
 @pytest.mark.timeout(300)  # 150 processes, on a machine that may be busy
 def test_dying_at_each_file_operation_of_a_save_and_of_the_rotation_loses_nothing_and_leaves_no_litter(saved, tmp_path):
-    said = tmp_path / "said.txt"
+    note = tmp_path / "kinds.txt"
     rehearsal = saved.at(tmp_path / "rehearsal")
-    kinds = kinds_of(lambda: rehearsal.save(9), said)
+    kinds = kinds_of(lambda: rehearsal.save(9), note)
     assert {"open", "write", "fsync", "mkdir", "rename", "replace", "symlink", "unlink", "rmdir", "serialize_file"} <= set(
         kinds
     )
     visible = kinds.index("rename")
     for operation in range(len(kinds)):
         saver = saved.at(tmp_path / f"died-{operation}")
-        assert watched(dying_at(operation), lambda saver=saver: saver.save(9), said).was_killed, said.read_text()
+        assert watched(dying_at(operation), lambda saver=saver: saver.save(9)).was_killed
         # The save before is the least that is left, and once the rename is done it is the new one.
         step = 9 if operation > visible else 6
         assert saver.start() == step, f"died at operation {operation}, {kinds[operation]}"
@@ -63,20 +62,20 @@ def test_dying_at_each_file_operation_of_a_save_and_of_the_rotation_loses_nothin
 
 
 def test_dying_at_each_file_operation_of_the_start_after_a_kill_loses_nothing_either(saved, tmp_path):
-    said = tmp_path / "said.txt"
+    note = tmp_path / "kinds.txt"
     killed = saved.at(tmp_path / "killed")
     # One kill within the rotation and one within the next save: there is something of each kind to clean up.
     for step, kind in ((9, "rmdir"), (12, "fsync")):
         rehearsal = killed.at(tmp_path / f"rehearsal-{step}")
-        kinds = kinds_of(lambda: rehearsal.save(step), said)  # noqa: B023  called at once
+        kinds = kinds_of(lambda: rehearsal.save(step), note)  # noqa: B023  called at once
         operation = len(kinds) - 1 - kinds[::-1].index(kind)
-        assert watched(dying_at(operation), lambda step=step: killed.save(step), said).was_killed
+        assert watched(dying_at(operation), lambda step=step: killed.save(step)).was_killed
     assert killed.litter()
-    total = len(kinds_of(killed.at(tmp_path / "rehearsal").start, said))
+    total = len(kinds_of(killed.at(tmp_path / "rehearsal").start, note))
     assert total > 10
     for operation in range(total):
         saver = killed.at(tmp_path / f"died-{operation}")
-        assert watched(dying_at(operation), saver.start, said).was_killed, said.read_text()
+        assert watched(dying_at(operation), saver.start).was_killed
         assert saver.start() >= 9
         assert saver.litter() == []
 

@@ -1,0 +1,224 @@
+"""Other jobs and other people: a folder has one owner, a file from a stranger does nothing, and secrets are not written down."""
+
+import os
+import pickle
+import re
+import socket
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dist_trainer.config.loading import load_config
+from dist_trainer.errors import ConfigError
+from dist_trainer.manifest import MANIFEST, describe_files, read_manifest
+from tests.faults.conftest import a_run
+from tests.faults.damage import contents
+from tests.faults.faults import do, kill
+from tests.faults.processes import wait_until
+
+SECONDS_TO_REFUSE = 10.0
+
+
+# ------------------------------------------------------------------------------------------------ two jobs
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_second_job_is_refused_by_host_pid_and_start_of_the_first_which_is_unharmed(run, undisturbed, resume):
+    waiting, go_on = os.pipe()
+    first = run.begin(do(lambda _: os.read(waiting, 1), at_step=7))
+    wait_until(lambda: run.logged_steps() >= 6, of=first)
+    began = time.monotonic()
+    second = run.start(config=run.but(checkpoint__resume=resume))
+    assert time.monotonic() - began < SECONDS_TO_REFUSE
+    assert second.code == 2
+    owner = rf"in use by another job \(host {re.escape(socket.gethostname())}, pid {first.pid}, since \d{{4}}-\d\d-\d\d [\d:]+\)"
+    assert re.search(owner, second.said), second.said
+    os.write(go_on, b"!")
+    assert first.wait().code == 0
+    run.equals(undisturbed)
+
+
+def test_the_lock_of_a_dead_job_blocks_no_one(run, undisturbed):
+    for step in (4, 7):
+        assert run.start(kill(at_step=step)).was_killed
+        assert f"host {socket.gethostname()}, pid " in (run.folder / ".lock").read_text()
+    # Its number may be another process's by now, or the file anything.
+    (run.folder / ".lock").write_text(f"host {socket.gethostname()}, pid {os.getpid()}, since 2020-01-01 00:00:00\n")
+    assert run.start(kill(at_step=10)).was_killed
+    (run.folder / ".lock").write_bytes(b"\xff\0 of no one")
+    run.finish()
+    run.equals(undisturbed)
+
+
+# ------------------------------------------------------------------------------------- files from strangers
+
+
+class Touch:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def seal(checkpoint):
+    """A manifest that fits what stands there now, as a stranger would make it."""
+    facts = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "manifest_sha256")}
+    (checkpoint / MANIFEST).unlink()
+    (checkpoint / MANIFEST).write_text(describe_files(checkpoint, facts))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json"])
+def test_a_pickle_in_a_checkpoint_is_not_opened(run, text, tmp_path, name):
+    assert run.start(kill(at_step=10)).was_killed
+    checkpoint, harm = run.checkpoints / "step-00000006", tmp_path / "harm"
+    (checkpoint / name).write_bytes(pickle.dumps(Touch(harm)))
+    (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(harm)))
+    seal(checkpoint)
+    heir = a_run(text, tmp_path / "heirs")
+    for config in (
+        heir.but(checkpoint__resume=str(checkpoint)),
+        heir.but(model__init_from=str(checkpoint), data__tokenizer=str(checkpoint)),
+    ):
+        ended = heir.start(config=config)
+        assert ended.code in (0, 2), ended.said
+        assert "Traceback" not in ended.said
+        assert not harm.exists()
+
+
+def test_code_that_comes_with_a_tokenizer_or_a_model_is_not_run(run, text, tmp_path):
+    assert run.start(kill(at_step=10)).was_killed
+    checkpoint, harm = run.checkpoints / "step-00000006", tmp_path / "harm"
+    (checkpoint / "evil.py").write_text(f"open({str(harm)!r}, 'w')\nclass Evil: pass\n")
+    for name, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+        path = checkpoint / name
+        classes = '["evil.Evil", null]' if key == "AutoTokenizer" else '"evil.Evil"'
+        path.write_text(path.read_text().replace("{", f'{{"auto_map": {{"{key}": {classes}}},', 1))
+    seal(checkpoint)
+    heir = a_run(text, tmp_path / "heirs", data__tokenizer=str(checkpoint), model__init_from=str(checkpoint))
+    assert heir.start().code in (0, 2)
+    assert not harm.exists()
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:builtins.open", "!!python/object/new:builtins.open", "!!python/name:"])
+def test_tags_in_a_config_build_nothing(tmp_path, tag):
+    (tmp_path / "config.yaml").write_text(f'run_name: {tag}["{tmp_path}/harm", "w"]\n')
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        load_config(["--config", str(tmp_path / "config.yaml")])
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_pickle_in_the_cache_of_tokens_is_not_opened(run, undisturbed, tmp_path):
+    harm = tmp_path / "harm"
+    config = run.but(data__cache_dir=str(tmp_path / "cache"))
+    assert run.start(kill(at_step=7), config=config).was_killed
+    stores = list((tmp_path / "cache" / "tokens").glob("*/offsets.npy"))
+    assert stores
+    for offsets in stores:
+        objects = np.empty(1, object)
+        objects[0] = Touch(harm)
+        np.save(offsets, objects, allow_pickle=True)
+    assert run.start(config=config).code == 0
+    assert not harm.exists()
+    run.equals(undisturbed)
+
+
+# ---------------------------------------------------------------------------------------------------- links
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder, and a file, that are no business of the run."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "precious").write_text("ours\n")
+    return folder
+
+
+FILES = ["metrics.jsonl", "status.json", "config.yaml", "report.html", ".lock", "logs/rank-0.log", "logs/events.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "logs", "wandb", *FILES, "nowhere"])
+def test_a_link_in_place_of_a_file_or_folder_of_the_run_is_refused_and_not_followed(run, outside, name):
+    run.folder.mkdir(parents=True)
+    path = run.folder / name.replace("nowhere", "metrics.jsonl")
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to({"nowhere": outside / "new"}.get(name, outside / "precious" if name in FILES else outside))
+    before = contents(outside)
+    ended = run.start()
+    assert ended.code == 2
+    assert f"{path} is a symbolic link" in ended.said
+    assert contents(outside) == before
+
+
+def test_links_among_the_checkpoints_are_not_followed(run, undisturbed, outside, text, tmp_path):
+    assert run.start(kill(at_step=8)).was_killed
+    stranger = a_run(text, tmp_path / "strangers")
+    stranger.finish()
+    stranger.newest().rename(outside / "step-00000012")
+    before = contents(outside)
+    (run.checkpoints / "step-00000012").symlink_to(outside / "step-00000012")
+    for name in (".staging-step-00000009", ".trash-step-00000003", ".aside-step-00000003", "../.staging-metrics.jsonl"):
+        (run.checkpoints / name).symlink_to(outside)
+    for name in ("latest", "best"):
+        (run.checkpoints / name).unlink()
+        (run.checkpoints / name).symlink_to(outside / "step-00000012")
+    ended = run.start()
+    assert run.resumed_at()[-1] <= 6
+    assert ended.code == 0, ended.said
+    run.equals(undisturbed)
+    assert contents(outside) == before
+
+
+@pytest.mark.parametrize("kind", ["named by the manifest", "a link"])
+def test_a_checkpoint_cannot_take_in_what_stands_outside_of_it(run, outside, kind):
+    assert run.start(do(lambda trainer: trainer.checkpoints.wait(), at_step=8), kill(at_step=8)).was_killed
+    newest = run.newest()
+    if kind == "a link":
+        (newest / "model.safetensors").rename(outside / "weights")
+        (newest / "model.safetensors").symlink_to(outside / "weights")
+    else:
+        (newest / "more").symlink_to(outside)
+        facts = {"format_version": 1, "step": 6}
+        (newest / MANIFEST).write_text(describe_files(newest, facts).replace('"config.json"', '"more/precious"'))
+    before = contents(outside)
+    ended = run.finish()
+    assert f"checkpoint passed over: {newest}" in ended.said
+    assert contents(outside) == before
+
+
+# -------------------------------------------------------------------------------------------------- secrets
+
+SECRETS = {
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
+    "HF_TOKEN": "hf_NobodyMayEverReadThisOne1234",
+    "MY_DATABASE_PASSWORD": "correct horse battery staple",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+}
+SAID = ["--api_key", "sesame-open-up-now", "--token=another-open-sesame", "https://me:hunter2hunter2@example.com/data"]
+
+
+@pytest.mark.parametrize("wandb", ["disabled", "offline"])
+def test_no_secret_of_the_environment_or_the_command_line_is_written_down(run, wandb):
+    def live_with_secrets():
+        os.environ.update(SECRETS)
+        sys.orig_argv = [*sys.orig_argv[:1], *SAID, *SECRETS.values()]
+        sys.argv = [sys.argv[0], *sys.orig_argv[1:]]
+
+    def raise_one(_):
+        raise RuntimeError(f"cannot reach https://me:hunter2hunter2@example.com with {SECRETS['HF_TOKEN']}")
+
+    config = run.but(tracking__wandb=wandb, tracking__sample_tokens=4)
+    ended = run.start(live_with_secrets, do(raise_one, at_step=8), config=config)
+    assert ended.code == 1
+    assert "cannot reach" in run.status()["reason"]
+    assert run.start(live_with_secrets, config=config).code == 0
+    words = [*SECRETS.values(), "sesame-open-up-now", "another-open-sesame", "hunter2hunter2"]
+    written = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and not path.is_symlink()}
+    assert {"config.yaml", "status.json", "report.html", "events.jsonl", "rank-0.log"} <= {path.name for path in written}
+    found = {f"{path.relative_to(run.folder)}: {word}" for path, content in written.items() for word in words if word.encode() in content}
+    assert not found
