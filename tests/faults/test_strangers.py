@@ -33,7 +33,9 @@ def test_a_second_job_is_refused_by_host_pid_and_start_of_the_first_which_is_unh
     second = run.start(config=run.but(checkpoint__resume=resume))
     assert time.monotonic() - began < SECONDS_TO_REFUSE
     assert second.code == 2
-    owner = rf"in use by another job \(host {re.escape(socket.gethostname())}, pid {first.pid}, since \d{{4}}-\d\d-\d\d [\d:]+\)"
+    owner = (
+        rf"in use by another job \(host {re.escape(socket.gethostname())}, pid {first.pid}, since \d{{4}}-\d\d-\d\d [\d:]+\)"
+    )
     assert re.search(owner, second.said), second.said
     os.write(go_on, b"!")
     assert first.wait().code == 0
@@ -220,5 +222,10 @@ def test_no_secret_of_the_environment_or_the_command_line_is_written_down(run, w
     words = [*SECRETS.values(), "sesame-open-up-now", "another-open-sesame", "hunter2hunter2"]
     written = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and not path.is_symlink()}
     assert {"config.yaml", "status.json", "report.html", "events.jsonl", "rank-0.log"} <= {path.name for path in written}
-    found = {f"{path.relative_to(run.folder)}: {word}" for path, content in written.items() for word in words if word.encode() in content}
+    found = {
+        f"{path.relative_to(run.folder)}: {word}"
+        for path, content in written.items()
+        for word in words
+        if word.encode() in content
+    }
     assert not found

@@ -8,7 +8,7 @@ from dist_trainer.checkpoint.last_save import SECONDS_BEFORE_SAVING_AGAIN, see_l
 from dist_trainer.checkpoint.manager import NoCheckpoints
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import SavingFailedError
+from dist_trainer.errors import SavingFailedError, TrainingDivergedError
 
 
 class Failing(NoCheckpoints):
@@ -39,6 +39,14 @@ def test_a_save_that_succeeds_in_the_end_is_enough(world, failures):
     checkpoints = Failing(failures)
     see_last_save_through(checkpoints, world, save_again=checkpoints.save_again)
     assert checkpoints.saves == 1 + failures
+
+
+def test_weights_that_are_not_finite_are_no_disks_fault_and_are_not_saved_again(world):
+    checkpoints = Failing(100)
+    checkpoints.diverged = lambda: True
+    with pytest.raises(TrainingDivergedError, match="learning_rate"):
+        see_last_save_through(checkpoints, world, save_again=checkpoints.save_again)
+    assert checkpoints.saves == 1
 
 
 def test_after_several_failures_the_truth_is_said_and_what_to_do(world):
