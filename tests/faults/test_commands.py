@@ -1,0 +1,68 @@
+"""The same through the command itself: one kill and one signal. All else is injected into forked processes, which are quicker."""
+
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.end_to_end.commands import ROOT, SMALL, command, environment, lines, status
+from tests.faults.processes import wait_until
+
+OFTEN = ["--checkpoint.every_steps", "3", "--checkpoint.keep_last", "3", "--tracking.sample_tokens", "0"]
+
+
+PATIENCE = 110.0
+"""Seconds until a command has begun to train, on a machine that may be busy."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    done = command(*SMALL, *OFTEN, "--output_dir", output)
+    assert done.returncode == 0, done.stderr
+    return output / "debug"
+
+
+def logged(folder):
+    """How many lines stand in the metrics."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+@contextmanager
+def started(output):
+    """The command, running; killed at the end where it still does."""
+    words = [sys.executable, "-m", "dist_trainer.train", *SMALL, *OFTEN, "--output_dir", str(output)]
+    with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.timeout(600)
+def test_the_command_goes_on_after_a_kill_in_a_save_and_after_a_signal_as_if_nothing_had_happened(undisturbed, tmp_path):
+    folder = tmp_path / "debug"
+    with started(tmp_path) as process:
+        # A machine that is too busy to look while a save lasts kills after one.
+        moments = ("checkpoints/.staging-step-*", "checkpoints/step-00000006")
+        wait_until(lambda: any(any(folder.glob(moment)) for moment in moments) or process.poll() is not None, seconds=PATIENCE)
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with started(tmp_path) as process:
+        before = logged(folder)
+        wait_until(lambda: logged(folder) != before or process.poll() is not None, seconds=PATIENCE)
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
+    assert status(folder)["state"] == "preempted"
+    assert (folder / "checkpoints" / f"step-{status(folder)['step']:08d}").is_dir()
+    assert command(*SMALL, *OFTEN, "--output_dir", tmp_path).returncode == 0
+    for kind in ("train", "validation"):
+        ours, theirs = ([(line["step"], line["loss"]) for line in lines(path, kind)] for path in (folder, undisturbed))
+        assert ours == theirs
+    ours, theirs = (load_file(path / "checkpoints" / "latest" / "model.safetensors") for path in (folder, undisturbed))
+    assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())

@@ -1,0 +1,83 @@
+"""A signal to the one process of a run: saved at that very step, out soon, nothing lost; wherever the run stands."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from tests.faults.conftest import a_run
+from tests.faults.faults import do
+from tests.faults.processes import wait_until
+
+
+def send(*numbers, at_step):
+    """These signals, when step `at_step` is done."""
+    return do(lambda _: [os.kill(os.getpid(), number) for number in numbers], at_step=at_step)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT], [signal.SIGUSR1, signal.SIGTERM]],
+    ids=["TERM", "USR1", "INT", "two"],
+)
+def test_a_signal_saves_that_very_step_and_loses_none(run, undisturbed, numbers):
+    assert run.start(send(*numbers, at_step=7)).code == 75
+    status = run.status()
+    assert (status["state"], status["exit_code"]) == ("preempted", 75)
+    assert status["step"] in (7, 8)
+    assert run.newest().name == f"step-{status['step']:08d}"
+    run.finish()
+    assert run.resumed_at()[-1] == status["step"]
+    run.equals(undisturbed)
+
+
+def test_a_third_signal_ends_at_once_and_the_run_goes_on_from_its_last_checkpoint(run, undisturbed):
+    three = [signal.SIGTERM] * 3
+    assert run.start(send(*three, at_step=7)).code == 128 + signal.SIGTERM
+    run.finish()
+    run.equals(undisturbed)
+
+
+def test_a_signal_during_validation_and_one_during_a_save_lose_nothing(run, undisturbed):
+    def when_evaluating():
+        from dist_trainer import trainer
+
+        evaluate = trainer.evaluate
+
+        def signalled(*arguments, **named):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(*arguments, **named)
+
+        trainer.evaluate = signalled
+
+    def when_saving():
+        from dist_trainer.checkpoint import manager
+
+        publish = manager.publish
+
+        def signalled(*arguments, **named):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return publish(*arguments, **named)
+
+        manager.publish = signalled
+
+    assert run.start(when_evaluating).code == 75
+    assert run.status()["step"] == 5
+    assert run.start(when_saving).code == 75
+    run.finish()
+    run.equals(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_while_data_are_prepared_breaks_it_off(tmp_path, number):
+    text, cache = tmp_path / "text.jsonl", tmp_path / "cache"
+    line = json.dumps({"text": "It is a truth universally acknowledged, that a single man must want a wife. " * 40})
+    text.write_text((line + "\n") * 15_000)
+    run = a_run(text, tmp_path / "runs", data__cache_dir=str(cache))
+    process = run.begin()
+    wait_until(lambda: any(path.is_file() for path in cache.rglob("*")), of=process)
+    process.kill(number)
+    assert process.wait(seconds=10).code == 75
+    status = run.status()
+    assert (status["state"], status["reason"]) == ("preempted", number.name)
