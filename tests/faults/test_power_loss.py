@@ -1,6 +1,7 @@
 """Power loss: what is visible is whole, whatever the disk has not yet been told to keep."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -9,41 +10,46 @@ from dist_trainer.checkpoint import manager, storage
 from dist_trainer.checkpoint.manager import step_folders
 from dist_trainer.errors import CheckpointError
 from dist_trainer.manifest import verify
-from tests.faults.damage import contents
-from tests.faults.power_cut import Disk
+from tests.faults.power import Disk
 from tests.faults.processes import Process
-from tests.faults.saves import next_start, save
+from tests.faults.saving import Saver
 
 
-def cut_power_during_a_save(folder, step) -> tuple[int, list[str]]:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 3 and 6."""
+    saver = Saver(tmp_path_factory.mktemp("saved") / "run")
+    saver.save(3, 6)
+    return saver
+
+
+def cut_power_during_a_save(saver, step) -> tuple[int, list[str]]:
     """In this process: save `step`, and cut the power before every operation of it; how often, and what was wrong then."""
     cuts, complaints = 0, []
-    for earlier in (1, 2):
-        save(folder, earlier, keep_last=2)
-    old = {path.name: contents(path) for path in step_folders(folder / "checkpoints")}
+    after = Saver(saver.folder.with_name("after"), saver.model, saver.export)
 
-    def examine(found, *, is_done):
-        for checkpoint in step_folders(found / "checkpoints"):
+    def examine(*, is_done):
+        for checkpoint in step_folders(after.checkpoints):
             verify(checkpoint)
-        checkpoint, progress = next_start(found)
-        assert progress.step == step if is_done else progress.step in (2, step), "the step"
-        assert progress.step == step or contents(checkpoint) == old[checkpoint.name], "the content"
-        assert progress.best_step == (3 if progress.step == 3 else 1), "the best"
+        begins_at = after.start()
+        assert begins_at == step if is_done else begins_at in (6, step), f"goes on from step {begins_at}"
+        assert after.litter() == []
+        assert os.readlink(after.checkpoints / "best") == f"step-{begins_at:08d}"
 
     def cut_power(operation, *, is_done=False):
         nonlocal cuts
         for names in ("kept", "lost"):
-            found = disk.after_power_cut(folder.with_name("after"), names=names)
+            disk.after_power_cut(after.folder, names=names)
             try:
-                examine(found, is_done=is_done)
+                examine(is_done=is_done)
             except (AssertionError, CheckpointError) as error:
                 complaints.append(f"power cut before {operation}, names {names}: {error}")
             finally:
-                shutil.rmtree(found)
+                shutil.rmtree(after.folder)
             cuts += 1
 
-    disk = Disk(folder, cut_power)
-    save(folder, step, keep_last=1)
+    disk = Disk(saver.folder, cut_power)
+    saver.save(step)
     disk.stop()
     cut_power("the end", is_done=True)
     return cuts, complaints
@@ -57,20 +63,20 @@ def in_a_process(act, tmp_path):
         note.write_text(json.dumps(act()))
         return 0
 
-    ended = Process(live, tmp_path / "said.txt").wait()
+    ended = Process(live).wait()
     assert ended.code == 0, ended.said
     return json.loads(note.read_text())
 
 
-@pytest.mark.parametrize("step", [3, 2], ids=["of a new step", "of a step that is there already"])
-def test_a_power_cut_before_any_operation_of_a_save_leaves_only_whole_checkpoints(tmp_path, step):
-    cuts, complaints = in_a_process(lambda: cut_power_during_a_save(tmp_path / "run", step), tmp_path)
+@pytest.mark.parametrize("step", [9, 6], ids=["of a new step", "of a step that is there already"])
+def test_a_power_cut_before_any_operation_of_a_save_leaves_only_whole_checkpoints(saved, tmp_path, step):
+    cuts, complaints = in_a_process(lambda: cut_power_during_a_save(saved.at(tmp_path / "run"), step), tmp_path)
     assert complaints == []
     assert cuts > 40
 
 
 @pytest.mark.parametrize("forgotten", ["a file", "the manifest", "the folder", "the parent"])
-def test_the_model_notices_what_is_not_synced(tmp_path, forgotten):
+def test_the_model_notices_what_is_not_synced(saved, tmp_path, forgotten):
     """Else it would prove nothing."""
 
     def is_forgotten(path):
@@ -85,7 +91,7 @@ def test_the_model_notices_what_is_not_synced(tmp_path, forgotten):
     def act():
         sync = storage.sync
         storage.sync = lambda path: None if is_forgotten(path) else sync(path)
-        return cut_power_during_a_save(tmp_path / "run", 3)
+        return cut_power_during_a_save(saved.at(tmp_path / "run"), 9)
 
     _, complaints = in_a_process(act, tmp_path)
     assert complaints

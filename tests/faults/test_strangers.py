@@ -1,4 +1,4 @@
-"""Other jobs and other people: a folder has one owner, a file from a stranger does nothing, and secrets are not written down."""
+"""Other jobs and other people: a folder has one owner, a stranger's file does nothing, and secrets are not written down."""
 
 import os
 import pickle
