@@ -90,4 +90,4 @@ def test_dying_while_a_checkpoint_is_replaced_by_one_of_the_same_step_never_lose
         assert watched(dying_at(operation), saver.save_again).was_killed
         assert how(saver) == 6, f"died at operation {operation}, {kinds[operation]}"
         assert saver.litter() == []
-        assert saver.start_again() == 6
+        assert saver.start() == 6

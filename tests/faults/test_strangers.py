@@ -1,4 +1,4 @@
-"""Other jobs and other people: a folder has one owner, a stranger's file does nothing, and secrets are not written down."""
+"""Other jobs, other people: a folder has one owner, a stranger's file does nothing, secrets are not written down."""
 
 import os
 import pickle
