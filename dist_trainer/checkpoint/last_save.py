@@ -8,20 +8,24 @@ from collections.abc import Callable
 from dist_trainer.checkpoint.manager import Checkpoints
 from dist_trainer.distributed.collectives import barrier, broadcast_object
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import SavingFailedError
+from dist_trainer.errors import SavingFailedError, TrainingDivergedError
 
 SECONDS_BEFORE_SAVING_AGAIN = (0.5, 1.0, 2.0)
 """Long enough for someone else's temporary file to go, short enough for who sent a signal."""
 
 
 def see_last_save_through(checkpoints: Checkpoints, world: World, *, save_again: Callable[[], None]) -> None:
-    """Return when the last checkpoint is on the disk. Raises SavingFailedError, on all ranks, where it cannot be saved."""
+    """Return when the last checkpoint is on the disk. Raises, on all ranks, SavingFailedError where it cannot be saved, and
+    TrainingDivergedError where it must not be: after the last step no other one comes whose loss would tell.
+    """
     for pause in (*SECONDS_BEFORE_SAVING_AGAIN, None):
         checkpoints.wait()  # before the barrier: who has passed it may leave
         barrier(world)
-        trouble = broadcast_object(checkpoints.trouble(), world)
+        trouble, diverged = broadcast_object((checkpoints.trouble(), checkpoints.diverged()), world)
         if trouble is None:
             return
+        if diverged:
+            raise TrainingDivergedError(f"{trouble}; nothing of it is saved. Lower optim.learning_rate")
         if pause is not None:
             time.sleep(pause)
             save_again()

@@ -62,6 +62,10 @@ class Checkpoints(Protocol):
         """Why the last save, if it has ended, is not on the disk; None where it is."""
         ...
 
+    def diverged(self) -> bool:
+        """Whether that is because a number was not finite, and no disk's fault."""
+        ...
+
 
 class NoCheckpoints:
     """For ranks, and runs, that save nothing."""
@@ -83,6 +87,10 @@ class NoCheckpoints:
         """None."""
         return None
 
+    def diverged(self) -> bool:
+        """No."""
+        return False
+
 
 class CheckpointManager:
     """The checkpoints of one run folder, written by this process alone (rank 0, under the run folder's lock)."""
@@ -97,6 +105,7 @@ class CheckpointManager:
         self._writer: threading.Thread | None = None
         self._failures_in_a_row = 0
         self._trouble: str | None = None
+        self._diverged = False
         self._crash: BaseException | None = None
         make_folder(folder)
 
@@ -127,10 +136,15 @@ class CheckpointManager:
         """Why the last save, if it has ended, is not on the disk; None where it is."""
         return self._trouble
 
+    def diverged(self) -> bool:
+        """Whether that is because a number was not finite, and no disk's fault."""
+        return self._diverged
+
     def _write(self, snapshot: Snapshot, is_best: bool) -> None:
         step, started = snapshot.progress.step, time.perf_counter()
         try:
-            if not snapshot.is_finite():
+            self._diverged = not snapshot.is_finite()
+            if self._diverged:
                 self._trouble = f"step {step}: not every number in the weights and the optimizer is finite"
                 log.warning("%s; no checkpoint is written of them", self._trouble)
                 return

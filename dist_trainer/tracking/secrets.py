@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """
     for name, value in environment.items():
         if len(value) >= _SHORTEST and _SECRET_NAME.fullmatch(name):
-            text = text.replace(value, MASK)
+            text = text.replace(value, MASK).replace(json.dumps(value)[1:-1], MASK)
     text = _USER_IN_URL.sub(rf"\1{MASK}@", text)
     return _KNOWN_FORM.sub(MASK, text)
 

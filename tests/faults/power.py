@@ -1,95 +1,100 @@
-"""What would be left of a run if the power failed: a watch over what is synced, and what counts on it."""
+"""A model of what a disk holds after a power cut: what was synced, and of the rest what is worst.
+
+Contents that were not synced are lost. Of names (creations, renames, deletions) that were not synced, a file system may
+have kept all or none: both are tried. Renames and deletions are seen through Python's audit events and fsync is wrapped,
+so this belongs into a process of its own.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink")
+Names = Literal["kept", "lost"]
 
 
-class PowerWatch:
-    """Knows what each file and folder held at its last fsync, and complains where something is done that counts on more.
+class Disk:
+    """The durable state of everything below `root`, which at first is as it stands there."""
 
-    A checkpoint that becomes visible must be synced whole, and the metrics up to its step; a pointer must point at what a
-    synced folder names; of what is deleted, no name may be left on the disk.
-    """
+    def __init__(self, root: Path, before: Callable[[str], Any] = lambda _: None) -> None:
+        """`before` is called before each operation that changes names, and before each fsync."""
+        self.root = root
+        self._before = before
+        self._watching = True
+        self._contents: dict[int, bytes] = {}
+        self._links: dict[int, str] = {}
+        self._names: dict[int, dict[str, int]] = {}
+        # Numbers of deleted files are given out again: as long as these stand, no two things have one number.
+        self._pins: list[int] = []
+        for path in [root, *sorted(root.rglob("*"))]:
+            self._sync(path)
+        fsync = os.fsync
 
-    def __init__(self, monkeypatch: Any, *, dies_of_a_complaint: bool = False) -> None:
-        self.complaints: list[str] = []
-        self.published: list[str] = []
-        self.pointed: list[str] = []
-        self.discarded: list[str] = []
-        self._dies = dies_of_a_complaint
-        self._synced: dict[str, str] = {}
-        """State at the last fsync, by path."""
-        self._fsync, self._rename, self._replace, self._unlink = os.fsync, os.rename, os.replace, os.unlink
-        for name in ("fsync", "rename", "replace", "unlink"):
-            monkeypatch.setattr(os, name, getattr(self, f"_on_{name}"))
+        def noted_fsync(file: int) -> None:
+            path = Path(os.readlink(f"/proc/self/fd/{file}"))
+            self._tell(f"fsync {path.name}")
+            fsync(file)
+            if path.is_relative_to(root):
+                self._sync(path)
 
-    def unsynced_folders(self) -> list[str]:
-        """Folders in which names have changed since they were synced."""
-        return [path for path, state in self._synced.items() if os.path.isdir(path) and _state(Path(path)) != state]
+        os.fsync = noted_fsync
+        sys.addaudithook(self._hear)
 
-    def _on_fsync(self, file: int) -> None:
-        self._fsync(file)
-        path = os.readlink(f"/proc/self/fd/{file}")
-        self._synced[path] = _state(Path(path))
+    def stop(self) -> None:
+        """Watch no more."""
+        self._watching = False
 
-    def _on_rename(self, source: Any, target: Any, **where: Any) -> None:
-        source, target = Path(source), Path(target)
-        if target.name.startswith("step-"):
-            self._see_that_all_is_synced(source)
-            self._see_that_metrics_are_synced(target)
-            self.published.append(target.name)
-        self._rename(source, target, **where)
-        for path in [path for path in self._synced if Path(path).is_relative_to(source)]:
-            self._synced[str(target / Path(path).relative_to(source))] = self._synced.pop(path)
-        if target.name.startswith(".trash-"):
-            self.discarded.append(source.name)
+    def after_power_cut(self, into: Path, *, names: Names) -> Path:
+        """What would be found if the power failed now, written to the new folder `into`."""
+        watching, self._watching = self._watching, False
+        self._write(self.root, self._number_of(self.root), into, names)
+        self._watching = watching
+        return into
 
-    def _on_replace(self, source: Any, target: Any) -> None:
-        if os.path.islink(source):
-            self._see_that_names_are_synced(Path(target).parent)
-            self.pointed.append(Path(target).name)
-        elif Path(target).name in ("config.yaml", "metrics.jsonl"):  # the others are never read again
-            self._see_that_all_is_synced(Path(source))
-        self._replace(source, target)
+    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in EVENTS:
+            self._tell(f"{event} {Path(os.fsdecode(arguments[0])).name}")
 
-    def _on_unlink(self, path: Any, *, dir_fd: int | None = None) -> None:
-        folder = Path(os.readlink(f"/proc/self/fd/{dir_fd}")) if dir_fd is not None else Path(path).parent
-        for trash in (parent for parent in (folder, *folder.parents) if parent.name.startswith(".trash-")):
-            self._see_that_names_are_synced(trash.parent)
-        self._unlink(path, dir_fd=dir_fd)
+    def _tell(self, operation: str) -> None:
+        if self._watching:
+            self._watching = False
+            self._before(operation)
+            self._watching = True
 
-    def _see_that_all_is_synced(self, path: Path) -> None:
-        for part in [path, *path.rglob("*")]:
-            if self._synced.get(str(part)) != _state(part):
-                self._complain(f"{part} is not synced")
+    def _sync(self, path: Path) -> None:
+        number = self._number_of(path)
+        if path.is_symlink():
+            self._links[number] = os.readlink(path)
+        elif path.is_dir():
+            self._names[number] = {child.name: self._number_of(child) for child in path.iterdir()}
+            # With its name, a link's text is there, too: it stands in the inode.
+            self._links.update({self._number_of(c): os.readlink(c) for c in path.iterdir() if c.is_symlink()})
+        elif path.is_file():
+            self._contents[number] = path.read_bytes()
 
-    def _see_that_names_are_synced(self, folder: Path) -> None:
-        if self._synced.get(str(folder)) != _state(folder):
-            self._complain(f"the names in {folder} are not synced")
+    def _number_of(self, path: Path) -> int:
+        number = path.lstat().st_ino
+        self._pins.append(os.open(path, os.O_PATH | os.O_NOFOLLOW))
+        return number
 
-    def _see_that_metrics_are_synced(self, checkpoint: Path) -> None:
-        metrics = checkpoint.parent.parent / "metrics.jsonl"
-        if not metrics.exists():
-            return
-        size = int(self._synced.get(str(metrics), "0").partition(" ")[0])
-        steps = [json.loads(line)["step"] for line in metrics.read_bytes()[:size].splitlines()]
-        if max(steps, default=0) < int(checkpoint.name.removeprefix("step-")):
-            self._complain(f"{metrics} is synced up to step {max(steps, default=0)} when {checkpoint.name} becomes visible")
+    def _write(self, path: Path, number: int, into: Path, names: Names) -> None:
+        into.mkdir()
+        children = self._names.get(number, {})
+        if names == "kept" and path.is_dir():
+            children = {child.name: child.lstat().st_ino for child in path.iterdir()}
+        for name, child in children.items():
+            standing = path / name if names == "kept" else self._where(child)
+            if child in self._links or (names == "kept" and standing.is_symlink()):
+                (into / name).symlink_to(self._links.get(child) or os.readlink(standing))
+            elif child in self._names or (names == "kept" and standing.is_dir()):
+                self._write(standing, child, into / name, names)
+            else:
+                (into / name).write_bytes(self._contents.get(child, b""))
 
-    def _complain(self, complaint: str) -> None:
-        self.complaints.append(complaint)
-        assert not self._dies, complaint
-
-
-def _state(path: Path) -> str:
-    """Size and digest of a file; names in a folder, and where its links point, but for hidden names, which may come back."""
-    if path.is_dir():
-        names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
-        return " ".join(f"{name}>{os.readlink(path / name)}" if (path / name).is_symlink() else name for name in names)
-    content = path.read_bytes()
-    return f"{len(content)} {hashlib.sha256(content).hexdigest()}"
+    def _where(self, number: int) -> Path:
+        """Only its number counts where names are lost."""
+        return self.root / f"number-{number}"

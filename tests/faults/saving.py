@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_trainer.assembly import export_to
-from dist_trainer.checkpoint.manager import CheckpointManager, Export
+from dist_trainer.checkpoint.manager import CheckpointManager, Export, resume_point
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Progress, Snapshot
 from dist_trainer.config.schema import CheckpointConfig, ModelConfig, TrainingConfig
@@ -50,6 +50,10 @@ class Saver:
         manager.wait()
         return manager
 
+    def save_again(self) -> CheckpointManager:
+        """The newest step, which is replaced."""
+        return self.save(max(int(path.name[5:]) for path in self.checkpoints.glob("step-*")))
+
     def snapshot(self, step: int) -> Snapshot:
         loss = 1 / step
         return Snapshot(
@@ -75,6 +79,11 @@ class Saver:
             bool((tensor == start.progress.step).all()) for tensor in load_file(start.checkpoint / "model.safetensors").values()
         )
         return start.progress.step
+
+    def resume(self) -> int:
+        """The same, where a script of one's own goes on with `Trainer.resume`."""
+        found = resume_point(self.checkpoints)
+        return 0 if found is None else found[1].step
 
     def start_again(self) -> int:
         """The same, once more, which finds nothing left to do."""

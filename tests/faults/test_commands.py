@@ -1,4 +1,4 @@
-"""The same through the command itself: one kill, one signal. All else happens to forked processes, which are quicker."""
+"""The same through the command: one kill and one signal. All else is injected into forked processes, which are quicker."""
 
 import signal
 import subprocess

@@ -1,13 +1,11 @@
-"""A save, and the rotation after it, may end at any of its file operations; and the power may fail at any moment."""
+"""A save, and the rotation after it, may end at any of its file operations."""
 
 import os
 
 import pytest
 
-from dist_trainer.checkpoint import storage
 from tests.faults.faults import die
 from tests.faults.file_operations import Operations
-from tests.faults.power import PowerWatch
 from tests.faults.saving import Saver, watched
 
 
@@ -80,27 +78,16 @@ def test_dying_at_each_file_operation_of_the_start_after_a_kill_loses_nothing_ei
         assert saver.litter() == []
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_is_visible_and_what_is_deleted_is_gone_from_it_first(
-    saved, tmp_path, monkeypatch
-):
-    saver = saved.at(tmp_path / "run")
-    watch = PowerWatch(monkeypatch)
-    saver.save(9, 12)
-    assert watch.published == ["step-00000009", "step-00000012"]
-    assert watch.pointed == ["latest", "best"] * 2
-    assert watch.discarded == ["step-00000003", "step-00000006"]
-    assert watch.unsynced_folders() == []
-    assert watch.complaints == []
-
-
-def test_metrics_are_on_the_disk_before_the_checkpoint_that_counts_on_them(run, monkeypatch):
-    assert run.start(lambda: PowerWatch(monkeypatch, dies_of_a_complaint=True)).code == 0
-
-
-def test_the_watch_notices_what_is_not_synced(saved, tmp_path, monkeypatch):
-    saver = saved.at(tmp_path / "run")
-    monkeypatch.setattr(storage, "sync", lambda _: None)
-    watch = PowerWatch(monkeypatch)
-    saver.save(9)
-    assert any("model.safetensors is not synced" in complaint for complaint in watch.complaints)
-    assert any("the names in" in complaint for complaint in watch.complaints)
+@pytest.mark.parametrize("how", [Saver.start, Saver.resume], ids=["the command", "Trainer.resume"])
+def test_dying_while_a_checkpoint_is_replaced_by_one_of_the_same_step_never_loses_both(saved, tmp_path, how):
+    """As happens where a validation is made up for."""
+    kinds = kinds_of(saved.at(tmp_path / "rehearsal").save_again, tmp_path / "kinds.txt")
+    assert kinds.count("rename") == 2
+    first = kinds.index("rename")
+    # Before that, nothing is visible of it.
+    for operation in range(first - 1, len(kinds)):
+        saver = saved.at(tmp_path / f"died-{operation}")
+        assert watched(dying_at(operation), saver.save_again).was_killed
+        assert how(saver) == 6, f"died at operation {operation}, {kinds[operation]}"
+        assert saver.litter() == []
+        assert saver.start() == 6
