@@ -80,7 +80,7 @@ def _local_source(path: Path, config: DataConfig) -> Source:
 
 def _refuse_config_name(name: str, config: DataConfig) -> None:
     """Raises ConfigError where data.dataset_config is set and no data set that the config names can heed it."""
-    others = {other for other in (config.dataset, config.validation_dataset) if other not in (None, name)}
+    others = {other for other in (config.dataset, config.validation_dataset) if other is not None and other != name}
     if config.dataset_config is not None and all(Path(other).expanduser().exists() for other in others):
         raise ConfigError(
             f"data.dataset_config: {config.dataset_config!r} is set, but {name} has no configurations to choose from; "
