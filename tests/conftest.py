@@ -1,4 +1,4 @@
-"""What all tests share: few threads, no network, one cache of token stores for the whole session."""
+"""What all tests share: few threads, no network, one cache of token stores for each of pytest's workers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if not IS_WORKER:
-    os.environ["DIST_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="dist_trainer-tests-")
+os.environ["DIST_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="dist_trainer-tests-")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if not IS_WORKER:
-        shutil.rmtree(os.environ["DIST_TRAINER_CACHE"], ignore_errors=True)
+    shutil.rmtree(os.environ["DIST_TRAINER_CACHE"], ignore_errors=True)

@@ -1,0 +1,15 @@
+"""What a command line of dist_trainer.evaluate means."""
+
+from dist_trainer.config.loading import dump_config
+from dist_trainer.config.schema import DataConfig, TrainingConfig
+from dist_trainer.evaluate import parse_arguments
+
+
+def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    config = TrainingConfig(data=DataConfig(dataset="squad", dataset_config="plain_text"))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert parse_arguments([str(tmp_path)])[1].data.dataset_config == "plain_text"
+    words = [str(tmp_path), "--data", "./other.jsonl"]
+    assert parse_arguments(words)[1].data.dataset_config is None
+    assert parse_arguments([*words, "--data.dataset_config", "b"])[1].data.dataset_config == "b"
