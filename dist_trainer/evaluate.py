@@ -80,7 +80,8 @@ def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def model_context(path: Path) -> int | None:
     """How many positions the model at `path` was made for, by its config.json; None where that does not say."""
     candidates = (folder / name for folder in (path, path / "checkpoints") for name in ("", "best", "latest"))
-    found = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    inside = (folder for folder in candidates if folder.resolve().is_relative_to(path.resolve()))
+    found = next((folder for folder in inside if (folder / "config.json").is_file()), None)
     length = read_json((found / "config.json").resolve()).get("max_position_embeddings") if found else None
     return length if type(length) is int and length > 0 else None
 

@@ -199,11 +199,11 @@ def locate_weights(path: Path) -> Path:
 def _newest_inside(path: Path) -> Path:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     candidates = [root / "best", root / "latest", *sorted(root.glob("step-*"), reverse=True)]
-    for candidate in candidates:
-        inside = candidate.resolve().is_relative_to(path.resolve())
-        if inside and (candidate / CONFIG_FILE).is_file():
+    inside = [candidate for candidate in candidates if candidate.resolve().is_relative_to(path.resolve())]
+    for candidate in inside:
+        if (candidate / CONFIG_FILE).is_file():
             return candidate.resolve()
-    described_by_code = next((folder for folder in (path, *candidates) if _is_checkpoint(folder)), None)
+    described_by_code = next((folder for folder in (path, *inside) if _is_checkpoint(folder)), None)
     if described_by_code is not None:
         raise ConfigError(
             f"{described_by_code} is a checkpoint of a model of your own (model.name), without {CONFIG_FILE}: only "

@@ -135,13 +135,14 @@ class ConsoleTracker:
 
 
 def _width() -> dict[str, Any]:
-    """How wide tqdm is to draw: as the terminal is, also when it changes; one that says 0 columns (a serial line, a container
-    without a window) would get no bar at all, so $COLUMNS or 80 count there."""
+    """How wide tqdm is to draw: as the terminal is, also when it changes; one that says 0 columns or rows (a serial
+    line, a container without a window) would get no bar at all, so $COLUMNS or 80, $LINES or 24 count there."""
     try:
-        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
     except (OSError, ValueError):  # no terminal: no bar
         known = True
-    return {"dynamic_ncols": True} if known else {"ncols": shutil.get_terminal_size().columns}
+    columns, rows = shutil.get_terminal_size()
+    return {"dynamic_ncols": True} if known else {"ncols": columns, "nrows": rows}
 
 
 def steps_in_words(context: RunContext) -> str:

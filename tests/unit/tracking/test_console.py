@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import sys
@@ -9,15 +10,19 @@ import sys
 import pytest
 
 from dist_trainer.tracking.console_tracker import ConsoleTracker
-from dist_trainer.tracking.run_log import configure_logging
+from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
 from tests.unit.tracking.test_trackers import context, train_line
 
 
 @pytest.fixture
 def log_to():
-    """Sends log messages to a folder, and takes that back at the end."""
+    """Sends log messages to a folder; other tests find logging as it was."""
+    logger = logging.getLogger(PACKAGE_LOGGER)
+    before = (logger.handlers[:], logger.propagate, logger.level)
     yield lambda folder: configure_logging(folder, rank=0)
     configure_logging(None, rank=0)
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
 
 
 def test_every_logged_step_has_its_line_in_the_log_file_with_the_time_left(tmp_path, log_to):
@@ -50,4 +55,4 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypa
         terminal.flush()
         shown = os.read(reading, 65536).decode()
     os.close(reading)
-    assert "10/20" in shown
+    assert "10/20 [" in shown, "the bar's own words"
