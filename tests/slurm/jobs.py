@@ -21,6 +21,7 @@ TRAINING = [
     *("--schedule.name", "tests.slurm.pace:cosine", "--distributed.backend", "gloo"),
 ]
 SPACES = "It is a truth,  universally acknowledged"
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 PATIENCE_SECONDS = 400.0
 """For what takes some 20 s on a machine with nothing else to do."""
 
@@ -121,25 +122,30 @@ class Job:
 
     def wait_for(self, *states: str, restarts: int = 0) -> str:
         """Until it is in one of `states`, in the life after so many restarts; which one."""
-        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
-
-        def arrived() -> bool:
-            facts = self.facts
-            if facts["JobState"] in final - set(states):
-                raise AssertionError(f"job {self.number} is not {states}: {self.story()}")
-            return facts["JobState"] in states and int(facts["Restarts"]) >= restarts
-
-        wait_until(arrived, failing=self.story)
+        self._wait_until(lambda facts: facts["JobState"] in states and int(facts["Restarts"]) >= restarts)
         return self.state
 
     def wait_for_step(self, step: int) -> None:
         """Until the run has finished so many steps."""
         metrics = self.run / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and len(lines(self.run)) >= step, failing=self.story)
+        self._wait_until(lambda facts: metrics.exists() and len(lines(self.run)) >= step)
 
     def wait_for_file(self, path: Path) -> None:
         """Until `path` exists and is not empty."""
-        wait_until(lambda: path.exists() and path.stat().st_size, failing=self.story)
+        self._wait_until(lambda facts: path.exists() and path.stat().st_size)
+
+    def _wait_until(self, happened: Callable[[dict[str, str]], object]) -> None:
+        """By what SLURM says of it; in vain, where it is over before."""
+
+        def arrived() -> bool:
+            facts = self.facts
+            if happened(facts):
+                return True
+            if facts["JobState"] in OVER:
+                raise AssertionError(f"job {self.number} is over: {self.story()}")
+            return False
+
+        wait_until(arrived, failing=self.story)
 
     def wait_for_log(self, part: str) -> None:
         """Until its shell has said `part`."""

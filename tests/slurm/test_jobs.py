@@ -98,6 +98,18 @@ def test_a_preempted_job_saves_makes_room_and_goes_on_later(cluster: Cluster, un
 
 
 @pytest.mark.slow
+def test_a_job_that_slurm_itself_requeues_goes_on_once(cluster: Cluster, undisturbed: Path, output: Path) -> None:
+    """As it does without grace time, or where an administrator asks for it."""
+    job = cluster.train(output, "--tracking.sample_prompt", SPACES, **SLOW)
+    job.wait_for_step(SLOW_FROM_STEP)
+    cluster.user("scontrol", "requeue", job.number)
+    job.wait_for("COMPLETED", restarts=1)
+    assert_as_if_undisturbed(job, undisturbed)
+    assert job.facts["Restarts"] == "1"
+    assert "back to the queue" not in job.log()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["preempted", "told that its time is nearly up"])
 def test_a_job_goes_back_to_the_queue_even_before_it_has_anything_to_save(
     cluster: Cluster, undisturbed: Path, output: Path, what: str
@@ -118,16 +130,23 @@ def test_a_job_goes_back_to_the_queue_even_before_it_has_anything_to_save(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("node", ["node1", "node2"])
-def test_a_job_goes_on_elsewhere_when_a_node_loses_power(cluster: Cluster, undisturbed: Path, output: Path, node: str) -> None:
-    """Of node1 come the shell, the rendezvous and rank 0."""
-    job = cluster.train(output, "--tracking.sample_prompt", SPACES, **SLOW)
+@pytest.mark.parametrize(("node", "ranks_leave_first"), [("node1", False), ("node2", False), ("node2", True)])
+def test_a_job_goes_on_elsewhere_when_a_node_loses_power(
+    cluster: Cluster, undisturbed: Path, output: Path, node: str, ranks_leave_first: bool
+) -> None:
+    """Of node1 come the shell, the rendezvous and rank 0. SLURM often takes longer than the ranks to give up a node."""
+    patience = ("--distributed.timeout_minutes", "0.2") if ranks_leave_first else ()
+    job = cluster.train(output, "--tracking.sample_prompt", SPACES, *patience, **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
     cluster.cut_power(node)
     job.wait_for("COMPLETED", restarts=1)
     assert "node3" in {log.removeprefix("try-1-").removesuffix(".log") for log in logs(job)}
     assert f"try-1-{node}.log" not in logs(job)
     assert_as_if_undisturbed(job, undisturbed)
+    if ranks_leave_first:
+        left = (job.run / f"logs/job-{job.number}-try-0-node1.log").read_text()
+        assert "on node2" in left
+        assert "hangs: no sign of life" in left
 
 
 @pytest.mark.slow
@@ -175,7 +194,7 @@ def test_an_array_of_jobs_is_a_sweep_and_each_task_requeues_alone(cluster: Clust
 @pytest.mark.slow
 def test_slurm_itself_signals_ahead_of_the_time_limit(cluster: Cluster, undisturbed: Path, output: Path) -> None:
     """SLURM looks every half minute, and may signal a minute early."""
-    options = ("--time=2", "--signal=B:USR1@30")
+    options = ("--time=3", "--signal=B:USR1@60")
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, options=options, **SLOW, SLOW_SECONDS="5")
     job.wait_for("COMPLETED", restarts=1)
     assert "the time is nearly up" in job.log()
@@ -186,7 +205,7 @@ def test_slurm_itself_signals_ahead_of_the_time_limit(cluster: Cluster, undistur
 def test_a_job_whose_time_is_up_before_its_ranks_have_left_goes_on_from_its_last_checkpoint(
     cluster: Cluster, undisturbed: Path, output: Path
 ) -> None:
-    options = ("--time=1", "--signal=B:USR1@1")
+    options = ("--time=2", "--signal=B:USR1@1")
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, options=options, **SLOW, SLOW_SECONDS="300")
     job.wait_for("COMPLETED", restarts=1)
     assert "WARNING: the time is up before the ranks have left" in job.log()
