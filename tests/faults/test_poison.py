@@ -26,7 +26,7 @@ def test_a_poisoned_gradient_on_one_rank_stops_both_before_the_update(run, dtype
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_run_that_was_stopped_by_a_poisoned_gradient_goes_on_from_its_last_good_checkpoint(run, undisturbed, value):
     assert run.start(poison_gradient(at_step=8, value=value)).code == 3
-    assert run.saved_steps() == [5, 6]
+    assert run.saved_steps()[-1] == 6
     run.finish()
     run.equals(undisturbed)
 
