@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.config.loading import as_dict, dump_config
+from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
@@ -21,53 +23,64 @@ from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import CheckpointError, ConfigError, RefusedError, StoppedError
+from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
-from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.registry import ModelContext, build_model, weights_writer
-from dist_trainer.optim.optimizers import build_optimizer
-from dist_trainer.parallel.registry import parallelize
+from dist_trainer.models.registry import MODELS, ModelContext, build_model, weights_writer
+from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
+from dist_trainer.optim.schedules import SCHEDULES, warn_of_unfinished_warmup
+from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.precision import build_precision
-from dist_trainer.run_record import exit_code_when_preempted, note_early_stop, train
-from dist_trainer.sampling import Sample, build_sample
+from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words, make_up_for_ending, note_early_stop, train
+from dist_trainer.sampling import sample_of
 from dist_trainer.starting_point import StartingPoint, find_starting_point, tell_of_other_ranks
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-SAMPLE_PROMPT_TOKENS = 16
 
+def run(config: TrainingConfig, *, began: float | None = None) -> int:
+    """A whole run; its exit code. Raises DistTrainerError, the same one on every rank.
 
-def run(config: TrainingConfig) -> int:
-    """A whole run; its exit code. Raises DistTrainerError, the same one on every rank."""
+    `began` (unix seconds; None: now) is when the command was entered: what it imported since belongs to the run's time.
+    """
+    began = time.time() if began is None else began
     with World.join(config.distributed) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
+        agree(world, lambda: check_rows(config))
         try:
             with open_run_folder(config, world) as folder:
-                return run_in(folder, config, world)
+                return run_in(folder, config, world, began=began)
         except StoppedError as stopped:
             log.warning("%s", stopped)
             return exit_code_when_preempted(world)
 
 
-def run_in(folder: RunFolder | None, config: TrainingConfig, world: World) -> int:
+def check_rows(config: TrainingConfig) -> None:
+    """Raises ConfigError where a function of the user's own cannot be had: now, not after hours of preparing data."""
+    resolve(MODELS, config.model.name, "model.name")
+    resolve(OPTIMIZERS, config.optim.name, "optim.name")
+    resolve(SCHEDULES, config.schedule.name, "schedule.name")
+    if config.distributed.strategy != "auto":
+        resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")
+
+
+def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, began: float) -> int:
     """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
     try:
         trainer = prepare(config, world, folder)
         if trainer.has_finished:
-            log.info(
-                "%s has finished its %d steps already; raise --train.max_steps to go on, or choose another --run_name",
-                *(Path(config.output_dir) / config.run_name, trainer.progress.step),
-            )
+            log.info("%s", has_finished_in_words(trainer))
+            if folder is not None:
+                make_up_for_ending(trainer, folder)
             return EXIT_FINISHED
         agree(world, lambda: _owned(folder).write_config(dump_config(config)), acts=world.is_main)
     except StoppedError as stopped:
         if folder is not None:
             note_early_stop(folder, config, stopped, exit_code=exit_code_when_preempted(world))
         raise
-    result = train(trainer, folder)
+    result = train(trainer, folder, began=began)
     return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
 
 
@@ -137,11 +150,18 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     checkpoints: Checkpoints = NoCheckpoints()
     if folder is not None:
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export_to(model, tokenizer))
-    sample = agree(world, lambda: sample_of(config, tokenizer, model, loaders), acts=world.is_main)
+    shown = (loaders.validation or loaders.train).dataset
+    sample = agree(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
     trainer = Trainer(
         config,
         world,
-        model=parallelize(model, world, strategy=config.distributed.strategy, compile=config.precision.compile),
+        model=parallelize(
+            model,
+            world,
+            strategy=config.distributed.strategy,
+            compile=config.precision.compile,
+            varying_length=not config.data.packing,
+        ),
         optimizer=build_optimizer(config.optim, model),
         train_data=loaders.train,
         validation_data=loaders.validation,
@@ -156,6 +176,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     if world.is_main:
         drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         depend = drops_out and config.batch.micro_batch_size is None
+        warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
         tell_of_other_ranks(start, world.world_size, masks_depend_on_ranks=depend)
     return trainer
 
@@ -213,28 +234,6 @@ def flops_per_token(model: nn.Module, config: TrainingConfig) -> float | None:
     """What the model says of itself; None where it does not."""
     count = getattr(model, "flops_per_token", None)
     return count(config.data.sequence_length) if count is not None else None
-
-
-def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, loaders: Dataloaders) -> Sample | None:
-    """Samples of text at each validation, where they are wanted and the model can give them."""
-    tracking = config.tracking
-    if tracking.sample_tokens == 0 or tracking.sample_prompt == "" or not isinstance(model, DecoderLM):
-        return None
-    prompt = tracking.sample_prompt
-    if prompt is None:
-        dataset: Any = (loaders.validation or loaders.train).dataset
-        first = dataset[0]
-        tokens = first["input_ids"] if isinstance(first, dict) else first.tokens[0].tolist()
-        beginning = tokens[: max(1, min(SAMPLE_PROMPT_TOKENS, config.data.sequence_length // 2))]
-        words = tokenizer.decode(beginning, skip_special_tokens=True)
-        prompt = words.rpartition(" ")[0].rstrip() or words  # the last word may be cut in two
-    length = len(tokenizer.encode(prompt, add_special_tokens=False))
-    if not 0 < length < model.max_position_embeddings:
-        raise ConfigError(
-            f"tracking.sample_prompt: {prompt!r} has {length} tokens; the model's context has {model.max_position_embeddings}, "
-            'and one must be left to generate. Give another prompt, or "" for no samples'
-        )
-    return build_sample(tokenizer, prompt=prompt, max_new_tokens=tracking.sample_tokens, seed=config.seed)
 
 
 def check_visible_everywhere(start: StartingPoint, world: World) -> None:

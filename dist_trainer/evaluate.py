@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dist_trainer.config.loading import load_config
+from dist_trainer.config.loading import keys_given, load_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
+from dist_trainer.manifest import read_json
+from dist_trainer.tracking.run_history import run_folder_of
 
 DESCRIPTION = "Loss and perplexity of a model on its run's validation data, or on any other data."
 
@@ -38,18 +40,49 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
     parser.add_argument(
         "--data", help="other data, named as data.dataset is: its validation split, or all of it where it has none"
     )
-    arguments, rest = parser.parse_known_args(argv)
+    # Values of training's keys must not be taken for RUN: they are split off before argparse sees them.
+    own_words, rest = split_off_keys(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(own_words)
     path: Path = arguments.path
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a run's folder, such as runs/default")
-    own = next((folder / "config.yaml" for folder in (path, *path.resolve().parents[:2]) if _is_run(folder)), None)
-    given = ["--config", str(own)] if own else ["--data.tokenizer", str(path)]
+    run = run_folder_of(path, is_run=_is_run)
+    if run is not None:
+        given = ["--config", str(run / "config.yaml")]
+    else:
+        context = model_context(path)
+        asked = "data.sequence_length" in keys_given(rest)
+        given = [] if context is None or asked else ["--data.sequence_length", str(context)]
     if arguments.data is not None:
-        given += ["--validation.max_batches", "null"]  # of other data all is wanted, unless said otherwise
+        # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
+        given += ["--validation.max_batches", "null", "--data.dataset_config", "null"]
     config = load_config([*given, "--data.tokenizer", str(path), *rest])
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))
     return path, config
+
+
+def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of this command (RUN, --data NAME, --help), and those of training (`--section.key VALUE`)."""
+    own, others, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        is_own = not word.startswith("--") or name in ("--data", "--help")
+        mine = own if is_own else others
+        mine.append(word)
+        takes_value = name == "--data" or not (is_own or name == "--print_config")
+        if takes_value and not equals and words and not words[0].startswith("--"):
+            mine.append(words.pop(0))
+    return own, others
+
+
+def model_context(path: Path) -> int | None:
+    """How many positions the model at `path` was made for, by its config.json; None where that does not say."""
+    candidates = (folder / name for folder in (path, path / "checkpoints") for name in ("", "best", "latest"))
+    found = next((folder for folder in candidates if (folder / "config.json").is_file()), None)
+    length = read_json((found / "config.json").resolve()).get("max_position_embeddings") if found else None
+    return length if type(length) is int and length > 0 else None
 
 
 def _is_run(folder: Path) -> bool:

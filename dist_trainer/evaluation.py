@@ -38,10 +38,10 @@ class ValidationResult:
 
 
 def validation_is_due(config: ValidationConfig, step: int, *, max_steps: int, epoch_of: Callable[[int], float]) -> bool:
-    """Whether a validation follows `step`: by steps, by epochs, and always after the last one."""
+    """Whether a validation follows `step`: by steps, by epochs, and always at the last one or past it."""
     by_steps = config.every_steps > 0 and step % config.every_steps == 0
     by_epochs = config.every_epochs > 0 and (epoch_of(step) // config.every_epochs > epoch_of(step - 1) // config.every_epochs)
-    return step > 0 and (by_steps or by_epochs or step == max_steps)
+    return step > 0 and (by_steps or by_epochs or step >= max_steps)
 
 
 @torch.no_grad()

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_trainer.errors import DistTrainerError, PeerLostError
+from dist_trainer.errors import ConfigError, DistTrainerError, PeerLostError, StoppedError
+from dist_trainer.place import Place, place_of_this_process
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
 EXIT_PREEMPTED = 75
 """Stopped by a signal after saving; EX_TEMPFAIL of sysexits.h: the same command goes on from there."""
 
+HOLD_BACK_SECONDS = 5.0
+"""How long ranks that don't speak let the one that does go first."""
+
 
 def exit_code_of(act: Callable[[], int]) -> int:
-    """What `act` returns; of a DistTrainerError its exit code, after its message was printed once over all ranks."""
+    """What `act` returns; of a DistTrainerError its exit code, after its message was printed once on each machine."""
     try:
         return act()
     except DistTrainerError as error:
-        if speaks():
-            print(f"dist_trainer: {error}", file=sys.stderr)
-        if isinstance(error, PeerLostError):
-            _end_at_once(error.exit_code)
-        return error.exit_code
+        return leave_with(error)
     except KeyboardInterrupt:
         return EXIT_PREEMPTED
     except Exception:
@@ -33,13 +35,42 @@ def exit_code_of(act: Callable[[], int]) -> int:
         _end_at_once(EXIT_CRASHED)
 
 
+def leave_with(error: DistTrainerError) -> int:
+    """Print the error, once on each machine; the code to exit with. One of several ranks ends in here.
+
+    As soon as any rank is gone, torchrun stops the others: who has nothing to say holds back until the one that does has
+    left, which the launcher's signal tells, and nobody lets that signal change the exit code.
+    """
+    place = _place_or_none()
+    alone = place is not None and place.world_size == 1
+    told = threading.Event() if alone else _take_stop_signals()
+    if place is None or place.local_rank == 0:  # without a place nobody knows who else could say it
+        print(f"dist_trainer: {error}", file=sys.stderr)
+    elif not isinstance(error, (PeerLostError, StoppedError)):
+        told.wait(HOLD_BACK_SECONDS)
+    if not alone:
+        _end_at_once(error.exit_code)
+    return error.exit_code
+
+
+def _place_or_none() -> Place | None:
+    try:
+        return place_of_this_process()
+    except ConfigError:
+        return None
+
+
+def _take_stop_signals() -> threading.Event:
+    """From now on these signals do nothing but set the event."""
+    told = threading.Event()
+    if threading.current_thread() is threading.main_thread():  # Python delivers them there alone
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda *_: told.set())
+    return told
+
+
 def _end_at_once(code: int) -> NoReturn:
     """Not sys.exit: with ranks still connected, the interpreter's own clean-up can wait for them for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def speaks() -> bool:
-    """Whether this is the one rank that prints what all of them found; known before any rank is connected."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,8 +35,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise ConfigError(f"{arguments.path} does not exist; give a run's folder, such as runs/default")
     for name, smallest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
         value = getattr(arguments, name)
-        if value is not None and value < smallest:
-            raise ConfigError(f"--{name}: {value} must be {smallest} or more")
+        if value is not None and not smallest <= value < math.inf:
+            raise ConfigError(f"--{name}: {value} must be {smallest} or more, and a finite number")
+    if not -(2**63) <= arguments.seed < 2**64:
+        raise ConfigError(f"--seed: {arguments.seed} must be a number of 64 bits")
     if not 0 < arguments.top_p <= 1:
         raise ConfigError(f"--top_p: {arguments.top_p} must be more than 0, and 1 at most")
     return arguments
@@ -50,12 +54,42 @@ def generate_text(arguments: argparse.Namespace) -> int:
     model = DecoderLM.from_pretrained(arguments.path)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(str(arguments.path))
-    for prompt in prompts(arguments):
-        print(prompt, end="", flush=True)
-        for piece in continuation(model, tokenizer, prompt, arguments):
-            print(piece, end="", flush=True)
-        print()
+    context = model.max_position_embeddings
+    if arguments.prompts_file is not None and arguments.prompt is None:
+        refuse_prompts_without_room(lines_of(arguments.prompts_file), tokenizer, context, arguments.prompts_file)
+    asks = arguments.prompt is None and arguments.prompts_file is None
+    try:
+        for prompt in prompts(arguments):
+            problem = lack_of_room(prompt, tokenizer, context)
+            if problem and asks:  # who types prompts can type another one
+                print(f"dist_trainer: {problem}", file=sys.stderr, flush=True)
+                continue
+            print(prompt, end="", flush=True)
+            for piece in continuation(model, tokenizer, prompt, arguments):
+                print(piece, end="", flush=True)
+            print(flush=True)
+    except BrokenPipeError:
+        # Whoever reads, such as `head`, has had enough. What the interpreter flushes at its end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_FINISHED
+
+
+def lack_of_room(prompt: str, tokenizer: Any, context: int) -> str | None:
+    """Why nothing can follow `prompt`; None where something can."""
+    length = len(tokenizer.encode(prompt, add_special_tokens=False))
+    if 0 < length < context:
+        return None
+    if length == 0:
+        return "the prompt is empty: give it at least one token"
+    return f"the prompt has {length} tokens; the model's context is {context}: shorten it"
+
+
+def refuse_prompts_without_room(lines: list[str], tokenizer: Any, context: int, path: Path) -> None:
+    """Raises ConfigError naming every line that cannot be continued, before any other is."""
+    found = ((number, lack_of_room(line, tokenizer, context)) for number, line in enumerate(lines, start=1) if line.strip())
+    problems = [f"line {number}: {problem}" for number, problem in found if problem]
+    if problems:
+        raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
 
 
 def prompts(arguments: argparse.Namespace) -> Iterator[str]:
@@ -63,14 +97,18 @@ def prompts(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.prompt is not None:
         yield arguments.prompt
     elif arguments.prompts_file is not None:
-        try:
-            lines = arguments.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompts_file: {arguments.prompts_file} cannot be read ({error})") from error
-        yield from (line for line in lines if line.strip())
+        yield from (line for line in lines_of(arguments.prompts_file) if line.strip())
     else:
         while line := _ask():
             yield line
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file of prompts. Raises ConfigError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts_file: {path} cannot be read ({error})") from error
 
 
 def _ask() -> str:
@@ -102,6 +140,12 @@ def continuation(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Na
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
+    room = model.max_position_embeddings - len(prompt_tokens)
+    if len(tokens) == room < arguments.max_new_tokens:
+        print(
+            f"dist_trainer: stopped after {room} new tokens, where the model's context of {model.max_position_embeddings} ends",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.tracking.atomic_file import replace_file
 from dist_trainer.tracking.html_report import html_report
-from dist_trainer.tracking.run_history import is_run_folder, read_run
+from dist_trainer.tracking.run_history import read_run, run_folder_of
 
 DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
 
@@ -24,20 +24,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write_report(argv: Sequence[str] | None) -> int:
     """Write the page and print its path."""
     parser = argparse.ArgumentParser(prog="python -m dist_trainer.report", description=DESCRIPTION)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/default")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/default, or a checkpoint in it"
+    )
     parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run's folder)")
     arguments = parser.parse_args(argv)
-    for folder in arguments.runs:
-        if not is_run_folder(folder):
-            raise ConfigError(f"{folder} is no run's folder: it has no metrics.jsonl; give one such as runs/default")
-    output = arguments.output or arguments.runs[0] / "report.html"
-    page = html_report([read_run(folder) for folder in arguments.runs])
+    runs = [_run_of(path) for path in arguments.runs]
+    output = arguments.output or runs[0] / "report.html"
+    page = html_report([read_run(folder) for folder in runs])
     try:
         replace_file(output, [page.encode()], durable=False)
     except OSError as error:
         raise ConfigError(f"--output: {output} cannot be written ({error.strerror})") from error
     print(output)
     return EXIT_FINISHED
+
+
+def _run_of(path: Path) -> Path:
+    folder = run_folder_of(path)
+    if folder is None:
+        raise ConfigError(
+            f"{path} is no run's folder: it has no metrics.jsonl; give one such as runs/default, or a checkpoint inside one"
+        )
+    return folder
 
 
 if __name__ == "__main__":

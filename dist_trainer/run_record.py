@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -14,18 +15,22 @@ from dist_trainer.errors import DistTrainerError, StoppedError, TrainingDiverged
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import append_event
-from dist_trainer.tracking.goodput import goodput_of, steps_to_redo
+from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, steps_to_redo
+from dist_trainer.tracking.report_tracker import write_report
+from dist_trainer.tracking.run_history import RunHistory, read_run
 from dist_trainer.tracking.status import State, write_status
 from dist_trainer.tracking.tracker import RunContext, build_tracker
 from dist_trainer.trainer import Trainer, TrainingResult
 
+log = logging.getLogger(__name__)
 
-def train(trainer: Trainer, folder: RunFolder | None) -> TrainingResult:
-    """Train, and leave the truth in the run's folder however it ends."""
+
+def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> TrainingResult:
+    """Train, and leave the truth in the run's folder however it ends. `began` (unix seconds): when the command did."""
     trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason)
     if folder is None:
         return trainer.fit()
-    begin_run_folder(trainer, folder)
+    begin_run_folder(trainer, folder, began=began)
     try:
         result = trainer.fit()
     except BaseException as error:
@@ -50,14 +55,15 @@ def reason_of(error: BaseException, world: World) -> str:
     return world.heartbeat.lost_peers() or f"{type(error).__name__}: {error}"
 
 
-def begin_run_folder(trainer: Trainer, folder: RunFolder) -> None:
+def begin_run_folder(trainer: Trainer, folder: RunFolder, *, began: float) -> None:
     """From here on the folder is this run's: its status, its events, its trackers."""
     config, step = trainer.config, trainer.progress.step
     folder.is_new = False  # whatever comes: from now on it holds what must not be lost
     write_status(folder.path, "running", step=step, max_steps=trainer.max_steps)
     environment = describe_environment(trainer.world)
     lost_steps = steps_to_redo(folder.path, start_step=step)
-    append_event(folder.path, "resume" if step else "start", step=step, lost_steps=lost_steps, environment=environment)
+    facts = {"began": began, "lost_steps": lost_steps, "environment": environment}
+    append_event(folder.path, "resume" if step else "start", step=step, **facts)
     context = RunContext(
         config=config,
         folder=folder.path,
@@ -76,10 +82,41 @@ def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason:
     trainer.tracker.close(state=state, reason=reason)
 
 
-def write_ending(trainer: Trainer, folder: Path, *, state: State, reason: str | None, exit_code: int) -> None:
-    """status.json, with the best loss and what the time went into."""
-    progress, now = trainer.progress, time.time()
-    spent = goodput_of(folder, now=now)
+def has_finished_in_words(trainer: Trainer) -> str:
+    """That nothing is left to do, and what would change that."""
+    config, step = trainer.config, trainer.progress.step
+    path = Path(config.output_dir) / config.run_name
+    if step > trainer.max_steps:
+        done = f"has done {step} steps, more than the {trainer.max_steps} that it is to do now"
+    else:
+        done = f"has finished its {step} steps already"
+    key = "--train.max_steps" if config.train.epochs is None or config.train.max_steps is not None else "--train.epochs"
+    return f"{path} {done}; raise {key} to go on, or choose another --run_name"
+
+
+def make_up_for_ending(trainer: Trainer, folder: RunFolder) -> None:
+    """A run that was killed between its last checkpoint and its last words has finished all the same: say so."""
+    if not step_folders(folder.checkpoints):  # what has finished is another run, whose checkpoint was to be gone on from
+        return
+    history = read_run(folder.path)
+    if history.status.get("state") == "finished":
+        return
+    # Its time ended with its last line: what came after was waiting for nothing.
+    spent = goodput(history)
+    write_ending(trainer, folder.path, state="finished", reason=None, exit_code=EXIT_FINISHED, spent=spent)
+    append_event(folder.path, "finished", step=trainer.progress.step, reason=None)
+    try:
+        write_report(RunHistory(folder.path))
+    except OSError as error:
+        log.warning("%s: its report could not be written: %s", folder.path, error.strerror)
+
+
+def write_ending(
+    trainer: Trainer, folder: Path, *, state: State, reason: str | None, exit_code: int, spent: Goodput | None = None
+) -> None:
+    """status.json, with the best loss and what the time went into (None: up to now)."""
+    progress = trainer.progress
+    spent = spent or goodput_of(folder, now=time.time())
     write_status(
         folder,
         state,

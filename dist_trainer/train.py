@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.distributed.preemption import StopRequest
-from dist_trainer.exit_codes import exit_code_of
+from dist_trainer.errors import ConfigError
+from dist_trainer.exit_codes import exit_code_of, leave_with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
+    began = time.time()
 
     def act() -> int:
-        with StopRequest().listen() as stop_request, stop_request.breaking_off():
-            config = load_config(argv)
-            # Only now torch: --help and config errors answer at once.
-            from dist_trainer.assembly import run
-        return run(config)
+        with StopRequest().listen() as stop_request:
+            # Listening comes before all else that takes time, and a config error before a signal: another rank that found
+            # the same error may be gone already, and torchrun's SIGTERM must not keep this one from saying it.
+            from dist_trainer.config.loading import load_config
+
+            try:
+                config = load_config(argv)
+            except ConfigError as error:
+                return leave_with(error)
+            with stop_request.breaking_off():
+                # Only now torch: --help and config errors answer at once.
+                from dist_trainer.assembly import run
+        return run(config, began=began)
 
     return exit_code_of(act)
 

@@ -117,6 +117,7 @@ class Trainer:
 
     def _fit(self) -> TrainingResult:
         self._saved_step = self.progress.step
+        self.model.train()  # Hugging Face's from_pretrained leaves it in evaluation mode
         with self.world.stop_request.listen():
             try:
                 self._at("warming up")
@@ -229,14 +230,8 @@ class Trainer:
     # --------------------------------------------------------------------------------------- between the steps
 
     def _warm_up(self) -> None:
-        warm_up(
-            self.model,
-            self.train_data,
-            world=self.world,
-            precision=self.precision,
-            loss_function=self.loss_function,
-            compiles=is_compiled(self.config.precision.compile, self.world),
-        )
+        compiles = is_compiled(self.config.precision.compile, self.world)
+        warm_up(self.model, self.train_data, self.world, self.precision, self.loss_function, compiles=compiles)
 
     def _at(self, phase: Phase) -> None:
         self.world.heartbeat.at(phase, step=self.progress.step)

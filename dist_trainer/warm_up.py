@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dist_trainer.data.batch import Batch
+from dist_trainer.data.packing import PaddingCollator
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
@@ -16,10 +18,10 @@ from dist_trainer.step import seed_dropout
 def warm_up(
     model: nn.Module,
     train_data: DataLoader,
-    *,
     world: World,
     precision: Precision,
     loss_function: LossFunction,
+    *,
     compiles: bool,
 ) -> None:
     """Compile where a signal can break it off, and bring DDP into the state it has in a run that never stopped.
@@ -29,8 +31,10 @@ def warm_up(
     after a resume.
     """
 
-    def rehearse(*, exchange: bool) -> None:
+    def rehearse(*, exchange: bool, shorter_by: int = 0) -> None:
         batch = next(iter(train_data)).to(world.device)
+        if shorter_by:
+            batch = Batch(batch.tokens[:, :-shorter_by].contiguous(), batch.targets[:, :-shorter_by].contiguous())
         seed_dropout(0, 0, block=0)
         with gradient_sync(model, enabled=exchange):
             with precision.autocast():
@@ -40,5 +44,7 @@ def warm_up(
 
     if compiles:
         agree(world, lambda: rehearse(exchange=False))
+        if isinstance(train_data.collate_fn, PaddingCollator):
+            agree(world, lambda: rehearse(exchange=False, shorter_by=1))  # another length, so that any is compiled for
     if world.world_size > 2:
         rehearse(exchange=True)

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Read by local.sh and multinode.sh: which Python, how many ranks on this machine, how many threads each, and the options
 # of torchrun that let a run stop, save and start again. Sets: python, ranks, torchrun, OMP_NUM_THREADS.
 
@@ -34,7 +35,7 @@ torchrun=("$python" -m torch.distributed.run --max-restarts="${MAX_RESTARTS:-0}"
 # torch 2.11 may know neither; a look into its source is twenty times quicker than its --help.
 torchrun_source=$("$python" -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/distributed/run.py
 if grep -q -- --signals-to-handle "$torchrun_source"; then
-  torchrun+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+  torchrun+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 fi
 if grep -q -- --shutdown-timeout "$torchrun_source"; then
   torchrun+=(--shutdown-timeout="${SHUTDOWN_TIMEOUT:-120}")

@@ -56,7 +56,7 @@ requeue() { # whether SLURM has taken the job back
   return 1
 }
 
-run_folder= newest_before= step= asked= left= told= ended=
+run_folder='' newest_before='' step='' asked='' left='' told='' ended=''
 # USR1: the time is nearly up. Ask the ranks to save and leave: TERM to the job's steps, not to the job.
 nearly_up() {
   if [[ -n $asked ]]; then return; fi

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
+import re
 import sys
+from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,6 +25,7 @@ from dist_trainer.config.rules import broken_rules
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.config.yaml_lines import Assignment, read_assignments
 from dist_trainer.errors import ConfigError
+from dist_trainer.place import place_of_this_process
 
 PROGRAM = "python -m dist_trainer.train"
 COMMAND_LINE = "command line"
@@ -46,13 +49,20 @@ def load_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     """
     arguments = _take_apart(sys.argv[1:] if argv is None else argv)
     if arguments.flags & {"--help", "-h"}:
-        print(_parser().format_help())
+        print(_help())
         raise SystemExit(0)
     config = _resolve(arguments)
     if "--print_config" in arguments.flags:
         print(dump_config(config), end="")
         raise SystemExit(0)
     return config
+
+
+def keys_given(argv: Sequence[str]) -> set[str]:
+    """The dotted keys that the command line `argv` sets, itself or in its --config files, as far as these can be read."""
+    arguments = _take_apart(argv)
+    in_files = [assignment for name in arguments.configs for assignment in read_assignments(Path(name), sections())[0]]
+    return {assignment.key for assignment in (*in_files, *arguments.assignments)}
 
 
 def validated(config: TrainingConfig) -> TrainingConfig:
@@ -121,10 +131,9 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
     problems = list(arguments.problems)
     assignments: list[Assignment] = []
     for name in arguments.configs:
-        try:
-            assignments += read_assignments(Path(name), sections())
-        except ConfigError as error:
-            problems.append(str(error))
+        found, wrong = read_assignments(Path(name), sections())
+        assignments += found
+        problems += wrong
     nested: dict[str, Any] = {}
     places: dict[str, str] = {}
     for assignment in assignments + arguments.assignments:
@@ -138,7 +147,7 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
         places[assignment.key] = assignment.where
     config = _parser().instantiate(_parser().parse_object(nested))
     resolved = TrainingConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)})
-    broken = broken_rules(resolved, world_size=_world_size())
+    broken = broken_rules(resolved, world_size=_ranks(problems))
     _raise_all(problems + [_with_place(problem, places) for problem in broken])
     return resolved
 
@@ -165,12 +174,22 @@ def _checked(assignment: Assignment) -> Any:
         raise ConfigError(f"{where}: {key}: must not be null; it is {_in_words(types[key])}")
     if str in (types[key], *get_args(types[key])) and isinstance(value, str):
         return value  # as it stands, be it "yes", "12" or "{question}"
+    if int in (types[key], *get_args(types[key])):
+        value = _whole(value)
     section, _, name = key.rpartition(".")
     try:
         parsed = _parser().parse_object({section: {name: value}} if section else {name: value})
     except (ArgumentError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {key}: {value!r} is not {_in_words(types[key])}") from error
     return parsed[key]
+
+
+def _whole(value: Any) -> Any:
+    """1e3 and 2.0, which are whole numbers too, as such; anything else as it stands."""
+    if isinstance(value, str | float) and re.fullmatch(r"[+-]?\d+(\.\d*)?([eE]\+?\d{1,2})?", str(value)):
+        number = Decimal(str(value))
+        return int(number) if number == number.to_integral_value() else value
+    return value
 
 
 def _no_such_key(key: str) -> str:
@@ -225,6 +244,10 @@ def _keys_of(section: str) -> list[str]:
 
 @cache
 def _parser() -> ArgumentParser:
+    return _new_parser()
+
+
+def _new_parser() -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=PROGRAM,
@@ -238,10 +261,25 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _world_size() -> int | None:
-    """Ranks, where a launcher says so."""
-    value = os.environ.get("WORLD_SIZE", "")
-    return int(value) if value.isdigit() else None
+def _help() -> str:
+    """What --help prints: the options that `_take_apart` understands."""
+    parser = _new_parser()
+    parser.add_argument("--config", metavar="FILE", help="YAML file of keys; may be given several times, later ones win.")
+    parser.add_argument("--print_config", action="store_true", help="Print the resulting config as YAML and exit.")
+    for action in parser._actions:
+        if action.dest in sections():
+            action.help = SUPPRESS
+    return parser.format_help()
+
+
+def _ranks(problems: list[str]) -> int | None:
+    """How many a launcher has started; None without one. Adds to `problems` where its variables make no sense."""
+    try:
+        ranks = place_of_this_process().world_size
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
+    return ranks if ranks > 1 else None
 
 
 def _raise_all(problems: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from dist_trainer.errors import ConfigError
@@ -29,9 +29,15 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
         if not callable(found):
             raise ConfigError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
         return cast(T, found)
-    near = difflib.get_close_matches(name, table, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"{key}: no row {name!r}; {hint}There are {', '.join(table)}, or your own as package.module:function")
+    raise ConfigError(no_such_row(table, name, key))
+
+
+def no_such_row(rows: Iterable[str], name: str, key: str) -> str:
+    """The message, with the nearest row."""
+    known = list(rows)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? There are" if near else "there are"
+    return f"{key}: no row {name!r}; {hint} {', '.join(known)}, or your own as package.module:function"
 
 
 def build(table: Mapping[str, Callable[..., T]], name: str, key: str, *arguments: Any, kind: type[T]) -> T:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from dist_trainer.config.lookup import no_such_row
+from dist_trainer.config.row_names import ROW_NAMES
 from dist_trainer.config.schema import (
     BatchConfig,
     DataConfig,
@@ -15,6 +17,8 @@ from dist_trainer.config.schema import (
     ScheduleConfig,
     TrainingConfig,
 )
+from dist_trainer.config.template import parse_template
+from dist_trainer.errors import ConfigError
 
 _POSITIVE = (
     "model.hidden_size",
@@ -56,6 +60,7 @@ def broken_rules(config: TrainingConfig, *, world_size: int | None = None) -> li
     return [
         *_signs(config),
         *_names(config),
+        *_rows(config),
         *_model(config.model),
         *_data(config.data),
         *_batch(config.batch, world_size),
@@ -87,6 +92,19 @@ def _names(config: TrainingConfig) -> Iterator[str]:
         yield f"checkpoint.resume: {resume!r} is neither auto nor never nor a folder that exists"
 
 
+def _rows(config: TrainingConfig) -> Iterator[str]:
+    """Rows that no table has. Functions of the user's own may import torch: assembly.check_rows imports them."""
+    for key, rows in ROW_NAMES.items():
+        section, _, field = key.rpartition(".")
+        name = getattr(getattr(config, section), field)
+        if name in rows:
+            continue
+        if ":" not in name:
+            yield no_such_row(rows, name, key)
+        elif not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+            yield f"{key}: {name!r} is not of the form package.module:function"
+
+
 def _model(model: ModelConfig) -> Iterator[str]:
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: {model.dropout} must be 0 or more, and less than 1"
@@ -108,6 +126,11 @@ def _data(data: DataConfig) -> Iterator[str]:
     for key in ("dataset", "tokenizer", "text_column"):
         if not getattr(data, key):
             yield f"data.{key}: must not be empty"
+    if data.template is not None:
+        try:
+            parse_template(data.template)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _batch(batch: BatchConfig, world_size: int | None) -> Iterator[str]:

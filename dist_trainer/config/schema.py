@@ -47,7 +47,7 @@ class DataConfig:
     """`austen` (inside the package), a Hub name, or a path: text, JSONL (.gz, .xz), Parquet, a save_to_disk folder or a
     folder in Hub layout."""
     dataset_config: str | None = None
-    """Configuration name of a Hub data set, such as `plain_text` for squad."""
+    """Configuration of a data set on the Hub or in its layout, such as `plain_text` for squad; null where there is one."""
     text_column: str = "text"
     """Column that holds the text."""
     template: str | None = None
@@ -153,7 +153,7 @@ class CheckpointConfig:
     """When to save, what to keep, what to resume from."""
 
     every_steps: int = 100
-    """Steps between checkpoints; 0: only at the end and on a signal."""
+    """Steps between checkpoints; 0: only after a validation with the lowest loss so far, at the end, and on a signal."""
     keep_last: int = 2
     """Newest checkpoints kept, beside the best one."""
     max_failures: int = 5
@@ -168,7 +168,7 @@ class TrackingConfig:
     """What to log, where."""
 
     log_every_steps: int = 10
-    """Steps between training lines in metrics.jsonl and on the console."""
+    """Steps between training lines: in metrics.jsonl, in the log file, and on a console that is no terminal."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline files under the run folder, online, or none."""
     wandb_project: str = "dist_trainer"

@@ -22,44 +22,51 @@ class Assignment:
     """`configs/mine.yaml:7`, or `command line`."""
 
 
-def read_assignments(path: Path, sections: frozenset[str]) -> list[Assignment]:
-    """The keys of the file, those in `sections` joined with a dot.
+def read_assignments(path: Path, sections: frozenset[str]) -> tuple[list[Assignment], list[str]]:
+    """The keys of the file, those in `sections` joined with a dot, and what is wrong with the others.
 
-    Raises ConfigError where the file is missing, is no YAML, holds no mapping, or has a key twice.
+    Wrong are a file that is missing, is no YAML or holds no mapping, a value that must not be in one, and a key that stands
+    twice, be it as `model.dropout: 0` and as `dropout: 0` under `model:`.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--config {path}: is not UTF-8 text") from error
+        return [], [f"--config {path}: cannot be read ({error.strerror})"]
+    except UnicodeDecodeError:
+        return [], [f"--config {path}: is not UTF-8 text"]
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        if root is None:
-            return []
-        if not isinstance(root, yaml.MappingNode):
-            raise ConfigError(f"{path}:1: holds no mapping of keys to values, such as `seed: 1`")
-        return list(_walk(root, path, "", sections))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: is not YAML ({error.problem or error.context})") from error
+        return [], [f"{path}{line}: is not YAML ({error.problem or error.context})"]
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not YAML ({error})") from error
+        return [], [f"{path}: is not YAML ({error})"]
+    if root is None:
+        return [], []
+    if not isinstance(root, yaml.MappingNode):
+        return [], [f"{path}:1: holds no mapping of keys to values, such as `seed: 1`"]
+    found = list(_walk(root, path, "", sections, {}))
+    return [one for one in found if isinstance(one, Assignment)], [one for one in found if isinstance(one, str)]
 
 
-def _walk(node: yaml.MappingNode, path: Path, prefix: str, sections: frozenset[str]) -> Iterator[Assignment]:
-    first_lines: dict[str, int] = {}
+def _walk(
+    node: yaml.MappingNode, path: Path, prefix: str, sections: frozenset[str], first_lines: dict[str, int]
+) -> Iterator[Assignment | str]:
+    """Each assignment, or the sentence that says what is wrong with it."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        name = f"{prefix}{_plain(key_node, path)}"
-        if name in first_lines:
-            raise ConfigError(f"{path}:{line}: {name} stands here a second time (first on line {first_lines[name]})")
-        first_lines[name] = line
-        if name in sections and isinstance(value_node, yaml.MappingNode):
-            yield from _walk(value_node, path, f"{name}.", sections)
-        elif not (name in sections and _plain(value_node, path) is None):
-            yield Assignment(name, _plain(value_node, path), f"{path}:{line}")
+        try:
+            name = f"{prefix}{_plain(key_node, path)}"
+            if name in first_lines:
+                yield f"{path}:{line}: {name} stands here a second time (first on line {first_lines[name]})"
+            first_lines.setdefault(name, line)
+            if name in sections and isinstance(value_node, yaml.MappingNode):
+                yield from _walk(value_node, path, f"{name}.", sections, first_lines)
+            elif not (name in sections and _plain(value_node, path) is None):
+                yield Assignment(name, _plain(value_node, path), f"{path}:{line}")
+        except ConfigError as error:
+            yield str(error)
 
 
 def _plain(node: yaml.Node, path: Path) -> Any:

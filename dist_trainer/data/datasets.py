@@ -14,7 +14,7 @@ from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_fold
 from dist_trainer.data.records import COMPRESSIONS, DATA_SUFFIXES, OTHER_FORMATS, Records, format_suffix, read_file
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import columns_of
-from dist_trainer.errors import DataError
+from dist_trainer.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,10 @@ CORPUS = Path(__file__).parent / "corpus"
 TRAIN_WORDS = ("train", "training")
 VALIDATION_WORDS = ("validation", "valid", "val", "dev", "eval")
 TEST_WORDS = ("test", "testing")
+METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""What the `datasets` library writes beside data."""
+BESIDE_DATA = ("readme", "license", "licence", "notice", "citation", "changelog", "requirements")
+"""What people write beside data."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,23 @@ def _could_be_on_the_hub(name: str) -> bool:
 
 
 def _local_source(path: Path, config: DataConfig) -> Source:
+    if not _declares_configs(path) or is_arrow_folder(path):
+        _refuse_config_name(str(path), config)
     if path.is_file():
         return Source(str(path), files_split([path], config))
     if is_arrow_folder(path) or _declares_configs(path):
         return _from_splits(str(path), arrow_folder_splits(path, config))
     return _from_splits(str(path), {name: files_split(files, config) for name, files in _files_by_split(path).items()})
+
+
+def _refuse_config_name(name: str, config: DataConfig) -> None:
+    """Raises ConfigError where data.dataset_config is set and no data set that the config names can heed it."""
+    others = {config.dataset, config.validation_dataset or name} - {name}
+    if config.dataset_config is not None and all(Path(other).expanduser().exists() for other in others):
+        raise ConfigError(
+            f"data.dataset_config: {config.dataset_config!r} is set, but {name} has no configurations to choose from; "
+            "remove the key, or set it to null"
+        )
 
 
 def _from_splits(name: str, splits: dict[str, Split]) -> Source:
@@ -104,7 +120,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
         found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
-    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not path.name.startswith("README")]
+    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _tells_of_the_data(path.name)]
     if not files:
         seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
         raise DataError(f"data.dataset: {folder} has no file of type {', '.join(DATA_SUFFIXES)} (also .gz, .xz){seen}")
@@ -128,6 +144,10 @@ def _split_word(path: Path) -> str:
             if words & set(synonyms):
                 return name
     return "train"
+
+
+def _tells_of_the_data(name: str) -> bool:
+    return name in METADATA or name.lower().startswith(BESIDE_DATA)
 
 
 def _is_hidden(path: Path) -> bool:

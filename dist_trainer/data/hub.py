@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.records import Records
@@ -40,9 +43,11 @@ def hub_is_reachable() -> bool:
 
 
 def _answers(endpoint: str) -> bool:
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True  # a proxy looks names up for us; a probe around it would say nothing
+    """Whether `endpoint` takes a connection, or the proxy that the way there leads over, which then looks names up for us."""
     url = urlsplit(endpoint)
+    proxies = {} if proxy_bypass(url.hostname or "") else getproxies()
+    if proxy := proxies.get(url.scheme) or proxies.get("all"):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
     try:
         with socket.create_connection(address, timeout=PROBE_SECONDS):
@@ -107,15 +112,15 @@ def _split(where: str, table: Any, config: DataConfig) -> Split:
                 row += 1
                 yield f"{where} row {row}", dict(zip(columns, values, strict=True))
 
-    return Split(where, records, known_digest=_table_digest(table, records))
-
-
-def _table_digest(table: Any, records: Any) -> str:
-    """The library's own fingerprint of a table, else a digest of the records."""
-    fingerprint = getattr(table, "_fingerprint", None)
-    if isinstance(fingerprint, str):
-        return f"arrow-{fingerprint}-{table.num_rows}"
-    return digest_of(record for _, record in records())
+    # Not the library's fingerprint: that of a table made by one's own function stays as it is when the function changes.
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return Split(
+        where,
+        records,
+        files,
+        content_digest=lambda: digest_of(record for _, record in records()),
+        content_name=json.dumps([where, columns]),
+    )
 
 
 def digest_of(records: Iterable[dict[str, Any]]) -> str:
@@ -128,4 +133,8 @@ def digest_of(records: Iterable[dict[str, Any]]) -> str:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
+    if text.startswith("Config name is missing"):
+        names = re.search(r"\[(.*?)\]", text)
+        choices = f": {names[1]}" if names else ""
+        return f"it has several configurations; choose one with --data.dataset_config{choices}"
     return text.splitlines()[0][:400]

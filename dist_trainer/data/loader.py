@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.rows import Rows, train_and_validation_rows, validation_rows
@@ -23,7 +24,7 @@ class Dataloaders(NamedTuple):
     """This rank's share of the data."""
 
     train: DataLoader
-    """Without end; its sampler says where it stands."""
+    """One epoch, that of its sampler's `set_epoch`; the trainer lets its sampler go on without end."""
     validation: DataLoader | None
 
 
@@ -41,6 +42,7 @@ def create_dataloaders(
     your own map-style `train_dataset` and `validation_dataset` of (inputs, targets) pairs, where a target of -100 carries
     no loss. Raises DataError, ConfigError; the same on every rank.
     """
+    validated(config)
     world = world or World.single()
     if train_dataset is not None:
         train = Rows(train_dataset, collate_pairs)

@@ -26,9 +26,10 @@ PARQUET_ROWS_AT_A_TIME = 4096
 
 def open_binary(path: Path) -> IO[bytes]:
     """The file's content, decompressed by its suffix."""
-    if path.suffix == ".gz":
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
-    if path.suffix == ".xz":
+    if suffix == ".xz":
         return lzma.open(path)  # type: ignore[return-value]
     return path.open("rb")
 

@@ -82,14 +82,17 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 class GlobalOrderSampler(DistributedSampler):
-    """This rank's rows in the global order, without end, from the global batch that `seek` named."""
+    """This rank's rows in the global order: those of one epoch, as usual, or without end from where `seek` said.
+
+    An epoch's rows are those of the global batches that begin in it.
+    """
 
     def __init__(self, dataset: Dataset, *, batch: BatchConfig, rank: int, world_size: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.num_rows = len(dataset)  # type: ignore[arg-type]
         self.batch = batch
         self.micro_batch_size = rows_per_micro_batch(batch, world_size)
-        self._start_step = 0
+        self._start_step: int | None = None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -101,11 +104,29 @@ class GlobalOrderSampler(DistributedSampler):
         return step / self.steps_per_epoch
 
     def seek(self, step: int) -> None:
-        """Iterate from global batch number `step` on."""
+        """Iterate from global batch number `step` on, without end; until the next `set_epoch`."""
         self._start_step = step
+
+    def set_epoch(self, epoch: int) -> None:
+        """Iterate over epoch number `epoch` alone."""
+        super().set_epoch(epoch)
+        self._start_step = None
+
+    def _steps_of_epoch(self) -> range:
+        first, end = (-(-epoch * self.num_rows // self.batch.global_batch_size) for epoch in (self.epoch, self.epoch + 1))
+        return range(first, end)
+
+    def __len__(self) -> int:
+        """Rows of this rank in the epoch that `set_epoch` named."""
+        return len(self._steps_of_epoch()) * self.batch.global_batch_size // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
         step = self._start_step
+        if step is None:
+            steps = self._steps_of_epoch()
+            for first in range(steps.start, steps.stop, STEPS_AT_A_TIME):
+                yield from self._rows_of_steps(first, min(STEPS_AT_A_TIME, steps.stop - first)).tolist()
+            return
         while True:
             yield from self._rows_of_steps(step, STEPS_AT_A_TIME).tolist()
             step += STEPS_AT_A_TIME

@@ -8,11 +8,10 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from dist_trainer.data.records import Records, unreadable
-
-_READ_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -23,34 +22,52 @@ class Split:
     """For log lines and messages."""
     records: Callable[[], Records]
     files: list[Path] = field(default_factory=list)
-    """The files it is made of: their content is its digest."""
+    """The files it is made of: their bytes are its digest, unless it has a content digest."""
     known_digest: str | None = None
-    """Digest by another means, where there are no files."""
+    """A name for the content that its maker vouches for."""
+    content_digest: Callable[[], str] | None = None
+    """The digest of what the records say, where equal bytes are not what equal content means."""
+    content_name: str = ""
+    """What of the files it is the digest of."""
 
     def digest(self, memory: Path) -> str:
         """A digest of the content, remembered under `memory` by each file's size and time of change."""
         if self.known_digest is not None:
             return self.known_digest
-        parts = "\n".join(f"{path.suffix} {_file_digest(path, memory)}" for path in self.files)
-        return hashlib.sha256(parts.encode()).hexdigest()
+        if self.content_digest is not None:
+            if not self.files:
+                return self.content_digest()
+            return _remembered(self.files, memory, self.content_digest, what=self.content_name)
+        parts = (f"{path.suffix} {_remembered([path], memory, partial(_digest_of_bytes, path))}" for path in self.files)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _file_digest(path: Path, memory: Path) -> str:
+def _remembered(files: list[Path], memory: Path, take: Callable[[], str], *, what: str = "bytes") -> str:
+    """What `take` gave when it was last called for `files` as they are now."""
+    identity = hashlib.sha256(json.dumps([what, *(_identity(path) for path in files)]).encode())
+    note = memory / f"{identity.hexdigest()[:32]}.txt"
+    if (noted := _read_note(note)) is not None:
+        return noted
+    digest = take()
+    with contextlib.suppress(OSError):  # a full disk: the digest is only taken once more the next time
+        _write_note(note, digest)
+    return digest
+
+
+def _identity(path: Path) -> list[str | int]:
     try:
         stat = path.stat()
-        identity = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        note = memory / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.txt"
-        if (noted := _read_note(note)) is not None:
-            return noted
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
+        return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
     except OSError as error:
         raise unreadable(path, error) from error
-    with contextlib.suppress(OSError):  # a full disk: the digest is only taken once more the next time
-        _write_note(note, digest.hexdigest())
-    return digest.hexdigest()
+
+
+def _digest_of_bytes(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _read_note(note: Path) -> str | None:

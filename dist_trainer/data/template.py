@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Callable
 from typing import Any
 
-from dist_trainer.errors import ConfigError, DataError
-
-_FIELD = re.compile(r"([^\[\].{}!:]+)((?:\[[^\[\]{}]+\])*)")
+from dist_trainer.config.template import parse_template
+from dist_trainer.errors import DataError
 
 TextOf = Callable[[str, dict[str, Any]], str]
 """(place, record) to text; raises DataError naming the place."""
@@ -22,7 +20,7 @@ def text_of(column: str, template: str | None) -> TextOf:
 
 def columns_of(column: str, template: str | None) -> list[str]:
     """The columns that `text_of` reads."""
-    return [column] if template is None else sorted({name for name, _ in _parse(template) if name is not None})
+    return [column] if template is None else sorted({name for name, _ in parse_template(template) if name is not None})
 
 
 def missing_column(column: str, present: list[str], where: str) -> DataError:
@@ -46,33 +44,12 @@ def _column(column: str) -> TextOf:
 
 
 def _template(template: str) -> TextOf:
-    parts = _parse(template)
+    parts = parse_template(template)
 
     def fill(where: str, record: dict[str, Any]) -> str:
         return "".join(literal if name is None else _look_up(record, name, literal, where) for name, literal in parts)
 
     return fill
-
-
-def _parse(template: str) -> list[tuple[str | None, str]]:
-    """(None, literal text) and (column, its indices) in order. Only look-ups: no attributes, calls or format codes."""
-    parts: list[tuple[str | None, str]] = []
-    try:
-        pieces = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"data.template: {template!r} is not a template ({error}); write {{{{ for a brace") from error
-    for literal, name, code, conversion in pieces:
-        if literal:
-            parts.append((None, literal))
-        if name is None:
-            continue
-        match = _FIELD.fullmatch(name)
-        if match is None or code or conversion:
-            raise ConfigError(f"data.template: {{{name}}} is not a column, optionally with [key] or [index] behind it")
-        parts.append((match[1], match[2]))
-    if all(name is None for name, _ in parts):
-        raise ConfigError(f"data.template: {template!r} names no column; write them as {{column}}")
-    return parts
 
 
 def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -40,6 +40,7 @@ BATCH_PIECES = 1024
 BATCH_CHARACTERS = 1 << 21
 PIECE_CHARACTERS = 1 << 20
 """A longer document is tokenised in pieces, or a tokenizer would need a hundred times its size in memory."""
+Border = Literal["with the next", "dropped", "none"]
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -214,7 +215,7 @@ def _tokenised(split: Split, tokenizer: Tokenizer, text: TextOf) -> Iterator[lis
     """The ids of all documents in order, in batches; a document without text is left out."""
     end = [tokenizer.eos_token_id]
     with tqdm(desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False) as progress:
-        for pieces in _batches(_documents(split, text)):
+        for pieces in _batches(_documents(split, text), border_of_pieces(tokenizer)):
             texts = [piece.text for piece in pieces]
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             yield [
@@ -231,11 +232,11 @@ def _documents(split: Split, text: TextOf) -> Iterator[str]:
             yield document
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[TextPiece]]:
+def _batches(documents: Iterable[str], border: Border) -> Iterator[list[TextPiece]]:
     batch: list[TextPiece] = []
     characters = 0
     for document in documents:
-        for piece in pieces_of(document):
+        for piece in pieces_of(document, border):
             batch.append(piece)
             characters += len(piece.text)
             if len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS:
@@ -245,16 +246,40 @@ def _batches(documents: Iterable[str]) -> Iterator[list[TextPiece]]:
         yield batch
 
 
-def pieces_of(document: str) -> Iterator[TextPiece]:
+def border_of_pieces(tokenizer: Tokenizer) -> Border:
+    """Who gets the space between two words where a document is cut: the next piece, nobody (the tokenizer puts one before
+    every text), or neither will do. Found by trying which gives the ids of the whole.
+    """
+    first, second = "the first words", "and then others"
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    whole = ids(f"{first} {second}")
+    if whole == ids(first) + ids(f" {second}"):
+        return "with the next"
+    return "dropped" if whole == ids(first) + ids(second) else "none"
+
+
+def pieces_of(document: str, border: Border = "with the next") -> Iterator[TextPiece]:
     """The document; or, of a long one, pieces that end between two words, where tokens end anyway, if there is such a place."""
     start = 0
-    while len(document) - start > PIECE_CHARACTERS:
-        limit = start + PIECE_CHARACTERS
-        places = [match.start() for match in _BETWEEN_WORDS.finditer(document, limit - PIECE_CHARACTERS // 8, limit)]
-        cut = places[-1] if places else limit
+    while len(document) - start > PIECE_CHARACTERS and (cut := _cut(document, start, border)) is not None:
         yield TextPiece(document[start:cut], ends_document=False)
-        start = cut
+        start = cut + 1 if border == "dropped" else cut
     yield TextPiece(document[start:], ends_document=True)
+
+
+def _cut(document: str, start: int, border: Border) -> int | None:
+    """Where the piece that begins at `start` ends: the last place between words of about PIECE_CHARACTERS."""
+    if border == "none":
+        return None
+    limit = start + PIECE_CHARACTERS
+    places = [match.start() for match in _BETWEEN_WORDS.finditer(document, limit - PIECE_CHARACTERS // 8, limit)]
+    if places or border == "with the next":
+        return places[-1] if places else limit
+    later = _BETWEEN_WORDS.search(document, limit)  # no space, no cut: one would appear there
+    return later.start() if later else None
 
 
 def _refuse_surrogates(where: str, document: str) -> None:

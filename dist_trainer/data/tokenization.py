@@ -103,10 +103,10 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A digest of all that decides which ids a text gets."""
+    """A digest of all that decides which ids a text gets. Not of truncation and padding, which each call sets anew."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        description = backend.to_str()
+        description = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None})
     else:
         description = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     return hashlib.sha256(f"{description} {tokenizer.eos_token_id}".encode()).hexdigest()

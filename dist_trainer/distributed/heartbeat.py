@@ -31,6 +31,9 @@ GRACE_SECONDS = 4.0
 """For a rank whose peer is gone: to notice by itself, by a closed connection, and leave in order."""
 LOST_PEERS_SECONDS = 2.0
 SPEAKING_SECONDS = 3.0
+STOPPING_SECONDS = 5.0
+FIRST_WORD_SECONDS = 1.0
+"""So much earlier than the others leaves the rank that names a hanging one: else it might take their leaving for the cause."""
 FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
 """distributed.timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
 EXIT_CODE = 1
@@ -115,6 +118,7 @@ class Heartbeat:
         """The last one of this rank that the others can know."""
         self._phase: tuple[Phase, int, float] = ("preparing", 0, time.monotonic())
         self._first_step_is_done = False
+        self._exchanging: threading.Thread | None = None
         self._launcher: int | None = None
         self._members: list[ProcessId] = []
         self._beats: dict[int, Beat] = {}
@@ -139,14 +143,21 @@ class Heartbeat:
         self._peers_may_leave = True
 
     def stop(self) -> None:
-        """No more signs of life, no more looking."""
+        """No more signs of life, no more looking.
+
+        The interpreter's end would abort this process where it found the exchanging thread within the store's C++.
+        """
         self._stopped.set()
+        if self._exchanging is not None:
+            self._exchanging.join(STOPPING_SECONDS)
 
     def lost_peers(self) -> str | None:
         """Which ranks are gone, if any, in a sentence; waits a moment, for what went wrong here may come from there."""
         end = time.monotonic() + LOST_PEERS_SECONDS
         while self._members and not self._stopped.is_set() and time.monotonic() < end:
-            if self._gone_since:
+            if self._hanging():
+                end = time.monotonic() + 2 * SPEAKING_SECONDS  # the watching thread is about to name it and to end this process
+            elif self._gone_since:
                 return self._in_words(self._gone())
             time.sleep(LOOK_SECONDS)
         return None
@@ -172,7 +183,8 @@ class Heartbeat:
         self._members = members
         if self._launcher is None:
             threading.Thread(target=self._look, name="watch", daemon=True).start()
-        threading.Thread(target=self._exchange, args=(store,), name="heartbeat", daemon=True).start()
+        self._exchanging = threading.Thread(target=self._exchange, args=(store,), name="heartbeat", daemon=True)
+        self._exchanging.start()
 
     def _patience_seconds(self) -> float:
         default = LATER_MINUTES if self._first_step_is_done else FIRST_STEP_MINUTES
@@ -204,6 +216,8 @@ class Heartbeat:
         self._beats[rank] = beat
 
     def _spread_findings(self, store: dist.Store) -> None:
+        if self._hanging():
+            return  # is the cause: others that are gone by now have left for it
         if self.rank == 0:
             self._findings = judge(list(self._beats.values()), [self._silent_seconds(rank) for rank in self._beats])
             store.set(FINDINGS_KEY, json.dumps([asdict(finding) for finding in self._findings]))
@@ -232,12 +246,15 @@ class Heartbeat:
             if rank != self.rank and rank not in self._gone_since and member.is_near() and not member.is_alive():
                 self._gone_since[rank] = time.monotonic()
 
+    def _hanging(self) -> list[Finding]:
+        return [finding for finding in self._findings if not finding.is_gone]
+
     def _to_act_on(self) -> list[Finding]:
+        if hanging := self._hanging():
+            return hanging
         if self._gone_since and not self._peers_may_leave:
             waited = time.monotonic() - min(self._gone_since.values())
             return self._gone() if waited > GRACE_SECONDS else []
-        if hanging := [finding for finding in self._findings if not finding.is_gone]:
-            return hanging
         if self.rank != 0 and self._members:  # rank 0 judges all; who judges rank 0?
             return silent_ranks([(0, self._beats[0], self._silent_seconds(0))])
         return []
@@ -253,6 +270,8 @@ class Heartbeat:
         reason = self._in_words(findings)
         if self.rank == able[0]:
             self._say(reason)
+        elif any(not finding.is_gone for finding in findings):
+            time.sleep(FIRST_WORD_SECONDS)
         if self.rank == next((rank for rank in able if self._members[rank].is_near()), None):
             for member in (self._members[rank] for rank in lost - {self.rank}):
                 if member.is_near():

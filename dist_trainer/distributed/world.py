@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +20,7 @@ from dist_trainer.distributed.launch import is_launched
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.processes import ProcessId
 from dist_trainer.errors import ConfigError, DistTrainerError, PeerLostError
+from dist_trainer.place import Place, place_of_this_process
 
 CONTROL_TIMEOUT = timedelta(days=7)
 """Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
@@ -65,9 +66,10 @@ class World:
     def join(cls, config: DistributedConfig) -> Iterator[World]:
         """Join the ranks that torchrun or srun started, and leave them in order; alone where there is no launcher.
 
-        Raises ConfigError where the ranks outnumber the machine's GPUs or the backend does not fit the machine.
+        Raises ConfigError where the launcher's variables make no sense, the ranks outnumber the machine's GPUs, or the backend
+        does not fit the machine.
         """
-        place = _place_of_this_process(os.environ)
+        place = place_of_this_process()
         device = _device_of(place, config.backend)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -85,30 +87,7 @@ class World:
             heartbeat.stop()
 
 
-@dataclass(frozen=True)
-class _Place:
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-
-
-def _place_of_this_process(environment: Mapping[str, str]) -> _Place:
-    """What torchrun's variables say, else what srun's say (with MASTER_ADDR and MASTER_PORT set), else alone."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        world_size = int(environment["WORLD_SIZE"])
-        local_rank = int(environment.get("LOCAL_RANK", environment["RANK"]))
-        local_world_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
-        return _Place(int(environment["RANK"]), local_rank, world_size, local_world_size)
-    if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
-        tasks = int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")))
-        nodes = int(environment.get("SLURM_STEP_NUM_NODES", environment.get("SLURM_NNODES", "1")))
-        local_rank = int(environment.get("SLURM_LOCALID", "0"))
-        return _Place(int(environment["SLURM_PROCID"]), local_rank, tasks, -(-tasks // nodes))
-    return _Place(0, 0, 1, 1)
-
-
-def _device_of(place: _Place, backend: str) -> torch.device:
+def _device_of(place: Place, backend: str) -> torch.device:
     if backend == "gloo" or (backend == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     available = torch.cuda.device_count()
@@ -126,7 +105,7 @@ def _device_of(place: _Place, backend: str) -> torch.device:
 
 
 @contextmanager
-def _process_groups(place: _Place, device: torch.device, heartbeat: Heartbeat) -> Iterator[dist.ProcessGroup]:
+def _process_groups(place: Place, device: torch.device, heartbeat: Heartbeat) -> Iterator[dist.ProcessGroup]:
     """The control group, beside torch's default one; left together with all other ranks."""
     _initialise_process_group(place, device, heartbeat.timeout_minutes)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
@@ -148,7 +127,7 @@ def _process_groups(place: _Place, device: torch.device, heartbeat: Heartbeat) -
         _leave(control, heartbeat)
 
 
-def _initialise_process_group(place: _Place, device: torch.device, timeout_minutes: float | None) -> None:
+def _initialise_process_group(place: Place, device: torch.device, timeout_minutes: float | None) -> None:
     alone_on_this_machine = place.world_size == place.local_world_size
     if alone_on_this_machine and sys.platform == "linux":
         # A host name that /etc/hosts maps to 127.0.1.1 would break gloo; within one machine loopback always works.
@@ -161,7 +140,7 @@ def _initialise_process_group(place: _Place, device: torch.device, timeout_minut
     )
 
 
-def _watch_peers(heartbeat: Heartbeat, place: _Place, control: dist.ProcessGroup) -> None:
+def _watch_peers(heartbeat: Heartbeat, place: Place, control: dist.ProcessGroup) -> None:
     """Tell all ranks of this process and of each other, and where rank 0 keeps what they have to say."""
     address, store, port = os.environ["MASTER_ADDR"], None, 0
     if place.rank == 0:

@@ -59,7 +59,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
@@ -164,7 +164,10 @@ class DecoderLM(nn.Module):
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
     ) -> None:
-        """Parameters are uninitialised: call init_weights, or load some. Build under torch.device("meta") to spare memory."""
+        """With torch's own first weights: call init_weights for those of a run, or load some.
+
+        Build under torch.device("meta") to spare memory and time.
+        """
         super().__init__()
         self.config = config
         self.vocabulary_size = vocabulary_size

@@ -57,7 +57,8 @@ def choose(logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: fl
     """One token, drawn from softmax(logits / temperature) cut to the `top_k` likeliest and to a total of `top_p`."""
     if temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V / temperature
+    # The likeliest token stands at 0 and in double precision, so that no temperature above 0 makes it infinite.
+    logits_V = (logits_V - logits_V.max()).double() / temperature
     if top_k is not None and top_k < logits_V.numel():
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)
     probabilities_V, order_V = logits_V.softmax(-1).sort(descending=True)

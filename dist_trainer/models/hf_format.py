@@ -203,7 +203,18 @@ def _newest_inside(path: Path) -> Path:
         inside = candidate.resolve().is_relative_to(path.resolve())
         if inside and (candidate / CONFIG_FILE).is_file():
             return candidate.resolve()
+    described_by_code = next((folder for folder in (path, *candidates) if _is_checkpoint(folder)), None)
+    if described_by_code is not None:
+        raise ConfigError(
+            f"{described_by_code} is a checkpoint of a model of your own (model.name), without {CONFIG_FILE}: only "
+            "training can go on from it; generate, evaluate and model.init_from open DecoderLM, and other models in Hugging "
+            "Face's Llama format"
+        )
     raise CheckpointError(f"{path} is neither a run folder with checkpoints, nor a checkpoint, nor a Hugging Face model folder")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file() and (folder / WEIGHTS_FILE).is_file()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.hf_format import locate_weights, read_hf_config, write_hf
+from dist_trainer.models.hf_format import WEIGHTS_FILE, locate_weights, read_hf_config, write_hf
 
 SHAPE_FIELDS = (
     "hidden_size",
@@ -100,12 +100,23 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     if isinstance(model, DecoderLM):
         model.load_weights(folder)
     else:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
 
 
 def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:
-    """How the weights of `model` are written: DecoderLM's as a Hugging Face folder, another module's as they are named."""
+    """How the weights of `model` are written: DecoderLM's as a Hugging Face folder, another module's as they are named.
+
+    Beside the latter stand the configs that a Hugging Face model has, so that transformers opens the folder.
+    """
     if isinstance(model, DecoderLM):
         config = model.hf_config()
         return lambda weights, folder: write_hf(folder, state=weights, config=config)
-    return lambda weights, folder: save_file(dict(weights), folder / "model.safetensors")
+    configs = [getattr(model, name, None) for name in ("config", "generation_config")]
+    describe = [save for config in configs if callable(save := getattr(config, "save_pretrained", None))]
+
+    def write(weights: Mapping[str, Tensor], folder: Path) -> None:
+        save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        for save in describe:
+            save(folder)
+
+    return write

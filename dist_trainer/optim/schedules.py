@@ -6,12 +6,15 @@ step 0 runs at 1/warmup_steps, step warmup_steps at 1.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, ScheduleConfig, TrainConfig
+
+log = logging.getLogger(__name__)
 
 STABLE_PART = 0.8
 """Part of the run after which warmup-stable-decay decays."""
@@ -70,6 +73,15 @@ def build_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[int], 
     schedule = resolve(SCHEDULES, config.name, "schedule.name")
     span = Span(config.warmup_steps, total_steps, config.min_lr_ratio)
     return lambda step: schedule(step, span)
+
+
+def warn_of_unfinished_warmup(config: ScheduleConfig, total_steps: int) -> None:
+    """Say it where the run ends before the peak. No refusal: trying a long run's config for a few steps is a good habit."""
+    if config.warmup_steps > total_steps:
+        log.warning(
+            "schedule.warmup_steps: %d, but the run has %d steps: it ends before the learning rate has reached its peak",
+            *(config.warmup_steps, total_steps),
+        )
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: float) -> int:

@@ -9,7 +9,9 @@ from dist_trainer.distributed.world import World
 
 
 def ddp(model: nn.Module, world: World) -> nn.Module:
-    """`model` in torch's DistributedDataParallel; its weights become rank 0's."""
+    """`model` in torch's DistributedDataParallel; its weights become rank 0's. One process has no one to average with."""
+    if world.world_size == 1:
+        return model
     return DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,

@@ -23,11 +23,19 @@ STRATEGIES: dict[str, Callable[[nn.Module, World], nn.Module]] = {"single": sing
 
 
 def parallelize(
-    model: nn.Module, world: World, *, strategy: str = "auto", compile: bool | Literal["auto"] = "auto"
+    model: nn.Module,
+    world: World,
+    *,
+    strategy: str = "auto",
+    compile: bool | Literal["auto"] = "auto",
+    varying_length: bool = False,
 ) -> nn.Module:
-    """`model` as several ranks train it together: compiled first (auto: on GPUs), then wrapped by `strategy`."""
+    """`model` as several ranks train it together: compiled first (auto: on GPUs), then wrapped by `strategy`.
+
+    `varying_length`: of the sequences, from batch to batch.
+    """
     if is_compiled(compile, world):
-        compile_blocks(model)
+        compile_blocks(model, varying_length=varying_length)
     if strategy == "auto":
         strategy = "ddp" if world.world_size > 1 else "single"
     return build(STRATEGIES, strategy, "distributed.strategy", model, world, kind=nn.Module)
@@ -38,11 +46,14 @@ def is_compiled(compile: bool | Literal["auto"], world: World) -> bool:
     return compile is True or (compile == "auto" and world.device.type == "cuda")
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each of `model.blocks` in place (equal blocks share one compilation), or the whole of other models."""
+def compile_blocks(model: nn.Module, *, varying_length: bool = False) -> None:
+    """Compile each of `model.blocks` in place (equal blocks share one compilation), or the whole of other models.
+
+    With sequences of varying length, once more for any length when the second one comes.
+    """
     blocks = getattr(model, "blocks", None)
     for part in blocks if blocks is not None else [model]:
-        part.compile(dynamic=False)
+        part.compile(dynamic=None if varying_length else False)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

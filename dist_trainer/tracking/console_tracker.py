@@ -1,8 +1,10 @@
-"""Progress for people: a bar on a terminal, a plain line now and then in log files, and what to do next at the end."""
+"""Progress for people: a bar on a terminal, a plain line a logged step in log files, and what to do next at the end."""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
 import textwrap
 import time
@@ -22,17 +24,16 @@ __all__ = ["ConsoleTracker", "configure_logging"]
 log = logging.getLogger(__name__)
 progress = logging.getLogger(PROGRESS_LOGGER)
 
-SECONDS_BETWEEN_LINES = 10.0
 _SAMPLE_CHARACTERS = 800
 
 
 class ConsoleTracker:
-    """Shows training lines on a tqdm bar where stderr is a terminal, and as plain lines in the log every ten seconds."""
+    """Shows training lines on a tqdm bar where stderr is a terminal, and as a plain line each in the log."""
 
     def __init__(self, context: RunContext, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
         self._clock = clock
-        self._began = self._last_line = clock()
+        self._began = clock()
         self._first: tuple[int, float] | None = None
         self._step = context.start_step
         self._best = best_validation(context.folder) if context.start_step else None
@@ -42,13 +43,12 @@ class ConsoleTracker:
             desc=context.config.run_name,
             unit="step",
             file=sys.stderr,
-            dynamic_ncols=True,
+            **_width(),
             disable=None,
         )
         log.info(
-            "%s: %s parameters, steps %d to %d, into %s",
-            *(context.config.run_name, quantity(context.parameters), context.start_step + 1, context.max_steps),
-            context.folder,
+            "%s: %s parameters, %s, into %s",
+            *(context.config.run_name, quantity(context.parameters), steps_in_words(context), context.folder),
         )
 
     def log(self, line: dict[str, Any]) -> None:
@@ -70,12 +70,16 @@ class ConsoleTracker:
         context, took = self._context, duration(self._clock() - self._began)
         best = f"; best validation loss {self._best[1]:.4f} at step {self._best[0]}" if self._best else ""
         because = f" ({reason})" if reason else ""
-        log.info("%s at step %d of %d after %s%s%s", state, self._step, context.max_steps, took, because, best)
+        log.info("%s at %s after %s%s%s", state, self._place(), took, because, best)
         log.info("%s", goodput_in_words(goodput_of(context.folder, now=time.time())))
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
             log.info("%s", next_commands(context.folder))
+
+    def _place(self) -> str:
+        most = self._context.max_steps
+        return f"step {self._step} of {most}" if self._step <= most else f"step {self._step}, past the {most} it is to do now"
 
     def _show_training(self, line: dict[str, Any]) -> None:
         self._step, now = line["step"], self._clock()
@@ -85,12 +89,9 @@ class ConsoleTracker:
                 refresh=False,
             )
             self._bar.update(self._step - self._bar.n)
-        is_first = self._first is None
         if self._first is None:
             self._first = (self._step, now)
-        if is_first or now - self._last_line >= SECONDS_BETWEEN_LINES or self._step >= self._context.max_steps:
-            self._last_line = now
-            progress.info("%s", self._plain(line, now))
+        progress.info("%s", self._plain(line, now))
 
     def _plain(self, line: dict[str, Any], now: float) -> str:
         parts = [
@@ -131,6 +132,22 @@ class ConsoleTracker:
         shown = textwrap.shorten(f"{prompt} | {text}", _SAMPLE_CHARACTERS, placeholder=" ...")
         wrapped = textwrap.fill(shown, 100, initial_indent="    ", subsequent_indent="    ")
         log.info("step %d  sample (prompt | what the model makes of it):\n%s", line["step"], wrapped)
+
+
+def _width() -> dict[str, Any]:
+    """How wide tqdm is to draw: as the terminal is, also when it changes; one that says 0 columns (a serial line, a container
+    without a window) would get no bar at all, so $COLUMNS or 80 count there."""
+    try:
+        known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (OSError, ValueError):  # no terminal: no bar
+        known = True
+    return {"dynamic_ncols": True} if known else {"ncols": shutil.get_terminal_size().columns}
+
+
+def steps_in_words(context: RunContext) -> str:
+    """`steps 1 to 300`; where max_steps was lowered since, that none is left."""
+    start, most = context.start_step, context.max_steps
+    return f"steps {start + 1} to {most}" if start < most else f"no step left after {start}, the last validation is"
 
 
 def goodput_in_words(spent: Goodput) -> str:

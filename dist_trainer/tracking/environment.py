@@ -31,6 +31,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "rocm": torch.version.hip,
         **describe_commit(),
+        **{f"dist_trainer_{key}": value for key, value in describe_own_commit().items()},
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
         "device": device_name(world.device),
@@ -79,6 +80,20 @@ def describe_commit(folder: Path | None = None) -> dict[str, Any]:
     if not commits or commits[0] == "(initial)":
         return unknown
     return {"git_commit": commits[0], "git_dirty": any(not line.startswith("#") for line in lines)}
+
+
+def describe_own_commit(file: Path = Path(__file__)) -> dict[str, Any]:
+    """As `describe_commit`, of the repository that this package's code is kept in.
+
+    Both null where `file` is not tracked: an installed package may lie below a repository that is not its own.
+    """
+    try:
+        command = ["git", "ls-files", "--error-unmatch", "--", file.name]
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": _GIT_TIMEOUT_SECONDS}
+        subprocess.run(command, cwd=file.resolve().parent, check=True, **options)
+    except (OSError, subprocess.SubprocessError):
+        return {"git_commit": None, "git_dirty": None}
+    return describe_commit(file.resolve().parent)
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,6 @@ class ReportTracker:
     """Reads only what metrics.jsonl has gained since the last page."""
 
     def __init__(self, context: RunContext) -> None:
-        self._path = context.folder / REPORT_FILE
         self._history = RunHistory(context.folder)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -32,5 +31,10 @@ class ReportTracker:
         self._write()
 
     def _write(self) -> None:
-        self._history.refresh()
-        replace_file(self._path, [html_report([self._history]).encode()], durable=False)
+        write_report(self._history)
+
+
+def write_report(history: RunHistory) -> None:
+    """Make the page of `history`'s run anew, in its folder. Raises OSError where the disk refuses."""
+    history.refresh()
+    replace_file(history.folder / REPORT_FILE, [html_report([history]).encode()], durable=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,15 @@ def read_run(folder: Path) -> RunHistory:
 def is_run_folder(folder: Path) -> bool:
     """Whether a run has left something to read in `folder`."""
     return any((folder / name).is_file() for name in (METRICS_FILE, "config.yaml", EVENTS_FILE))
+
+
+def run_folder_of(path: Path, *, is_run: Callable[[Path], bool] = is_run_folder) -> Path | None:
+    """The run that `path` means: itself, or the one that the checkpoint `path` belongs to; None where there is none."""
+    if is_run(path):
+        return path
+    inside = path.resolve()
+    runs = (folder for folder in inside.parents[:2] if inside.is_relative_to(folder / "checkpoints"))
+    return next((folder for folder in runs if is_run(folder)), None)
 
 
 def whole_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:

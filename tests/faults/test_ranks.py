@@ -120,6 +120,16 @@ def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp
     goes_on_as_if_nothing_had_happened(config, stories, tmp_path)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_of_four_ranks_the_one_that_hangs_is_named_and_none_that_left_for_it(stories, tmp_path, rank):
+    config = small_config(stories, tmp_path / "run", distributed__timeout_minutes=0.1)
+    codes = command(config, 4, before=freeze(rank=rank, at=7))
+    assert codes == [-9 if each == rank else 1 for each in range(4)]
+    assert said(config).count(" was last seen in step ") == 1
+    assert f"rank {rank} on {os.uname().nodename}" in status(config)["reason"]
+    assert "hangs" in status(config)["reason"]
+
+
 def test_a_rank_whose_main_thread_is_stuck_is_named_too(stories, tmp_path):
     config = small_config(stories, tmp_path, distributed__timeout_minutes=0.1)
     codes = command(config, 2, before=get_stuck_reading_data(rank=1, at=6))

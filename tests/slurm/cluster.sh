@@ -44,7 +44,7 @@ daemon() { # NAME HOST CMD...: start it unless it runs; on no host, if HOST is -
 track_processes() {
   local node
   for node in $(nodes); do
-    mkdir "$FREEZER/slurm_$node" 2>/dev/null && rmdir "$FREEZER/slurm_$node" || { echo linuxproc; return; }
+    if ! mkdir "$FREEZER/slurm_$node" 2>/dev/null || ! rmdir "$FREEZER/slurm_$node"; then echo linuxproc && return; fi
   done
   echo cgroup
 }
@@ -92,7 +92,7 @@ GresTypes=gpu
 # [300] A node that is silent this long is down, and its jobs are lost.
 SlurmdTimeout=10
 # [30] Between SIGTERM and SIGKILL.
-KillWait=5
+KillWait=10
 # [300] Finished jobs stay in \`scontrol show job\`: there is no database.
 MinJobAge=86400
 # [0] A node that comes back is used again.

@@ -21,7 +21,7 @@ TRAINING = [
     *("--schedule.name", "tests.slurm.pace:cosine", "--distributed.backend", "gloo"),
 ]
 SPACES = "It is a truth,  universally acknowledged"
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 400.0
 """For what takes some 20 s on a machine with nothing else to do."""
 
 

@@ -21,6 +21,7 @@ die() { echo "netns.sh: $*" >&2; exit 1; }
 source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
 
 # Process 1 of a host: sets itself up, then reaps orphans until it is killed.
+# shellcheck disable=SC2016 # for that shell to expand
 HOST_INIT='
   set -e
   hostname "$1"

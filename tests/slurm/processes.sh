@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Read by cluster.sh and netns.sh: processes known by pid and start time, so that a pid that was given out again is never hit.
 
 # The start time of a process that is neither dead nor a zombie.

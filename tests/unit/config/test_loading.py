@@ -1,17 +1,24 @@
 """A config is whole or refused, and refused with every reason at once."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dist_trainer.assembly import check_rows
 from dist_trainer.config.loading import config_differences, dump_config, leaf_types, load_config, validated
 from dist_trainer.config.lookup import build
+from dist_trainer.config.row_names import ROW_NAMES
 from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import Source
 from dist_trainer.errors import ConfigError
+from dist_trainer.models.registry import MODELS
+from dist_trainer.optim.optimizers import OPTIMIZERS
+from dist_trainer.optim.schedules import SCHEDULES
+from dist_trainer.parallel.registry import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -128,6 +135,11 @@ REFUSED = {
     "--learning_rate 1": "learning_rate: no such key; did you mean optim.learning_rate?",
     "--zzz 1": "zzz: no such key; --help lists them all",
     "stray": "'stray' stands alone",
+    "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are adamw, or your own",
+    "--schedule.name foo": "schedule.name: no row 'foo'; there are cosine, linear, constant, wsd, or your own",
+    "--model.name my_project:": "model.name: 'my_project:' is not of the form package.module:function",
+    "--distributed.strategy fsdp --data.template {a!r} --optim.name sgd": "3 problems",
+    "--data.template {": "command line: data.template: '{' is not a template",
     "--seed null": "seed: 'null' is not a whole number",
     "--distributed.timeout_minutes 0": "distributed.timeout_minutes: 0.0 must be more than 0",
 }
@@ -141,6 +153,8 @@ def test_a_bad_argument_is_refused_by_key_value_and_remedy(words):
 BAD_FILES = {
     "seed: 1\nseed: 2\n": ":2: seed stands here a second time (first on line 1)",
     "optim:\n  eps: 1\n  eps: 2\n": ":3: optim.eps stands here a second time",
+    "model.hidden_size: 96\nmodel:\n  hidden_size: 192\n": ":3: model.hidden_size stands here a second time (first on line 1)",
+    "{seed: 1, seed: 2}": ":1: seed stands here a second time",
     "- 1\n": ":1: holds no mapping",
     "seed: [1\n": "is not YAML",
     "a:\n\tb: 1\n": ":2: is not YAML",
@@ -158,6 +172,41 @@ def test_a_bad_file_is_refused_with_its_line(tmp_path, text):
     assert BAD_FILES[text] in message
 
 
+def test_a_duplicate_key_hides_no_other_problem_of_its_file(tmp_path):
+    text = "seed: 1\nseed: two\nzzz: 1\nmodel:\n  dropout: !!python/name:os.sep\n  hiden_size: 3\n  dropout: 1\n"
+    path = write(tmp_path / "bad.yaml", text)
+    message = refused("--config", path)
+    assert message.startswith("7 problems")
+    for line in (
+        ":2: seed stands here a second time (first on line 1)",
+        ":2: seed: 'two' is not",
+        ":3: zzz: no such key",
+        ":5: tag:",
+        ":6: model.hiden_size: no such key",
+        ":7: model.dropout stands here a second time (first on line 5)",
+        ":7: model.dropout: 1.0 must be",
+    ):
+        assert path + line in message
+
+
+def test_whole_numbers_may_be_written_with_a_point_or_an_exponent(tmp_path):
+    assert load_config(["--train.max_steps", "1e3", "--seed", "5.0"]).train.max_steps == 1000
+    path = write(tmp_path / "c.yaml", "train: {max_steps: 1.5e+3}\nseed: 9007199254740993.0e0\nmodel: {hidden_size: 192.0}\n")
+    config = load_config(["--config", path])
+    assert (config.train.max_steps, config.model.hidden_size, config.seed) == (1500, 192, 9007199254740993)
+    for wrong in ("1.5", "15e-1", "1e-3", "1e999", "true"):
+        assert f"seed: '{wrong}' is not a whole number" in refused("--seed", wrong)
+
+
+def test_help_lists_what_can_be_typed_and_no_more(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    options = set(re.findall(r"^  (?:-h, )?--([\w.]+)", said, re.MULTILINE))
+    assert options == {"help", "config", "print_config", *leaf_types()}
+
+
 def test_missing_and_empty_files(tmp_path):
     assert "--config nowhere.yaml: cannot be read" in refused("--config", "nowhere.yaml")
     assert load_config(["--config", write(tmp_path / "empty.yaml", "# nothing\n")]) == TrainingConfig()
@@ -165,8 +214,27 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
+    assert load_config([]) == TrainingConfig(), "without RANK this is one process"
+    for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert "16 must be a multiple of the number of ranks (3)" in refused()
     assert "(8) x ranks (3) = 24 sequences" in refused("--batch.micro_batch_size", "8")
+
+
+def test_the_names_that_are_checked_without_torch_are_the_tables_rows():
+    assert {key: set(names) for key, names in ROW_NAMES.items()} == {
+        "model.name": set(MODELS),
+        "optim.name": set(OPTIMIZERS),
+        "schedule.name": set(SCHEDULES),
+        "distributed.strategy": {"auto", *STRATEGIES},
+    }
+    assert load_config(["--optim.name", "my_project.lion:build_lion"]).optim.name == "my_project.lion:build_lion"
+
+
+def test_a_function_of_ones_own_that_cannot_be_imported_is_refused_before_data_are_read():
+    config = load_config(["--schedule.name", "nowhere_at_all:f"])
+    with pytest.raises(ConfigError, match=r"schedule\.name: 'nowhere_at_all:f' cannot be imported"):
+        check_rows(config)
 
 
 def test_a_config_made_in_python_is_checked_too_and_cannot_change():

@@ -57,6 +57,25 @@ def test_seeking_goes_on_with_exactly_the_next_global_batch():
     assert global_batches(world_size=2, micro=2, steps=17, first=33) == whole[33:]
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_iterating_gives_one_epoch_as_of_any_sampler(world_size):
+    samplers = [
+        GlobalOrderSampler(range(40), batch=BatchConfig(16, 8), rank=rank, world_size=world_size, seed=0)
+        for rank in range(world_size)
+    ]
+    epochs = []
+    for epoch in range(4):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        epochs.append([list(sampler) for sampler in samplers])
+        assert [len(rows) for rows in epochs[-1]] == [len(sampler) for sampler in samplers]
+    assert [sum(map(len, epoch)) for epoch in epochs] == [48, 32, 48, 32]  # 2.5 global batches of 16 rows, in turn 3 and 2
+    for rank, sampler in enumerate(samplers):
+        sampler.seek(0)
+        endless = iter(sampler)
+        assert [next(endless) for epoch in epochs for _ in epoch[rank]] == [row for epoch in epochs for row in epoch[rank]]
+
+
 def test_epochs_count_rows():
     sampler = GlobalOrderSampler(range(40), batch=BatchConfig(16, 8), rank=0, world_size=1, seed=0)
     assert sampler.steps_per_epoch == 2.5

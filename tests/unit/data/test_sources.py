@@ -4,6 +4,8 @@ import gzip
 import json
 import lzma
 import multiprocessing
+import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import token_store as token_store_module
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
 from dist_trainer.data.template import text_of
-from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
+from dist_trainer.data.tokenization import load_tokenizer, tokenizer_digest, vocabulary_size
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError
 
@@ -116,6 +119,26 @@ def test_a_folder_that_declares_its_splits_in_readme(tmp_path):
     assert texts(tmp_path, cache_dir=str(tmp_path / "cache")) == (STORIES[:8], STORIES[8:])
 
 
+def test_of_several_configurations_in_readme_one_must_be_chosen(tmp_path):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    write(tmp_path / "README.md", f"---\nconfigs:\n{configs}---\n")
+    write(tmp_path / "a.jsonl", jsonl(STORIES[:8]))
+    write(tmp_path / "b.jsonl", jsonl(STORIES[8:]))
+    with pytest.raises(DataError, match=r"several configurations; choose one with --data\.dataset_config: 'a', 'b'"):
+        texts(tmp_path)
+    with pytest.raises(DataError, match=r"cannot be loaded: .*'c'.*'a', 'b'"):
+        texts(tmp_path, dataset_config="c")
+    assert texts(tmp_path, dataset_config="b")[0] == STORIES[8:]
+
+
+def test_a_configuration_that_nothing_heeds_is_refused(tmp_path):
+    file, folder = write(tmp_path / "s.jsonl", jsonl()), write(tmp_path / "plain" / "t.jsonl", jsonl()).parent
+    for path in (file, folder):
+        with pytest.raises(ConfigError, match=r"data\.dataset_config: 'b' is set, but .* has no configurations"):
+            texts(path, dataset_config="b")
+    assert texts(file, dataset_config="plain_text", validation_dataset="squad")[0] == STORIES, "which is for the other one"
+
+
 SQUAD_ROW = {"context": "A {b}", "question": "Why?", "answers": {"text": ["So", "Thus"], "answer_start": [0, 4]}}
 
 
@@ -187,6 +210,20 @@ def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
         load_tokenizer("gpt2")
 
 
+def test_a_hub_behind_a_dead_proxy_is_unreachable_at_once(monkeypatch):
+    from dist_trainer.data import hub
+
+    for name in ("HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        address = f"127.0.0.1:{proxy.getsockname()[1]}"
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{address}")
+        assert hub._answers("https://hub.invalid")
+    assert not hub._answers("https://hub.invalid")
+    monkeypatch.setenv("HTTPS_PROXY", address)
+    assert not hub._answers("https://hub.invalid")
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     path = write(tmp_path / "x.jsonl", jsonl())
     blocked = write(tmp_path / "file", "")
@@ -243,6 +280,67 @@ def test_a_long_document_is_tokenised_in_pieces_and_stays_one(tmp_path, monkeypa
     assert tokens.tolist().index(tokenizer.eos_token_id) == len(tokens) - 1
     if "two" in text:
         assert tokens[:-1].tolist() == tokenizer(whole.text)["input_ids"]
+
+
+def llama_like_tokenizer(folder):
+    """As Llama 2 has it: a normalizer puts a ▁ before every text, and ▁ for every space."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # tokens do not reach over words
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=300, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(STORIES)] * 3, trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"})
+    )
+    return folder
+
+
+def test_pieces_of_a_long_document_do_not_show_where_the_tokenizer_puts_a_space_before_each(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(str(llama_like_tokenizer(tmp_path / "tokenizer")))
+    assert token_store_module.border_of_pieces(tokenizer) == "dropped"
+    assert token_store_module.border_of_pieces(load_tokenizer("austen")) == "with the next"
+    document = " ".join(STORIES * 5)
+    monkeypatch.setattr(token_store_module, "PIECE_CHARACTERS", 64)
+    pieces = list(token_store_module.pieces_of(document, "dropped"))
+    assert len(pieces) > 3
+    ids = [i for piece in pieces for i in tokenizer(piece.text, add_special_tokens=False)["input_ids"]]
+    assert ids == tokenizer(document, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_that_truncates_and_pads_stays_the_same_one_when_it_is_used(tmp_path):
+    folder = llama_like_tokenizer(tmp_path / "tokenizer")
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(16)
+    backend.enable_padding(length=16)
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder))
+    before = tokenizer_digest(tokenizer)
+    assert len(tokenizer("word " * 99, add_special_tokens=False)["input_ids"]) > 16
+    assert tokenizer_digest(tokenizer) == before
+
+
+def test_a_table_is_known_by_what_it_says(tmp_path):
+    """Not by the library's fingerprint, which stays as it is where only a function that made it has changed."""
+    digests = []
+    for word in ("cherry", "banana"):
+        table = datasets.Dataset.from_dict({"text": [f"{word} {story}" for story in STORIES], "other": range(len(STORIES))})
+        shutil.rmtree(tmp_path / "table", ignore_errors=True)
+        table.save_to_disk(str(tmp_path / "table"))
+        state = json.loads((tmp_path / "table" / "state.json").read_text())
+        write(tmp_path / "table" / "state.json", json.dumps({**state, "_fingerprint": "0123456789abcdef"}))
+        digests.append(create_dataloaders(small(tmp_path / "table", tmp_path)).train.dataset.fingerprint)
+    assert digests[0] != digests[1]
+
+
+def test_files_that_tell_of_the_data_are_not_data(tmp_path):
+    write(tmp_path / "d" / "data" / "train.jsonl", jsonl())
+    write(tmp_path / "d" / "dataset_infos.json", '{"default": {}}')
+    write(tmp_path / "d" / "LICENSE.txt", "Permission is granted")
+    write(tmp_path / "d" / "requirements.txt", "torch")
+    config = small(tmp_path / "d", tmp_path)
+    assert len(open_source(config.data.dataset, config.data).train.files) == 1
 
 
 def _load(config: TrainingConfig, built) -> None:

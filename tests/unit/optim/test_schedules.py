@@ -2,7 +2,7 @@ import pytest
 
 from dist_trainer.config.schema import ScheduleConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.optim.schedules import SCHEDULES, build_schedule
+from dist_trainer.optim.schedules import SCHEDULES, build_schedule, warn_of_unfinished_warmup
 
 
 def schedule(name: str, *, warmup_steps: int = 10, min_lr_ratio: float = 0.1, total_steps: int = 110):
@@ -51,3 +51,10 @@ def test_warmup_stable_decay_holds_until_four_fifths_of_the_run():
 def test_a_schedule_that_does_not_exist_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"schedule\.name.*cosin.*cosine"):
         schedule("cosin")
+
+
+def test_a_run_that_ends_within_its_warmup_is_warned_of(caplog):
+    warn_of_unfinished_warmup(ScheduleConfig(warmup_steps=5), 5)
+    assert not caplog.text
+    warn_of_unfinished_warmup(ScheduleConfig(warmup_steps=1000), 5)
+    assert "schedule.warmup_steps: 1000, but the run has 5 steps" in caplog.text

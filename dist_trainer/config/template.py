@@ -1,0 +1,34 @@
+"""What data.template may say; filling it in is data/template.py's."""
+
+from __future__ import annotations
+
+import re
+import string
+
+from dist_trainer.errors import ConfigError
+
+_FIELD = re.compile(r"([^\[\].{}!:]+)((?:\[[^\[\]{}]+\])*)")
+
+
+def parse_template(template: str) -> list[tuple[str | None, str]]:
+    """(None, literal text) and (column, its indices) in order. Only look-ups: no attributes, calls or format codes.
+
+    Raises ConfigError with the remedy.
+    """
+    parts: list[tuple[str | None, str]] = []
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"data.template: {template!r} is not a template ({error}); write {{{{ for a brace") from error
+    for literal, name, code, conversion in pieces:
+        if literal:
+            parts.append((None, literal))
+        if name is None:
+            continue
+        match = _FIELD.fullmatch(name)
+        if match is None or code or conversion:
+            raise ConfigError(f"data.template: {{{name}}} is not a column, optionally with [key] or [index] behind it")
+        parts.append((match[1], match[2]))
+    if all(name is None for name, _ in parts):
+        raise ConfigError(f"data.template: {template!r} names no column; write them as {{column}}")
+    return parts

@@ -1,0 +1,57 @@
+"""What a run's folder says once it has ended: also where it was killed, cut shorter, or began from another run."""
+
+from __future__ import annotations
+
+import json
+
+from dist_trainer import run_record
+from tests.distributed.small_runs import folder, metrics, run, small_config, status, stop_after
+
+
+def test_a_run_that_begins_from_anothers_checkpoint_counts_its_own_steps(stories, tmp_path):
+    first = small_config(stories, tmp_path)
+    run(first, 1, before=stop_after(6))
+    second = small_config(stories, tmp_path, run_name="second", checkpoint__resume=str(folder(first)))
+    assert run(second, 1) == [0]
+    ended = status(second)
+    assert ended["restarts"] == 0
+    own = sum(line["step_seconds"] for line in metrics(second)) + sum(line["seconds"] for line in metrics(second, "validation"))
+    assert abs(ended["useful_seconds"] - own) < 1e-6
+    assert ended["useful_seconds"] < ended["wall_seconds"]
+
+
+def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_the_next_start(stories, tmp_path, monkeypatch):
+    config = small_config(stories, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_record, "end_run_folder", lambda *_, **__: None)
+        assert run(config, 1) == [0]
+    report = folder(config) / "report.html"
+    report.unlink()
+    assert status(config)["state"] == "running"
+    assert run(config, 1) == [0]
+    ended = status(config)
+    assert (ended["state"], ended["step"], ended["exit_code"], ended["restarts"]) == ("finished", 12, 0, 0)
+    assert ended["best_loss"] == min(line["loss"] for line in metrics(config, "validation"))
+    assert report.is_file()
+    assert run(config, 1) == [0]
+    events = [json.loads(line)["event"] for line in (folder(config) / "logs" / "events.jsonl").read_text().splitlines()]
+    assert events == ["start", "finished"], "once is enough"
+
+
+def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path, validation__every_steps=100)
+    run(config, 1, before=stop_after(8))
+    reached = status(config)["step"]
+    shorter = small_config(stories, tmp_path, validation__every_steps=100, train__max_steps=6)
+    capfd.readouterr()
+    assert run(shorter, 1) == [0]
+    said = capfd.readouterr().err
+    assert f"no step left after {reached}, the last validation is" in said
+    assert f"finished at step {reached}, past the 6 it is to do now" in said
+    ended = status(shorter)
+    assert (ended["state"], ended["step"], ended["best_step"]) == ("finished", reached, reached)
+    assert [line["step"] for line in metrics(shorter, "validation")] == [reached]
+    for _ in range(2):
+        assert run(shorter, 1) == [0]
+        assert f"has done {reached} steps, more than the 6 that it is to do now" in capfd.readouterr().err
+    assert status(shorter) == ended

@@ -1,0 +1,138 @@
+"""Two ranks, and a signal when it is least welcome: all save that very step, leave soon, and nothing is lost. Or a compiler."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_trainer.config.schema import PrecisionConfig
+from tests.distributed.small_runs import command, folder, losses, run, same_weights, small_config, status
+
+SECONDS_TO_LEAVE = 10
+
+
+def on_rank(rank, act):
+    """Let `act` lay its trap on one rank alone."""
+
+    def change(trainer):
+        if trainer.world.rank == rank:
+            act(trainer)
+
+    return change
+
+
+def receive(number, *, note: Path) -> None:
+    """Twice, as from a user who has no patience; and when it was."""
+    if not note.exists():
+        note.write_text(json.dumps(time.time()))
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+
+
+def during_validation(number, note):
+    def lay(trainer):
+        validation = trainer.validation_data
+
+        class Signalling:
+            sampler = validation.sampler
+
+            def __iter__(self):
+                for batch in validation:
+                    receive(number, note=note)
+                    yield batch
+
+        trainer.validation_data = Signalling()
+
+    return lay
+
+
+def during_a_save(number, note):
+    def lay(trainer):
+        from dist_trainer.checkpoint import manager
+
+        write = manager.write_training_state
+
+        def write_and_receive(snapshot, staging):
+            receive(number, note=note)
+            write(snapshot, staging)
+
+        manager.write_training_state = write_and_receive
+
+    return lay
+
+
+def during_compilation(number, note):
+    """As soon as the compiler for C++ has been started."""
+
+    def lay(trainer):
+        def watch():
+            while not children():
+                time.sleep(0.001)
+            receive(number, note=note)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    return lay
+
+
+def children() -> list[str]:
+    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("when", "rank"), [(during_validation, 1), (during_a_save, 0)])
+def test_a_signal_during(when, rank, number, stories, tmp_path):
+    undisturbed = small_config(stories, tmp_path / "undisturbed")
+    assert run(undisturbed, 2) == [0, 0]
+    config, note = small_config(stories, tmp_path), tmp_path / "when.json"
+    assert command(config, 2, before=on_rank(rank, when(number, note))) == [0, 0]
+    assert time.time() - json.loads(note.read_text()) < SECONDS_TO_LEAVE
+    assert status(config)["state"] == "preempted"
+    assert status(config)["reason"] == number.name
+    assert os.readlink(folder(config) / "checkpoints" / "latest") == f"step-{status(config)['step']:08d}"
+    assert len(losses(config)) == status(config)["step"] < 12
+    assert run(config, 2) == [0, 0]
+    for kind in ("train", "validation"):
+        assert losses(config, kind) == losses(undisturbed, kind)
+    assert same_weights(config, undisturbed)
+    assert status(config)["lost_steps"] == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU by g++, which is not here")
+def test_a_signal_during_compilation_breaks_it_off(stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # nothing is compiled already
+    config, note = (
+        small_config(stories, tmp_path, precision=PrecisionConfig(dtype="fp32", compile=True)),
+        tmp_path / "when.json",
+    )
+    assert command(config, 1, before=on_rank(0, during_compilation(signal.SIGTERM, note))) == [75]
+    assert time.time() - json.loads(note.read_text()) < SECONDS_TO_LEAVE
+    assert status(config)["state"] == "preempted"
+    assert status(config)["step"] == 0
+
+
+def test_a_signal_while_data_are_prepared_leaves_at_once(stories, tmp_path, monkeypatch):
+    from dist_trainer.data import token_store
+
+    write, note = token_store._write_store, tmp_path / "when.json"
+
+    def write_and_receive(*arguments):
+        receive(signal.SIGUSR1, note=note)
+        return write(*arguments)
+
+    monkeypatch.setattr(token_store, "_write_store", write_and_receive)
+    monkeypatch.setenv("DIST_TRAINER_CACHE", str(tmp_path / "cache"))  # nothing is prepared already
+    config = small_config(stories, tmp_path)
+    assert command(config, 2) == [0, 0]
+    assert time.time() - json.loads(note.read_text()) < SECONDS_TO_LEAVE
+    assert status(config)["state"] == "preempted"
+    assert status(config)["reason"] == "SIGUSR1"
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".bin", ".npy")]
+    assert command(config, 2) == [0, 0]
+    assert status(config)["state"] == "finished"

@@ -1,0 +1,67 @@
+"""Hosts in network namespaces, without a scheduler: launch/multinode.sh on each of them, and their ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dist_trainer.distributed.processes import ProcessId
+from tests.end_to_end.commands import ROOT, environment
+from tests.slurm.jobs import TRAINING
+
+SCRIPT = Path(__file__).with_name("netns.sh")
+RANKS = 2
+"""On each host."""
+
+
+class Hosts:
+    """`names` are up, each with an address of its own."""
+
+    def __init__(self, state: Path, names: tuple[str, ...]) -> None:
+        self._state, self.names = state, names
+        subprocess.run([SCRIPT, "up", *names], env=self._settings(), check=True, timeout=60)
+
+    def _settings(self, **changes: str) -> dict[str, str]:
+        return environment(NETNS_STATE=str(self._state), **changes)
+
+    @contextmanager
+    def train(self, output: Path, *arguments: str, **variables: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """One run over all hosts; the launchers, by host. What still runs at the end dies with its host."""
+        meeting = {"NODES": str(len(self.names)), "MASTER_ADDR": self.names[0], "MASTER_PORT": "29501"}
+        ranks = {"PYTHON": sys.executable, "NPROC": str(RANKS), "SHUTDOWN_TIMEOUT": "10"}
+        launchers = []
+        try:
+            for number, name in enumerate(self.names):
+                words = [SCRIPT, "exec", name, ROOT / "launch/multinode.sh", *TRAINING, "--output_dir", output, *arguments]
+                settings = self._settings(**meeting, **ranks, NODE_RANK=str(number), **variables)
+                with (output.parent / f"said-{name}.txt").open("wb") as said:
+                    launchers.append(subprocess.Popen(words, env=settings, cwd=ROOT, stdout=said, stderr=said))
+            yield launchers
+        finally:
+            for launcher in launchers:
+                launcher.kill()
+                launcher.wait()
+
+
+def said(output: Path) -> str:
+    """All that the launchers and their ranks have said."""
+    return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(output.parent.glob("said-*.txt")))
+
+
+def ranks_of(output: Path) -> dict[int, ProcessId]:
+    """The processes of the run in `output`, whichever host they are on, by rank: this machine sees them all."""
+    found = {}
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            settings = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it has just ended
+        rank = [int(setting[5:]) for setting in settings if setting.startswith(b"RANK=")]
+        if rank and str(output).encode() in words:
+            found[rank[0]] = ProcessId.of(int(process))
+    return found

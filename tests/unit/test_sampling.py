@@ -1,0 +1,73 @@
+"""Where samples of text begin, when nobody said where."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dist_trainer.config.schema import DataConfig, ModelConfig, TrackingConfig, TrainingConfig
+from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
+from dist_trainer.errors import ConfigError
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.sampling import BROKEN, beginning_of, sample_of
+
+CHINESE = "孔乙己是站着喝酒而穿长衫的唯一的人。" * 4
+SMALL = ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("austen")
+
+
+def sample(tokenizer, tokens: list[int], *, sequence_length: int, prompt: str | None = None):
+    """What `sample_of` makes of a row of `tokens`, and the model that it is for."""
+    tracking = TrackingConfig(sample_prompt=prompt, sample_tokens=4)
+    config = replace(TrainingConfig(), data=DataConfig(sequence_length=sequence_length), tracking=tracking)
+    model = DecoderLM(SMALL, vocabulary_size(tokenizer), sequence_length)
+    model.init_weights(0)
+    return sample_of(config, tokenizer, model, [{"input_ids": torch.tensor(tokens)}]), model
+
+
+@pytest.mark.parametrize("sequence_length", [4, 8, 9, 64])
+def test_text_of_several_tokens_a_character_is_cut_between_characters(tokenizer, sequence_length, caplog):
+    tokens = tokenizer.encode(CHINESE, add_special_tokens=False)
+    made, model = sample(tokenizer, tokens, sequence_length=sequence_length)
+    if made is None:
+        assert sequence_length == 4, "two tokens are no character"
+        return
+    shown = made(model)
+    assert shown["prompt"]
+    assert CHINESE.startswith(shown["prompt"])
+    assert not shown["text"].endswith(BROKEN)
+
+
+def test_words_stay_whole(tokenizer):
+    text = "It is a truth universally acknowledged, that a single man in possession"
+    for most in range(1, 16):
+        beginning = tokenizer.decode(beginning_of(tokenizer.encode(text), tokenizer, most=most))
+        assert text.startswith(beginning)
+        assert text[len(beginning)] in " ," or " " not in beginning
+
+
+def test_a_row_without_text_costs_the_samples_and_not_the_run(tokenizer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("dist_trainer"), "propagate", True)
+    caplog.set_level(logging.INFO, "dist_trainer")
+    made, _ = sample(tokenizer, [tokenizer.eos_token_id] * 32, sequence_length=32)
+    assert made is None
+    assert "no samples of text" in caplog.text
+
+
+def test_special_tokens_before_the_text_are_passed_over(tokenizer):
+    tokens = [tokenizer.eos_token_id] * 20 + tokenizer.encode("It is a truth universally acknowledged")
+    made, model = sample(tokenizer, tokens, sequence_length=32)
+    assert made is not None
+    assert made(model)["prompt"].startswith("It is a truth")
+
+
+def test_a_prompt_of_the_users_own_that_does_not_fit_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match=r"tracking\.sample_prompt"):
+        sample(tokenizer, [1], sequence_length=8, prompt="a long prompt that fills the context of eight tokens")

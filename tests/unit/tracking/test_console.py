@@ -1,0 +1,53 @@
+"""What people see: a line a logged step in the log file, a bar on every terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import sys
+
+import pytest
+
+from dist_trainer.tracking.console_tracker import ConsoleTracker
+from dist_trainer.tracking.run_log import configure_logging
+from tests.unit.tracking.test_trackers import context, train_line
+
+
+@pytest.fixture
+def log_to():
+    """Sends log messages to a folder, and takes that back at the end."""
+    yield lambda folder: configure_logging(folder, rank=0)
+    configure_logging(None, rank=0)
+
+
+def test_every_logged_step_has_its_line_in_the_log_file_with_the_time_left(tmp_path, log_to):
+    log_to(tmp_path)
+    seconds = iter(float(n) for n in range(100))
+    tracker = ConsoleTracker(context(tmp_path), clock=lambda: next(seconds))
+    for step in (1, 5, 10, 15, 20):
+        tracker.log(train_line(step))
+    tracker.close(state="finished", reason=None)
+    lines = [line for line in (tmp_path / "rank-0.log").read_text().splitlines() if "grad norm" in line]
+    assert [line.split("/20")[0].split()[-1] for line in lines] == ["1", "5", "10", "15", "20"]
+    assert [" left" in line for line in lines] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("columns", [0, 60])
+def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypatch, columns):
+    reading, writing = pty.openpty()
+    if columns:
+        import fcntl
+        import struct
+        import termios
+
+        fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with open(writing, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        tracker = ConsoleTracker(context(tmp_path))
+        tracker.log(train_line(10))
+        tracker._bar.refresh()
+        tracker.close(state="finished", reason=None)
+        terminal.flush()
+        shown = os.read(reading, 65536).decode()
+    os.close(reading)
+    assert "10/20" in shown
