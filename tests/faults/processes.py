@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -76,6 +77,7 @@ class Process:
 def _live(act: Callable[[], int], out: int) -> None:
     code = 1
     try:
+        _die_with_pytest()
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout = sys.stderr = open(out, "w", buffering=1)  # noqa: SIM115
@@ -85,6 +87,12 @@ def _live(act: Callable[[], int], out: int) -> None:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _die_with_pytest() -> None:
+    """Or a run that waits for its test would wait for ever, once that is killed."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def wait_until(happened: Callable[[], bool], *, of: Process | None = None, seconds: float = SECONDS_OF_A_RUN) -> None:
