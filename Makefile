@@ -16,7 +16,7 @@ train: setup
 	PYTHON=$(VENV) launch/local.sh $(ARGS)
 
 test: setup
-	$(VENV) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(VENV) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(VENV) -m ruff check .

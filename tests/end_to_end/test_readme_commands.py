@@ -97,7 +97,7 @@ def test_the_torchrun_line_is_the_one_whose_curve_is_tested() -> None:
 
 
 def test_make_test_is_set_up_and_pytest() -> None:
-    assert run(cheap("make test", REPOSITORY)).splitlines()[-1].strip().endswith("-m pytest")
+    assert " -m pytest " in run(cheap("make test", REPOSITORY)).splitlines()[-1]
 
 
 def test_the_documented_files_of_marked_commands_exist() -> None:

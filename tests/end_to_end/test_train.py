@@ -131,7 +131,7 @@ WRONG = {
         "fewer than one global batch",
     ),
     "no such column": (["--data.text_column", "body"], "there is no column 'body'"),
-    "output not writable": (["--output_dir", "/proc/nowhere"], "/proc/nowhere/debug cannot be written"),
+    "output not writable": (["--output_dir", "/proc/nowhere"], "/proc/nowhere cannot be written"),
     "no such file": (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     "init_from nowhere": (["--model.init_from", "./nowhere"], "model.init_from: nowhere is not a folder"),
     "no such row": (["--optim.name", "adam"], "did you mean 'adamw'?"),
