@@ -27,7 +27,7 @@ from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_s
 from dist_trainer.distributed.heartbeat import Phase
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
-from dist_trainer.errors import SavingFailedError, StoppedError, TrainingDivergedError
+from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.schedules import build_schedule, total_steps
@@ -93,7 +93,9 @@ class Trainer:
 
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
-        self.sampler: GlobalOrderSampler = train_data.sampler  # type: ignore[assignment]
+        if not isinstance(train_data.sampler, GlobalOrderSampler):
+            raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
+        self.sampler = train_data.sampler
         self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite

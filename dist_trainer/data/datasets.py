@@ -47,17 +47,24 @@ def austen(config: DataConfig) -> Source:
 DATASETS: dict[str, Callable[[DataConfig], Source]] = {"austen": austen}
 
 
-def open_source(name: str, config: DataConfig) -> Source:
+def open_source(name: str, config: DataConfig, *, key: str = "data.dataset") -> Source:
     """The source that `name` means: a row of DATASETS, "package.module:function", a local path, or a Hub data set.
 
-    Raises DataError naming the path or data set and the remedy.
+    Raises DataError naming the `key` that holds the name, the path or data set, and the remedy.
     """
+    if name in DATASETS or (":" in name and not Path(name).expanduser().exists()):
+        return build(DATASETS, name, key, config, kind=Source)
+    try:
+        return _path_or_hub_source(name, config)
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
+
+
+def _path_or_hub_source(name: str, config: DataConfig) -> Source:
     path = Path(name).expanduser()
-    if name in DATASETS or (":" in name and not path.exists()):
-        return build(DATASETS, name, "data.dataset", config, kind=Source)
     if _is_meant_as_path(name) or (path.exists() and config.dataset_config is None):
         if not path.exists():
-            raise DataError(f"data.dataset: {name} does not exist; give a file, a folder, a Hub name, or austen")
+            raise DataError(f"{name} does not exist; give a file, a folder, a Hub name, or austen")
         if not _is_meant_as_path(name) and _could_be_on_the_hub(name):
             log.warning("data.dataset: %s is taken as the local path ./%s, not as a Hub data set", name, name)
         return _local_source(path, config)
@@ -98,7 +105,7 @@ def _from_splits(name: str, splits: dict[str, Split]) -> Source:
     if train is None and len(splits) == 1:
         train, validation = next(iter(splits.values())), None
     if train is None:
-        raise DataError(f"data.dataset: {name} has no split named train, only {', '.join(splits) or 'nothing'}")
+        raise DataError(f"{name} has no split named train, only {', '.join(splits) or 'nothing'}")
     return Source(name, train, validation)
 
 
@@ -123,7 +130,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
     files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _tells_of_the_data(path.name)]
     if not files:
         seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
-        raise DataError(f"data.dataset: {folder} has no file of type {', '.join(DATA_SUFFIXES)} (also .gz, .xz){seen}")
+        raise DataError(f"{folder} has no file of type {', '.join(DATA_SUFFIXES)} (also .gz, .xz){seen}")
     ignored = [path.name for path in found if path not in files]
     if ignored:
         level = logging.WARNING if any(format_suffix(Path(name)) in OTHER_FORMATS for name in ignored) else logging.INFO

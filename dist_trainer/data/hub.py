@@ -67,11 +67,11 @@ def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
     except Exception as error:  # the library raises many kinds; each ends in one message
         if not reachable:
             raise DataError(
-                f"data.dataset: {name!r} is no local file or folder, the Hub cannot be reached, and the data set is not in "
+                f"{name!r} is no local file or folder, the Hub cannot be reached, and the data set is not in "
                 "the local cache. Offline choices: a path to text, JSONL, Parquet or a save_to_disk folder, or the corpus "
                 "inside the package (--data.dataset austen)"
             ) from error
-        raise DataError(f"data.dataset: {name!r} cannot be loaded from the Hub: {_first_line(error)}") from error
+        raise DataError(f"{name!r} cannot be loaded from the Hub: {_first_line(error)}") from error
     return _splits(name, loaded, config)
 
 
@@ -90,7 +90,7 @@ def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
         else:
             loaded = datasets.load_dataset(str(folder.resolve()), config.dataset_config)
     except Exception as error:  # the library raises many kinds; each ends in one message
-        raise DataError(f"data.dataset: {folder} cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{folder} cannot be loaded: {_first_line(error)}") from error
     return _splits(str(folder), loaded, config)
 
 

@@ -51,7 +51,8 @@ def create_dataloaders(
         chosen = _agreed_tokenizer(config, world, tokenizer)
         train, validation = first_on_each_node(world, lambda: train_and_validation_rows(config.data, chosen))
     validation_loader = None if validation is None else _validation_loader(validation, config, world)
-    return Dataloaders(_train_loader(train, config, world), validation_loader)
+    origin = f"data.dataset: {config.data.dataset}" if train_dataset is None else "train_dataset"
+    return Dataloaders(_train_loader(train, config, world, origin=origin), validation_loader)
 
 
 def create_validation_loader(config: TrainingConfig, world: World, *, tokenizer: Tokenizer | None = None) -> DataLoader:
@@ -67,12 +68,12 @@ def _agreed_tokenizer(config: TrainingConfig, world: World, tokenizer: Tokenizer
     return tokenizer or first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
 
 
-def _train_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader:
+def _train_loader(rows: Rows, config: TrainingConfig, world: World, *, origin: str) -> DataLoader:
     found, needed = len(rows.dataset), config.batch.global_batch_size  # type: ignore[arg-type]
     if found < needed:
         raise DataError(
-            f"data.dataset: {config.data.dataset} makes {found} rows of {config.data.sequence_length} tokens, fewer than one "
-            f"global batch ({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
+            f"{origin} makes {found} rows to train on, of {config.data.sequence_length} tokens, fewer than one global batch "
+            f"({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
         )
     sampler = GlobalOrderSampler(
         rows.dataset, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed
@@ -82,7 +83,7 @@ def _train_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoade
 
 def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader:
     if len(rows.dataset) == 0:  # type: ignore[arg-type]
-        raise DataError("data.validation_dataset: the validation text makes no row; give more of it")
+        raise DataError("the text or data set to validate on makes no row; give more of it, or name data.validation_dataset")
     batch, max_batches = config.batch, config.validation.max_batches
     sampler = ValidationSampler(
         rows.dataset,

@@ -49,8 +49,9 @@ class Documents(NamedTuple):
 
 def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
     """What the config names to train on, and to validate on if anything. Raises DataError, ConfigError."""
-    held_out = _held_out(config)
-    train = _all_documents(open_source(config.dataset, config).train, config, tokenizer)
+    source = open_source(config.dataset, config)
+    held_out = source.validation if config.validation_dataset is None else _other_text(config.validation_dataset, config)
+    train = _all_documents(source.train, config, tokenizer)
     if held_out is not None:
         validation = _all_documents(held_out, config, tokenizer)
     else:
@@ -64,20 +65,18 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
 
 def validation_rows(config: DataConfig, tokenizer: Tokenizer) -> Rows | None:
     """What the config names to validate on; the text to train on is not even tokenised where that is a text of its own."""
-    held_out = _held_out(config)
-    if held_out is not None:
-        validation = _all_documents(held_out, config, tokenizer)
-    else:
-        everything = _all_documents(open_source(config.dataset, config).train, config, tokenizer)
-        _, validation = split_by_document(everything, config.validation_fraction)
+    if config.validation_dataset is not None:
+        return _rows(_all_documents(_other_text(config.validation_dataset, config), config, tokenizer), config, tokenizer)
+    source = open_source(config.dataset, config)
+    if source.validation is not None:
+        return _rows(_all_documents(source.validation, config, tokenizer), config, tokenizer)
+    _, validation = split_by_document(_all_documents(source.train, config, tokenizer), config.validation_fraction)
     return _rows(validation, config, tokenizer) if len(validation.spans) else None
 
 
-def _held_out(config: DataConfig) -> Split | None:
-    """The text that is for validation alone, if there is one."""
-    if config.validation_dataset is None:
-        return open_source(config.dataset, config).validation
-    other = open_source(config.validation_dataset, config)
+def _other_text(name: str, config: DataConfig) -> Split:
+    """That of a data set named for validation: its validation split, or all of it."""
+    other = open_source(name, config, key="data.validation_dataset")
     return other.validation or other.train
 
 

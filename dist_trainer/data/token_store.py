@@ -173,7 +173,7 @@ def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf
             ends.append(borders[np.array([piece.ends_document for piece in pieces])])
         _sync(file)
     if not written:
-        raise DataError(f"{split.description}: there is no text in it")
+        raise DataError(f"{split.description}: there is no text in it to learn from or to validate on; name other data")
     offsets = np.concatenate(ends)
     with (staging / "offsets.npy").open("wb") as file:
         np.save(file, offsets)

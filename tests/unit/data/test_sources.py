@@ -17,6 +17,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
+from dist_trainer.data import rows
 from dist_trainer.data import token_store as token_store_module
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
@@ -172,7 +173,7 @@ BAD = {
     "only blanks": ("x.txt", " \n ", r"x\.txt: there is no text"),
     "not Parquet": ("x.parquet", "text", r"x\.parquet: cannot be read"),
     "another format": ("x.csv", "text", r"files of type \.csv are not read"),
-    "too little": ("x.txt", "a few words only", r"makes 1 rows of 16 tokens, fewer than one global batch \(4\)"),
+    "too little": ("x.txt", "a few words only", r"makes 1 rows to train on, of 16 tokens, fewer than one global batch \(4\)"),
 }
 
 
@@ -198,6 +199,21 @@ def test_missing_paths_and_empty_folders(tmp_path):
     write(tmp_path / "broken" / "dataset_dict.json", "{")
     with pytest.raises(DataError, match="broken cannot be loaded"):
         create_dataloaders(small(tmp_path / "broken", tmp_path))
+
+
+def test_messages_name_the_key_that_is_wrong(tmp_path):
+    here = str(write(tmp_path / "x.jsonl", jsonl()))
+    with pytest.raises(DataError, match=r"^data\.validation_dataset: .*nowhere\.jsonl does not exist"):
+        create_dataloaders(small(here, tmp_path, validation_dataset=str(tmp_path / "nowhere.jsonl")))
+    with pytest.raises(DataError, match=r"^train_dataset makes 1 rows"):
+        create_dataloaders(small(here, tmp_path), train_dataset=[([1, 2], [2, 3])])
+
+
+def test_a_source_is_opened_once(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(rows, "open_source", lambda *names, **keys: opened.append(names[0]) or open_source(*names, **keys))
+    create_dataloaders(small(write(tmp_path / "x.jsonl", jsonl()), tmp_path))
+    assert len(opened) == 1
 
 
 def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
