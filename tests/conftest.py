@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -13,6 +14,24 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DIST_TRAINER_CACHE"] = tempfile.mkdtemp(prefix="dist_trainer-tests-")
+
+
+@pytest.fixture(autouse=True)
+def package_logs_as_if_not_configured():
+    """Whatever test ran before in this process: messages go to pytest, once."""
+    _forget_log_handlers()
+    yield
+    _forget_log_handlers()
+
+
+def _forget_log_handlers() -> None:
+    logger = logging.getLogger("dist_trainer")
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        if type(handler).__module__.startswith("dist_trainer"):
+            handler.close()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

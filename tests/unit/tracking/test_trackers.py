@@ -71,7 +71,6 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, c
             raise RuntimeError("no")
 
     trackers = FanOut({"broken": Broken(), "jsonl": JsonlTracker(context(tmp_path))})
-    logging.getLogger("dist_trainer").propagate = True
     with caplog.at_level(logging.WARNING):
         trackers.log(train_line(1))
         trackers.log(train_line(2))
