@@ -17,6 +17,7 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.manifest import read_json
+from dist_trainer.model_folders import model_folders
 from dist_trainer.tracking.run_history import run_folder_of
 
 DESCRIPTION = "Loss and perplexity of a model on its run's validation data, or on any other data."
@@ -79,9 +80,7 @@ def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def model_context(path: Path) -> int | None:
     """How many positions the model at `path` was made for, by its config.json; None where that does not say."""
-    candidates = (folder / name for folder in (path, path / "checkpoints") for name in ("", "best", "latest"))
-    inside = (folder for folder in candidates if folder.resolve().is_relative_to(path.resolve()))
-    found = next((folder for folder in inside if (folder / "config.json").is_file()), None)
+    found = next((folder for folder in model_folders(path) if (folder / "config.json").is_file()), None)
     length = read_json((found / "config.json").resolve()).get("max_position_embeddings") if found else None
     return length if type(length) is int and length > 0 else None
 

@@ -18,6 +18,8 @@ EXIT_CRASHED = 1
 EXIT_PREEMPTED = 75
 """Stopped by a signal after saving; EX_TEMPFAIL of sysexits.h: the same command goes on from there."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What asks a run to stop."""
 HOLD_BACK_SECONDS = 5.0
 """How long ranks that don't speak let the one that does go first."""
 
@@ -64,7 +66,7 @@ def _take_stop_signals() -> threading.Event:
     """From now on these signals do nothing but set the event."""
     told = threading.Event()
     if threading.current_thread() is threading.main_thread():  # Python delivers them there alone
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: told.set())
     return told
 

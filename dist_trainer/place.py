@@ -46,6 +46,11 @@ def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
     return place
 
 
+def started_by_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun started the ranks, and not just a shell or torchrun: then MASTER_ADDR was set for it."""
+    return "SLURM_PROCID" in environment and "MASTER_ADDR" in environment
+
+
 def _by_launcher(environment: Mapping[str, str]) -> Place:
     def number(name: str, otherwise: int) -> int:
         text = environment.get(name)
@@ -60,7 +65,7 @@ def _by_launcher(environment: Mapping[str, str]) -> Place:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
         return Place(rank, number("LOCAL_RANK", rank), world_size, number("LOCAL_WORLD_SIZE", world_size))
-    if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
+    if started_by_srun(environment):
         tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
         nodes = number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1))
         return Place(number("SLURM_PROCID", 0), number("SLURM_LOCALID", 0), tasks, -(-tasks // max(1, nodes)))

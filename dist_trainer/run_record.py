@@ -6,7 +6,7 @@ import logging
 import time
 from pathlib import Path
 
-from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.manager import step_folders, step_of
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.distributed.preemption import signal_name
@@ -145,7 +145,7 @@ def note_early_stop(folder: RunFolder, config: TrainingConfig, stopped: StoppedE
     """A signal came while data were prepared: nothing is lost, and the run's folder says so."""
     folder.is_new = False
     saved = step_folders(folder.checkpoints)
-    step = int(saved[0].name.removeprefix("step-")) if saved else 0
+    step = step_of(saved[0]) if saved else 0
     planned = DEFAULT_MAX_STEPS if config.train.epochs is None else None
     max_steps = config.train.max_steps or planned
     reason = signal_name(stopped.signal_number)

@@ -225,7 +225,8 @@ def _name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's name tells."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -234,7 +235,7 @@ def step_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and not path.is_symlink()]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest_intact(folder: Path) -> Path | None:
@@ -267,7 +268,7 @@ def is_intact(checkpoint: Path) -> bool:
         if manifest.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{checkpoint} has format version {manifest.get('format_version')!r}, not {FORMAT_VERSION}")
         step = read_training_state(checkpoint)["progress"].step
-        if _STEP_FOLDER.fullmatch(checkpoint.name) and _step_of(checkpoint) != step:
+        if _STEP_FOLDER.fullmatch(checkpoint.name) and step_of(checkpoint) != step:
             raise CheckpointError(f"{checkpoint} holds step {step}, which is not what its name says")
     except CheckpointError as error:
         log.warning("checkpoint passed over: %s", error)
@@ -284,7 +285,7 @@ def prepare_to_resume(folder: Path, checkpoint: Path) -> tuple[int | None, float
     best: Path | None = None
     best_loss: float | None = None
     for candidate in step_folders(folder):
-        if _step_of(candidate) > _step_of(checkpoint):
+        if step_of(candidate) > step_of(checkpoint):
             put_out_of_the_way(candidate)
             continue
         try:
@@ -304,7 +305,7 @@ def prepare_to_resume(folder: Path, checkpoint: Path) -> tuple[int | None, float
             put_out_of_the_way(folder / BEST)
     except OSError as error:
         log.warning("%s: its pointers could not be moved (%s); the next save tries again", folder, refusal_of_the_disk(error))
-    return (None, None) if best is None else (_step_of(best), best_loss)
+    return (None, None) if best is None else (step_of(best), best_loss)
 
 
 def resume_point(folder: Path) -> tuple[Path, Progress] | None:

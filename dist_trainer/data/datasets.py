@@ -80,11 +80,13 @@ def _could_be_on_the_hub(name: str) -> bool:
 
 
 def _local_source(path: Path, config: DataConfig) -> Source:
-    if not _declares_configs(path) or is_arrow_folder(path):
+    is_saved = is_arrow_folder(path)
+    declares_configs = not is_saved and _declares_configs(path)
+    if not declares_configs:
         _refuse_config_name(str(path), config)
     if path.is_file():
         return Source(str(path), files_split([path], config))
-    if is_arrow_folder(path) or _declares_configs(path):
+    if is_saved or declares_configs:
         return _from_splits(str(path), arrow_folder_splits(path, config))
     return _from_splits(str(path), {name: files_split(files, config) for name, files in _files_by_split(path).items()})
 

@@ -71,7 +71,7 @@ def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
                 "the local cache. Offline choices: a path to text, JSONL, Parquet or a save_to_disk folder, or the corpus "
                 "inside the package (--data.dataset austen)"
             ) from error
-        raise DataError(f"{name!r} cannot be loaded from the Hub: {_first_line(error)}") from error
+        raise DataError(f"{name!r} cannot be loaded from the Hub: {_in_a_sentence(error)}") from error
     return _splits(name, loaded, config)
 
 
@@ -90,7 +90,7 @@ def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
         else:
             loaded = datasets.load_dataset(str(folder.resolve()), config.dataset_config)
     except Exception as error:  # the library raises many kinds; each ends in one message
-        raise DataError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{folder} cannot be loaded: {_in_a_sentence(error)}") from error
     return _splits(str(folder), loaded, config)
 
 
@@ -131,7 +131,7 @@ def digest_of(records: Iterable[dict[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def _in_a_sentence(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if text.startswith("Config name is missing"):
         names = re.search(r"\[(.*?)\]", text)

@@ -66,12 +66,13 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
 def validation_rows(config: DataConfig, tokenizer: Tokenizer) -> Rows | None:
     """What the config names to validate on; the text to train on is not even tokenised where that is a text of its own."""
     if config.validation_dataset is not None:
-        return _rows(_all_documents(_other_text(config.validation_dataset, config), config, tokenizer), config, tokenizer)
-    source = open_source(config.dataset, config)
-    if source.validation is not None:
-        return _rows(_all_documents(source.validation, config, tokenizer), config, tokenizer)
-    _, validation = split_by_document(_all_documents(source.train, config, tokenizer), config.validation_fraction)
-    return _rows(validation, config, tokenizer) if len(validation.spans) else None
+        documents = _all_documents(_other_text(config.validation_dataset, config), config, tokenizer)
+    else:
+        source = open_source(config.dataset, config)
+        documents = _all_documents(source.validation or source.train, config, tokenizer)
+        if source.validation is None:
+            _, documents = split_by_document(documents, config.validation_fraction)
+    return _rows(documents, config, tokenizer) if len(documents.spans) else None
 
 
 def _other_text(name: str, config: DataConfig) -> Split:

@@ -8,6 +8,7 @@ from, and going on from step s needs nothing but s.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -121,15 +122,9 @@ class GlobalOrderSampler(DistributedSampler):
         return len(self._steps_of_epoch()) * self.batch.global_batch_size // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        step = self._start_step
-        if step is None:
-            steps = self._steps_of_epoch()
-            for first in range(steps.start, steps.stop, STEPS_AT_A_TIME):
-                yield from self._rows_of_steps(first, min(STEPS_AT_A_TIME, steps.stop - first)).tolist()
-            return
-        while True:
-            yield from self._rows_of_steps(step, STEPS_AT_A_TIME).tolist()
-            step += STEPS_AT_A_TIME
+        steps = self._steps_of_epoch() if self._start_step is None else range(self._start_step, sys.maxsize)
+        for first in steps[::STEPS_AT_A_TIME]:
+            yield from self._rows_of_steps(first, min(STEPS_AT_A_TIME, steps.stop - first)).tolist()
 
     def _rows_of_steps(self, first: int, count: int) -> np.ndarray:
         """Rows of this rank for `count` steps, in the order in which it reads them."""

@@ -12,6 +12,7 @@ from typing import Any
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.data.hub import hub_is_reachable
 from dist_trainer.errors import DataError
+from dist_trainer.model_folders import model_folders
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +40,9 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 def _folder_with_tokenizer(path: Path) -> Path:
     """`path` itself, or the best, latest or newest checkpoint of the run folder `path`."""
-    checkpoints = path / "checkpoints"
-    newest_first = sorted(checkpoints.glob("step-*"), reverse=True)
-    for candidate in (path, checkpoints / "best", checkpoints / "latest", *newest_first):
-        inside = candidate.resolve().is_relative_to(path.resolve())
-        if inside and any((candidate / file).is_file() for file in TOKENIZER_FILES):
-            return candidate
+    for folder in model_folders(path):
+        if any((folder / file).is_file() for file in TOKENIZER_FILES):
+            return folder
     state = "has no tokenizer in it" if path.exists() else "does not exist"
     raise DataError(f"data.tokenizer: {path} {state}; give a folder with tokenizer.json, a Hub name, or austen")
 

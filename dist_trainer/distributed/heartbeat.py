@@ -1,9 +1,9 @@
 """Signs of life: which rank is gone, which one hangs, whether the launcher still lives. No collective tells that in time.
 
-Two threads of each rank see to it, since its main thread may be waiting in a collective for ever. One tells rank 0 each
-second how far its rank is, over a TCPStore that rank 0 keeps, and reads what rank 0 makes of all of them. The other looks
-whether the launcher and the ranks of this machine are alive, and ends this process where the run cannot go on, after one
-line in the log that names the rank, its machine, and where it was last seen.
+Two threads of each rank see to it, since its main thread may be waiting in a collective for ever. One tells rank 0 several
+times a second how far its rank is, over a TCPStore that rank 0 keeps, and reads what rank 0 makes of all of them. The other
+looks whether the launcher and the ranks of this machine are alive, and ends this process where the run cannot go on, after
+one line in the log that names the rank, its machine, and where it was last seen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from dist_trainer.distributed.processes import ProcessId
+from dist_trainer.exit_codes import EXIT_CRASHED
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ FIRST_WORD_SECONDS = 1.0
 """So much earlier than the others leaves the rank that names a hanging one: else it might take their leaving for the cause."""
 FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
 """distributed.timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
-EXIT_CODE = 1
 
 Phase = Literal["preparing", "warming up", "reading data", "waiting for others", "training", "logging", "validating", "saving"]
 UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving"})
@@ -234,7 +234,9 @@ class Heartbeat:
     def _look(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
             if self._launcher is not None and os.getppid() != self._launcher:
-                self._end(f"the launcher (pid {self._launcher}) is gone", speaks=self.rank == 0)
+                if self.rank == 0:
+                    self._say(f"the launcher (pid {self._launcher}) is gone")
+                os._exit(EXIT_CRASHED)
             self._look_after_near_ranks()
             if findings := self._to_act_on():
                 self._leave(findings)
@@ -276,7 +278,7 @@ class Heartbeat:
             for member in (self._members[rank] for rank in lost - {self.rank}):
                 if member.is_near():
                     member.kill()  # a stopped process would outlive all others
-        self._end(reason, speaks=False)
+        os._exit(EXIT_CRASHED)
 
     def _in_words(self, findings: Sequence[Finding]) -> str:
         return "; ".join(
@@ -284,11 +286,6 @@ class Heartbeat:
             f"{finding.trouble}; it was last seen in step {finding.beat.step + 1}, {finding.beat.phase}"
             for finding in findings
         )
-
-    def _end(self, reason: str, *, speaks: bool) -> None:
-        if speaks:
-            self._say(reason)
-        os._exit(EXIT_CODE)
 
     def _say(self, reason: str) -> None:
         """In a thread of its own: a log that blocks must not keep this process."""

@@ -6,10 +6,12 @@ import os
 import socket
 from collections.abc import Mapping
 
+from dist_trainer.place import started_by_srun
+
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether torchrun, or srun as a launcher of ranks, started this process, and should not be outlived."""
-    return "TORCHELASTIC_RUN_ID" in environment or ("SLURM_PROCID" in environment and "MASTER_ADDR" in environment)
+    return "TORCHELASTIC_RUN_ID" in environment or started_by_srun(environment)
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> str | None:

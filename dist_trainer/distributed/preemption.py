@@ -16,8 +16,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from dist_trainer.errors import StoppedError
+from dist_trainer.exit_codes import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PATIENCE = 3
 """The signal of this count ends the process without saving."""
 _GOODBYE = b"\0"

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
 import torch
@@ -31,17 +31,9 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among its peers."""
+class World(Place):
+    """This process among its peers, what it computes on, and how it hears of them."""
 
-    rank: int = 0
-    """0 to world_size - 1."""
-    local_rank: int = 0
-    """Rank among the processes of this machine."""
-    world_size: int = 1
-    """Number of ranks."""
-    local_world_size: int = 1
-    """Number of ranks on this machine."""
     device: torch.device = field(default=torch.device("cpu"))
     """What this rank computes on."""
     control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
@@ -81,8 +73,7 @@ class World:
                 yield World(device=device, heartbeat=heartbeat)
             else:
                 with _process_groups(place, device, heartbeat) as control:
-                    ranks = (place.rank, place.local_rank, place.world_size, place.local_world_size)
-                    yield World(*ranks, device, control, heartbeat=heartbeat)
+                    yield World(**asdict(place), device=device, control=control, heartbeat=heartbeat)
         finally:
             heartbeat.stop()
 

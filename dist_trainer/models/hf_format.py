@@ -15,6 +15,7 @@ from torch import Tensor
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.manifest import MANIFEST, read_json, verify
+from dist_trainer.model_folders import model_folders
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -197,13 +198,11 @@ def locate_weights(path: Path) -> Path:
 
 
 def _newest_inside(path: Path) -> Path:
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    candidates = [root / "best", root / "latest", *sorted(root.glob("step-*"), reverse=True)]
-    inside = [candidate for candidate in candidates if candidate.resolve().is_relative_to(path.resolve())]
-    for candidate in inside:
-        if (candidate / CONFIG_FILE).is_file():
-            return candidate.resolve()
-    described_by_code = next((folder for folder in (path, *inside) if _is_checkpoint(folder)), None)
+    folders = list(model_folders(path))
+    for folder in folders:
+        if (folder / CONFIG_FILE).is_file():
+            return folder.resolve()
+    described_by_code = next(filter(_is_checkpoint, folders), None)
     if described_by_code is not None:
         raise ConfigError(
             f"{described_by_code} is a checkpoint of a model of your own (model.name), without {CONFIG_FILE}: only "

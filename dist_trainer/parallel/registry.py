@@ -36,9 +36,8 @@ def parallelize(
     """
     if is_compiled(compile, world):
         compile_blocks(model, varying_length=varying_length)
-    if strategy == "auto":
-        strategy = "ddp" if world.world_size > 1 else "single"
-    return build(STRATEGIES, strategy, "distributed.strategy", model, world, kind=nn.Module)
+    row = "ddp" if strategy == "auto" else strategy  # which leaves a single process as it is
+    return build(STRATEGIES, row, "distributed.strategy", model, world, kind=nn.Module)
 
 
 def is_compiled(compile: bool | Literal["auto"], world: World) -> bool:

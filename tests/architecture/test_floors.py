@@ -10,7 +10,7 @@ GROUND = {"version", "errors"}
 FLOORS = [
     GROUND,
     {"place"},
-    {"config", "exit_codes", "manifest"},
+    {"config", "exit_codes", "manifest", "model_folders"},
     {"distributed"},
     {"models", "data", "optim", "parallel", "precision"},
     {"step"},
@@ -25,7 +25,7 @@ FLOORS = [
 COMMANDS = FLOORS[-2]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-WITHOUT_TORCH = GROUND | {"place", "config", "exit_codes", "__init__"} | COMMANDS
+WITHOUT_TORCH = GROUND | {"place", "config", "exit_codes", "model_folders", "__init__"} | COMMANDS
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "wandb", "numpy", "safetensors"}
 # The only files that may import these, and only inside functions: who does not use them does not wait for them.
 DOORS = {

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from dist_trainer.distributed.preemption import STOP_SIGNALS, StopRequest, signal_name
+from dist_trainer.distributed.preemption import StopRequest, signal_name
 from dist_trainer.errors import StoppedError
+from dist_trainer.exit_codes import STOP_SIGNALS
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
