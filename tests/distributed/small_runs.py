@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,19 @@ from dist_trainer.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
+from dist_trainer.data.datasets import CORPUS
 from dist_trainer.exit_codes import exit_code_of
 from dist_trainer.trainer import Trainer
 from tests.distributed.ranks import exit_codes, run_ranks
+
+
+def write_stories(path: Path) -> Path:
+    """A JSONL file of 40 small documents of real text."""
+    with gzip.open(CORPUS / "austen_train.jsonl.gz", "rt") as file:
+        text = "".join(json.loads(next(file))["text"] for _ in range(2))
+    parts = [text[start : start + 400] for start in range(0, 16000, 400)]
+    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
+    return path
 
 
 def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig:
@@ -127,3 +138,27 @@ def stop_after(step: int, *, rank: int = 0) -> Callable[[Trainer], None]:
         trainer.train_step = step_then_ask
 
     return change
+
+
+def at_each_validation_batch(act: Callable[[], Any]) -> Callable[[Trainer], None]:
+    """`act` whenever a batch to validate on has been read."""
+
+    def change(trainer: Trainer) -> None:
+        validation = trainer.validation_data
+
+        class Acting:
+            sampler = validation.sampler
+
+            def __iter__(self) -> Iterator[Any]:
+                for batch in validation:
+                    act()
+                    yield batch
+
+        trainer.validation_data = Acting()
+
+    return change
+
+
+def on_rank(rank: int, change: Callable[[Trainer], None]) -> Callable[[Trainer], None]:
+    """`change`, on one rank alone."""
+    return lambda trainer: change(trainer) if trainer.world.rank == rank else None

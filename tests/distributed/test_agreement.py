@@ -11,7 +11,18 @@ from dist_trainer.distributed.collectives import all_reduce_sum, first_on_each_n
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError, TrainingDivergedError
 from tests.distributed.ranks import run_ranks
-from tests.distributed.small_runs import folder, losses, metrics, run, same_weights, small_config, status, stop_after
+from tests.distributed.small_runs import (
+    at_each_validation_batch,
+    folder,
+    losses,
+    metrics,
+    on_rank,
+    run,
+    same_weights,
+    small_config,
+    status,
+    stop_after,
+)
 
 
 def poison(step: int, *, rank: int, value: float = float("inf")):
@@ -131,21 +142,13 @@ def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path)
     run(undisturbed, 2)
 
     def stop_in_validation(trainer):
-        validation = trainer.validation_data
+        def ask():
+            trainer.world.stop_request.signal_number = 10
 
-        class Interrupting:
-            sampler = validation.sampler
-
-            def __iter__(self):
-                for batch in validation:
-                    yield batch
-                    if trainer.world.rank == 1:
-                        trainer.world.stop_request.signal_number = 10
-
-        trainer.validation_data = Interrupting()
+        at_each_validation_batch(ask)(trainer)
 
     config = small_config(stories, tmp_path / "stopped")
-    assert run(config, 2, before=stop_in_validation) == [0, 0]
+    assert run(config, 2, before=on_rank(1, stop_in_validation)) == [0, 0]
     assert status(config)["reason"] == "SIGUSR1"
     run(config, 2)
     assert losses(config, "validation") == losses(undisturbed, "validation")

@@ -9,9 +9,8 @@ import transformers  # noqa: F401
 
 from dist_trainer.data.tokenization import load_tokenizer
 from tests.distributed.conftest import stories
-from tests.distributed.small_runs import small_config
+from tests.distributed.small_runs import small_config, write_stories
 from tests.faults.faults import Run
-from tests.faults.many_kills import write_text
 
 __all__ = ["stories"]
 
@@ -21,7 +20,7 @@ load_tokenizer("austen")  # what transformers imports for it, a second in each f
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     """A JSONL file of 40 small documents of real text."""
-    return write_text(tmp_path_factory.mktemp("text") / "stories.jsonl")
+    return write_stories(tmp_path_factory.mktemp("text") / "stories.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -182,6 +183,21 @@ def do(act: Callable[[Trainer], Any], *, at_step: int) -> Fault:
             return result
 
         Trainer.train_step = step_then_act
+
+    return lay
+
+
+def before_each_call(act: Callable[[], Any], module: ModuleType, name: str) -> Fault:
+    """`act` whenever the module's function `name` is called, before it does anything."""
+
+    def lay() -> None:
+        function = getattr(module, name)
+
+        def act_then_call(*arguments: Any, **named: Any) -> Any:
+            act()
+            return function(*arguments, **named)
+
+        setattr(module, name, act_then_call)
 
     return lay
 

@@ -6,7 +6,6 @@ docs/reliability.md quotes.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -17,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from dist_trainer.data.datasets import CORPUS
+from tests.distributed.small_runs import write_stories
 from tests.faults.faults import Run
 from tests.faults.processes import wait_until
 
@@ -63,7 +62,7 @@ def main(kills: int = KILLS) -> int:
     lost: list[int] = []
     with tempfile.TemporaryDirectory() as place:
         os.environ["DIST_TRAINER_CACHE"] = f"{place}/cache"
-        text = write_text(Path(place) / "stories.jsonl")
+        text = write_stories(Path(place) / "stories.jsonl")
         undisturbed = a_run(text, Path(place) / "undisturbed")
         undisturbed.finish()
         while counts["inside a write"] + counts["elsewhere"] < kills:
@@ -84,15 +83,6 @@ def main(kills: int = KILLS) -> int:
     print(f"all went on by themselves; {counts['runs']} runs equal the undisturbed one bit for bit")
     print(f"steps done again after a kill: median {statistics.median(lost):g}, at most {max(lost)} (saved every 3)")
     return 0
-
-
-def write_text(path: Path) -> Path:
-    """A JSONL file of 40 small documents of real text."""
-    with gzip.open(CORPUS / "austen_train.jsonl.gz", "rt") as file:
-        chapters = "".join(json.loads(next(file))["text"] for _ in range(2))
-    parts = [chapters[start : start + 400] for start in range(0, 16000, 400)]
-    path.write_text("".join(json.dumps({"text": part}) + "\n" for part in parts))
-    return path
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import ctypes
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,13 +97,19 @@ def _die_with_pytest() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def wait_until(happened: Callable[[], bool], *, of: Process | None = None, seconds: float = SECONDS_OF_A_RUN) -> None:
+def wait_until(
+    happened: Callable[[], bool], *, of: Process | subprocess.Popen[Any] | None = None, seconds: float = SECONDS_OF_A_RUN
+) -> None:
     """Until `happened()`; an error where the process `of` ends before, or time is up."""
     end = time.monotonic() + seconds
     while not happened():
-        assert of is None or of.is_running() or happened(), "it ended before"
+        assert of is None or _is_running(of) or happened(), "it ended before"
         assert time.monotonic() < end, f"it has not happened within {seconds} s"
         time.sleep(0.001)
+
+
+def _is_running(process: Process | subprocess.Popen[Any]) -> bool:
+    return process.is_running() if isinstance(process, Process) else process.poll() is None
 
 
 def is_alive(pid: int) -> bool:
@@ -113,11 +121,11 @@ def is_alive(pid: int) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    """The processes that `pid` has started."""
+    """The processes that `pid` has started; none where it has ended and was waited for."""
     found: list[int] = []
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-            found += [int(child) for child in (thread / "children").read_text().split()]
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended meanwhile
+            found += [int(child) for child in children.read_text().split()]
     return found
 
 

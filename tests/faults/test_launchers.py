@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from dist_trainer.config.loading import load_config
 from dist_trainer.distributed.processes import ProcessId
 from tests.distributed import small_runs
 from tests.end_to_end.commands import ROOT, SMALL, environment, lines, status
+from tests.faults.processes import children_of, wait_until
 
 STEPS = 100
 RUN = [*SMALL, "--tracking.sample_tokens", "0", "--train.max_steps", str(STEPS)]
@@ -43,20 +43,7 @@ def launched(output: Path, *, ranks: int = 2, **options: str):
 
 
 def ranks_of(launcher: subprocess.Popen) -> list[ProcessId]:
-    children = []
-    for task in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
-        children += [ProcessId.of(int(pid)) for pid in task.read_text().split()]
-    return children
-
-
-def wait_until(happened, *, seconds: float, launcher: subprocess.Popen | None = None) -> float:
-    """How long it took until `happened()`."""
-    began = time.monotonic()
-    while not happened():
-        assert time.monotonic() - began < seconds, f"not within {seconds} s"
-        assert launcher is None or launcher.poll() is None, "the launcher has ended"
-        time.sleep(0.01)
-    return time.monotonic() - began
+    return [ProcessId.of(pid) for pid in children_of(launcher.pid)]
 
 
 def logged(folder: Path) -> int:
@@ -87,7 +74,7 @@ def test_signals_a_killed_launcher_and_a_killed_rank_cost_no_more_than_the_steps
 def a_signal_to_torchrun_saves_that_very_step(output, ranks, number):
     folder = output / "debug"
     with launched(output, ranks=ranks) as launcher:
-        wait_until(lambda: logged(folder) >= 5, seconds=90, launcher=launcher)
+        wait_until(lambda: logged(folder) >= 5, seconds=90, of=launcher)
         processes = ranks_of(launcher)
         assert len(processes) == ranks
         launcher.send_signal(number)
@@ -104,7 +91,7 @@ def a_killed_torchrun_leaves_no_orphans(output, ranks):
     folder = output / "debug"
     stopped_at = logged(folder)
     with launched(output, ranks=ranks) as launcher:
-        wait_until(lambda: logged(folder) >= stopped_at + 5, seconds=90, launcher=launcher)
+        wait_until(lambda: logged(folder) >= stopped_at + 5, seconds=90, of=launcher)
         processes = ranks_of(launcher)
         launcher.kill()
         wait_until(lambda: not any(process.is_alive() for process in processes), seconds=SECONDS_TO_LEAVE)
@@ -116,7 +103,7 @@ def a_killed_rank_is_started_again_by_torchrun(output, ranks):
     folder = output / "debug"
     resumed_from = int(os.readlink(folder / "checkpoints" / "latest").removeprefix("step-"))
     with launched(output, ranks=ranks, MAX_RESTARTS="1") as launcher:
-        wait_until(lambda: is_training_again(folder, resumed_from), seconds=90, launcher=launcher)
+        wait_until(lambda: is_training_again(folder, resumed_from), seconds=90, of=launcher)
         ranks_of(launcher)[1].kill()
         assert launcher.wait(120) == 0, (output / "said.txt").read_text()
 

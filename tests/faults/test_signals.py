@@ -6,8 +6,10 @@ import signal
 
 import pytest
 
+from dist_trainer import trainer
+from dist_trainer.checkpoint import manager
 from tests.faults.conftest import a_run
-from tests.faults.faults import do
+from tests.faults.faults import before_each_call, do
 from tests.faults.processes import wait_until
 
 
@@ -40,31 +42,12 @@ def test_a_third_signal_ends_at_once_and_the_run_goes_on_from_its_last_checkpoin
 
 
 def test_a_signal_during_validation_and_one_during_a_save_lose_nothing(run, undisturbed):
-    def when_evaluating():
-        from dist_trainer import trainer
+    def ask():
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        evaluate = trainer.evaluate
-
-        def signalled(*arguments, **named):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return evaluate(*arguments, **named)
-
-        trainer.evaluate = signalled
-
-    def when_saving():
-        from dist_trainer.checkpoint import manager
-
-        publish = manager.publish
-
-        def signalled(*arguments, **named):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return publish(*arguments, **named)
-
-        manager.publish = signalled
-
-    assert run.start(when_evaluating).code == 75
+    assert run.start(before_each_call(ask, trainer, "evaluate")).code == 75
     assert run.status()["step"] == 5
-    assert run.start(when_saving).code == 75
+    assert run.start(before_each_call(ask, manager, "publish")).code == 75
     run.finish()
     run.equals(undisturbed)
 

@@ -10,20 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from dist_trainer.checkpoint import manager
 from dist_trainer.config.schema import PrecisionConfig
-from tests.distributed.small_runs import command, folder, losses, run, same_weights, small_config, status
+from tests.distributed.small_runs import (
+    at_each_validation_batch,
+    command,
+    folder,
+    losses,
+    on_rank,
+    run,
+    same_weights,
+    small_config,
+    status,
+)
+from tests.faults.faults import before_each_call
+from tests.faults.processes import children_of, wait_until
 
 SECONDS_TO_LEAVE = 10
-
-
-def on_rank(rank, act):
-    """Let `act` lay its trap on one rank alone."""
-
-    def change(trainer):
-        if trainer.world.rank == rank:
-            act(trainer)
-
-    return change
 
 
 def receive(number, *, note: Path) -> None:
@@ -35,35 +38,12 @@ def receive(number, *, note: Path) -> None:
 
 
 def during_validation(number, note):
-    def lay(trainer):
-        validation = trainer.validation_data
-
-        class Signalling:
-            sampler = validation.sampler
-
-            def __iter__(self):
-                for batch in validation:
-                    receive(number, note=note)
-                    yield batch
-
-        trainer.validation_data = Signalling()
-
-    return lay
+    return at_each_validation_batch(lambda: receive(number, note=note))
 
 
 def during_a_save(number, note):
-    def lay(trainer):
-        from dist_trainer.checkpoint import manager
-
-        write = manager.write_training_state
-
-        def write_and_receive(snapshot, staging):
-            receive(number, note=note)
-            write(snapshot, staging)
-
-        manager.write_training_state = write_and_receive
-
-    return lay
+    trap = before_each_call(lambda: receive(number, note=note), manager, "write_training_state")
+    return lambda trainer: trap()
 
 
 def during_compilation(number, note):
@@ -71,17 +51,12 @@ def during_compilation(number, note):
 
     def lay(trainer):
         def watch():
-            while not children():
-                time.sleep(0.001)
+            wait_until(lambda: bool(children_of(os.getpid())))
             receive(number, note=note)
 
         threading.Thread(target=watch, daemon=True).start()
 
     return lay
-
-
-def children() -> list[str]:
-    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
