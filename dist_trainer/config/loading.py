@@ -198,8 +198,14 @@ def _no_such_key(key: str) -> str:
     if not near:
         last = key.rsplit(".", 1)[-1]
         near = [name for name in known if name.rsplit(".", 1)[-1] == last]
+        near = near or [name for name in known if _initials(name) == last]
         near = near or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
     return f"no such key; did you mean {near[0]}?" if near else "no such key; --help lists them all"
+
+
+def _initials(key: str) -> str:
+    """The letters by which people call a key: "lr" for optim.learning_rate."""
+    return "".join(word[0] for word in key.rsplit(".", 1)[-1].split("_"))
 
 
 def _in_words(kind: Any) -> str:

@@ -144,8 +144,7 @@ class ValidationConfig:
     every_epochs: float = 0.0
     """Passes over the training data between validations; 0: only by every_steps and at the end."""
     max_batches: int | None = None
-    """Validate on the first rows alone: this many times batch.micro_batch_size (or global_batch_size, where that is null),
-    over all ranks; null: every row once."""
+    """Validate on the first rows alone: this many times batch.global_batch_size, over all ranks; null: every row once."""
 
 
 @dataclass(frozen=True)

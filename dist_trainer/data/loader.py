@@ -90,8 +90,8 @@ def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> Data
         micro_batch_size=rows_per_validation_block(batch),
         rank=world.rank,
         world_size=world.world_size,
-        # Rows that do not depend on the number of ranks.
-        max_rows=None if max_batches is None else max_batches * (batch.micro_batch_size or batch.global_batch_size),
+        # Rows that depend neither on the number of ranks nor on accumulation.
+        max_rows=None if max_batches is None else max_batches * batch.global_batch_size,
     )
     return _loader(rows, sampler, config, world)
 

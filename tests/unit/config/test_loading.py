@@ -133,6 +133,7 @@ REFUSED = {
     "--model 3": "model: is a section; set its keys, such as model.name",
     "--seed": "command line: seed: a value must follow",
     "--learning_rate 1": "learning_rate: no such key; did you mean optim.learning_rate?",
+    "--optim.lr 1": "optim.lr: no such key; did you mean optim.learning_rate?",
     "--zzz 1": "zzz: no such key; --help lists them all",
     "stray": "'stray' stands alone",
     "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are adamw, or your own",
