@@ -1,5 +1,6 @@
 # make train [ARGS="--train.max_steps 50"]    set-up, then the default run: all GPUs of this machine, else its CPU
 # make test  [ARGS="-k sampler"]              set-up, then the tests
+# make bench [ARGS="--ranks 2"]               beside HF Trainer, Lightning and a bare loop (see benchmarks/README.md)
 # make lint | format | check                  style and types | repair the style | lint and test, as CI does
 # make setup [PYTHON=python3.12] [TORCH=gpu]  set-up alone, into .venv/ (see launch/setup.sh)
 # make clean                                  removes .venv/ and caches, never runs/
@@ -10,13 +11,16 @@ ARGS ?=
 VENV := .venv/bin/python
 STAMP := .venv/.set-up
 
-.PHONY: train test lint format check setup clean again
+.PHONY: train test bench lint format check setup clean again
 
 train: setup
 	PYTHON=$(VENV) launch/local.sh $(ARGS)
 
 test: setup
 	$(VENV) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+bench: $(STAMP)-bench
+	$(VENV) -m benchmarks.compare $(ARGS)
 
 lint: setup
 	$(VENV) -m ruff check .
@@ -33,6 +37,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml launch/setup.sh
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" launch/setup.sh
+
+$(STAMP)-bench: $(STAMP)
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" EXTRAS=bench launch/setup.sh
+	@touch $@
 
 # Once more where the folder was moved, or where the Python below .venv/ has gone.
 ifneq ($(shell test -x $(VENV) && cat $(STAMP) 2>/dev/null),$(CURDIR))

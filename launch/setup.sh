@@ -2,6 +2,7 @@
 # Makes .venv/ with everything that training and the tests need. `make setup` calls this; once is enough.
 #
 #   PYTHON=python3.12 launch/setup.sh      with another Python (3.11 or newer)
+#   EXTRAS=bench launch/setup.sh         with more of pyproject.toml's optional dependencies
 #   TORCH=gpu|cpu|auto launch/setup.sh     which build of torch (auto: looks for a GPU on this machine; say gpu on a
 #                                          cluster's login node, where there is none)
 #
@@ -103,7 +104,7 @@ version=$($python -c 'import importlib.metadata as m; print(m.version("torch"))'
 # --- everything else ------------------------------------------------------------------------------
 say "the other packages"
 echo "torch==$version" >$venv/constraints.txt # no other package may exchange it
-install --constraint $venv/constraints.txt --editable ".[dev]" || die \
+install --constraint $venv/constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]" || die \
   "the packages named in pyproject.toml could not be installed (see above): is the package registry reachable? Start again when it is"
 
 if has_gpu && ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -1,0 +1,226 @@
+"""`make bench`: ours beside what one would use instead, in turn, several times over; one table of ratios to a bare loop.
+
+    make bench                                           7M parameters, one process, fp32
+    make bench ARGS="--size overhead --dtype bf16"       see SIZES in workloads.py
+    make bench ARGS="--ranks 2 --only bare,ours"
+    make bench ARGS="--size 124m --save --out benchmarks/results/2030-01-01-124m.md"
+
+Each contestant runs in a process of its own (with --ranks, as many), round by round; what is printed is the median over the
+rounds of each one's ratio to the bare loop of the same round, with the smallest and largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.stopwatch import FOLDER, STARTED
+from benchmarks.workloads import SIZES, Workload, prepare
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A module of contestants/ and what it is told."""
+
+    module: str
+    arguments: tuple[str, ...]
+    is_what: str
+
+
+OURS = "ours"
+CONTESTANTS = {
+    "bare": Contestant("bare", (), "a hand-written loop"),
+    "bare, lean": Contestant("bare", ("lean",), "the same with our loss"),
+    "bare, compiled": Contestant("bare", ("compiled",), "the same with torch.compile"),
+    "bare, compiled, lean": Contestant("bare", ("compiled,lean",), "with both"),
+    "bare, per block, lean": Contestant("bare", ("per-block,lean",), "each block compiled, as ours does"),
+    "ours": Contestant(OURS, ("--precision.compile", "false"), "python -m dist_trainer.train, not compiled"),
+    "ours, compiled": Contestant(OURS, ("--precision.compile", "true"), "python -m dist_trainer.train, compiled"),
+    "HF Trainer": Contestant("hf_trainer", (), "transformers.Trainer with its defaults"),
+    "HF Trainer, compiled": Contestant("hf_trainer", ("compiled",), "with torch_compile=True"),
+    "Lightning": Contestant("lightning_trainer", (), "lightning.Trainer with its defaults"),
+    "Lightning, compiled": Contestant("lightning_trainer", ("compiled",), "on a compiled module"),
+}
+BASE = "bare"
+
+
+def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, Any]:
+    """One run of all its ranks; rank 0's result, with the largest memory of any."""
+    environment = {
+        **os.environ,
+        FOLDER: str(workload.folder),
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "DIST_TRAINER_CACHE": str(workload.folder / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(ROOT),
+    }
+    (workload.folder / "runs").exists() and _remove(workload.folder / "runs")
+    command = [sys.executable, "-m", f"benchmarks.contestants.{contestant.module}", *contestant.arguments]
+    port = _free_port()
+    logs = [workload.folder / f"log-{rank}.txt" for rank in range(workload.ranks)]
+    processes = []
+    for rank, log in enumerate(logs):
+        place = {} if workload.ranks == 1 else _place(rank, workload.ranks, port)
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command,
+                env={**environment, **place, STARTED: repr(time.time())},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=ROOT,
+            )
+        processes.append(process)
+    if any([process.wait() for process in processes]):
+        raise SystemExit(f"{' '.join(command)} failed:\n{logs[0].read_text()[-3000:]}")
+    results = [json.loads((workload.folder / f"result-{rank}.json").read_text()) for rank in range(workload.ranks)]
+    return results[0] | {
+        "peak_bytes": max(result["peak_bytes"] for result in results),
+        "cpu_seconds": sum(result["cpu_seconds"] for result in results),
+    }
+
+
+def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun would put into a worker's environment."""
+    return {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "benchmark"},
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _remove(folder: Path) -> None:
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def table(results: dict[str, list[dict[str, Any]]], workload: Workload) -> str:
+    columns = ["contestant", "tokens/s", "CPU time a step", "peak memory", "time to the first step"]
+    columns += ["longest stall, of a step's time"] if workload.save else []
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, rounds in results.items():
+        pairs = list(zip(rounds, results[BASE], strict=True))
+        cells = [
+            _spread([base["step_seconds"] / own["step_seconds"] for own, base in pairs]),
+            *(_spread([own[key] / base[key] for own, base in pairs]) for key in _KEYS),
+        ]
+        if workload.save:
+            cells.append(_spread([own["stall_seconds"] / own["step_seconds"] for own, _ in pairs]))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    base = results[BASE]
+    median = {key: statistics.median(result[key] for result in base) for key in ("step_seconds", *_KEYS)}
+    lines += [
+        "",
+        f"Ratios to the bare loop, median (smallest to largest) of {len(base)} rounds. The bare loop itself: "
+        f"{median['step_seconds'] * 1000:.1f} ms a step of {workload.tokens_per_step} tokens, "
+        f"{median['cpu_seconds'] * 1000:.1f} ms of CPU time, {median['peak_bytes'] / 2**30:.2f} GiB, "
+        f"{median['seconds_to_first_step']:.1f} s to the first step.",
+    ]
+    own_cost = _own_cost(results)
+    return "\n".join(lines + ([own_cost] if own_cost else []))
+
+
+_KEYS = ("cpu_seconds", "peak_bytes", "seconds_to_first_step")
+
+
+def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
+    """What a step of ours takes beyond the loop with the same settings."""
+    if "ours" not in results or "bare, lean" not in results:
+        return None
+    pairs = list(zip(results["ours"], results["bare, lean"], strict=True))
+    more = [(own["step_seconds"] - bare["step_seconds"]) * 1000 for own, bare in pairs]
+    cpu = [own["cpu_seconds"] / bare["cpu_seconds"] for own, bare in pairs]
+    return f"Ours against 'bare, lean': {statistics.median(more):+.3f} ms a step ({min(more):+.3f} to {max(more):+.3f}), CPU time {_spread(cpu)}."
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def header(workload: Workload, size: str, threads: int) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", *_installed()))
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return (
+        f"{datetime.date.today()}, commit {commit}, {_machine()}, {versions}.\n"
+        f"Size {size}, {workload.dtype}, {workload.ranks} rank(s) with {threads} thread(s) each, {workload.size.steps} steps timed."
+    )
+
+
+def _installed() -> list[str]:
+    return [name for name in ("accelerate", "lightning") if importlib.util.find_spec(name)]
+
+
+def _machine() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    names = [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="7m")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="steps that are timed, instead of the size's own number")
+    parser.add_argument("--only", help=f"some of: {'; '.join(CONTESTANTS)} (separated by semicolons; 'bare' always runs)")
+    parser.add_argument("--save", action="store_true", help="write a checkpoint midway, and tell how long training stood still")
+    parser.add_argument("--out", type=Path, help="append the table to this file")
+    given = parser.parse_args()
+    names = [BASE] + [name.strip() for name in given.only.split(";")] if given.only else list(CONTESTANTS)
+    if unknown := set(names) - set(CONTESTANTS):
+        parser.error(f"no contestant {sorted(unknown)[0]!r}; there are {'; '.join(CONTESTANTS)}")
+    names = list(dict.fromkeys(names))
+    size = SIZES[given.size]
+    if given.steps:
+        import dataclasses
+
+        size = dataclasses.replace(size, steps=given.steps)
+    threads = max(1, (os.cpu_count() or 1) // given.ranks)
+    with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
+        workload = Workload(size, Path(folder), ranks=given.ranks, dtype=given.dtype, save=given.save)
+        prepare(workload)
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        # One round ahead, not counted: files come into memory, compilers fill their caches.
+        for number in range(given.rounds + 1):
+            for name in names:
+                result = run(CONTESTANTS[name], workload, threads)
+                if number:
+                    results[name].append(result)
+                print(f"round {number}, {name}: {result['step_seconds'] * 1000:.1f} ms a step", file=sys.stderr, flush=True)
+    text = f"{header(workload, given.size, threads)}\n\n{table(results, workload)}\n"
+    print(text)
+    if given.out:
+        with given.out.open("a") as file:
+            file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""PyTorch Lightning's Trainer with its defaults; `compiled` compiles the module."""
+
+from __future__ import annotations
+
+import sys
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmarks import workloads
+from benchmarks.contestants.model import adamw, build
+from benchmarks.contestants.rows import Rows
+from benchmarks.stopwatch import Stopwatch, workload_here, write_result
+from benchmarks.workloads import Workload
+
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+class Module(lightning.LightningModule):
+    """The model with its loss and optimizer, as Lightning wants them together."""
+
+    def __init__(self, workload: Workload, stopwatch: Stopwatch, *, compiled: bool) -> None:
+        super().__init__()
+        self.model = build(workload, torch.device("cpu"))
+        if compiled:
+            self.model.compile(dynamic=False)
+        self.stopwatch = stopwatch
+
+    def training_step(self, rows: dict[str, Tensor], _: int) -> Tensor:
+        logits = self.model(rows["input_ids"])
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows["labels"].flatten())
+
+    def configure_optimizers(self) -> Optimizer:
+        optimizer = adamw(self.model)
+        self.stopwatch.watch(optimizer)
+        return optimizer
+
+
+def main(flags: set[str]) -> None:
+    workload = workload_here()
+    stopwatch = Stopwatch(workload)
+    save = ModelCheckpoint(workload.folder / "lightning", every_n_train_steps=workload.save_at, save_top_k=-1)
+    trainer = lightning.Trainer(
+        default_root_dir=workload.folder / "lightning",
+        devices=workload.ranks if not torch.cuda.is_available() else 1,
+        strategy="ddp" if workload.ranks > 1 else "auto",
+        precision=PRECISIONS[workload.dtype],  # type: ignore[arg-type]
+        max_steps=workload.total_steps,
+        # A fused optimizer clips nothing under Lightning's mixed precision unless told by norm, as here.
+        gradient_clip_val=workloads.MAX_GRAD_NORM,
+        callbacks=[save] if workload.save else None,
+        enable_checkpointing=workload.save,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = torch.utils.data.DataLoader(Rows(workload), batch_size=workload.size.global_batch_size // workload.ranks)
+    trainer.fit(Module(workload, stopwatch, compiled="compiled" in flags), data)
+    write_result(stopwatch, None)
+
+
+if __name__ == "__main__":
+    main(set(sys.argv[1:]))

@@ -1,0 +1,32 @@
+"""The module that all train, and its optimizer: DecoderLM with the same first weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from benchmarks import workloads
+from benchmarks.workloads import Workload
+from dist_trainer.config.schema import ModelConfig, OptimConfig
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.models.registry import ModelContext, build_model
+from dist_trainer.optim.optimizers import build_optimizer
+
+
+def build(workload: Workload, device: torch.device) -> DecoderLM:
+    size = workload.size
+    config = ModelConfig(**{name: getattr(size, name) for name in workloads.SHAPE})
+    model = build_model(config, ModelContext(size.vocabulary_size, size.sequence_length, workloads.SEED, device))
+    assert isinstance(model, DecoderLM)
+    return model
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Fused, with decay of matrices alone, as ours."""
+    config = OptimConfig(
+        learning_rate=workloads.LEARNING_RATE,
+        betas=workloads.BETAS,
+        eps=workloads.EPS,
+        weight_decay=workloads.WEIGHT_DECAY,
+    )
+    return build_optimizer(config, model)

@@ -1,0 +1,21 @@
+"""The rows as the trainers that take a data set want them: one at a time, in the order in which all contestants read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from benchmarks.workloads import Workload
+
+
+class Rows(Dataset):
+    def __init__(self, workload: Workload) -> None:
+        self.rows = workload.all_rows().reshape(-1, workload.size.sequence_length + 1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = torch.from_numpy(self.rows[index].astype("int64"))
+        return {"input_ids": row[:-1], "labels": row[1:]}

@@ -1,0 +1,90 @@
+"""Times a contestant from inside, the same way for all: by a hook after each step of its optimizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from benchmarks.workloads import Workload
+
+STARTED = "BENCHMARK_STARTED"
+"""Variable with the time (unix seconds) at which the contestant's command was given."""
+FOLDER = "BENCHMARK_WORKLOAD"
+"""Variable with the workload's folder."""
+
+
+class Stopwatch:
+    """Laps of one process. On GPUs the device is awaited where the timed steps begin and end, and nowhere between."""
+
+    def __init__(self, workload: Workload) -> None:
+        self.workload = workload
+        self.laps: list[float] = []
+        self.seconds_to_first_step = 0.0
+        self.cpu = [0.0, 0.0]
+
+    def watch(self, optimizer: Optimizer) -> None:
+        """Take the time after every step of `optimizer`."""
+        optimizer.register_step_post_hook(lambda *_: self._lap())
+
+    def _lap(self) -> None:
+        step = len(self.laps) + 1
+        first, last = self.workload.warmup_steps, self.workload.total_steps
+        if step in (1, first, last) and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if step == 1:
+            self.seconds_to_first_step = time.time() - float(os.environ[STARTED])
+        if step in (first, last):
+            self.cpu[step == last] = _cpu_seconds_of_session()
+        self.laps.append(time.perf_counter())
+
+    def result(self, loss: float | None) -> dict[str, Any]:
+        """What was measured; `loss` is that of the last step, to see that all do the same."""
+        workload = self.workload
+        timed = self.laps[workload.warmup_steps - 1 :]
+        assert len(timed) == workload.size.steps + 1, f"{len(self.laps)} steps, not {workload.total_steps}"
+        steps = [later - earlier for earlier, later in zip(timed, timed[1:], strict=False)]
+        on_gpu = torch.cuda.is_available()
+        # Laps on a GPU tell when kernels were queued, not when they were done: there only the whole window counts.
+        seconds = (timed[-1] - timed[0]) / len(steps) if on_gpu else statistics.median(steps)
+        memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "step_seconds": seconds,
+            "cpu_seconds": (self.cpu[1] - self.cpu[0]) / len(steps),
+            "peak_bytes": memory,
+            "seconds_to_first_step": self.seconds_to_first_step,
+            "stall_seconds": max(steps) - statistics.median(steps) if workload.save else None,
+            "loss": loss,
+        }
+
+
+def _cpu_seconds_of_session() -> float:
+    """User and system time of all processes of this one's session: helpers cost, too."""
+    session, ticks = os.getsid(0), 0
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue  # gone meanwhile
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def write_result(stopwatch: Stopwatch, loss: float | None) -> None:
+    """Leave the result where the comparison looks for it."""
+    rank = int(os.environ.get("RANK", "0"))
+    (stopwatch.workload.folder / f"result-{rank}.json").write_text(json.dumps(stopwatch.result(loss)))
+
+
+def workload_here() -> Workload:
+    """The one this process was started for."""
+    return Workload.load(Path(os.environ[FOLDER]))

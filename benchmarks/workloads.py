@@ -1,0 +1,178 @@
+"""What all contestants train on: the shape of a model, and rows of tokens in the order in which our own loader gives them.
+
+A workload is a folder, made once per comparison, so that every contestant reads the same bytes:
+
+    workload.json        shape, batch, steps, number format
+    rows.npy             int32 [steps, global batch, T + 1]: what each step learns from
+    config.yaml          the same for `python -m dist_trainer.train`
+    text.jsonl, tokenizer/   a text that becomes those tokens, since ours is timed as the command that users type
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+LEARNING_RATE = 3e-4
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+WEIGHT_DECAY = 0.1
+MAX_GRAD_NORM = 1.0
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and how much of it goes into a step."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocabulary_size: int
+    sequence_length: int
+    global_batch_size: int
+    steps: int
+    """How many are timed."""
+
+
+SIZES = {
+    # So small that a trainer's own cost per step shows.
+    "overhead": Size(64, 128, 2, 4, 4, 512, 64, 2, steps=400),
+    "1m": Size(128, 344, 4, 4, 4, 2048, 128, 8, steps=60),
+    "7m": Size(256, 688, 6, 4, 4, 8192, 256, 8, steps=15),
+    "30m": Size(512, 1376, 6, 8, 8, 16384, 512, 4, steps=8),
+    "124m": Size(768, 2048, 12, 12, 12, 50304, 1024, 1, steps=5),
+    # For one GPU.
+    "124m-gpu": Size(768, 2048, 12, 12, 12, 50304, 1024, 32, steps=40),
+    "1b-gpu": Size(2048, 8192, 16, 32, 8, 128256, 2048, 4, steps=15),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One comparison's conditions."""
+
+    size: Size
+    folder: Path
+    ranks: int = 1
+    dtype: str = "fp32"
+    warmup_steps: int = 3
+    """Steps before the timed ones."""
+    save: bool = False
+    """Whether a checkpoint is written after the middle one of the timed steps."""
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup_steps + self.size.steps
+
+    @property
+    def save_at(self) -> int:
+        """The step after which the checkpoint is written; beyond the last one where none is."""
+        return self.warmup_steps + self.size.steps // 2 if self.save else self.total_steps + 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.size.global_batch_size * self.size.sequence_length
+
+    def all_rows(self) -> np.ndarray:
+        """int32 [steps, global batch, T + 1]."""
+        return np.load(self.folder / "rows.npy")
+
+    def rows(self, rank: int) -> np.ndarray:
+        """int32 [steps, rows of this rank, T + 1]."""
+        share = self.size.global_batch_size // self.ranks
+        return self.all_rows()[:, rank * share : (rank + 1) * share]
+
+    def dump(self) -> None:
+        """Write the conditions, for the contestants' own processes."""
+        said = dataclasses.asdict(self) | {"folder": str(self.folder)}
+        (self.folder / "workload.json").write_text(json.dumps(said, indent=2))
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config_of(self)))
+
+    @classmethod
+    def load(cls, folder: Path) -> Workload:
+        said = json.loads((folder / "workload.json").read_text())
+        return cls(**said | {"size": Size(**said["size"]), "folder": folder})
+
+
+def config_of(workload: Workload) -> dict[str, Any]:
+    """The workload in the words of `python -m dist_trainer.train`."""
+    size = workload.size
+    shape = {name: getattr(size, name) for name in SHAPE}
+    return {
+        "run_name": "run",
+        "seed": SEED,
+        "model": shape,
+        "data": {
+            "dataset": str(workload.folder / "text.jsonl"),
+            "tokenizer": str(workload.folder / "tokenizer"),
+            "sequence_length": size.sequence_length,
+            "validation_fraction": 0.0,
+        },
+        "batch": {"global_batch_size": size.global_batch_size},
+        "optim": {
+            "name": "benchmarks.contestants.ours:timed_adamw",
+            "learning_rate": LEARNING_RATE,
+            "betas": list(BETAS),
+            "eps": EPS,
+            "weight_decay": WEIGHT_DECAY,
+            "max_grad_norm": MAX_GRAD_NORM,
+        },
+        "schedule": {"name": "constant", "warmup_steps": 0},
+        "train": {"max_steps": workload.total_steps},
+        "precision": {"dtype": workload.dtype},
+        "checkpoint": {"every_steps": workload.save_at},
+    }
+
+
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def prepare(workload: Workload) -> None:
+    """Write the folder: a random text of V words, and the rows that our loader makes of it, in its order."""
+    _write_text(workload)
+    workload.dump()
+    rows = _rows_in_order(workload)
+    np.save(workload.folder / "rows.npy", rows)
+
+
+def _write_text(workload: Workload) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    size, folder = workload.size, workload.folder
+    words = [f"w{number}" for number in range(size.vocabulary_size - 1)]
+    vocabulary = {word: number for number, word in enumerate([*words, "<eos>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[attr-defined]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "tokenizer")
+    random = np.random.default_rng(SEED)
+    # As often as words are in a language: the k-th one about 1/k as often as the first.
+    weights = 1.0 / np.arange(1, len(words) + 1)
+    needed = (workload.total_steps + 1) * workload.tokens_per_step
+    drawn = random.choice(len(words), size=needed, p=weights / weights.sum())
+    with (folder / "text.jsonl").open("w") as file:
+        for document in np.array_split(drawn, max(1, needed // 500)):
+            file.write(json.dumps({"text": " ".join(words[number] for number in document)}) + "\n")
+
+
+def _rows_in_order(workload: Workload) -> np.ndarray:
+    from dist_trainer import World, create_dataloaders
+    from dist_trainer.config.loading import load_config
+
+    config = load_config(["--config", str(workload.folder / "config.yaml")])
+    with World.join(config.distributed) as world:
+        batches = iter(create_dataloaders(config, world).train)
+        rows = []
+        for _ in range(workload.total_steps):
+            batch = next(batches)
+            rows.append(np.concatenate([batch.tokens.numpy(), batch.targets.numpy()[:, -1:]], axis=1))
+    return np.stack(rows).astype(np.int32)
