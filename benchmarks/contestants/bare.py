@@ -26,8 +26,8 @@ def main(flags: set[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = raw = build(workload, device)
     if "per-block" in flags:
-        for block in raw.blocks:
-            block.compile(dynamic=False)
+        for part in raw.compiled_parts:
+            part.compile(dynamic=False)
     if "compiled" in flags:
         raw.compile(dynamic=False)
     if workload.ranks > 1:

@@ -32,7 +32,9 @@ def last_loss(workload: Workload) -> float | None:
 
 def main() -> int:
     workload = workload_here()
-    code = train(["--config", str(workload.folder / "config.yaml"), "--output_dir", str(workload.folder / "runs"), *sys.argv[1:]])
+    code = train(
+        ["--config", str(workload.folder / "config.yaml"), "--output_dir", str(workload.folder / "runs"), *sys.argv[1:]]
+    )
     # Under its own name, not __main__: there the trainer has looked up the optimizer.
     from benchmarks.contestants.ours import STOPWATCHES
 

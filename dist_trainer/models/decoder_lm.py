@@ -24,11 +24,9 @@ from dist_trainer.models.hf_format import (
     read_hf_weights,
     write_hf,
 )
-from dist_trainer.models.loss import linear_cross_entropy_sum
+from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
 
 INIT_STD = 0.02
-LOSS_CHUNK_TOKENS = 8192
-"""Tokens whose logits exist at once in the loss: 1.6 GB in float32 at a vocabulary of 50,000."""
 
 
 class KeyValueCache:
@@ -179,12 +177,13 @@ class DecoderLM(nn.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, vocabulary_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.logit_loss = LogitLoss()
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
-    def blocks(self) -> Iterable[Block]:
-        """The list to compile, shard or recompute."""
-        return self.layers  # type: ignore[return-value]
+    def compiled_parts(self) -> Iterable[nn.Module]:
+        """What to compile, each for itself; equal blocks share one compilation."""
+        return [*self.layers, self.logit_loss]
 
     @property
     def head_weight(self) -> Tensor:
@@ -204,9 +203,7 @@ class DecoderLM(nn.Module):
         x_BTD = self.norm(x_BTD)
         if targets is None:
             return F.linear(x_BTD, self.head_weight)
-        return linear_cross_entropy_sum(
-            x_BTD.flatten(0, 1), self.head_weight, targets.flatten(), chunk_tokens=LOSS_CHUNK_TOKENS
-        )
+        return linear_cross_entropy_sum(x_BTD.flatten(0, 1), self.head_weight, targets.flatten(), logit_loss=self.logit_loss)
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:

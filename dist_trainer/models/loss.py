@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 IGNORED_TARGET = -100
+_FP16_MARGIN = 64
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,24 +21,98 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED_TARGET, reduction="sum")
 
 
-def linear_cross_entropy_sum(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_tokens: int) -> Tensor:
+class LogitLoss(nn.Module):
+    """From logits to their loss and to its gradient in one go: while they are at hand, the gradient is a subtraction away.
+
+    No parameters. A module, so that it can be compiled where the model's blocks are.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """cross_entropy_sum(logits, targets) of `logits` [N, V] and `targets` [N], and its gradient [N, V].
+
+        The gradient is softmax(logits) - onehot(targets) in the logits' format; rows of IGNORED_TARGET hold nonsense.
+        """
+        counted = targets != IGNORED_TARGET
+        index = targets.clamp(min=0).unsqueeze(1)
+        log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        loss = -(log_probabilities.gather(1, index).squeeze(1) * counted).sum()
+        gradient = log_probabilities.exp_()
+        gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+        return loss, gradient.to(logits.dtype)
+
+
+def linear_cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, logit_loss: LogitLoss, chunk_tokens: int | None = None
+) -> Tensor:
     """cross_entropy_sum(hidden @ weight.T, targets), of at most `chunk_tokens` tokens' logits at a time.
 
-    `hidden` is [N, D], `weight` [V, D], `targets` [N]. The logits of a chunk are computed anew in the backward pass, so
-    that float32 logits of the whole batch never exist.
+    `hidden` is [N, D], `weight` [V, D], `targets` [N]; the products are in autocast's format, if one is on. The gradients of
+    a chunk are computed beside its loss, so that nothing is computed twice and the logits of the whole batch never exist, in
+    whatever format (as in Liger, Hsu et al. 2024, https://arxiv.org/abs/2410.10989).
     """
-    if hidden.shape[0] <= chunk_tokens:
-        return cross_entropy_sum(F.linear(hidden, weight), targets)
+    chunk_tokens = chunk_tokens or default_chunk_tokens(hidden)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, weight, targets, logit_loss, chunk_tokens, dtype)  # type: ignore[return-value]
+    weight = weight.to(dtype)
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for hidden_part, targets_part in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        total = total + torch.utils.checkpoint.checkpoint(
-            _chunk_loss, hidden_part, weight, targets_part, use_reentrant=False, preserve_rng_state=False
-        )
+    for rows in _chunks(len(hidden), chunk_tokens):
+        total += cross_entropy_sum(F.linear(hidden[rows].to(dtype), weight), targets[rows])
     return total
 
 
-def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy_sum(F.linear(hidden, weight), targets)
+def default_chunk_tokens(hidden: Tensor) -> int:
+    """Tokens whose logits exist at once, for `hidden` [N, D].
+
+    Each chunk adds its part to the gradient of the head, V * D numbers, and computes chunk * V logits: of about D tokens
+    the two weigh the same. On GPUs, whose memory allows it, more: each chunk launches its kernels anew.
+    """
+    smallest = 256 if hidden.device.type == "cpu" else 4096
+    return max(smallest, hidden.shape[1])
+
+
+def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:
+    """Slices of equal size, but for the last one."""
+    size = -(-tokens // -(-tokens // chunk_tokens))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_loss: LogitLoss, chunk_tokens: int, dtype: torch.dtype
+    ) -> Tensor:
+        # Casts are made here: autocast would cast the weight anew for each chunk.
+        with torch.autocast(hidden.device.type, enabled=False):
+            cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
+            counted = (targets != IGNORED_TARGET).unsqueeze(1)
+            hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            for rows in _chunks(len(hidden), chunk_tokens):
+                part = cast_hidden[rows]
+                loss, logit_gradient = logit_loss(F.linear(part, cast_weight), targets[rows])
+                total += loss
+                hidden_gradient[rows] = (logit_gradient @ cast_weight).masked_fill_(~counted[rows], 0)
+                _add_product(weight_gradient, logit_gradient.T, part.masked_fill(~counted[rows], 0))
+        ctx.save_for_backward(hidden_gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        return hidden_gradient * gradient, weight_gradient * gradient, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the format of `total`."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif left.dtype == torch.float16:
+        # Not scaled as the loss is, a sum over thousands of tokens might leave fp16's range: here it stays far below.
+        total.add_(left @ (right / _FP16_MARGIN), alpha=_FP16_MARGIN)
+    else:
+        total += left @ right
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -46,12 +46,11 @@ def is_compiled(compile: bool | Literal["auto"], world: World) -> bool:
 
 
 def compile_blocks(model: nn.Module, *, varying_length: bool = False) -> None:
-    """Compile each of `model.blocks` in place (equal blocks share one compilation), or the whole of other models.
+    """Compile each of `model.compiled_parts` in place, or the whole of other models.
 
     With sequences of varying length, once more for any length when the second one comes.
     """
-    blocks = getattr(model, "blocks", None)
-    for part in blocks if blocks is not None else [model]:
+    for part in getattr(model, "compiled_parts", [model]):
         part.compile(dynamic=None if varying_length else False)
 
 

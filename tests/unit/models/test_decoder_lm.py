@@ -9,7 +9,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.generation import generate
-from dist_trainer.models.loss import cross_entropy_sum, linear_cross_entropy_sum, takes_targets
+from dist_trainer.models.loss import LogitLoss, cross_entropy_sum, linear_cross_entropy_sum, takes_targets
 
 VOCABULARY = 61
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -124,7 +124,8 @@ def test_with_targets_the_forward_pass_gives_the_sum_of_token_losses():
     torch.testing.assert_close(model(tokens(), targets), expected)
 
 
-def test_the_loss_in_chunks_has_the_same_value_and_gradients():
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 40, None])
+def test_the_loss_in_chunks_has_the_same_value_and_gradients(chunk_tokens):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 8, generator=generator, requires_grad=True)
     weight = torch.randn(VOCABULARY, 8, generator=generator, requires_grad=True)
@@ -132,11 +133,40 @@ def test_the_loss_in_chunks_has_the_same_value_and_gradients():
     targets[3] = -100
     whole = cross_entropy_sum(hidden @ weight.T, targets)
     whole_gradients = torch.autograd.grad(whole, (hidden, weight))
-    parts = linear_cross_entropy_sum(hidden, weight, targets, chunk_tokens=7)
+    parts = linear_cross_entropy_sum(hidden, weight, targets, logit_loss=LogitLoss(), chunk_tokens=chunk_tokens)
     part_gradients = torch.autograd.grad(parts, (hidden, weight))
     assert abs(parts - whole) / whole < 1e-6
     for ours, theirs in zip(part_gradients, whole_gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        alone = linear_cross_entropy_sum(hidden, weight, targets, logit_loss=LogitLoss(), chunk_tokens=chunk_tokens)
+    assert abs(alone - whole) / whole < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_in_chunks_rounds_no_more_than_autocast_does(dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 64, generator=generator, requires_grad=True)
+    weight = torch.randn(VOCABULARY, 64, generator=generator, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (600,), generator=generator)
+    exact = torch.autograd.grad(cross_entropy_sum(hidden @ weight.T, targets), (hidden, weight))
+    with torch.autocast("cpu", dtype=dtype):
+        usual = torch.autograd.grad(cross_entropy_sum(F.linear(hidden, weight), targets), (hidden, weight))
+        parts = linear_cross_entropy_sum(hidden, weight, targets, logit_loss=LogitLoss(), chunk_tokens=256)
+    ours = torch.autograd.grad(parts, (hidden, weight))
+    for mine, theirs, true in zip(ours, usual, exact, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - true).norm() < 1.05 * (theirs - true).norm()
+
+
+def test_the_loss_never_holds_the_logits_of_the_whole_batch():
+    """By what autograd keeps: hidden states and gradients of D numbers a token, never V."""
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(VOCABULARY, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        linear_cross_entropy_sum(hidden, weight, torch.zeros(64, dtype=torch.long), logit_loss=LogitLoss(), chunk_tokens=8)
+    assert kept
+    assert sum(kept) <= hidden.numel() + weight.numel()
 
 
 def test_initialisation_follows_its_table_and_its_seed():
