@@ -153,7 +153,8 @@ def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
     pairs = list(zip(results["ours"], results["bare, lean"], strict=True))
     more = [(own["step_seconds"] - bare["step_seconds"]) * 1000 for own, bare in pairs]
     cpu = [own["cpu_seconds"] / bare["cpu_seconds"] for own, bare in pairs]
-    return f"Ours against 'bare, lean': {statistics.median(more):+.3f} ms a step ({min(more):+.3f} to {max(more):+.3f}), CPU time {_spread(cpu)}."
+    spread = f"{min(more):+.3f} to {max(more):+.3f}"
+    return f"Ours against 'bare, lean': {statistics.median(more):+.3f} ms a step ({spread}), CPU time {_spread(cpu)}."
 
 
 def _spread(values: list[float]) -> str:
@@ -164,8 +165,8 @@ def header(workload: Workload, size: str, threads: int) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", *_installed()))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return (
-        f"{datetime.date.today()}, commit {commit}, {_machine()}, {versions}.\n"
-        f"Size {size}, {workload.dtype}, {workload.ranks} rank(s) with {threads} thread(s) each, {workload.size.steps} steps timed."
+        f"{datetime.date.today()}, commit {commit}, {_machine()}, {versions}.\nSize {size}, {workload.dtype}, "
+        f"{workload.ranks} rank(s) with {threads} thread(s) each, {workload.size.steps} steps timed."
     )
 
 

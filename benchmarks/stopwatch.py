@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -50,7 +51,7 @@ class Stopwatch:
         workload = self.workload
         timed = self.laps[workload.warmup_steps - 1 :]
         assert len(timed) == workload.size.steps + 1, f"{len(self.laps)} steps, not {workload.total_steps}"
-        steps = [later - earlier for earlier, later in zip(timed, timed[1:], strict=False)]
+        steps = [later - earlier for earlier, later in itertools.pairwise(timed)]
         on_gpu = torch.cuda.is_available()
         # Laps on a GPU tell when kernels were queued, not when they were done: there only the whole window counts.
         seconds = (timed[-1] - timed[0]) / len(steps) if on_gpu else statistics.median(steps)

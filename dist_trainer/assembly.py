@@ -27,7 +27,7 @@ from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.models.registry import MODELS, ModelContext, build_model, weights_writer
 from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
-from dist_trainer.optim.schedules import SCHEDULES, warn_of_unfinished_warmup
+from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinished_warmup
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words, make_up_for_ending, note_early_stop, train
@@ -152,6 +152,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export_to(model, tokenizer))
     shown = (loaders.validation or loaders.train).dataset
     sample = agree(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
+    per_token = flops_per_token(model, config)
     trainer = Trainer(
         config,
         world,
@@ -160,6 +161,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
             world,
             strategy=config.distributed.strategy,
             compile=config.precision.compile,
+            flops=flops_of_the_run(config, loaders, per_token),
             varying_length=not config.data.packing,
         ),
         optimizer=build_optimizer(config.optim, model),
@@ -168,7 +170,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         precision=build_precision(config.precision, world.device),
         checkpoints=checkpoints,
         sample=sample,
-        flops_per_token=flops_per_token(model, config),
+        flops_per_token=per_token,
         facts=facts,
     )
     if start.checkpoint is not None:
@@ -234,6 +236,14 @@ def flops_per_token(model: nn.Module, config: TrainingConfig) -> float | None:
     """What the model says of itself; None where it does not."""
     count = getattr(model, "flops_per_token", None)
     return count(config.data.sequence_length) if count is not None else None
+
+
+def flops_of_the_run(config: TrainingConfig, loaders: Dataloaders, per_token: float | None) -> float | None:
+    """Floating-point operations from the first step to the last, whether or not it is resumed in between."""
+    if per_token is None:
+        return None
+    steps = total_steps(config.train, loaders.train.sampler.steps_per_epoch)  # type: ignore[attr-defined]
+    return steps * config.batch.global_batch_size * config.data.sequence_length * per_token
 
 
 def check_visible_everywhere(start: StartingPoint, world: World) -> None:

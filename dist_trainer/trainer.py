@@ -31,7 +31,8 @@ from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, Tr
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.schedules import build_schedule, total_steps
-from dist_trainer.parallel.registry import gradient_sync, is_compiled, unwrap
+from dist_trainer.parallel.compilation import is_compiled
+from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample
 from dist_trainer.step import StepInput, StepResult, seed_dropout
@@ -232,7 +233,7 @@ class Trainer:
     # --------------------------------------------------------------------------------------- between the steps
 
     def _warm_up(self) -> None:
-        compiles = is_compiled(self.config.precision.compile, self.world)
+        compiles = is_compiled(unwrap(self.model))
         warm_up(self.model, self.train_data, self.world, self.precision, self.loss_function, compiles=compiles)
 
     def _at(self, phase: Phase) -> None:

@@ -194,12 +194,13 @@ def _whole(value: Any) -> Any:
 
 def _no_such_key(key: str) -> str:
     known = list(leaf_types())
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        last = key.rsplit(".", 1)[-1]
-        near = [name for name in known if name.rsplit(".", 1)[-1] == last]
-        near = near or [name for name in known if _initials(name) == last]
-        near = near or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
+    last = key.rsplit(".", 1)[-1]
+    near = (
+        [name for name in known if name.rsplit(".", 1)[-1] == last]
+        or [name for name in known if _initials(name) == last]
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
+    )
     return f"no such key; did you mean {near[0]}?" if near else "no such key; --help lists them all"
 
 

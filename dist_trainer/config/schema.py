@@ -132,7 +132,8 @@ class PrecisionConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Format of the forward and backward pass; auto: bf16 where the GPU has it, else fp16 on GPUs, fp32 on CPU."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile the model; auto: on GPUs."""
+    """torch.compile the model; auto: where the run is long enough (more than some minutes on a GPU, a quarter of an hour on a
+    CPU, which needs a C++ compiler for it)."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
+from dist_trainer.cache_dir import default_cache_dir
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.datasets import open_source
@@ -18,7 +19,7 @@ from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator,
 from dist_trainer.data.sampler import KeyedPermutation
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import text_of
-from dist_trainer.data.token_store import TokenStore, default_cache_dir, token_store
+from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -56,13 +56,6 @@ class TokenStore:
     """Digest of content and tokenizer."""
 
 
-def default_cache_dir() -> Path:
-    """DIST_TRAINER_CACHE, else dist_trainer/ in the user's cache folder."""
-    if named := os.environ.get("DIST_TRAINER_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_trainer"
-
-
 def token_store(split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identity: str, cache_dir: Path) -> TokenStore:
     """The store of `split`, opened, or built first where no process has before.
 

@@ -1,4 +1,4 @@
-"""`STRATEGIES`: how several ranks share one model, and the two things the trainer needs to know of it."""
+"""`STRATEGIES`: how several ranks share one model, and what the trainer needs to know of it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.config.lookup import build
 from dist_trainer.distributed.world import World
+from dist_trainer.parallel.compilation import compile_parts, is_worth_compiling
 from dist_trainer.parallel.ddp import ddp
 
 
@@ -28,30 +29,18 @@ def parallelize(
     *,
     strategy: str = "auto",
     compile: bool | Literal["auto"] = "auto",
+    flops: float | None = None,
     varying_length: bool = False,
 ) -> nn.Module:
-    """`model` as several ranks train it together: compiled first (auto: on GPUs), then wrapped by `strategy`.
+    """`model` as several ranks train it together: compiled first, where asked for or worth it, then wrapped by `strategy`.
 
-    `varying_length`: of the sequences, from batch to batch.
+    `flops`: floating-point operations of the whole run, where known, by which `auto` decides. `varying_length`: of the
+    sequences, from batch to batch. Raises ConfigError where it cannot be compiled here.
     """
-    if is_compiled(compile, world):
-        compile_blocks(model, varying_length=varying_length)
+    if is_worth_compiling(compile, world, flops):
+        compile_parts(model, varying_length=varying_length)
     row = "ddp" if strategy == "auto" else strategy  # which leaves a single process as it is
     return build(STRATEGIES, row, "distributed.strategy", model, world, kind=nn.Module)
-
-
-def is_compiled(compile: bool | Literal["auto"], world: World) -> bool:
-    """What precision.compile means here: `auto` compiles on GPUs."""
-    return compile is True or (compile == "auto" and world.device.type == "cuda")
-
-
-def compile_blocks(model: nn.Module, *, varying_length: bool = False) -> None:
-    """Compile each of `model.compiled_parts` in place, or the whole of other models.
-
-    With sequences of varying length, once more for any length when the second one comes.
-    """
-    for part in getattr(model, "compiled_parts", [model]):
-        part.compile(dynamic=None if varying_length else False)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

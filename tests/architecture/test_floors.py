@@ -9,7 +9,7 @@ from tests.architecture.sources import PACKAGE, imports_of_the_package, loaded_b
 GROUND = {"version", "errors"}
 FLOORS = [
     GROUND,
-    {"place"},
+    {"place", "cache_dir"},
     {"config", "exit_codes", "manifest", "model_folders"},
     {"distributed"},
     {"models", "data", "optim", "parallel", "precision"},
@@ -25,7 +25,7 @@ FLOORS = [
 COMMANDS = FLOORS[-2]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-WITHOUT_TORCH = GROUND | {"place", "config", "exit_codes", "model_folders", "__init__"} | COMMANDS
+WITHOUT_TORCH = GROUND | {"place", "cache_dir", "config", "exit_codes", "model_folders", "__init__"} | COMMANDS
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "wandb", "numpy", "safetensors"}
 # The only files that may import these, and only inside functions: who does not use them does not wait for them.
 DOORS = {

@@ -1,0 +1,87 @@
+"""torch.compile: whether it pays, what of a model is compiled, and where the result is kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import weakref
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dist_trainer.cache_dir import default_cache_dir
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import ConfigError
+
+WORTH_COMPILING = {"cuda": 1e16, "cpu": 1e14}
+"""Floating-point operations of a run from which on `auto` compiles.
+
+At 1e14 a second on a GPU and 1e11 on a few CPU cores these are 2 and 17 minutes, of which compiled code spares some fifth;
+compiling takes about half a minute. A property of the run alone, not of the machine or the number of ranks: what it decides
+changes the last bits of every loss.
+"""
+_COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def is_worth_compiling(choice: bool | Literal["auto"], world: World, flops: float | None) -> bool:
+    """What precision.compile means for a run of `flops` operations on this device; None: unknown, then it is taken for long
+    on a GPU and for short on a CPU. Raises ConfigError where it is asked for and there is no compiler.
+    """
+    on_gpu = world.device.type == "cuda"
+    if choice == "auto":
+        if not on_gpu and cpp_compiler() is None:
+            return False
+        return on_gpu if flops is None else flops >= WORTH_COMPILING.get(world.device.type, 0.0)
+    if choice and not on_gpu and cpp_compiler() is None:
+        raise ConfigError(
+            "precision.compile: true needs a C++ compiler on a CPU, and neither g++ nor clang++ is here; install one, name "
+            "it by the variable CXX, or set precision.compile to false"
+        )
+    return choice
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler that torch would call for CPU code."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
+    """Compile each of `model.compiled_parts` in place, or the whole of other models.
+
+    With sequences of varying length, once more for any length when the second one comes.
+    """
+    keep_compiled_code()
+    for part in getattr(model, "compiled_parts", [model]):
+        part.compile(dynamic=None if varying_length else False)
+    _COMPILED.add(model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `compile_parts` was called for `model`."""
+    return model in _COMPILED
+
+
+def keep_compiled_code() -> None:
+    """Have torch keep what it compiles in the user's cache, so that a run that starts again finds it, on any node.
+
+    Not in the run's folder: it is code, and a run may come from a stranger. For the same reason not in a folder that others
+    can write into; there, and where the user has named one, torch's own choice stands.
+    """
+    folder = default_cache_dir() / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return
+    if belongs_to_this_user_alone(folder):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        if torch.cuda.is_available():
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def belongs_to_this_user_alone(folder: Path) -> bool:
+    """Whether `folder` is no link, and nobody else may write into it."""
+    found = folder.lstat()
+    return not folder.is_symlink() and found.st_uid == os.getuid() and not found.st_mode & 0o022

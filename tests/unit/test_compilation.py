@@ -1,0 +1,56 @@
+"""When compiling pays, and where compiled code is kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import ConfigError
+from dist_trainer.parallel import compilation
+from dist_trainer.parallel.compilation import WORTH_COMPILING, is_worth_compiling, keep_compiled_code
+
+CPU, LONG, SHORT = World.single(), 1e18, 1e12
+
+
+@pytest.fixture
+def gpu() -> World:
+    return World(device=torch.device("cuda"))
+
+
+def test_auto_compiles_long_runs_and_no_short_ones(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "cpp_compiler", lambda: "/usr/bin/g++")
+    assert [is_worth_compiling("auto", CPU, flops) for flops in (LONG, WORTH_COMPILING["cpu"], SHORT, None)] == [1, 1, 0, 0]
+    assert [is_worth_compiling("auto", gpu, flops) for flops in (LONG, WORTH_COMPILING["cuda"], SHORT, None)] == [1, 1, 0, 1]
+    assert is_worth_compiling(True, CPU, SHORT)
+    assert not is_worth_compiling(False, gpu, LONG)
+
+
+def test_without_a_compiler_auto_goes_on_and_true_is_refused(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert not is_worth_compiling("auto", CPU, LONG)
+    assert is_worth_compiling(True, gpu, SHORT)
+    with pytest.raises(ConfigError, match=r"precision\.compile: true needs a C\+\+ compiler"):
+        is_worth_compiling(True, CPU, LONG)
+
+
+def test_compiled_code_outlives_the_run_but_only_where_nobody_else_can_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    monkeypatch.setenv("DIST_TRAINER_CACHE", str(tmp_path))
+    (tmp_path / "compiled").mkdir()
+    (tmp_path / "compiled").chmod(0o777)
+    keep_compiled_code()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    (tmp_path / "compiled").chmod(0o700)
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
+    keep_compiled_code()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
