@@ -13,6 +13,7 @@ from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import DistTrainerError, StoppedError, TrainingDivergedError
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
+from dist_trainer.profiling.recorder import profiled
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, steps_to_redo
@@ -29,10 +30,10 @@ def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> Traini
     """Train, and leave the truth in the run's folder however it ends. `began` (unix seconds): when the command did."""
     trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason)
     if folder is None:
-        return trainer.fit()
+        return fit(trainer)
     begin_run_folder(trainer, folder, began=began)
     try:
-        result = trainer.fit()
+        result = fit(trainer)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DistTrainerError) else EXIT_CRASHED
         end_run_folder(trainer, folder, state="failed", reason=reason_of(error, trainer.world), exit_code=code)
@@ -44,6 +45,12 @@ def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> Traini
         reason = signal_name(result.signal_number)
         end_run_folder(trainer, folder, state="preempted", reason=reason, exit_code=code)
     return result
+
+
+def fit(trainer: Trainer) -> TrainingResult:
+    """Train, with the steps recorded that profile.steps names."""
+    with profiled(trainer):
+        return trainer.fit()
 
 
 def reason_of(error: BaseException, world: World) -> str:
