@@ -11,8 +11,9 @@ from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import DistTrainerError, StoppedError, TrainingDivergedError
+from dist_trainer.errors import DistTrainerError, OutOfMemoryError, StoppedError, TrainingDivergedError
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
+from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.profiling.recorder import profiled
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import append_event
@@ -48,8 +49,8 @@ def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> Traini
 
 
 def fit(trainer: Trainer) -> TrainingResult:
-    """Train, with the steps recorded that profile.steps names."""
-    with profiled(trainer):
+    """Train, with the steps recorded that profile.steps names; where memory runs out, with the numbers and what would help."""
+    with explaining_out_of_memory(trainer.config, trainer.world, trainer), profiled(trainer):
         return trainer.fit()
 
 
@@ -57,6 +58,8 @@ def reason_of(error: BaseException, world: World) -> str:
     """Why a run failed, in a sentence: of a broken connection who has broken it."""
     if isinstance(error, TrainingDivergedError):
         return f"diverged: {error}"
+    if isinstance(error, OutOfMemoryError):
+        return error.summary
     if isinstance(error, DistTrainerError):
         return str(error)
     return world.heartbeat.lost_peers() or f"{type(error).__name__}: {error}"
