@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
+import time
 from pathlib import Path
 
 import torch
 
+from dist_trainer import assembly
+from dist_trainer.exit_codes import exit_code_of
 from dist_trainer.trainer import Trainer
+from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import command
+from tests.faults.faults import before_each_call
 
 SETTINGS = ["--batch.micro_batch_size 2 (it is 4)", "--precision.dtype bf16 (it is fp32)", "--data.sequence_length"]
 
@@ -76,3 +82,26 @@ def test_where_one_rank_alone_runs_out_its_line_is_printed_and_its_log_has_the_r
     assert "most likely to help" in (run.folder / "logs" / "rank-1.log").read_text()
     assert run.status()["state"] == "failed"
     assert "rank 1" in run.status()["reason"]
+
+
+def test_before_there_is_a_model_it_is_a_refusal_that_leaves_nothing(run):
+    ended = run.start(before_each_call(lambda: torch.empty(1 << 50), assembly, "build_model"))
+    assert ended.code == 2, ended.said
+    assert "Traceback" not in ended.said
+    assert "dist_trainer: out of memory before the first step: rank 0 wanted 4096 TiB more of the machine's" in ended.said
+    assert "--batch.micro_batch_size 2 (it is 4)" in ended.said
+    assert not run.folder.exists()
+
+
+def test_before_there_is_a_model_two_ranks_end_at_once(run, capfd):
+    lay = before_each_call(lambda: torch.empty(1 << 50), assembly, "build_optimizer")
+
+    def one_rank() -> int:
+        if os.environ["RANK"] == "1":
+            lay()
+        return assembly.run(run.config)
+
+    began = time.monotonic()
+    assert exit_codes(2, lambda: exit_code_of(one_rank)) == [1, 2]
+    assert time.monotonic() - began < 40
+    assert "[rank 1] error: out of memory before the first step: rank 1 wanted" in capfd.readouterr().err
