@@ -28,6 +28,7 @@ from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.models.registry import MODELS, ModelContext, build_model, weights_writer
 from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
 from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinished_warmup
+from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.precision import build_precision
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words, make_up_for_ending, note_early_stop, train
@@ -69,7 +70,8 @@ def check_rows(config: TrainingConfig) -> None:
 def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, began: float) -> int:
     """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
     try:
-        trainer = prepare(config, world, folder)
+        with explaining_out_of_memory(config, world):
+            trainer = prepare(config, world, folder)
         if trainer.has_finished:
             log.info("%s", has_finished_in_words(trainer))
             if folder is not None:

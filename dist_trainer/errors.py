@@ -4,7 +4,9 @@
     ├── RefusedError           exit code 2: refused before the first step, nothing was changed
     │   ├── ConfigError        a key, a value, a combination of keys
     │   ├── DataError          a data set, a file in it, a tokenizer
-    │   └── CheckpointError    a run folder or a checkpoint in it
+    │   ├── CheckpointError    a run folder or a checkpoint in it
+    │   └── DoesNotFitError    memory ran out before there was a model to train; an OutOfMemoryError too
+    ├── OutOfMemoryError       exit code 1: memory ran out
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
     ├── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
     ├── PeerLostError          exit code 1: another rank has died
@@ -38,6 +40,25 @@ class DataError(RefusedError):
 
 class CheckpointError(RefusedError):
     """A run folder or a checkpoint cannot be used."""
+
+
+class OutOfMemoryError(DistTrainerError):
+    """Memory ran out, on the device or of the machine; on this rank alone, perhaps."""
+
+    def __init__(self, summary: str, advice: str = "") -> None:
+        """`summary` is one line, `advice` further ones."""
+        super().__init__(f"{summary}\n{advice}" if advice else summary)
+        self.summary, self.advice = summary, advice
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str, str]]:
+        """Travels between ranks by its parts."""
+        return type(self), (self.summary, self.advice)
+
+
+class DoesNotFitError(OutOfMemoryError, RefusedError):
+    """Memory ran out before there was a model to train."""
+
+    exit_code = RefusedError.exit_code
 
 
 class TrainingDivergedError(DistTrainerError):

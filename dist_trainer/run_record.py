@@ -11,8 +11,10 @@ from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import DistTrainerError, StoppedError, TrainingDivergedError
+from dist_trainer.errors import DistTrainerError, OutOfMemoryError, StoppedError, TrainingDivergedError
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
+from dist_trainer.out_of_memory import explaining_out_of_memory
+from dist_trainer.profiling.recorder import profiled
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, steps_to_redo
@@ -29,10 +31,10 @@ def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> Traini
     """Train, and leave the truth in the run's folder however it ends. `began` (unix seconds): when the command did."""
     trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason)
     if folder is None:
-        return trainer.fit()
+        return fit(trainer)
     begin_run_folder(trainer, folder, began=began)
     try:
-        result = trainer.fit()
+        result = fit(trainer)
     except BaseException as error:
         code = error.exit_code if isinstance(error, DistTrainerError) else EXIT_CRASHED
         end_run_folder(trainer, folder, state="failed", reason=reason_of(error, trainer.world), exit_code=code)
@@ -46,10 +48,18 @@ def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> Traini
     return result
 
 
+def fit(trainer: Trainer) -> TrainingResult:
+    """Train, with the steps recorded that profile.steps names; where memory runs out, with the numbers and what would help."""
+    with explaining_out_of_memory(trainer.config, trainer.world, trainer), profiled(trainer):
+        return trainer.fit()
+
+
 def reason_of(error: BaseException, world: World) -> str:
     """Why a run failed, in a sentence: of a broken connection who has broken it."""
     if isinstance(error, TrainingDivergedError):
         return f"diverged: {error}"
+    if isinstance(error, OutOfMemoryError):
+        return error.summary
     if isinstance(error, DistTrainerError):
         return str(error)
     return world.heartbeat.lost_peers() or f"{type(error).__name__}: {error}"

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_trainer.config.lookup import no_such_row
+from dist_trainer.config.profile_steps import parse_profile_steps
 from dist_trainer.config.row_names import ROW_NAMES
 from dist_trainer.config.schema import (
     BatchConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     ScheduleConfig,
     TrainingConfig,
 )
@@ -66,6 +68,7 @@ def broken_rules(config: TrainingConfig, *, world_size: int | None = None) -> li
         *_batch(config.batch, world_size),
         *_optim(config.optim),
         *_schedule(config.schedule),
+        *_profile(config.profile),
     ]
 
 
@@ -156,6 +159,14 @@ def _optim(optim: OptimConfig) -> Iterator[str]:
 def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
     if not 0 <= schedule.min_lr_ratio <= 1:
         yield f"schedule.min_lr_ratio: {schedule.min_lr_ratio} must be from 0 to 1"
+
+
+def _profile(profile: ProfileConfig) -> Iterator[str]:
+    if profile.steps is not None:
+        try:
+            parse_profile_steps(profile.steps)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _value(config: TrainingConfig, key: str) -> float | None:

@@ -183,6 +183,14 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Where the time of single steps goes; see docs/performance.md."""
+
+    steps: str | None = None
+    """Steps to record, such as 5-8 or 5, into a trace of each rank under the run folder's profile/; null: none."""
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """How ranks work together."""
 
@@ -215,4 +223,5 @@ class TrainingConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)

@@ -134,6 +134,11 @@ class Heartbeat:
         """The main thread has come to `phase`, after `step` finished steps."""
         self._phase = (phase, step, time.monotonic())
 
+    @property
+    def phase(self) -> Phase:
+        """What the main thread is at, as it last said."""
+        return self._phase[0]
+
     def first_step_is_done(self) -> None:
         """What may take long only once, such as compilation, is over."""
         self._first_step_is_done = True

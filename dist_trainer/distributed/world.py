@@ -19,7 +19,7 @@ from dist_trainer.distributed.heartbeat import Heartbeat
 from dist_trainer.distributed.launch import is_launched
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.processes import ProcessId
-from dist_trainer.errors import ConfigError, DistTrainerError, PeerLostError
+from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError
 from dist_trainer.place import Place, place_of_this_process
 
 CONTROL_TIMEOUT = timedelta(days=7)
@@ -104,8 +104,8 @@ def _process_groups(place: Place, device: torch.device, heartbeat: Heartbeat) ->
     _watch_peers(heartbeat, place, control)
     try:
         yield control
-    except PeerLostError:
-        raise
+    except (PeerLostError, OutOfMemoryError):
+        raise  # at once: the others may be waiting for this rank elsewhere
     except DistTrainerError:
         # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
         _leave(control, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)

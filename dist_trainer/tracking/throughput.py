@@ -25,7 +25,7 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"H200 NVL", {"bf16": 835.5 * _T, "fp16": 835.5 * _T}),
     (r"(H200|GH200)", {"bf16": 989.4 * _T, "fp16": 989.4 * _T}),
     (r"H100 NVL", {"bf16": 835.5 * _T, "fp16": 835.5 * _T}),
-    (r"H100 PCIe", {"bf16": 756 * _T, "fp16": 756 * _T}),
+    (r"(H100|H800) PCIe", {"bf16": 756 * _T, "fp16": 756 * _T}),
     (r"(H100|H800)", {"bf16": 989.4 * _T, "fp16": 989.4 * _T}),
     (r"H20", {"bf16": 148 * _T, "fp16": 148 * _T}),
     (r"(A100|A800)", {"bf16": 312 * _T, "fp16": 312 * _T}),
@@ -43,9 +43,9 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     # NVIDIA, workstation and desktop: products with fp32 accumulation, as training needs them
     (r"RTX 6000 Ada", {"bf16": 364.2 * _T, "fp16": 364.2 * _T}),
     (r"RTX A6000", {"bf16": 154.8 * _T, "fp16": 154.8 * _T}),
-    (r"RTX 5090", {"bf16": 209.5 * _T, "fp16": 209.5 * _T}),
-    (r"RTX 4090", {"bf16": 165.2 * _T, "fp16": 165.2 * _T}),
-    (r"RTX 3090", {"bf16": 71.2 * _T, "fp16": 71.2 * _T}),
+    (r"RTX 5090(?! D)", {"bf16": 209.5 * _T, "fp16": 209.5 * _T}),
+    (r"RTX 4090(?! D)", {"bf16": 165.2 * _T, "fp16": 165.2 * _T}),
+    (r"RTX 3090(?! Ti)", {"bf16": 71.2 * _T, "fp16": 71.2 * _T}),
     # AMD; torch sees each half of an MI250 or MI250X as a device of its own
     (r"MI355X", {"bf16": 2516.6 * _T, "fp16": 2516.6 * _T}),
     (r"MI350X", {"bf16": 2306.9 * _T, "fp16": 2306.9 * _T}),

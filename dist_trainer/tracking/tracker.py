@@ -25,7 +25,7 @@ class Tracker(Protocol):
     """Takes a run's lines, as they stand in metrics.jsonl."""
 
     def log(self, line: dict[str, Any]) -> None:
-        """Take a line: {"kind": "train" | "validation" | "sample", "step": ..., ...}. Costs microseconds."""
+        """Take a line: {"kind": "train" | "validation" | "sample" | "profile", "step": ..., ...}. Costs microseconds."""
 
     def sync(self) -> None:
         """Return when what was logged survives a power cut; called before a checkpoint becomes visible."""

@@ -17,6 +17,7 @@ FLOORS = [
     {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},
     {"warm_up"},
     {"trainer", "starting_point"},
+    {"profiling", "out_of_memory"},
     {"run_record"},
     {"assembly"},
     {"train", "evaluate", "generate", "report"},

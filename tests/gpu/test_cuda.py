@@ -1,9 +1,13 @@
 """On a CUDA device: the same equalities as on CPU, to the accuracy of its formats."""
 
+import gzip
+import json
+import pickle
+
 import pytest
 import torch
 
-from tests.distributed.small_runs import losses, metrics, run, small_config, stop_after
+from tests.distributed.small_runs import folder, losses, metrics, run, small_config, status, stop_after
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
@@ -31,9 +35,42 @@ def test_a_stopped_run_goes_on_with_the_same_losses(texts, tmp_path):
     assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-3)
 
 
+def test_profiled_steps_leave_kernels_and_the_memory_s_history(texts, tmp_path):
+    config = small_config(texts, tmp_path, profile__steps="5-6")
+    assert run(config, 1) == [0]
+    profile = folder(config) / "profile"
+    events = json.loads(gzip.decompress((profile / "steps-5-6-rank0.json.gz").read_bytes()))["traceEvents"]
+    assert {"step 5", "step 6"} <= {event["name"] for event in events if event.get("cat") == "user_annotation"}
+    assert any(event.get("cat") == "kernel" for event in events)
+    history = pickle.loads((profile / "steps-5-6-rank0.memory.pickle").read_bytes())
+    assert history["segments"]
+    assert any(history["device_traces"])
+
+
+def test_a_batch_that_does_not_fit_ends_in_numbers_and_remedies(texts, tmp_path):
+    config = small_config(texts, tmp_path, precision__dtype="bf16", batch__micro_batch_size=8)
+
+    def need_more_than_there_is(trainer):
+        loss = trainer.loss_function
+        trainer.loss_function = lambda model, batch: loss(model, batch) + torch.ones(1 << 45, device="cuda").sum()
+
+    with pytest.raises(AssertionError, match="OutOfMemoryError"):
+        run(config, 1, before=need_more_than_there_is)
+    assert status(config)["reason"].startswith("out of memory in step 1, training: rank 0 wanted 128 TiB more of cuda:0's ")
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")
 def test_two_gpus_by_nccl_have_the_curve_of_one(texts, tmp_path):
     one, two = small_config(texts, tmp_path / "1"), small_config(texts, tmp_path / "2")
     run(one, 1)
     run(two, 2)
     assert losses(two) == pytest.approx(losses(one), abs=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")
+def test_two_gpus_tell_what_their_exchange_costs(texts, tmp_path):
+    config = small_config(texts, tmp_path, profile__steps="5-8")
+    run(config, 2)
+    (line,) = metrics(config, "profile")
+    assert 0 <= line["comm_exposed_ms"] <= line["comm_ms"]
+    assert line["comm_ms"] > 0

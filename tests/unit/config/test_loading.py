@@ -83,6 +83,7 @@ def test_values_keep_their_meaning():
     assert config.data.template == "{question}"
     assert config.precision.compile is True
     assert load_config(["--data.template", "null"]).data.template is None
+    assert load_config(["--profile.steps", "5-8"]).profile.steps == "5-8"
     assert load_config(["--tracking.sample_prompt", ""]).tracking.sample_prompt == ""
 
 
@@ -142,6 +143,10 @@ REFUSED = {
     "--distributed.strategy fsdp --data.template {a!r} --optim.name sgd": "3 problems",
     "--data.template {": "command line: data.template: '{' is not a template",
     "--seed null": "seed: 'null' is not a whole number",
+    "--profile.steps 5-": "command line: profile.steps: '5-' is neither a step such as 5 nor a range of steps such as 5-8",
+    "--profile.steps 0-3": "profile.steps: '0-3' is neither a step",
+    "--profile.steps 8-5": "profile.steps: '8-5' ends before it begins; write 5-8",
+    "--profile.steps 5-500": "profile.steps: '5-500' are 496 steps, too many for a trace; at most 5-54",
     "--distributed.timeout_minutes 0": "distributed.timeout_minutes: 0.0 must be more than 0",
 }
 

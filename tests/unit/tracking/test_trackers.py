@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_trainer import report
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
@@ -184,3 +185,25 @@ def test_peaks_are_known_by_name_and_unknown_otherwise():
     assert peak_flops("Tesla T4", "bf16") is None
     assert peak_flops("some other device", "bf16") is None
     assert peak_flops("NVIDIA H200", "fp32") is None
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+)
+def test_a_device_whose_name_only_contains_that_of_another_is_unknown(name):
+    assert peak_flops(name, "bf16") is None
+
+
+def test_the_utilisation_is_what_the_docs_say(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("dist_trainer.tracking.throughput.device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr("dist_trainer.tracking.throughput.peak_memory_bytes", lambda device: 7)
+    world = World(world_size=4, device=torch.device("cuda", 0))
+    throughput = Throughput(world, dtype="bf16", flops_per_token=1e9, clock=lambda: now[0])
+    with throughput.waiting_for_data():
+        now[0] = 0.5
+    now[0] = 2.0
+    measured = throughput.measure(step=2, tokens=1_000_000)
+    assert measured["tokens_per_second"] == 500_000
+    assert measured["mfu"] == pytest.approx(500_000 * 1e9 / (4 * 312e12))
+    assert (measured["data_seconds"], measured["peak_memory_bytes"]) == (0.25, 7)
