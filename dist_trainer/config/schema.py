@@ -86,7 +86,7 @@ class OptimConfig:
     """The optimizer."""
 
     name: str = "adamw"
-    """Row of the OPTIMIZERS table, or "package.module:function"."""
+    """Row of the OPTIMIZERS table (adamw; muon, with AdamW for all but the hidden matrices), or "package.module:function"."""
     learning_rate: float = 5e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import OptimConfig
+from dist_trainer.errors import ConfigError
+from dist_trainer.optim.muon import MuonWithAdamW, hidden_matrices
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -39,4 +41,27 @@ def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig, nn.Module], Optimizer]] = {"adamw": adamw}
+def muon(config: OptimConfig, model: nn.Module) -> Optimizer:
+    """Muon for the matrices inside the model, AdamW for embeddings, output heads and vectors, by one learning rate."""
+    inside, outside = hidden_matrices(model)
+    if not inside:
+        raise ConfigError("optim.name: muon updates matrices between embedding and output head, and this model has none")
+    return MuonWithAdamW(
+        torch.optim.Muon(
+            inside,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            # An update as large as AdamW's would be: so one rate, and one decay, suit both.
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(
+            parameter_groups(nn.ParameterList(outside), config.weight_decay),
+            lr=config.learning_rate,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        ),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, nn.Module], Optimizer]] = {"adamw": adamw, "muon": muon}

@@ -137,7 +137,7 @@ REFUSED = {
     "--optim.lr 1": "optim.lr: no such key; did you mean optim.learning_rate?",
     "--zzz 1": "zzz: no such key; --help lists them all",
     "stray": "'stray' stands alone",
-    "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are adamw, or your own",
+    "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are adamw, muon, or your own",
     "--schedule.name foo": "schedule.name: no row 'foo'; there are cosine, linear, constant, wsd, or your own",
     "--model.name my_project:": "model.name: 'my_project:' is not of the form package.module:function",
     "--distributed.strategy fsdp --data.template {a!r} --optim.name sgd": "3 problems",
