@@ -31,9 +31,9 @@ class TokenStream:
         segments = np.flatnonzero(np.append(True, starts[1:] != ends[:-1])[: len(starts)])
         self._tokens = np.asarray(store.tokens)  # the same memory map, without what np.memmap costs at each call
         self._document_ends = (ends - starts).cumsum()
-        # Runs of documents that also stand end to end in the store: where they begin here, and how far they were moved.
-        self._segment_starts = (self._document_ends - (ends - starts))[segments]
-        self._moved = starts[segments] - self._segment_starts
+        # Runs of documents that also stand end to end in the store: where they begin there and here; and the end.
+        self._starts = starts[segments]
+        self._virtual = np.append((self._document_ends - (ends - starts))[segments], len(self))
 
     def __len__(self) -> int:
         return int(self._document_ends[-1]) if len(self._document_ends) else 0
@@ -43,40 +43,41 @@ class TokenStream:
 
         After the stream's end anything may stand.
         """
-        segments = np.searchsorted(self._segment_starts, positions, side="right") - 1
-        starts = positions + self._moved[segments]
-        following = np.searchsorted(self._segment_starts, positions + (length - 1), side="right") - 1
-        in_pieces = (segments != following) | (positions + length > len(self))
-        if length > len(self._tokens):
-            return self._gather_pieces(positions, length)
-        # Every place of the store as a row's beginning, which copies nothing: rows are then copied whole, at memory's speed.
-        last, stride = len(self._tokens) - length, self._tokens.strides[0]
-        windows = np.ndarray((last + 1, length), self._tokens.dtype, self._tokens, strides=(stride, stride))
-        rows = windows[np.minimum(starts, last)]
-        if in_pieces.any():
-            rows[in_pieces] = self._gather_pieces(positions[in_pieces], length)
+        segments, end_segments = (
+            self._virtual.searchsorted(places, side="right") - 1 for places in (positions, positions + (length - 1))
+        )
+        if len(self._tokens) < length:
+            rows = np.zeros((len(positions), length), self._tokens.dtype)
+        else:
+            # Every place of the store as a row's beginning, which copies nothing: rows are copied whole, at memory's speed.
+            places, stride = len(self._tokens) - length + 1, self._tokens.strides[0]
+            windows = np.ndarray((places, length), self._tokens.dtype, self._tokens, strides=(stride, stride))
+            starts = positions + (self._starts - self._virtual[:-1])[segments]
+            rows = windows[np.minimum(starts, places - 1)]
+        for row in (segments != end_segments).nonzero()[0]:
+            self._read_into(rows[row], int(positions[row]), int(segments[row]))
         return rows
 
-    def _gather_pieces(self, positions: np.ndarray, length: int) -> np.ndarray:
-        """`gather`, of rows that hold parts of several segments."""
-        rows, columns, segments = _inside(self._segment_starts, positions, length)
-        steps = np.ones((len(positions), length), dtype=np.int64)  # from each token's place in the store to the next one's
-        steps[:, 0] = positions + self._moved[np.searchsorted(self._segment_starts, positions, side="right") - 1]
-        steps[rows, columns] += self._moved[segments] - self._moved[segments - 1]
-        return self._tokens.take(steps.cumsum(axis=1), mode="clip")
+    def _read_into(self, out: np.ndarray, position: int, segment: int) -> None:
+        """Copy tokens from `position` on, in `segment`, into `out`, as far as there are any, segment by segment."""
+        done, wanted = 0, min(len(out), len(self) - position)
+        while done < wanted:
+            inside = position + done - int(self._virtual[segment])
+            start = int(self._starts[segment]) + inside
+            count = min(wanted - done, int(self._virtual[segment + 1] - self._virtual[segment]) - inside)
+            out[done : done + count] = self._tokens[start : start + count]
+            done += count
+            segment += 1
 
     def borders(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column (from 1 on) of each token that begins a document, or what is after the last one, in `gather`'s rows."""
-        return _inside(self._document_ends, positions, length)[:2]
-
-
-def _inside(places: np.ndarray, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which of the ascending `places` lie inside the rows of `length` that begin at `positions`: row, column, number."""
-    first = np.searchsorted(places, positions, side="right")
-    counts = np.searchsorted(places, positions + (length - 1), side="right") - first
-    rows = np.arange(len(positions)).repeat(counts)
-    numbers = np.arange(len(rows)) + (first - (counts.cumsum() - counts))[rows]
-    return rows, places[numbers] - positions[rows], numbers
+        """Row and column (from 1 on) of each token in `gather`'s rows that begins a document, or follows the last one."""
+        first, end = (
+            self._document_ends.searchsorted(places, side="right") for places in (positions, positions + (length - 1))
+        )
+        counts = end - first
+        rows = np.arange(len(positions)).repeat(counts)
+        numbers = np.arange(len(rows)) + (first - (counts.cumsum() - counts))[rows]
+        return rows, self._document_ends[numbers] - positions[rows]
 
 
 class PackedRows(torch.utils.data.Dataset):
@@ -109,7 +110,7 @@ class PackedRows(torch.utils.data.Dataset):
         positions = np.array(indices, dtype=np.int64) * T
         rows = self.stream.gather(positions, T + 1)
         counts = len(self.stream) - positions
-        short = np.flatnonzero(counts <= T)
+        short = (counts <= T).nonzero()[0]
         for row in short:
             rows[row, counts[row] :] = self.padding
         tokens, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
