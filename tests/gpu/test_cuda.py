@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from dist_trainer.config.schema import ModelConfig
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.parallel.registry import compile_blocks
 from tests.distributed.small_runs import losses, metrics, run, small_config, stop_after
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -29,6 +32,27 @@ def test_a_stopped_run_goes_on_with_the_same_losses(texts, tmp_path):
     run(config, 1, before=stop_after(5))
     run(config, 1)
     assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+@pytest.mark.parametrize("compiles", [True, False])
+def test_flex_attention_keeps_documents_apart_as_the_exact_mask_does(compiles):
+    config = ModelConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    found = []
+    for device in ("cpu", "cuda"):
+        model = DecoderLM(config, 512, 300)
+        model.init_weights(0)
+        model.to(device)
+        if compiles and device == "cuda":
+            compile_blocks(model)
+        tokens = torch.randint(0, 512, (3, 300), generator=torch.Generator().manual_seed(0))
+        documents = (torch.arange(300) // torch.tensor([[7], [150], [300]])).int()
+        loss = model(tokens.to(device), tokens.roll(-1, 1).to(device), documents=documents.to(device))
+        loss.backward()
+        found.append((loss.detach().cpu(), model.layers[0].self_attn.q_proj.weight.grad.cpu()))
+    torch.testing.assert_close(found[1], found[0], atol=1e-2, rtol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")
