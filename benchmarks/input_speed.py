@@ -1,4 +1,4 @@
-"""How fast packed rows are read: tokens a second of whole micro-batches on one core, loader included.
+"""How fast rows are read: tokens a second of CPU time of whole micro-batches on one core, alone and through the loader.
 
 python benchmarks/input_speed.py
 """
@@ -10,48 +10,93 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from dist_trainer.config.schema import BatchConfig
-from dist_trainer.data.loader import as_it_is
-from dist_trainer.data.packing import PackedRows, TokenStream
+from dist_trainer.data.batch import IGNORED_TARGET, Batch
+from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, as_it_is
 from dist_trainer.data.sampler import GlobalOrderSampler
 from dist_trainer.data.token_store import TokenStore
+from dist_trainer.data.tokenization import load_tokenizer
 
 TOKENS, ROUNDS, BATCHES = 50_000_000, 7, 200
+DOCUMENT_TOKENS = 500
+UNPACKED_TOKENS = 200
+PACKED = ((256, 8), (1024, 32), (2048, 4))
+UNPACKED = ((512, 8), (512, 32))
 
 
 def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokens.bin"
-        np.random.default_rng(0).integers(0, 50_000, TOKENS, dtype=np.uint16).tofile(path)
+        np.random.default_rng(0).integers(0, 4000, TOKENS, dtype=np.uint16).tofile(path)
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
-        stream = TokenStream(TokenStore(tokens, np.array([0, TOKENS]), "key"))
         print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {TOKENS:,} tokens, {ROUNDS} rounds")
-        print("| row length | rows a batch | gather, Mtok/s (min to max) | through DataLoader, Mtok/s (min to max) |")
-        print("|---|---|---|---|")
-        for length, rows in ((256, 8), (1024, 32), (2048, 4)):
-            dataset = PackedRows(stream, length, padding=0, fingerprint="")
-            sampler = GlobalOrderSampler(dataset, batch=BatchConfig(rows, rows), rank=0, world_size=1, seed=0)
-            loader = torch.utils.data.DataLoader(dataset, batch_size=rows, sampler=sampler, collate_fn=as_it_is)
-            batches = list(itertools.islice(iter(sampler), rows * BATCHES))
-            indices = [batches[start : start + rows] for start in range(0, len(batches), rows)]
-            gather, whole = [], []
-            for _ in range(ROUNDS):
-                begin = time.perf_counter()
-                for chosen in indices:
-                    dataset.__getitems__(chosen)
-                gather.append(len(indices) * rows * length / (time.perf_counter() - begin) / 1e6)
-                begin = time.perf_counter()
-                for _ in itertools.islice(iter(loader), BATCHES):
-                    pass
-                whole.append(BATCHES * rows * length / (time.perf_counter() - begin) / 1e6)
-            cells = (f"{statistics.median(m):.0f} ({min(m):.0f} to {max(m):.0f})" for m in (gather, whole))
-            print(f"| {length} | {rows} | {' | '.join(cells)} |")
+        print("| rows | row length | rows a batch | alone, Mtok/s (min to max) | through DataLoader, Mtok/s (min to max) |")
+        print("|---|---|---|---|---|")
+        for name, spans, apart in (
+            ("packed", None, False),
+            ("packed, one document of 20 left out", some_documents(), False),
+            ("the same, with data.document_mask", some_documents(), True),
+        ):
+            stream = TokenStream(TokenStore(tokens, np.array([0, TOKENS]), "key"), spans)
+            for length, rows in PACKED:
+                dataset = PackedRows(stream, length, padding=0, fingerprint="", document_mask=apart)
+                measure(name, dataset, length, rows, as_it_is)
+        spans = documents_of_about(UNPACKED_TOKENS)
+        collate = PaddingCollator(load_tokenizer("austen"))
+        for length, rows in UNPACKED:
+            dataset = DocumentRows(TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key"), spans, length)
+            measure(f"a document of about {UNPACKED_TOKENS} tokens each", dataset, length, rows, collate)
+
+
+def some_documents() -> np.ndarray:
+    """Spans of equal documents without each twentieth, as where a part is held out for validation."""
+    starts = np.arange(0, TOKENS - DOCUMENT_TOKENS, DOCUMENT_TOKENS)
+    return np.stack([starts, starts + DOCUMENT_TOKENS], axis=1)[np.arange(len(starts)) % 20 != 7]
+
+
+def documents_of_about(tokens: int) -> np.ndarray:
+    """Spans of documents whose lengths spread evenly from a half to three halves of `tokens`."""
+    lengths = np.random.default_rng(1).integers(tokens // 2, tokens + tokens // 2, TOKENS // tokens)
+    ends = lengths.cumsum()[lengths.cumsum() <= TOKENS]
+    return np.stack([ends - lengths[: len(ends)], ends], axis=1)
+
+
+def measure(name: str, dataset: Dataset, length: int, rows: int, collate: Callable[[Any], Batch]) -> None:
+    """Print a line of the table. Tokens that are padding do not count."""
+    sampler = GlobalOrderSampler(dataset, batch=BatchConfig(rows, rows), rank=0, world_size=1, seed=0)
+    loader = DataLoader(dataset, batch_size=rows, sampler=sampler, collate_fn=collate)
+    order = list(itertools.islice(iter(sampler), rows * BATCHES))
+    indices = [order[start : start + rows] for start in range(0, len(order), rows)]
+    counted = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in itertools.islice(iter(loader), BATCHES))
+    alone, whole = [], []
+    for _ in range(ROUNDS):
+        alone.append(counted / seconds_of(batches(dataset, indices, collate)) / 1e6)
+        whole.append(counted / seconds_of(itertools.islice(iter(loader), BATCHES)) / 1e6)
+    cells = (f"{statistics.median(m):.3g} ({min(m):.3g} to {max(m):.3g})" for m in (alone, whole))
+    print(f"| {name} | {length} | {rows} | {' | '.join(cells)} |", flush=True)
+
+
+def batches(dataset: Any, indices: list[list[int]], collate: Callable[[Any], Batch]) -> Iterator[Batch]:
+    """As the loader makes them."""
+    for chosen in indices:
+        fetched = dataset.__getitems__(chosen) if hasattr(dataset, "__getitems__") else [dataset[i] for i in chosen]
+        yield collate(fetched)
+
+
+def seconds_of(work: Iterable[Any]) -> float:
+    begin = time.process_time()
+    for _ in work:
+        pass
+    return time.process_time() - begin
 
 
 if __name__ == "__main__":

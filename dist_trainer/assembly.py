@@ -25,6 +25,7 @@ from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
+from dist_trainer.models.loss import refuse_model_without_documents
 from dist_trainer.models.registry import MODELS, ModelContext, build_model, weights_writer
 from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
 from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinished_warmup
@@ -143,6 +144,8 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     refuse_other_data(config, start, fingerprints)
     model = agree(world, lambda: build_model(config.model, model_context(config, world, tokenizer, start)))
     assert model is not None, "every rank builds one"
+    if config.data.document_mask and config.data.packing:
+        refuse_model_without_documents(model)
     facts: dict[str, Any] = {
         "config": as_dict(config),
         "world_size": world.world_size,

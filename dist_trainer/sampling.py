@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
@@ -45,8 +45,7 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
             )
     else:
         first = dataset[0]
-        row = first["input_ids"] if isinstance(first, dict) else first.tokens[0]
-        row = row.tolist() if hasattr(row, "tolist") else list(row)
+        row = (first if isinstance(first, Tensor) else first.tokens[0]).tolist()
         most = min(PROMPT_TOKENS, config.data.sequence_length // 2, context - 1)
         prompt_tokens = beginning_of(row, tokenizer, most=most)
         prompt = tokenizer.decode(prompt_tokens, skip_special_tokens=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dist_trainer.data.batch import Batch
 from dist_trainer.data.packing import PaddingCollator
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
@@ -34,7 +33,7 @@ def warm_up(
     def rehearse(*, exchange: bool, shorter_by: int = 0) -> None:
         batch = next(iter(train_data)).to(world.device)
         if shorter_by:
-            batch = Batch(batch.tokens[:, :-shorter_by].contiguous(), batch.targets[:, :-shorter_by].contiguous())
+            batch = batch.shortened(shorter_by)
         seed_dropout(0, 0, block=0)
         with gradient_sync(model, enabled=exchange):
             with precision.autocast():

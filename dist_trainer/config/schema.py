@@ -58,6 +58,9 @@ class DataConfig:
     """Tokens of one row."""
     packing: bool = True
     """Join documents into full rows; false: one document a row, padded (padding carries no loss)."""
+    document_mask: bool = False
+    """Keep the documents of a packed row apart: none attends to another, or is trained to say how the next one begins. Without
+    packing they are apart anyway."""
     validation_dataset: str | None = None
     """Data set to validate on, named as data.dataset is: its validation split, or all of it where it has none. null:
     data.dataset's validation split, else a part of the training documents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +22,25 @@ class Batch:
     targets: Tensor
     """int64, B x T: the token that follows, or IGNORED_TARGET."""
 
+    documents: Tensor | None = None
+    """int32, B x T: the number of each token's document within its row, ascending, where documents must not attend to each
+    other; None: a row is one whole."""
+
     def num_targets(self) -> int:
         """Positions that carry a loss; call it while the batch is in host memory, where counting waits for nothing."""
         return int(np.count_nonzero(self.targets.numpy() != IGNORED_TARGET))
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, copied without waiting where its memory is pinned."""
-        return Batch(self.tokens.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
-        return Batch(self.tokens.pin_memory(), self.targets.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def shortened(self, by: int) -> Batch:
+        """The same rows without their last `by` positions."""
+        return self._each(lambda part: part[:, :-by].contiguous())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.tokens), change(self.targets), None if self.documents is None else change(self.documents))

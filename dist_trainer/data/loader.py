@@ -17,7 +17,7 @@ from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, row
 from dist_trainer.data.tokenization import Tokenizer, load_tokenizer
 from dist_trainer.distributed.collectives import first_on_each_node
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import DataError
+from dist_trainer.errors import ConfigError, DataError
 
 
 class Dataloaders(NamedTuple):
@@ -45,6 +45,11 @@ def create_dataloaders(
     validated(config)
     world = world or World.single()
     if train_dataset is not None:
+        if config.data.document_mask:
+            raise ConfigError(
+                "data.document_mask: is true, but nothing says where documents end in a train_dataset of your own; set it to "
+                "false, and give rows as Batches with `documents` where they are to be kept apart"
+            )
         train = Rows(train_dataset, collate_pairs)
         validation = None if validation_dataset is None else Rows(validation_dataset, collate_pairs)
     else:
@@ -117,6 +122,7 @@ def _loader(rows: Rows, sampler: Any, config: TrainingConfig, world: World) -> D
 def collate_pairs(pairs: Sequence[Any]) -> Batch:
     """(inputs, targets) pairs, or Batches of a row, to one Batch."""
     if isinstance(pairs[0], Batch):
-        return Batch(torch.stack([p.tokens for p in pairs]), torch.stack([p.targets for p in pairs]))
+        documents = None if pairs[0].documents is None else torch.stack([p.documents for p in pairs])
+        return Batch(torch.stack([p.tokens for p in pairs]), torch.stack([p.targets for p in pairs]), documents)
     inputs, targets = default_collate(list(pairs))
     return Batch(inputs, targets)

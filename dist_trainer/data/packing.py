@@ -1,8 +1,12 @@
-"""Rows of tokens from documents: packed, or one document a row. T is data.sequence_length.
+"""Rows of tokens from documents: packed, or one document a row. T is data.sequence_length, B the rows of a batch.
 
 Packed, the documents of a split are one long stream of N tokens (each document ends with EOS), and row i is the T + 1
 tokens from i * T on: its first T are what the model reads, its last T what it should have said. So every token but the
 very first is a target exactly once; only the last row is padded.
+
+Where documents are kept apart (data.document_mask), each token's document goes with it, and no document has to say how the
+next one begins: every token but the first of each document is a target exactly once, as with one document a row. The
+borders are those of the token store, not where an EOS stands: text may contain its spelling.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.token_store import TokenStore
@@ -21,41 +26,77 @@ class TokenStream:
     """Some documents of a store, end to end, in the store's order."""
 
     def __init__(self, store: TokenStore, spans: np.ndarray | None = None) -> None:
-        """`spans` [documents, 2] are [start, end) token positions in the store, ascending. None: everything."""
+        """`spans` [documents, 2] are [start, end) token positions in the store, ascending. None: everything, as one."""
         starts, ends = np.array([[0, len(store.tokens)]] if spans is None else spans, dtype=np.int64).reshape(-1, 2).T
-        begins_anew = np.append(True, starts[1:] != ends[:-1])[: len(starts)]  # where the one before does not end
-        self._tokens = store.tokens
-        self._starts = starts[begins_anew]
-        lengths = np.add.reduceat(ends - starts, np.flatnonzero(begins_anew)) if len(starts) else []
-        self._virtual = np.concatenate([[0], lengths]).cumsum().astype(np.int64)
+        segments = np.flatnonzero(np.append(True, starts[1:] != ends[:-1])[: len(starts)])
+        self._tokens = np.asarray(store.tokens)  # the same memory map, without what np.memmap costs at each call
+        self._document_ends = (ends - starts).cumsum()
+        # Runs of documents that also stand end to end in the store: where they begin there and here; and the end.
+        self._starts = starts[segments]
+        self._virtual = np.append((self._document_ends - (ends - starts))[segments], len(self))
 
     def __len__(self) -> int:
-        return int(self._virtual[-1])
+        return int(self._document_ends[-1]) if len(self._document_ends) else 0
 
-    def read_into(self, out: np.ndarray, position: int) -> int:
-        """Copy tokens from `position` on into `out`, as far as there are any; how many there were."""
-        wanted = min(len(out), len(self) - position)
-        done = 0
-        segment = int(np.searchsorted(self._virtual, position, side="right")) - 1
+    def gather(self, positions: np.ndarray, length: int) -> np.ndarray:
+        """The `length` tokens from each of `positions` [B] on, all rows at once: [B, length] in the store's type.
+
+        After the stream's end anything may stand.
+        """
+        segments, end_segments = (
+            self._virtual.searchsorted(places, side="right") - 1 for places in (positions, positions + (length - 1))
+        )
+        if len(self._tokens) < length:
+            rows = np.zeros((len(positions), length), self._tokens.dtype)
+        else:
+            # Every place of the store as a row's beginning, which copies nothing: rows are copied whole, at memory's speed.
+            places, stride = len(self._tokens) - length + 1, self._tokens.strides[0]
+            windows = np.ndarray((places, length), self._tokens.dtype, self._tokens, strides=(stride, stride))
+            starts = positions + (self._starts - self._virtual[:-1])[segments]
+            rows = windows[np.minimum(starts, places - 1)]
+        for row in (segments != end_segments).nonzero()[0]:
+            self._read_into(rows[row], int(positions[row]), int(segments[row]))
+        return rows
+
+    def _read_into(self, out: np.ndarray, position: int, segment: int) -> None:
+        """Copy tokens from `position` on, in `segment`, into `out`, as far as there are any, segment by segment."""
+        done, wanted = 0, min(len(out), len(self) - position)
         while done < wanted:
             inside = position + done - int(self._virtual[segment])
-            available = int(self._virtual[segment + 1] - self._virtual[segment]) - inside
-            count = min(wanted - done, available)
             start = int(self._starts[segment]) + inside
+            count = min(wanted - done, int(self._virtual[segment + 1] - self._virtual[segment]) - inside)
             out[done : done + count] = self._tokens[start : start + count]
             done += count
             segment += 1
-        return wanted
+
+    def borders(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row and column (from 1 on) of each token in `gather`'s rows that begins a document, or follows the last one."""
+        first, end = (
+            self._document_ends.searchsorted(places, side="right") for places in (positions, positions + (length - 1))
+        )
+        counts = end - first
+        rows = np.arange(len(positions)).repeat(counts)
+        numbers = np.arange(len(rows)) + (first - (counts.cumsum() - counts))[rows]
+        return rows, self._document_ends[numbers] - positions[rows]
 
 
 class PackedRows(torch.utils.data.Dataset):
     """Rows of a stream; see the top of this file."""
 
-    def __init__(self, stream: TokenStream, sequence_length: int, *, padding: int, fingerprint: str) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        sequence_length: int,
+        *,
+        padding: int,
+        fingerprint: str,
+        document_mask: bool = False,
+    ) -> None:
         self.stream = stream
         self.sequence_length = sequence_length
         self.padding = padding
         self.fingerprint = fingerprint
+        self.document_mask = document_mask
 
     def __len__(self) -> int:
         return -(-max(0, len(self.stream) - 1) // self.sequence_length)
@@ -65,15 +106,24 @@ class PackedRows(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """All rows of a micro-batch at once."""
-        rows = np.full((len(indices), self.sequence_length + 1), self.padding, dtype=np.int64)
-        counts = [self.stream.read_into(row, index * self.sequence_length) for row, index in zip(rows, indices, strict=True)]
-        both = torch.from_numpy(rows)
-        # Copies, also of a single row, whose slices would count as contiguous and share their memory.
-        tokens, targets = (part.clone(memory_format=torch.contiguous_format) for part in (both[:, :-1], both[:, 1:]))
-        for number, count in enumerate(counts):
-            if count <= self.sequence_length:
-                targets[number, max(0, count - 1) :] = IGNORED_TARGET
-        return Batch(tokens, targets)
+        T = self.sequence_length
+        positions = np.array(indices, dtype=np.int64) * T
+        rows = self.stream.gather(positions, T + 1)
+        counts = len(self.stream) - positions
+        short = (counts <= T).nonzero()[0]
+        for row in short:
+            rows[row, counts[row] :] = self.padding
+        tokens, targets = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
+        for row in short:
+            targets[row, counts[row] - 1 :] = IGNORED_TARGET
+        if not self.document_mask:
+            return Batch(torch.from_numpy(tokens), torch.from_numpy(targets))
+        begins = np.zeros(rows.shape, dtype=np.int32)
+        border_rows, columns = self.stream.borders(positions, T + 1)
+        begins[border_rows, columns] = 1
+        targets[border_rows, columns - 1] = IGNORED_TARGET
+        documents = begins[:, :-1].cumsum(axis=1, dtype=np.int32)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -85,7 +135,7 @@ class DocumentRows(torch.utils.data.Dataset):
     """One document a row, of at most T + 1 tokens; a longer one goes on in further rows, so that no target is lost."""
 
     def __init__(self, store: TokenStore, spans: np.ndarray, sequence_length: int) -> None:
-        self._tokens = store.tokens
+        self._tokens = np.asarray(store.tokens)  # the same memory map, without what np.memmap costs at each call
         starts, ends = spans.T
         rows = -(-np.maximum(0, ends - starts - 1) // sequence_length)
         first_row = np.repeat(np.cumsum(rows) - rows, rows)
@@ -97,9 +147,9 @@ class DocumentRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._begins)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = self._tokens[self._begins[index] : self._ends[index]]
-        return {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)}
+    def __getitem__(self, index: int) -> Tensor:
+        """Ids: int64, one to T + 1 of them."""
+        return torch.from_numpy(self._tokens[self._begins[index] : self._ends[index]].astype(np.int64))
 
 
 class PaddingCollator:
@@ -113,9 +163,12 @@ class PaddingCollator:
         on_the_right.padding_side = "right"
         self._collate = DataCollatorForLanguageModeling(on_the_right, mlm=False)
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> Batch:
-        """A Batch of rows; the mask tells padding, for the padding token may be the EOS, which does count."""
-        padded = self._collate(rows)
-        ids, mask = padded["input_ids"], padded["attention_mask"]
-        targets = ids.masked_fill(mask == 0, IGNORED_TARGET)
-        return Batch(ids[:, :-1].contiguous(), targets[:, 1:].contiguous())
+    def __call__(self, rows: list[Tensor]) -> Batch:
+        """A Batch of rows. Their lengths tell padding, for the padding token may be the EOS, which does count.
+
+        The collator gets tensors, which it copies whole; dictionaries it would take apart token by token.
+        """
+        ids = self._collate(rows)["input_ids"]
+        lengths = torch.tensor([len(row) for row in rows])
+        after_the_end = torch.arange(1, ids.shape[1]) >= lengths[:, None]
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(after_the_end, IGNORED_TARGET))

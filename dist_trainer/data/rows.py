@@ -114,5 +114,11 @@ def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Row
     if not config.packing:
         return Rows(DocumentRows(store, spans, config.sequence_length), PaddingCollator(tokenizer))
     stream = TokenStream(store, spans)
-    packed = PackedRows(stream, config.sequence_length, padding=tokenizer.eos_token_id, fingerprint=store.key)
+    packed = PackedRows(
+        stream,
+        config.sequence_length,
+        padding=tokenizer.eos_token_id,
+        fingerprint=store.key,
+        document_mask=config.document_mask,
+    )
     return Rows(packed, as_it_is)

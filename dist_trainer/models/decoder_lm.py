@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError
+from dist_trainer.models.attention import DocumentMask, attend, document_mask
 from dist_trainer.models.hf_format import (
     HFModel,
     from_hf_names,
@@ -95,24 +96,25 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KeyValueCache | None, block: int) -> Tensor:
-        """[B, T, D] to [B, T, D]; `cache` holds what came before x."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_TK: Tensor,
+        sin_TK: Tensor,
+        cache: KeyValueCache | None,
+        block: int,
+        mask: DocumentMask | None = None,
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D]; `cache` holds what came before x. Causal, or as `mask` says."""
         B, T, _ = x_BTD.shape
         q_BHTK = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2), cos_TK, sin_TK)
         k_BGTK = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2), cos_TK, sin_TK)
         v_BGTK = self.v_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2)
-        causal = True
+        causal = mask is None
         if cache is not None:
             k_BGTK, v_BGTK = cache.extend(block, k_BGTK, v_BGTK)
             causal = T > 1  # a single new token sees everything before it
-        y_BHTK = F.scaled_dot_product_attention(
-            q_BHTK,
-            k_BGTK,
-            v_BGTK,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-            enable_gqa=self.num_groups != self.num_heads,
-        )
+        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=self.dropout if self.training else 0.0)
         return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -142,9 +144,16 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cos_TK: Tensor,
+        sin_TK: Tensor,
+        cache: KeyValueCache | None = None,
+        mask: DocumentMask | None = None,
+    ) -> Tensor:
         """[B, T, D] to [B, T, D]."""
-        attended = self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK, cache, self.index)
+        attended = self.self_attn(self.input_layernorm(x_BTD), cos_TK, sin_TK, cache, self.index, mask)
         x_BTD = x_BTD + self.dropout(attended)
         return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))
 
@@ -190,16 +199,29 @@ class DecoderLM(nn.Module):
         """[V, D]: the output head's matrix, which is the embedding's where they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Logits [B, T, V] of `tokens` [B, T]; with `targets` [B, T] the float32 sum of the token losses instead.
 
-        `cache` holds keys and values of the tokens before these (one new token at a time once it is not empty).
+        `documents` [B, T], the number of each token's document in its row, keeps attention within documents; None: a row is
+        one. `cache` holds keys and values of the tokens before these (one new token at a time once it is not empty), all of
+        one document. Raises ValueError where both are given.
         """
+        if documents is not None and cache is not None:
+            raise ValueError("documents: a cache holds tokens of one document; give documents or cache, not both")
+        drops_out = self.training and self.config.dropout > 0
+        mask = None if documents is None else document_mask(documents, drops_out=drops_out)
         start = 0 if cache is None else cache.length
         cos_TK, sin_TK = self._rotary_tables(start + tokens.shape[1], tokens.device)
         x_BTD = self.dropout(self.embed_tokens(tokens))
         for block in self.layers:
-            x_BTD = block(x_BTD, cos_TK[start:], sin_TK[start:], cache)
+            x_BTD = block(x_BTD, cos_TK[start:], sin_TK[start:], cache, mask)
         x_BTD = self.norm(x_BTD)
         if targets is None:
             return F.linear(x_BTD, self.head_weight)
@@ -245,7 +267,8 @@ class DecoderLM(nn.Module):
         A product with a matrix of P entries costs 2P per token forwards and 4P backwards. P counts every matrix that
         multiplies (the output head too, tied or not) but not the embedding look-up. Attention's two products QKᵀ and PV
         cost 2 * 2 * H * K * T forwards for a query that sees T tokens, on average T/2 under the causal mask, and twice that
-        backwards: 6 * H * K * T per layer. Norms, rotations and softmax are left out. (Chowdhery et al. 2022, PaLM,
+        backwards: 6 * H * K * T per layer; what a document mask spares counts all the same. Norms, rotations and softmax are
+        left out. (Chowdhery et al. 2022, PaLM,
         appendix B, with the causal half.)
         """
         config = self.config

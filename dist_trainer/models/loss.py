@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_trainer.errors import ConfigError
+
 IGNORED_TARGET = -100
 _FP16_MARGIN = 64
 
@@ -119,24 +121,40 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """Sum of the token losses of `batch` under `model`.
 
     A model whose forward takes `targets` sums its own loss; of any other the output is logits, or carries them as
-    `.logits` (Hugging Face).
+    `.logits` (Hugging Face). Raises ConfigError where the batch's documents are to be kept apart and the model cannot.
     """
-    if takes_targets(model):
-        return model(batch.tokens, batch.targets)
-    output = model(batch.tokens)
+    apart = {}
+    if getattr(batch, "documents", None) is not None:
+        refuse_model_without_documents(model)
+        apart["documents"] = batch.documents
+    if takes(model, "targets"):
+        return model(batch.tokens, batch.targets, **apart)
+    output = model(batch.tokens, **apart)
     return cross_entropy_sum(getattr(output, "logits", output), batch.targets)
 
 
-def takes_targets(model: nn.Module) -> bool:
-    """Whether forward, beneath a data-parallel wrapper, has a parameter named `targets`."""
-    inner = model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
-    return _takes_targets(type(inner))
+def refuse_model_without_documents(model: nn.Module) -> None:
+    """Raises ConfigError where `model` cannot keep the documents of a row apart."""
+    if not takes(model, "documents"):
+        raise ConfigError(
+            f"data.document_mask: is true, but the forward of {type(_inner(model)).__name__} takes no `documents` by which to "
+            "keep them apart; set it to false, or data.packing to false for one document a row"
+        )
 
 
-_KNOWN: dict[type, bool] = {}
+def takes(model: nn.Module, parameter: str) -> bool:
+    """Whether forward, beneath a data-parallel wrapper, has a parameter of that name."""
+    return parameter in _parameters(type(_inner(model)))
 
 
-def _takes_targets(kind: type[nn.Module]) -> bool:
+def _inner(model: nn.Module) -> nn.Module:
+    return model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
+
+
+_KNOWN: dict[type, frozenset[str]] = {}
+
+
+def _parameters(kind: type[nn.Module]) -> frozenset[str]:
     if kind not in _KNOWN:
-        _KNOWN[kind] = "targets" in inspect.signature(kind.forward).parameters
+        _KNOWN[kind] = frozenset(inspect.signature(kind.forward).parameters)
     return _KNOWN[kind]

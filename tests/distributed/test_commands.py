@@ -16,7 +16,7 @@ from dist_trainer import evaluate, generate, report
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.registry import ModelContext
-from tests.distributed.small_runs import folder, run, small_config, stop_after, weights
+from tests.distributed.small_runs import changed, command, folder, run, small_config, stop_after, weights
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,14 @@ def test_a_hugging_face_model_of_ones_own_is_saved_as_transformers_opens_it(stor
 def test_of_a_model_that_only_its_code_describes_the_commands_say_what_they_cannot(stories, tmp_path, capsys):
     config = small_config(stories, tmp_path, model__name=f"{__name__}:bare", train__max_steps=2)
     assert run(config, 1) == [0]
-    for command in (generate.main, evaluate.main):
+    for main in (generate.main, evaluate.main):
         for path in (folder(config), folder(config) / "checkpoints" / "latest"):
-            assert command([str(path), *(["--prompt", "x"] if command is generate.main else [])]) == 2
+            assert main([str(path), *(["--prompt", "x"] if main is generate.main else [])]) == 2
             assert "is a checkpoint of a model of your own (model.name), without config.json" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_keep_documents_apart_is_refused_before_training(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path, model__name=f"{__name__}:bare", train__max_steps=2, data__document_mask=True)
+    assert command(config, 1) == [2]
+    assert "data.document_mask: is true, but the forward of Sequential takes no `documents`" in capfd.readouterr().err
+    assert run(changed(config, data__packing=False), 1) == [0]  # where each has a row of its own

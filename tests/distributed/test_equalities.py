@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.distributed.small_runs import losses, metrics, run, same_weights, small_config, status, stop_after
+from tests.distributed.small_runs import changed, command, losses, metrics, run, same_weights, small_config, status, stop_after
 
 
 @pytest.mark.parametrize(
@@ -12,8 +12,9 @@ from tests.distributed.small_runs import losses, metrics, run, same_weights, sma
         {"model__dropout": 0.2, "data__packing": False},
         {"precision__dtype": "bf16"},
         {"optim__name": "muon"},
+        {"data__document_mask": True},
     ],
-    ids=["packed", "dropout and padding", "bf16", "muon"],
+    ids=["packed", "dropout and padding", "bf16", "muon", "documents kept apart"],
 )
 def test_one_process_two_ranks_and_four_have_the_same_loss_curve(stories, tmp_path, changes):
     curves, tokens = {}, {}
@@ -68,6 +69,7 @@ RESUMED = {
     "fp16 on two ranks": (2, {"precision__dtype": "fp16"}),
     "bf16": (1, {"precision__dtype": "bf16"}),
     "muon": (1, {"optim__name": "muon"}),
+    "two ranks, documents kept apart": (2, {"data__document_mask": True}),
 }
 
 
@@ -120,3 +122,26 @@ def test_starting_a_finished_run_again_says_so_and_changes_nothing(stories, tmp_
     assert run(config, 2) == [0, 0]
     assert "finished its 12 steps already" in capfd.readouterr().err
     assert losses(config) == before
+
+
+def test_documents_kept_apart_have_the_validation_loss_of_one_document_a_row(stories, tmp_path):
+    found = []
+    for changes in ({"data__document_mask": True}, {"data__packing": False}, {}):
+        # A learning rate of almost nothing: equal weights. Rows as long as any document: none is cut.
+        changes |= {"data__sequence_length": 512, "optim__learning_rate": 1e-30, "optim__weight_decay": 0.0}
+        changes |= {"batch__global_batch_size": 2, "batch__micro_batch_size": 1, "train__max_steps": 1}
+        config = small_config(stories, tmp_path / str(len(found)), **changes)
+        assert run(config, 1) == [0]
+        [line] = metrics(config, "validation")
+        found.append((line["loss"], line["tokens"]))
+    (apart, tokens), (separate, separate_tokens), (together, _) = found
+    assert tokens == separate_tokens
+    assert apart == pytest.approx(separate, abs=1e-6)
+    assert together != pytest.approx(separate, abs=1e-4)
+
+
+def test_a_run_does_not_go_on_with_documents_kept_apart_where_they_were_not(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path)
+    run(config, 1, before=stop_after(3))
+    assert command(changed(config, data__document_mask=True), 1) == [2]
+    assert "data.document_mask: True, but the run began with False" in capfd.readouterr().err

@@ -7,6 +7,9 @@ import pickle
 import pytest
 import torch
 
+from dist_trainer.config.schema import ModelConfig
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.parallel.compilation import compile_parts
 from tests.distributed.small_runs import folder, losses, metrics, run, small_config, status, stop_after
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -57,6 +60,32 @@ def test_a_batch_that_does_not_fit_ends_in_numbers_and_remedies(texts, tmp_path)
     with pytest.raises(AssertionError, match="OutOfMemoryError"):
         run(config, 1, before=need_more_than_there_is)
     assert status(config)["reason"].startswith("out of memory in step 1, training: rank 0 wanted 128 TiB more of cuda:0's ")
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+@pytest.mark.parametrize("compiles", [True, False])
+def test_flex_attention_keeps_documents_apart_as_the_exact_mask_does(compiles):
+    config = ModelConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    tokens = torch.randint(0, 512, (3, 300), generator=torch.Generator().manual_seed(0))
+    documents = (torch.arange(300) // torch.tensor([[7], [150], [300]])).int()
+    found = []
+    for device, apart in (("cpu", documents), ("cuda", documents), ("cpu", None)):
+        model = DecoderLM(config, 512, 300)
+        model.init_weights(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 5 if parameter.dim() > 1 else 1  # attention that is far from even
+        model.to(device)
+        if compiles and device == "cuda":
+            compile_parts(model)
+        loss = model(tokens.to(device), tokens.roll(-1, 1).to(device), documents=None if apart is None else apart.to(device))
+        loss.backward()
+        found.append(model.layers[0].self_attn.q_proj.weight.grad.cpu())
+    exact, flex, together = found
+    torch.testing.assert_close(flex, exact, atol=0.05, rtol=0.01)  # of at most 7
+    assert (together - exact).abs().max() > 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")

@@ -29,7 +29,7 @@ def sample(tokenizer, tokens: list[int], *, sequence_length: int, prompt: str | 
     config = replace(TrainingConfig(), data=DataConfig(sequence_length=sequence_length), tracking=tracking)
     model = DecoderLM(SMALL, vocabulary_size(tokenizer), sequence_length)
     model.init_weights(0)
-    return sample_of(config, tokenizer, model, [{"input_ids": torch.tensor(tokens)}]), model
+    return sample_of(config, tokenizer, model, [torch.tensor(tokens)]), model
 
 
 @pytest.mark.parametrize("sequence_length", [4, 8, 9, 64])

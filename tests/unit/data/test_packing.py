@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_trainer.data.batch import IGNORED_TARGET
+from dist_trainer.data.batch import IGNORED_TARGET, Batch
+from dist_trainer.data.loader import collate_pairs
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
 from dist_trainer.data.rows import Documents, split_by_document
 from dist_trainer.data.token_store import TokenStore
@@ -50,9 +51,81 @@ def test_a_stream_of_some_documents_reads_them_end_to_end():
     expected = [0, 1, 2, 3, 4, 5, 6, 7, 12, 13, 14, 15]
     for start in range(12):
         for length in (1, 3, 12):
-            out = np.zeros(length, dtype=np.int64)
-            count = stream.read_into(out, start)
-            assert out[:count].tolist() == expected[start : start + length]
+            [row] = stream.gather(np.array([start]), length)
+            assert row[: 12 - start].tolist() == expected[start : start + length]
+
+
+def rows_by_a_plain_loop(store: TokenStore, spans: np.ndarray, length: int, indices: list[int], *, padding: int):
+    """Tokens, targets and documents, token by token."""
+    stream = [(int(store.tokens[place]), number) for number, (start, end) in enumerate(spans) for place in range(start, end)]
+    tokens, targets, documents = [], [], []
+    for index in indices:
+        row = stream[index * length : (index + 1) * length + 1]
+        row += [(None, len(spans))] * (length + 1 - len(row))
+        tokens.append([padding if token is None else token for token, _ in row[:-1]])
+        targets.append([IGNORED_TARGET if token is None else token for token, _ in row[1:]])
+        documents.append([number - row[0][1] for _, number in row])
+    return tokens, targets, documents
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("length", [1, 2, 7, 50, 400, 2000])
+@pytest.mark.parametrize("left_out", [0.0, 0.2, 0.8])
+def test_rows_gathered_at_once_are_those_of_a_plain_loop(dtype, length, left_out):
+    random = np.random.default_rng(7)
+    offsets = np.cumsum([0, *random.integers(1, 60, 40)])
+    store = TokenStore(random.integers(0, 1 << 16, offsets[-1]).astype(dtype), offsets, "key")
+    spans = np.stack([offsets[:-1], offsets[1:]], axis=1)[random.random(40) >= left_out]
+    rows = PackedRows(TokenStream(store, spans), length, padding=9, fingerprint="")
+    apart = PackedRows(TokenStream(store, spans), length, padding=9, fingerprint="", document_mask=True)
+    indices = [*random.integers(0, len(rows), 12).tolist(), len(rows) - 1, 0]
+    tokens, targets, documents = rows_by_a_plain_loop(store, spans, length, indices, padding=9)
+    batch = rows.__getitems__(indices)
+    assert (batch.tokens.tolist(), batch.targets.tolist(), batch.documents) == (tokens, targets, None)
+    assert batch.tokens.is_contiguous()
+    assert batch.targets.is_contiguous()
+    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+
+    batch = apart.__getitems__(indices)
+    within = [
+        [target if one == other else IGNORED_TARGET for target, one, other in zip(row, numbers, numbers[1:], strict=False)]
+        for row, numbers in zip(targets, documents, strict=True)
+    ]
+    assert batch.documents.dtype == torch.int32
+    assert batch.documents.tolist() == [numbers[:-1] for numbers in documents]
+    assert (batch.tokens.tolist(), batch.targets.tolist()) == (tokens, within)
+
+
+@pytest.mark.parametrize("length", [3, 8, 100])
+def test_kept_apart_documents_have_the_targets_that_they_have_in_rows_of_their_own(length):
+    documents_ = documents(5, 1, 11, 7)
+    rows = PackedRows(TokenStream(*documents_), length, padding=0, fingerprint="", document_mask=True)
+    _, targets = read_all(rows)
+    unpacked = DocumentRows(*documents_, length)
+    expected = [token for index in range(len(unpacked)) for token in unpacked[index][1:].tolist()]
+    assert targets[targets != IGNORED_TARGET].tolist() == expected
+    assert set(range(24)) - set(expected) == {0, 5, 6, 17}
+
+
+def test_borders_are_where_documents_end_not_where_text_spells_the_end():
+    eos = 2
+    spelled = TokenStore(np.array([7, eos, 8, eos, 9, 9, eos], dtype=np.uint16), np.array([0, 4, 7]), "key")
+    rows = PackedRows(TokenStream(spelled, np.array([[0, 4], [4, 7]])), 6, padding=eos, fingerprint="", document_mask=True)
+    assert rows[0].documents.tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert rows[0].targets.tolist() == [[eos, 8, eos, IGNORED_TARGET, 9, eos]]
+
+
+def test_documents_go_wherever_their_batch_goes():
+    rows = PackedRows(TokenStream(*documents(5, 11, 7)), 4, padding=0, fingerprint="", document_mask=True)
+    together, alone = rows.__getitems__([2, 3]), rows[2]
+    assert together.to(torch.device("meta")).documents.shape == (2, 4)
+    assert together.shortened(1).documents.tolist() == together.documents[:, :-1].tolist()
+    assert together.shortened(1).targets.tolist() == together.targets[:, :-1].tolist()
+    one_by_one = [Batch(batch.tokens[0], batch.targets[0], batch.documents[0]) for batch in (alone, rows[3])]
+    assert collate_pairs(one_by_one).documents.equal(together.documents)
+    without = [Batch(batch.tokens, batch.targets) for batch in one_by_one]
+    assert collate_pairs(without).documents is None
+    assert without[0].to(torch.device("cpu")).documents is None
 
 
 def test_padding_targets_leaves_the_tokens_of_a_single_row_alone():
@@ -105,3 +178,18 @@ def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
         [36, 37, eos, none],
     ]
     assert batch.tokens[3, :3].tolist() == [35, 36, 37]
+
+
+def test_padded_rows_are_what_the_collator_makes_of_lists_of_numbers():
+    import transformers
+
+    tokenizer = load_tokenizer("austen")
+    rows = DocumentRows(*documents(5, 2, 11, 7), 8)
+    chosen = [rows[index] for index in (3, 0, 2, 0)]
+    as_lists = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in chosen]
+    padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)(as_lists)
+    batch = PaddingCollator(tokenizer)(chosen)
+    assert batch.tokens.equal(padded["input_ids"][:, :-1])
+    targets = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, IGNORED_TARGET)
+    assert batch.targets.equal(targets[:, 1:])
+    assert (batch.targets == IGNORED_TARGET).any()

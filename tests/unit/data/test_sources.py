@@ -290,8 +290,7 @@ def test_a_long_document_is_tokenised_in_pieces_and_stays_one(tmp_path, monkeypa
     monkeypatch.setattr(token_store_module, "PIECE_CHARACTERS", 64)
     store = create_dataloaders(config).train.dataset.stream
     tokenizer = load_tokenizer("austen")
-    tokens = np.zeros(len(store), dtype=np.int64)
-    store.read_into(tokens, 0)
+    [tokens] = store.gather(np.array([0]), len(store))
     assert tokenizer.decode(tokens[:-1]) == whole.text
     assert tokens.tolist().index(tokenizer.eos_token_id) == len(tokens) - 1
     if "two" in text:
@@ -439,3 +438,9 @@ def test_a_data_set_to_validate_on_gives_its_validation_split_or_all_of_itself(t
         )
         _, validation = create_dataloaders(config, tokenizer=tokenizer)
         assert tokenizer.decode(next(iter(validation)).tokens[0]).split()[:2] == [word, word]
+
+
+def test_rows_of_ones_own_are_not_kept_apart_by_a_key():
+    config = TrainingConfig(data=DataConfig(document_mask=True), batch=BatchConfig(2, 2))
+    with pytest.raises(ConfigError, match=r"data\.document_mask.*train_dataset"):
+        create_dataloaders(config, train_dataset=[(np.zeros(3), 0)] * 4)

@@ -9,7 +9,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.generation import generate
-from dist_trainer.models.loss import LogitLoss, cross_entropy_sum, linear_cross_entropy_sum, takes_targets
+from dist_trainer.models.loss import LogitLoss, cross_entropy_sum, linear_cross_entropy_sum, takes
 
 VOCABULARY = 61
 SMALL = ModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -238,5 +238,5 @@ def test_damaged_or_missing_weights_end_in_a_message(tmp_path):
 
 
 def test_models_that_sum_their_own_loss_are_known():
-    assert takes_targets(build())
-    assert not takes_targets(torch.nn.Linear(2, 2))
+    assert takes(build(), "targets")
+    assert not takes(torch.nn.Linear(2, 2), "targets")

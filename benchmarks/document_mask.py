@@ -1,0 +1,103 @@
+"""What data.document_mask costs a step: CPU time of a whole step with it over one without, in rounds that alternate.
+
+python benchmarks/document_mask.py [--dtype bfloat16] [--compile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from dist_trainer.config.schema import ModelConfig, OptimConfig
+from dist_trainer.data.packing import PackedRows, TokenStream
+from dist_trainer.data.token_store import TokenStore
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.models.loss import model_loss
+from dist_trainer.optim.optimizers import build_optimizer
+from dist_trainer.parallel.compilation import compile_parts
+
+ROUNDS = 9
+TOKENS, DOCUMENT_TOKENS = 1_000_000, 400
+WIDER = ModelConfig(hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=4)
+MODELS = {"the default, 2.4M": (ModelConfig(), 4096), "6 layers of 256, 6.9M": (WIDER, 8192)}
+SHAPES = ((256, 8), (1024, 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="each block, as precision.compile true does")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {vars(arguments)}, {ROUNDS} rounds")
+    print("| model | heads | row length | rows | CPU s a step without | with over without, median (min to max) |")
+    print("|---|---|---|---|---|---|")
+    for name, (model, vocabulary) in MODELS.items():
+        for length, rows in SHAPES:
+            without, masked = (
+                stepper(
+                    *(model, vocabulary, length, rows, getattr(torch, arguments.dtype)),
+                    document_mask=document_mask,
+                    compiles=arguments.compile,
+                )
+                for document_mask in (False, True)
+            )
+            seconds, ratios = [], []
+            for _ in range(ROUNDS):
+                seconds.append(seconds_of(without))
+                ratios.append(seconds_of(masked) / seconds[-1])
+            heads = f"{model.num_attention_heads} on {model.num_key_value_heads}"
+            ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            print(f"| {name} | {heads} | {length} | {rows} | {statistics.median(seconds):.3f} | {ratio} |", flush=True)
+
+
+def stepper(
+    config: ModelConfig,
+    vocabulary: int,
+    length: int,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    document_mask: bool,
+    compiles: bool,
+) -> Callable[[], None]:
+    """A whole step: reading its rows, forward and backward pass, clipping, update. Has been called once already."""
+    random = np.random.default_rng(0)
+    ends = random.integers(1, 2 * DOCUMENT_TOKENS, TOKENS // DOCUMENT_TOKENS).cumsum()
+    store = TokenStore(random.integers(0, vocabulary, ends[-1], dtype=np.uint16), np.append(0, ends), "key")
+    spans = np.stack([store.offsets[:-1], store.offsets[1:]], axis=1)
+    data = PackedRows(TokenStream(store, spans), length, padding=0, fingerprint="", document_mask=document_mask)
+    model = DecoderLM(config, vocabulary, length)
+    model.init_weights(0)
+    if compiles:
+        compile_parts(model)
+    optimizer = build_optimizer(OptimConfig(), model)
+
+    def step() -> None:
+        batch = data.__getitems__(random.integers(0, len(data) - 1, rows).tolist())
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+            loss = model_loss(model, batch)
+        (loss / batch.num_targets()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()
+    return step
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    """CPU seconds of a step."""
+    begin = time.process_time()
+    step()
+    return time.process_time() - begin
+
+
+if __name__ == "__main__":
+    main()

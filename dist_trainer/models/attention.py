@@ -1,0 +1,77 @@
+"""Attention: to all tokens before, or within documents alone. B batch, T sequence, H query, G key and value heads, K head size.
+
+Where a row holds several documents, a token attends to those before it in its own document alone. Rotary positions need not
+begin anew: they enter attention as differences of two positions only (Su et al. 2021, arXiv:2104.09864, equation 16), which
+within a document are the same wherever it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+DocumentMask = Tensor | BlockMask
+"""Who attends to whom: a bool tensor [B, 1, T, T], or what FlexAttention makes of it, which skips blocks with nobody to see."""
+
+
+def document_mask(documents: Tensor, *, drops_out: bool) -> DocumentMask:
+    """The causal mask within `documents` [B, T], the number of each token's document in its row.
+
+    FlexAttention's on GPUs, which pays for the tokens that are seen alone; but it cannot drop out attention (`drops_out`),
+    and on a CPU it has no backward pass: there the exact mask serves, of B * T * T bytes.
+    """
+    if documents.device.type == "cuda" and not drops_out:
+        return block_mask(documents)
+    return exact_mask(documents)
+
+
+def exact_mask(documents: Tensor) -> Tensor:
+    """bool [B, 1, T, T]: whether query t (third) sees key s (last)."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.logical_and_(same.new_ones(same.shape[-2:]).tril_())
+
+
+def block_mask(documents: Tensor) -> BlockMask:
+    """The same for FlexAttention."""
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[batch, query] == documents[batch, key])
+
+    rows, length = documents.shape
+    # Compiled, the T x T mask is never written out.
+    make = _compiled_on_gpu(create_block_mask, documents)
+    return make(sees, rows, None, length, length, device=documents.device)
+
+
+def attend(
+    q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: DocumentMask | None, *, causal: bool, dropout: float
+) -> Tensor:
+    """Attention [B, H, T, K] under `mask`; without one to all, or (`causal`) to what came before.
+
+    `dropout` is the probability of dropping a weight; with a BlockMask it must be 0.
+    """
+    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
+    if isinstance(mask, BlockMask):
+        flex = _compiled_on_gpu(flex_attention, q_BHTK)
+        return flex(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def _compiled_on_gpu(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
+    """`function` compiled, unless what calls it is being compiled with it, or `tensor` is on a CPU."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cuda":
+        return function
+    return _compiled(function)
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)

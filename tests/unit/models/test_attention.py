@@ -1,0 +1,197 @@
+"""A row of several documents, kept apart, is those documents each in a row of its own."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_trainer.config.schema import ModelConfig
+from dist_trainer.data.batch import IGNORED_TARGET, Batch
+from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
+from dist_trainer.data.token_store import TokenStore
+from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.errors import ConfigError
+from dist_trainer.models import decoder_lm
+from dist_trainer.models.attention import attend, block_mask, exact_mask
+from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
+from dist_trainer.models.loss import cross_entropy_sum, model_loss
+from dist_trainer.parallel.compilation import compile_parts
+
+VOCABULARY = 4096
+GROUPED = ModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+MULTI_HEAD = replace(GROUPED, num_key_value_heads=4)
+DOCUMENT_LENGTHS = (5, 12, 1, 9, 7, 30)
+ROW = 64
+
+
+def build(config: ModelConfig = GROUPED) -> DecoderLM:
+    with torch.device("meta"):
+        model = DecoderLM(config, VOCABULARY, 256)
+    model.to_empty(device="cpu").init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 5 if parameter.dim() > 1 else 1  # attention that is far from even, so that one token too many shows
+    return model
+
+
+def store() -> tuple[TokenStore, np.ndarray]:
+    offsets = np.cumsum([0, *DOCUMENT_LENGTHS])
+    ids = np.random.default_rng(0).integers(5, VOCABULARY, offsets[-1], dtype=np.uint16)
+    return TokenStore(ids, offsets, "key"), np.stack([offsets[:-1], offsets[1:]], axis=1)
+
+
+def packed(*, document_mask: bool = True) -> Batch:
+    """One row of all documents."""
+    tokens, spans = store()
+    rows = PackedRows(TokenStream(tokens, spans), ROW, padding=0, fingerprint="", document_mask=document_mask)
+    assert len(rows) == 1
+    return rows[0]
+
+
+def separate() -> Batch:
+    """Each document in a row of its own; the one of a single token has nothing to say."""
+    rows = DocumentRows(*store(), ROW)
+    return PaddingCollator(load_tokenizer("austen"))([rows[index] for index in range(len(rows))])
+
+
+def logits_of_each(model: DecoderLM, batch: Batch) -> list[Tensor]:
+    """Logits in the packed row, document by document, at the positions that have a token."""
+    logits = model(batch.tokens, documents=batch.documents)[0]
+    ends = np.cumsum(DOCUMENT_LENGTHS)
+    return [logits[end - length : min(end, ROW)] for end, length in zip(ends, DOCUMENT_LENGTHS, strict=True)]
+
+
+@pytest.mark.parametrize("config", [GROUPED, MULTI_HEAD], ids=["grouped", "multi-head"])
+def test_each_document_has_the_logits_that_it_has_alone(config):
+    model, (tokens, spans) = build(config), store()
+    for found, (start, end) in zip(logits_of_each(model, packed()), spans, strict=True):
+        alone = model(torch.from_numpy(tokens.tokens[start:end].astype(np.int64))[None])[0]
+        torch.testing.assert_close(found, alone[: len(found)], atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_mask_they_are_others():
+    model = build()
+    apart, together = logits_of_each(model, packed()), logits_of_each(model, packed(document_mask=False))
+    torch.testing.assert_close(apart[0], together[0], atol=1e-5, rtol=1e-5)
+    assert all((one - other).abs().max() > 0.01 for one, other in zip(apart[1:], together[1:], strict=True))
+
+
+def test_loss_and_gradients_are_those_of_separate_rows():
+    found = []
+    for batch in (packed(), separate()):
+        model = build()
+        loss = model_loss(model, batch)
+        loss.backward()
+        found.append((batch.num_targets(), loss, [parameter.grad for parameter in model.parameters()]))
+    (targets, loss, gradients), (expected_targets, expected_loss, expected_gradients) = found
+    assert targets == expected_targets == sum(DOCUMENT_LENGTHS) - len(DOCUMENT_LENGTHS)
+    torch.testing.assert_close(loss, expected_loss, atol=0, rtol=1e-5)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-5)
+
+
+def test_without_documents_attention_is_torchs_own_bit_for_bit():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert torch.equal(attend(q, k, v, None, causal=True, dropout=0.0), expected)
+
+
+def documents_of(rows: list[list[int]]) -> Tensor:
+    return torch.stack([torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) for lengths in rows]).int()
+
+
+# More than one block of FlexAttention's 128, and no whole number of them.
+LONG = [[3, 150, 47], [200], [130, 70]]
+
+
+@torch.no_grad()
+def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
+    model, documents = build(), documents_of(LONG)
+    tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(1))
+    expected = model(tokens, documents=documents)
+    asked = []
+    monkeypatch.setattr(decoder_lm, "document_mask", lambda given, drops_out: asked.append(drops_out) or block_mask(given))
+    with pytest.warns(UserWarning, match="without torch.compile"):
+        found = model(tokens, documents=documents)
+    assert asked == [False]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_exact_mask_is_causal_within_documents():
+    assert exact_mask(documents_of([[2, 1], [3]]))[:, 0].int().tolist() == [
+        [[1, 0, 0], [1, 1, 0], [0, 0, 1]],
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
+    ]
+
+
+def test_a_cache_and_documents_do_not_go_together():
+    batch = packed()
+    with pytest.raises(ValueError, match="not both"):
+        build()(batch.tokens, documents=batch.documents, cache=KeyValueCache(2))
+
+
+class Bare(torch.nn.Module):
+    """A model of one's own that knows nothing of documents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(tokens)
+
+
+class Knowing(Bare):
+    """One that gives logits, and keeps documents apart."""
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        return self.inner(tokens, documents=documents)
+
+
+def test_a_model_gets_the_documents_if_it_takes_them_and_is_refused_if_it_does_not():
+    batch = packed()
+    logits = build()(batch.tokens, documents=batch.documents)
+    torch.testing.assert_close(model_loss(Knowing(), batch), cross_entropy_sum(logits, batch.targets))
+    with pytest.raises(ConfigError, match=r"data\.document_mask.*Bare"):
+        model_loss(Bare(), batch)
+    assert model_loss(Bare(), replace(batch, documents=None)).isfinite()
+    assert (batch.targets == IGNORED_TARGET).any()
+
+
+@pytest.mark.parametrize("make", [exact_mask, block_mask])
+@torch.no_grad()
+def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_borders(monkeypatch, make):
+    model, compiled, graphs = build(), build(), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in compiled.layers:
+        block.compile(dynamic=False, fullgraph=True, backend=backend)
+    tokens = torch.randint(0, VOCABULARY, (3, 200), generator=torch.Generator().manual_seed(1))
+    for lengths in (LONG, [[100, 100], [199, 1], [20, 30, 150]]):
+        documents = documents_of(lengths)
+        expected = model(tokens, documents=documents)
+        with monkeypatch.context() as other:
+            other.setattr(decoder_lm, "document_mask", lambda given, drops_out: make(given))
+            torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+def test_compiled_either_mask_gives_the_same_logits(monkeypatch):
+    model, compiled, documents = build(), build(), documents_of(LONG)
+    compile_parts(compiled)
+    tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(1))
+    expected = model(tokens, documents=documents)
+    torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(decoder_lm, "document_mask", lambda given, drops_out: block_mask(given))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
