@@ -35,6 +35,7 @@ DOORS = {
     "pyarrow": {"data/records.py"},
     "transformers": {"data/tokenization.py", "data/packing.py"},
     "tokenizers": {"data/tokenization.py"},
+    "gigatoken": {"data/encoding.py"},
 }
 
 
