@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import TextOf
+from dist_trainer.data.text_file import LongText
 from dist_trainer.data.tokenization import Tokenizer
 from dist_trainer.errors import DataError
 
@@ -31,7 +32,8 @@ def text_pieces(split: Split, text: TextOf, border: Border) -> Iterator[TextPiec
     """All documents of `split` in order; one without text is left out. Raises DataError naming the place."""
     for where, record in split.records():
         if document := text(where, record):
-            _refuse_surrogates(where, document)
+            if isinstance(document, str):
+                _refuse_surrogates(where, document)
             yield from pieces_of(document, border)
 
 
@@ -69,13 +71,18 @@ def border_of_pieces(tokenizer: Tokenizer) -> Border:
     return "dropped" if whole == ids(first) + ids(second) else "none"
 
 
-def pieces_of(document: str, border: Border = "with the next") -> Iterator[TextPiece]:
-    """The document; or, of a long one, pieces that end between two words, where tokens end anyway, if there is such a place."""
-    start = 0
-    while len(document) - start > PIECE_CHARACTERS and (cut := _cut(document, start, border)) is not None:
-        yield TextPiece(document[start:cut], ends_document=False)
-        start = cut + 1 if border == "dropped" else cut
-    yield TextPiece(document[start:], ends_document=True)
+def pieces_of(document: str | LongText, border: Border = "with the next") -> Iterator[TextPiece]:
+    """The document; or, of a long one, pieces that end between two words, where tokens end anyway, if there is such a place.
+
+    Where they end does not depend on the parts in which a LongText is read.
+    """
+    held, start = "", 0
+    for part in [document] if isinstance(document, str) else document.parts():
+        held, start = held[start:] + part, 0
+        while len(held) - start > PIECE_CHARACTERS and (cut := _cut(held, start, border)) is not None:
+            yield TextPiece(held[start:cut], ends_document=False)
+            start = cut + 1 if border == "dropped" else cut
+    yield TextPiece(held[start:], ends_document=True)
 
 
 def _cut(document: str, start: int, border: Border) -> int | None:

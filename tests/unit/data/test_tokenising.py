@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data import encoding, store_building, text_pieces
+from dist_trainer.data import encoding, records, store_building, text_file, text_pieces
 from dist_trainer.data.datasets import files_split, open_source
 from dist_trainer.data.encoding import FastEncoder, OwnEncoder, encoded, fast_encoder, first_difference
 from dist_trainer.data.growing_file import Extent, GrowingFile
@@ -242,6 +242,47 @@ def test_no_more_batches_are_read_than_can_be_worked_on():
     for number, (_, [ids]) in enumerate(encoded(batches(), encoder, encoder)):
         assert len(ids) == number
         assert len(read) <= number + encoder.threads + 1
+
+
+def text_in(path: Path):
+    [(_, record)] = records.read_text(path)
+    return record["text"]
+
+
+@pytest.mark.parametrize("border", ["with the next", "dropped", "none"])
+@pytest.mark.parametrize("part_bytes", [1, 7, 100, 997])
+def test_a_long_file_is_cut_as_if_it_were_read_at_once(tmp_path, monkeypatch, border, part_bytes):
+    text = "\ufeff" + "na\u00efve caf\u00e9 \U0001f600 and\n more  words; " * 40 + "x" * 300 + " y z" * 50
+    path = tmp_path / "x.txt"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 64)
+    whole = text_in(path)
+    assert whole == text[1:]
+    monkeypatch.setattr(text_file, "PART_BYTES", part_bytes)
+    long = text_in(path)
+    assert isinstance(long, text_file.LongText)
+    assert list(text_pieces.pieces_of(long, border)) == list(text_pieces.pieces_of(whole, border))
+
+
+def test_a_long_file_makes_the_store_that_it_makes_when_read_at_once(tmp_path, monkeypatch, novels):
+    path = tmp_path / "x.txt"
+    path.write_text(novels[0], encoding="utf-8")
+    tokenizer = load_tokenizer("austen")
+    stored(path, tokenizer, tmp_path / "at once")
+    monkeypatch.setattr(text_file, "PART_BYTES", 1000)
+    stored(path, tokenizer, tmp_path / "in parts")
+    assert files_of(tmp_path / "in parts") == files_of(tmp_path / "at once")
+    assert str(text_of("text", "<{text}>")("here", {"text": text_file.LongText(path)})) == f"<{novels[0]}>"
+
+
+@pytest.mark.parametrize(("content", "line"), [(b"one\ntwo\nthr\xffe\n", 3), (b"one\ntwo\nthree\xc3", 3)])
+@pytest.mark.parametrize("part_bytes", [1, 4, 1 << 20])
+def test_what_is_not_utf8_is_found_in_any_part(tmp_path, monkeypatch, content, line, part_bytes):
+    monkeypatch.setattr(text_file, "PART_BYTES", part_bytes)
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.txt:{line}: not UTF-8 text \(byte 0x"):
+        stored(path, load_tokenizer("austen"), tmp_path)
 
 
 def _killed(path: Path, cache: Path, after_records: int) -> None:
