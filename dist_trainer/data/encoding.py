@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -138,7 +138,7 @@ class EncodedPieces(NamedTuple):
         return sum(len(p.text) if p.text.isascii() else len(p.text.encode()) for p in self.pieces)
 
 
-def encoded(batches: Iterable[list[TextPiece]], encoder: Encoder, own: Encoder) -> Iterator[EncodedPieces]:
+def encoded(batches: Iterable[list[TextPiece]], encoder: Encoder, own: Encoder) -> Generator[EncodedPieces, None, None]:
     """The batches in order with their ids: while one is read, those before it are encoded.
 
     Raises IdsDifferError where `encoder` is not `own` and fails, or gives other ids for a sample of the batch.

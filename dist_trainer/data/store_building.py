@@ -104,7 +104,7 @@ def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf
             log.info("tokenising %s: going on after %.1f MB of text", split.description, files.text_bytes / 1e6)
         display = stack.enter_context(contextlib.closing(_Display(split.description, files.text_bytes)))
         rest = itertools.islice(text_pieces(split, text, border), files.pieces, None)
-        for batch in encoded(in_batches(rest), encoder, own):
+        for batch in stack.enter_context(contextlib.closing(encoded(in_batches(rest), encoder, own))):
             files.append(batch, dtype, tokenizer.eos_token_id)
             display.show(files.text_bytes)
         done = files.record()
