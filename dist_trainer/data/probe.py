@@ -75,7 +75,7 @@ def probe_texts(tokenizer: Tokenizer) -> list[str]:
     """
     chance = random.Random(0)
     at_random = ["".join(chance.choice(chance.choice(_ALPHABETS)) for _ in range(200)) for _ in range(50)]
-    entries = chance.choices(range(len(tokenizer)), k=4000)
+    entries = chance.choices(sorted(tokenizer.get_vocab().values()), k=4000)
     of_vocabulary = [tokenizer.decode(entries[i : i + 200]) for i in range(0, len(entries), 200)]
     spellings = list(tokenizer.get_added_vocab())[:64]
     special = [f"{s}a{s} b {s}\n\n{s}{s} {s.upper()} {s[:-1]} \t{s}\u00e9{s}'s{s}" for s in spellings]
