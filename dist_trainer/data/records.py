@@ -6,15 +6,15 @@ Own readers, because a user whose file is malformed needs the path and the line.
 from __future__ import annotations
 
 import codecs
-import gzip
 import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dist_trainer.data.template import missing_column
+from dist_trainer.data.text_file import LongText, open_binary, text_parts, unreadable
 from dist_trainer.errors import DataError
 
 Record = dict[str, Any]
@@ -24,31 +24,14 @@ Records = Iterator[tuple[str, Record]]
 PARQUET_ROWS_AT_A_TIME = 4096
 
 
-def open_binary(path: Path) -> IO[bytes]:
-    """The file's content, decompressed by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
-    if suffix == ".xz":
-        return lzma.open(path)  # type: ignore[return-value]
-    return path.open("rb")
-
-
 def read_text(path: Path) -> Records:
-    """One document: the whole file, under the column `text`."""
-    raw = b""
-    try:
-        with open_binary(path) as file:
-            raw = file.read()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, for example with iconv"
-        ) from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise unreadable(path, error) from error
-    if text.strip():
+    """One document: the whole file, under the column `text`; as a LongText if it is one."""
+    parts = text_parts(path)
+    text = next(parts, "")
+    if next(parts, None) is not None:
+        parts.close()
+        yield str(path), {"text": LongText(path)}
+    elif text.strip():
         yield str(path), {"text": text}
 
 
@@ -140,9 +123,3 @@ def read_file(path: Path, columns: Sequence[str]) -> Records:
         known = ", ".join(DATA_SUFFIXES)
         raise DataError(f"{path}: files of type {suffix} are not read; convert it to one of {known} (also .gz, .xz)")
     return read_parquet(path, columns) if suffix == ".parquet" else READERS.get(suffix, read_text)(path)
-
-
-def unreadable(path: Path, error: Exception) -> DataError:
-    """The message for a file that the system or its own format makes unreadable."""
-    reason = getattr(error, "strerror", None) or error
-    return DataError(f"{path}: cannot be read ({reason})")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dist_trainer.data.records import Records, unreadable
+from dist_trainer.data.records import Records
+from dist_trainer.data.text_file import unreadable
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dist_trainer.config.template import parse_template
+from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError
 
-TextOf = Callable[[str, dict[str, Any]], str]
+TextOf = Callable[[str, dict[str, Any]], str | LongText]
 """(place, record) to text; raises DataError naming the place."""
 
 
@@ -32,11 +33,11 @@ def missing_column(column: str, present: list[str], where: str) -> DataError:
 
 
 def _column(column: str) -> TextOf:
-    def read(where: str, record: dict[str, Any]) -> str:
+    def read(where: str, record: dict[str, Any]) -> str | LongText:
         if column not in record:
             raise missing_column(column, list(record), where)
         value = record[column]
-        if not isinstance(value, str):
+        if not isinstance(value, str | LongText):
             raise DataError(f"{where}: the column {column!r} holds {_kind(value)}, not text")
         return value
 

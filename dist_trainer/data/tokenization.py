@@ -100,11 +100,14 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
     return max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
 
 
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A digest of all that decides which ids a text gets. Not of truncation and padding, which each call sets anew."""
+def tokenizer_description(tokenizer: Tokenizer) -> str:
+    """The JSON of all that decides which ids a text gets. Not of truncation and padding, which each call sets anew."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        description = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None})
-    else:
-        description = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(f"{description} {tokenizer.eos_token_id}".encode()).hexdigest()
+        return json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None})
+    return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """A digest of `tokenizer_description` and of the id that ends documents."""
+    return hashlib.sha256(f"{tokenizer_description(tokenizer)} {tokenizer.eos_token_id}".encode()).hexdigest()

@@ -36,6 +36,7 @@ DOORS = {
     "pyarrow": {"data/records.py"},
     "transformers": {"data/tokenization.py", "data/packing.py"},
     "tokenizers": {"data/tokenization.py"},
+    "gigatoken": {"data/encoding.py"},
 }
 
 

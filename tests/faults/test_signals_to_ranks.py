@@ -93,15 +93,15 @@ def test_a_signal_during_compilation_breaks_it_off(stories, tmp_path, monkeypatc
 
 
 def test_a_signal_while_data_are_prepared_leaves_at_once(stories, tmp_path, monkeypatch):
-    from dist_trainer.data import token_store
+    from dist_trainer.data import store_building
 
-    write, note = token_store._write_store, tmp_path / "when.json"
+    write, note = store_building._write_store, tmp_path / "when.json"
 
     def write_and_receive(*arguments):
         receive(signal.SIGUSR1, note=note)
         return write(*arguments)
 
-    monkeypatch.setattr(token_store, "_write_store", write_and_receive)
+    monkeypatch.setattr(store_building, "_write_store", write_and_receive)
     monkeypatch.setenv("DIST_TRAINER_CACHE", str(tmp_path / "cache"))  # nothing is prepared already
     config = small_config(stories, tmp_path)
     assert command(config, 2) == [0, 0]

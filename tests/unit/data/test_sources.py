@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import rows
+from dist_trainer.data import text_pieces as text_pieces_module
 from dist_trainer.data import token_store as token_store_module
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
@@ -285,9 +286,9 @@ def test_text_is_tokenised_once_per_content_and_anew_when_it_changes(tmp_path, m
 )
 def test_a_long_document_is_tokenised_in_pieces_and_stays_one(tmp_path, monkeypatch, text):
     config = small(write(tmp_path / "x.txt", f"{text} end"), tmp_path, validation_fraction=0.0, sequence_length=4)
-    [whole, *more] = token_store_module.pieces_of(f"{text} end")
+    [whole, *more] = text_pieces_module.pieces_of(f"{text} end")
     assert more == []
-    monkeypatch.setattr(token_store_module, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(text_pieces_module, "PIECE_CHARACTERS", 64)
     store = create_dataloaders(config).train.dataset.stream
     tokenizer = load_tokenizer("austen")
     [tokens] = store.gather(np.array([0]), len(store))
@@ -314,11 +315,11 @@ def llama_like_tokenizer(folder):
 
 def test_pieces_of_a_long_document_do_not_show_where_the_tokenizer_puts_a_space_before_each(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(llama_like_tokenizer(tmp_path / "tokenizer")))
-    assert token_store_module.border_of_pieces(tokenizer) == "dropped"
-    assert token_store_module.border_of_pieces(load_tokenizer("austen")) == "with the next"
+    assert text_pieces_module.border_of_pieces(tokenizer) == "dropped"
+    assert text_pieces_module.border_of_pieces(load_tokenizer("austen")) == "with the next"
     document = " ".join(STORIES * 5)
-    monkeypatch.setattr(token_store_module, "PIECE_CHARACTERS", 64)
-    pieces = list(token_store_module.pieces_of(document, "dropped"))
+    monkeypatch.setattr(text_pieces_module, "PIECE_CHARACTERS", 64)
+    pieces = list(text_pieces_module.pieces_of(document, "dropped"))
     assert len(pieces) > 3
     ids = [i for piece in pieces for i in tokenizer(piece.text, add_special_tokens=False)["input_ids"]]
     assert ids == tokenizer(document, add_special_tokens=False)["input_ids"]

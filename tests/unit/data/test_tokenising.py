@@ -1,0 +1,440 @@
+"""Token stores hold the tokenizer's own ids whoever made them, and a build that was killed goes on to the same bytes."""
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dist_trainer.config.schema import DataConfig
+from dist_trainer.data import encoding, records, store_building, text_file, text_pieces
+from dist_trainer.data.datasets import files_split, open_source
+from dist_trainer.data.encoding import FastEncoder, OwnEncoder, encoded, fast_encoder, first_difference
+from dist_trainer.data.growing_file import Extent, GrowingFile
+from dist_trainer.data.template import text_of
+from dist_trainer.data.text_pieces import TextPiece
+from dist_trainer.data.token_store import SECONDS_KEPT, token_store
+from dist_trainer.data.tokenization import load_tokenizer, tokenizer_digest
+from dist_trainer.errors import DataError, StoppedError
+
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def novels() -> list[str]:
+    config = DataConfig(dataset="austen")
+    return [record["text"] for _, record in open_source("austen", config).validation.records()]
+
+
+def wrapped(tokenizer: Tokenizer, **settings):
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, **settings)
+
+
+def byte_level(novels, pre_tokenizer) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=3000, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(novels, trainer)
+    return tokenizer
+
+
+def like_gpt2(novels):
+    return wrapped(byte_level(novels, pre_tokenizers.ByteLevel(add_prefix_space=False)))
+
+
+def like_llama3(novels):
+    words = pre_tokenizers.Split(Regex(LLAMA_3), "isolated")
+    return wrapped(byte_level(novels, pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])))
+
+
+def like_llama2(novels):
+    """▁ for a space, bytes for what has no token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    special = ["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=2000, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(novels, trainer)
+    description = json.loads(tokenizer.to_str())
+    description["added_tokens"], description["pre_tokenizer"] = description["added_tokens"][:2], None
+    return wrapped(Tokenizer.from_str(json.dumps(description)), unk_token="<unk>")
+
+
+def of_word_pieces(novels):
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=1000, special_tokens=["[UNK]", END], show_progress=False)
+    tokenizer.train_from_iterator(novels, trainer)
+    return wrapped(tokenizer, unk_token="[UNK]")
+
+
+def that_knows_no_words(novels):
+    return wrapped(byte_level(novels, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)))
+
+
+def that_lets_special_tokens_be_text(novels):
+    return wrapped(byte_level(novels, pre_tokenizers.ByteLevel(add_prefix_space=False)), split_special_tokens=True)
+
+
+def austen(novels):
+    return load_tokenizer("austen")
+
+
+KINDS = [austen, like_gpt2, like_llama3, like_llama2, of_word_pieces, that_knows_no_words, that_lets_special_tokens_be_text]
+
+
+def documents(novels) -> list[str]:
+    """Real text, and text such as nobody writes."""
+    chance = random.Random("not the probe's")
+    ranges = ((1, 0xD800), (1, 0x250), (0xE000, 0x110000))
+    odd = ["".join(chr(chance.randrange(*chance.choice(ranges))) for _ in range(300)) for _ in range(30)]
+    special = [f"one {END} two{END}", "I'll  say:\r\n\r\n\tit's 12345", "\U0001f469\u200d\U0001f467 \u4e2d\u6587 \x00\x07", " "]
+    return [*novels[:4], *odd, *special]
+
+
+def written(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def stored(path: Path, tokenizer, cache: Path):
+    split = files_split([path], DataConfig())
+    return token_store(split, tokenizer, text=text_of("text", None), text_identity="", cache_dir=cache)
+
+
+def files_of(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache / "tokens")): path.read_bytes() for path in (cache / "tokens").glob("*/*")}
+
+
+@pytest.fixture
+def without_gigatoken(monkeypatch):
+    def begin():
+        monkeypatch.setitem(sys.modules, "gigatoken", None)
+
+    return begin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_store_is_the_same_bytes_with_and_without_gigatoken(tmp_path, novels, kind, without_gigatoken):
+    tokenizer = kind(novels)
+    texts = documents(novels)
+    path = written(tmp_path / "x.jsonl", texts)
+    store = stored(path, tokenizer, tmp_path / "one")
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    assert store.tokens.tolist() == [i for document in ids for i in document]
+    assert np.diff(store.offsets).tolist() == [len(document) for document in ids]
+    without_gigatoken()
+    assert stored(path, tokenizer, tmp_path / "two").key == store.key
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_the_spelling_of_the_end_token_in_a_text_becomes_that_token(tmp_path):
+    tokenizer = load_tokenizer("austen")
+    store = stored(written(tmp_path / "x.jsonl", [f"one{END}two"]), tokenizer, tmp_path)
+    assert (store.tokens == tokenizer.eos_token_id).sum() == 2
+    assert len(store.offsets) == 2
+
+
+@pytest.mark.parametrize("kind", [austen, like_gpt2, like_llama3])
+def test_gigatoken_is_used_for_byte_level_bpe(novels, kind):
+    pytest.importorskip("gigatoken")
+    tokenizer = kind(novels)
+    fast = fast_encoder(tokenizer)
+    assert fast is not None
+    assert first_difference(fast, OwnEncoder(tokenizer), [*novels, *documents(novels)]) is None
+
+
+@pytest.mark.parametrize("kind", [of_word_pieces, that_lets_special_tokens_be_text])
+def test_gigatoken_is_not_used_for_what_it_does_not_know_or_does_otherwise(novels, kind, caplog):
+    with caplog.at_level(logging.INFO):
+        assert fast_encoder(kind(novels)) is None
+    assert "gigatoken" in caplog.text
+
+
+class Panic(BaseException):
+    """As the library's own, which are no Exceptions either."""
+
+
+def flawed(monkeypatch, word: str, *, panics: bool = False) -> list[str]:
+    """Let gigatoken err for texts with `word` in them; gives the texts that it got."""
+    pytest.importorskip("gigatoken")
+    seen, real = [], FastEncoder.__call__
+
+    def call(self, texts):
+        seen.extend(texts)
+        if panics and any(word in text for text in texts):
+            raise Panic("index out of bounds")
+        return [ids + 1 if word in text else ids for text, ids in zip(texts, real(self, texts), strict=True)]
+
+    monkeypatch.setattr(FastEncoder, "__call__", call)
+    return seen
+
+
+@pytest.mark.parametrize("panics", [False, True])
+def test_a_difference_in_the_probe_leaves_the_tokenizer_to_itself(monkeypatch, panics):
+    flawed(monkeypatch, "\u4e2d", panics=panics)
+    assert fast_encoder(load_tokenizer("austen")) is None
+
+
+@pytest.mark.parametrize("panics", [False, True])
+def test_a_difference_found_later_on_makes_the_store_anew(tmp_path, monkeypatch, panics, caplog, without_gigatoken):
+    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 1)
+    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
+    path = written(tmp_path / "x.jsonl", [*(f"text {n}" for n in range(20)), "here is xyzzy", "and more"])
+    tokenizer = load_tokenizer("austen")
+    seen = flawed(monkeypatch, "xyzzy", panics=panics)
+    stored(path, tokenizer, tmp_path / "one")
+    assert "text 3" in seen
+    assert "anew" in caplog.text
+    without_gigatoken()
+    stored(path, tokenizer, tmp_path / "two")
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_who_found_gigatoken_at_fault_does_not_go_on_with_it(tmp_path, monkeypatch):
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    own = OwnEncoder(load_tokenizer("austen"))
+    record = store_building.Progress("", own.name)
+    (staging / "progress.json").write_text(json.dumps(store_building.asdict(record)))
+    seen = flawed(monkeypatch, "xyzzy")
+    split = files_split([written(tmp_path / "x.jsonl", ["a text"])], DataConfig())
+    store_building.build_store(staging, split, load_tokenizer("austen"), text_of("text", None))
+    assert seen == []
+
+
+def test_a_fresh_gigatoken_takes_over_before_its_memory_grows_large(novels, monkeypatch):
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(encoding, "CHARACTERS_OF_ONE_CACHE", 10_000)
+    tokenizer = load_tokenizer("austen")
+    fast = FastEncoder(tokenizer)
+    first = fast._encode
+    assert first_difference(lambda texts: [fast([text])[0] for text in texts], OwnEncoder(tokenizer), novels[:4]) is None
+    assert fast._encode is not first
+
+
+def test_no_more_batches_are_read_than_can_be_worked_on():
+    read = []
+
+    class Slow:
+        name, threads = "slow", 2
+
+        def __call__(self, texts):
+            return [np.zeros(len(text)) for text in texts]
+
+    def batches():
+        for number in range(20):
+            read.append(number)
+            yield [TextPiece("x" * number, ends_document=True)]
+
+    encoder = Slow()
+    for number, (_, [ids]) in enumerate(encoded(batches(), encoder, encoder)):
+        assert len(ids) == number
+        assert len(read) <= number + encoder.threads + 1
+
+
+def text_in(path: Path):
+    [(_, record)] = records.read_text(path)
+    return record["text"]
+
+
+@pytest.mark.parametrize("border", ["with the next", "dropped", "none"])
+@pytest.mark.parametrize("part_bytes", [1, 7, 100, 997])
+def test_a_long_file_is_cut_as_if_it_were_read_at_once(tmp_path, monkeypatch, border, part_bytes):
+    text = "\ufeff" + "na\u00efve caf\u00e9 \U0001f600 and\n more  words; " * 40 + "x" * 300 + " y z" * 50
+    path = tmp_path / "x.txt"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 64)
+    whole = text_in(path)
+    assert whole == text[1:]
+    monkeypatch.setattr(text_file, "PART_BYTES", part_bytes)
+    long = text_in(path)
+    assert isinstance(long, text_file.LongText)
+    assert list(text_pieces.pieces_of(long, border)) == list(text_pieces.pieces_of(whole, border))
+
+
+def test_a_long_file_makes_the_store_that_it_makes_when_read_at_once(tmp_path, monkeypatch, novels):
+    path = tmp_path / "x.txt"
+    path.write_text(novels[0], encoding="utf-8")
+    tokenizer = load_tokenizer("austen")
+    stored(path, tokenizer, tmp_path / "at once")
+    monkeypatch.setattr(text_file, "PART_BYTES", 1000)
+    stored(path, tokenizer, tmp_path / "in parts")
+    assert files_of(tmp_path / "in parts") == files_of(tmp_path / "at once")
+    assert str(text_of("text", "<{text}>")("here", {"text": text_file.LongText(path)})) == f"<{novels[0]}>"
+
+
+@pytest.mark.parametrize(("content", "line"), [(b"one\ntwo\nthr\xffe\n", 3), (b"one\ntwo\nthree\xc3", 3)])
+@pytest.mark.parametrize("part_bytes", [1, 4, 1 << 20])
+def test_what_is_not_utf8_is_found_in_any_part(tmp_path, monkeypatch, content, line, part_bytes):
+    monkeypatch.setattr(text_file, "PART_BYTES", part_bytes)
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.txt:{line}: not UTF-8 text \(byte 0x"):
+        stored(path, load_tokenizer("austen"), tmp_path)
+
+
+def _killed(path: Path, cache: Path, after_records: int) -> None:
+    real = store_building._Unfinished.record
+    left = [after_records]
+
+    def record(self):
+        progress = real(self)
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return progress
+
+    store_building._Unfinished.record = record
+    stored(path, load_tokenizer("austen"), cache)
+
+
+def kill_a_build(path: Path, cache: Path, after_records: int = 5) -> Path:
+    """The folder that it leaves."""
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(path, cache, after_records))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    [left] = (cache / "tokens").glob(".building-*")
+    return left
+
+
+def tear(left: Path) -> None:
+    with (left / "tokens.bin").open("ab") as tokens, (left / "ends.bin").open("ab") as ends:
+        tokens.write(b"xyz")
+        ends.write(b"1234567890")
+
+
+def flip(left: Path) -> None:
+    content = bytearray((left / "tokens.bin").read_bytes())
+    content[7] ^= 1
+    (left / "tokens.bin").write_bytes(content)
+
+
+def cut_off(left: Path) -> None:
+    os.truncate(left / "ends.bin", 8)
+
+
+def forget(left: Path) -> None:
+    (left / "progress.json").write_text('{"pieces": -3')
+
+
+HARMS = {
+    "none": (lambda left: None, True),
+    "torn": (tear, True),
+    "a flipped bit": (flip, False),
+    "an end cut off": (cut_off, False),
+    "no record": (forget, False),
+}
+
+
+@pytest.mark.parametrize("gigatoken", [True, False])
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_build_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch, novels, harm, gigatoken, without_gigatoken):
+    do, goes_on = HARMS[harm]
+    if not gigatoken:
+        without_gigatoken()
+    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 3)
+    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 2000)  # kills fall within documents, too
+    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
+    path = written(tmp_path / "x.jsonl", ["a short one", "", "another", *novels[:5]])
+    stored(path, load_tokenizer("austen"), tmp_path / "at once")
+    left = kill_a_build(path, tmp_path / "killed")
+    do(left)
+    appended = []
+    real = store_building._Unfinished.append
+
+    def append(self, *arguments):
+        appended.append(self.pieces)
+        real(self, *arguments)
+
+    monkeypatch.setattr(store_building._Unfinished, "append", append)
+    stored(path, load_tokenizer("austen"), tmp_path / "killed")
+    assert appended[0] == (15 if goes_on else 0)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "at once")
+    assert not left.exists()
+
+
+def test_pieces_cut_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, novels):
+    path = written(tmp_path / "x.jsonl", novels[:3])
+    stored(path, load_tokenizer("austen"), tmp_path / "at once")
+    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 3)
+    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
+    with monkeypatch.context() as shorter:
+        shorter.setattr(text_pieces, "PIECE_CHARACTERS", 2000)
+        kill_a_build(path, tmp_path / "killed")
+    stored(path, load_tokenizer("austen"), tmp_path / "killed")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "at once")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "stays"),
+    [
+        (StoppedError(signal.SIGTERM), StoppedError, True),
+        (KeyboardInterrupt(), KeyboardInterrupt, True),
+        (DataError("broken"), DataError, False),
+        (OSError(28, "No space left on device"), DataError, False),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_signal_keeps_what_is_written_and_an_error_does_not(tmp_path, monkeypatch, error, expected, stays):
+    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 1)
+    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
+    real = store_building._Unfinished.append
+
+    def append(self, batch, *rest):
+        if self.pieces == 7:
+            raise error
+        real(self, batch, *rest)
+
+    monkeypatch.setattr(store_building._Unfinished, "append", append)
+    path = written(tmp_path / "x.jsonl", [f"text {n}" for n in range(20)])
+    with pytest.raises(expected):
+        stored(path, load_tokenizer("austen"), tmp_path)
+    assert bool(list((tmp_path / "tokens").glob(".building-*/progress.json"))) == stays
+
+
+def test_what_nobody_went_on_with_for_a_week_or_could_is_swept_away(tmp_path, monkeypatch):
+    stores = tmp_path / "tokens"
+    for name, record, age in (("old", True, SECONDS_KEPT + 60), ("recent", True, SECONDS_KEPT - 60), ("without", False, 0)):
+        (stores / f".building-{name}").mkdir(parents=True)
+        (stores / f".building-{name}" / "tokens.bin").touch()
+        if record:
+            progress = stores / f".building-{name}" / "progress.json"
+            progress.touch()
+            os.utime(progress, (time.time() - age,) * 2)
+    stored(written(tmp_path / "x.jsonl", ["a text"]), load_tokenizer("austen"), tmp_path)
+    assert [path.name for path in stores.glob(".building-*")] == [".building-recent"]
+
+
+def test_a_link_in_place_of_a_file_is_not_written_through(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"kept")
+    (tmp_path / "tokens.bin").symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic"):
+        GrowingFile(tmp_path / "tokens.bin", Extent())
+    assert precious.read_bytes() == b"kept"
+
+
+def test_without_a_terminal_the_log_tells_how_far_it_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_LINES", 0.0)
+    with caplog.at_level(logging.INFO):
+        stored(written(tmp_path / "x.jsonl", ["a text " * 1000]), load_tokenizer("austen"), tmp_path)
+    assert "0.0 MB of text, " in caplog.text
+    assert " MB/s" in caplog.text
+
+
+def test_the_bundled_tokenizer_keeps_its_digest():
+    """Stores are named after it: another one would have every user tokenise anew."""
+    assert tokenizer_digest(load_tokenizer("austen")).startswith("38b2d3e0e8497a8d")
