@@ -22,6 +22,7 @@ from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snap
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
+from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, gather_objects, on_main
 from dist_trainer.distributed.heartbeat import Phase
@@ -97,6 +98,7 @@ class Trainer:
         if not isinstance(train_data.sampler, GlobalOrderSampler):
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
         self.sampler = train_data.sampler
+        self.device_copy = DeviceCopy(world.device)
         self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
@@ -145,6 +147,7 @@ class Trainer:
                     self._stopped = True
                     break
                 self._at("training")
+                self.device_copy.wait(upcoming.micro_batches)
                 result = self.train_step(upcoming.micro_batches, target_tokens)
                 self._watch(result)
                 self._at("reading data")
@@ -226,7 +229,7 @@ class Trainer:
         with self.throughput.waiting_for_data():
             fetched = [next(batches) for _ in range(self.accumulation_steps)]
             target_tokens = sum(batch.num_targets() for batch in fetched)
-            on_device = [batch.to(self.world.device) for batch in fetched]
+            on_device = self.device_copy.start(fetched)
         facts = [target_tokens, int(bool(self.world.stop_request)), int(self.checkpoints.failed_for_good())]
         return StepInput(on_device, PendingSum(facts, self.world))
 
