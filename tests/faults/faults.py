@@ -221,7 +221,8 @@ def in_save(operations: Operations, *, of_step: int) -> Fault:
         take_snapshot = Trainer._take_snapshot
 
         def take(trainer: Trainer) -> Any:
-            # The thread that writes is started next.
+            # The thread that writes is started next, if none is writing.
+            trainer.checkpoints.wait()
             threading.setprofile(operations if trainer.progress.step == of_step else None)
             return take_snapshot(trainer)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_trainer.tracking.secrets import MASK, masked, masked_command
+from dist_trainer.secrets import MASK, masked, masked_command
 
 SECRET = "s3cr3t-v4lue-0123456789"
 
