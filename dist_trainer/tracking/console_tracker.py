@@ -68,7 +68,9 @@ class ConsoleTracker:
         """Take the bar down; say how the run ended, how good it got, and which commands come next."""
         self._bar.close()
         context, took = self._context, duration(self._clock() - self._began)
-        best = f"best checkpoint step {self._best[0]}, validation loss {self._best[1]:.4f}" if self._best else "none validated"
+        best = "no best checkpoint, as nothing was validated"
+        if self._best is not None:
+            best = f"best checkpoint step {self._best[0]}, validation loss {self._best[1]:.4f}"
         because = f" ({reason})" if reason else ""
         spent = goodput_in_words(goodput_of(context.folder, now=time.time()))
         log.info("%s at %s after %s%s; %s; %s", state, self._place(), took, because, best, spent)

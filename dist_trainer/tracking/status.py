@@ -80,10 +80,10 @@ class StatusTracker:
         self._best: dict[str, Any] = {}
 
     def log(self, line: dict[str, Any]) -> None:
-        """Note the line's step, if the last note is old."""
+        """Note the line's step, if the last note is old or the line tells of a new best loss."""
         if line.get("best"):
             self._best = {"best_step": line["step"], "best_loss": line["loss"]}
-        if time.monotonic() - self._written < SECONDS_BETWEEN:
+        elif time.monotonic() - self._written < SECONDS_BETWEEN:
             return
         self._written = time.monotonic()
         context = self._context
