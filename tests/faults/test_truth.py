@@ -45,12 +45,11 @@ def test_steps_are_lost_whether_or_not_they_were_logged(run, undisturbed):
 
 
 def test_steps_are_lost_once_also_where_the_next_life_ends_before_its_first_step(run):
+    seldom = run.but(checkpoint__every_steps=100)
     saved_and_killed(run, at_step=8, checkpoint__every_steps=100)
-    assert run.start(
-        before_each_call(die, assembly.Trainer, "train_step"), config=run.but(checkpoint__every_steps=100)
-    ).was_killed
+    assert run.start(before_each_call(die, assembly.Trainer, "train_step"), config=seldom).was_killed
     assert run.status()["lost_steps"] == 2
-    assert run.start(config=run.but(checkpoint__every_steps=100)).code == 0
+    assert run.start(config=seldom).code == 0
     assert (run.status()["restarts"], run.status()["lost_steps"]) == (2, 2)
 
 
