@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,12 @@ def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> Traini
     trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason)
     if folder is None:
         return _train_beside_main(trainer)
-    begin_run_folder(trainer, folder, began=began)
+    with closing(StepCounter(folder.path)) as counter:
+        begin_run_folder(trainer, folder, counter, began=began)
+        return _train_in(folder, trainer)
+
+
+def _train_in(folder: RunFolder, trainer: Trainer) -> TrainingResult:
     try:
         result = trainer.fit()
     except BaseException as error:
@@ -85,8 +90,8 @@ def reason_of(error: BaseException, world: World) -> str:
     return world.heartbeat.lost_peers() or f"{type(error).__name__}: {error}"
 
 
-def begin_run_folder(trainer: Trainer, folder: RunFolder, *, began: float) -> None:
-    """From here on the folder is this run's: its status, its events, its trackers."""
+def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, *, began: float) -> None:
+    """From here on the folder is this run's: its status, its events, its steps, its trackers."""
     config, step = trainer.config, trainer.progress.step
     folder.is_new = False  # whatever comes: from now on it holds what must not be lost
     note_running(trainer, folder.path)
@@ -94,8 +99,7 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, *, began: float) -> No
     lost_steps = steps_to_redo(folder.path, start_step=step)
     facts = {"began": began, "lost_steps": lost_steps, "environment": environment}
     append_event(folder.path, "resume" if step else "start", step=step, **facts)
-    counter = StepCounter(folder.path)
-    counter.note(step)
+    counter.note(step)  # or the lost ones would be lost once more where this life comes to no step
     trainer.note_step = counter.note
     note_running(trainer, folder.path)
     context = RunContext(
