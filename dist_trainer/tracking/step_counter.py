@@ -15,7 +15,7 @@ _LONGEST_NUMBER = 15
 
 
 class StepCounter:
-    """Notes each step with one small write over the one before, which a killed process leaves whole (about 2 microseconds)."""
+    """Notes each step with one small write over the one before, which a killed process leaves whole (about a microsecond)."""
 
     def __init__(self, folder: Path) -> None:
         """That of the run in `folder`; where the disk has no room for it, one warning tells."""
