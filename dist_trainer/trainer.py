@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,6 +104,7 @@ class Trainer:
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
         self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
+        self.note_step: Callable[[int], None] = lambda step: None
         self._saved_step = self._logged_step = 0
         self._stopped = False
 
@@ -150,6 +151,7 @@ class Trainer:
                 self.device_copy.wait(upcoming.micro_batches)
                 result = self.train_step(upcoming.micro_batches, target_tokens)
                 self._watch(result)
+                self.note_step(result.step)
                 self._at("reading data")
                 upcoming = self._fetch(batches)
                 self._after_step(result)
@@ -307,11 +309,7 @@ class Trainer:
         if result is None:
             self._stopped = True
             return False
-        best = self.progress.best_loss
-        is_best = math.isfinite(result.loss) and (best is None or result.loss < best)
-        self.progress.validated_step, self.progress.validation_loss = step, result.loss
-        if is_best:
-            self.progress.best_step, self.progress.best_loss = step, result.loss
+        is_best = self.progress.note_validation(result.loss)
         facts = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "best": is_best}
         timing = {"seconds": result.seconds, "time": time.time()}
         self.tracker.log({"kind": "validation", "step": step, **facts, **timing})
@@ -337,8 +335,7 @@ class Trainer:
         with self.throughput.saving():
             self.progress.skipped_steps = self.divergence.skipped_steps
             self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
-            self.tracker.sync()
-            self.checkpoints.save(self._take_snapshot, is_best=is_best)
+            self.checkpoints.save(self._take_snapshot, is_best=is_best, after=self.tracker.sync)
         self._saved_step = self.progress.step
 
     def _take_snapshot(self) -> Snapshot:
