@@ -43,6 +43,7 @@ fi
 
 # Says the command and becomes it: no shell may stand between a scheduler's signals and torchrun.
 become() {
+  export DIST_TRAINER_LAUNCHER_PID=$$ # ranks that find another parent have lost their launcher
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"
   exec "$@"
 }
