@@ -23,7 +23,8 @@ LOOK_SECONDS = 0.05
 STUCK_SECONDS = 1.0
 """So much later than it should have ended, what talks to the store is stuck: rank 0, which keeps it, is the missing one."""
 LINGER_SECONDS = 1.0
-"""Rank 0 stays so long after it was found who is missing, that the others can read it too."""
+"""Rank 0, which keeps the store, stays so long after it was found who is missing: the others must read it too. These stay
+twice as long, for where one leaves the launcher ends the others, and the one that says why must come first."""
 _ALL_ARE_HERE, _MISSING = "all are here", "missing"
 
 
@@ -107,16 +108,19 @@ class _Meeting:
 
 
 def _leave_without(missing: list[int], place: Place, patience_seconds: float) -> None:
+    told_by = next((rank for rank in range(place.world_size) if rank not in missing), None)
+    if place.rank != told_by:
+        time.sleep(2 * LINGER_SECONDS)
+    elif place.rank == 0:
+        time.sleep(LINGER_SECONDS)
     for pid, environment in siblings().items():
         if _rank_of(environment) in missing:
             ProcessId.of(pid).kill()
-    if place.rank == 0:
-        time.sleep(LINGER_SECONDS)
     names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
     raise PeerLostError(
         f"{names} not come within {patience_seconds:.0f} s (distributed.timeout_minutes) to {_where()}; the run ends here, "
         "start the same command again",
-        told_by=next((rank for rank in range(place.world_size) if rank not in missing), None),
+        told_by=told_by,
     )
 
 
