@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from dist_trainer.distributed.heartbeat import Heartbeat
+from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.processes import ProcessId, siblings
 from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
@@ -114,7 +115,7 @@ def _leave_without(missing: list[int], place: Place, patience_seconds: float) ->
     elif place.rank == 0:
         time.sleep(LINGER_SECONDS)
     for pid, environment in siblings().items():
-        if _rank_of(environment) in missing:
+        if _rank_of(environment, place.world_size) in missing:
             ProcessId.of(pid).kill()
     names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
     raise PeerLostError(
@@ -128,8 +129,10 @@ def _where() -> str:
     return f"the place where ranks meet ({os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']})"
 
 
-def _rank_of(environment: dict[str, str]) -> int | None:
+def _rank_of(environment: dict[str, str], world_size: int) -> int | None:
+    """The rank that a process was started as; None for one that is no rank of this run."""
     try:
-        return place_of_this_process(environment).rank
+        place = place_of_this_process(environment)
     except ConfigError:
         return None
+    return place.rank if place.world_size == world_size and launcher(environment) == launcher() else None

@@ -70,7 +70,7 @@ class World(Place):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.timeout_minutes)
-        stop_request = stop_request or StopRequest()
+        stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
         guard = guard or begin_as_rank()
         if guard is not None:
             guard.patience_seconds = heartbeat.patience_seconds
