@@ -30,10 +30,11 @@ SECONDS_TO_LEAVE = 10
 
 
 def receive(number, *, note: Path) -> None:
-    """Twice, as from a user who has no patience; and when it was."""
+    """Twice, as from a user who has no patience; and when it was. The second comes later, or the two might merge."""
     if not note.exists():
         note.write_text(json.dumps(time.time()))
         os.kill(os.getpid(), number)
+        time.sleep(0.1)
         os.kill(os.getpid(), number)
 
 
