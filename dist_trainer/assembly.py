@@ -65,7 +65,7 @@ def run(
             log.warning("%s", stopped)
             return exit_code_when_preempted(world)
         finally:
-            world.stop_request.is_answered()
+            world.stop_request.mark_answered()
 
 
 def check_rows(config: TrainingConfig) -> None:

@@ -57,7 +57,7 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, signal.SIG_IGN if for_good else handler)
 
-    def is_answered(self) -> None:
+    def mark_answered(self) -> None:
         """The outcome stands, and the process is about to leave: further signals change nothing, however many they are."""
         self._is_answered = True
 
