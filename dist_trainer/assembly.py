@@ -21,7 +21,9 @@ from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
+from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.launch import launcher
+from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import AnotherRunError, CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
@@ -48,13 +50,20 @@ from dist_trainer.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def run(config: TrainingConfig, *, began: float | None = None) -> int:
+def run(
+    config: TrainingConfig,
+    *,
+    began: float | None = None,
+    stop_request: StopRequest | None = None,
+    guard: Guard | None = None,
+) -> int:
     """A whole run; its exit code. Raises DistTrainerError, the same one on every rank.
 
     `began` (unix seconds; None: now) is when the command was entered: what it imported since belongs to the run's time.
+    `stop_request` and `guard` are those that it began with.
     """
     began = time.time() if began is None else began
-    with World.join(config.distributed) as world, world.stop_request.listen():
+    with World.join(config.distributed, stop_request=stop_request, guard=guard) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
         agree(world, lambda: check_rows(config))
@@ -64,6 +73,8 @@ def run(config: TrainingConfig, *, began: float | None = None) -> int:
         except StoppedError as stopped:
             log.warning("%s", stopped)
             return exit_code_when_preempted(world)
+        finally:
+            world.stop_request.mark_answered()
 
 
 def check_rows(config: TrainingConfig) -> None:

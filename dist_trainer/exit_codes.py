@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from dist_trainer.errors import ConfigError, DistTrainerError, PeerLostError, StoppedError
-from dist_trainer.place import Place, place_of_this_process
+from dist_trainer.errors import DistTrainerError, PeerLostError, StoppedError
+from dist_trainer.place import Place, place_or_none
 from dist_trainer.secrets import masked
 
 EXIT_FINISHED = 0
@@ -44,10 +44,10 @@ def leave_with(error: DistTrainerError) -> int:
     As soon as any rank is gone, torchrun stops the others: who has nothing to say holds back until the one that does has
     left, which the launcher's signal tells, and nobody lets that signal change the exit code.
     """
-    place = _place_or_none()
+    place = place_or_none()
     alone = place is not None and place.world_size == 1
     told = threading.Event() if alone else _take_stop_signals()
-    if place is None or place.local_rank == 0:  # without a place nobody knows who else could say it
+    if _says(error, place):
         print(masked(f"dist_trainer: {error}"), file=sys.stderr)
     elif not isinstance(error, (PeerLostError, StoppedError)):
         told.wait(HOLD_BACK_SECONDS)
@@ -56,11 +56,13 @@ def leave_with(error: DistTrainerError) -> int:
     return error.exit_code
 
 
-def _place_or_none() -> Place | None:
-    try:
-        return place_of_this_process()
-    except ConfigError:
-        return None
+def _says(error: DistTrainerError, place: Place | None) -> bool:
+    """Whether this process is the one to say it: without a place nobody knows who else could."""
+    if place is None:
+        return True
+    if isinstance(error, PeerLostError) and error.told_by is not None:
+        return place.rank == error.told_by
+    return place.local_rank == 0
 
 
 def _take_stop_signals() -> threading.Event:

@@ -46,6 +46,14 @@ def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
     return place
 
 
+def place_or_none() -> Place | None:
+    """The place of this process; None where the launcher's variables make no sense, which is said elsewhere."""
+    try:
+        return place_of_this_process()
+    except ConfigError:
+        return None
+
+
 def started_by_srun(environment: Mapping[str, str]) -> bool:
     """Whether srun started the ranks, and not just a shell or torchrun: then MASTER_ADDR was set for it."""
     return "SLURM_PROCID" in environment and "MASTER_ADDR" in environment

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from dist_trainer.distributed.launch import begin_as_rank
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import exit_code_of, leave_with
@@ -16,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.time()
 
     def act() -> int:
-        with StopRequest().listen() as stop_request:
+        with StopRequest().listen(for_good=True) as stop_request:
+            guard = begin_as_rank()
             # Listening comes before all else that takes time, and a config error before a signal: another rank that found
             # the same error may be gone already, and torchrun's SIGTERM must not keep this one from saying it.
             from dist_trainer.config.loading import load_config
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with stop_request.breaking_off():
                 # Only now torch: --help and config errors answer at once.
                 from dist_trainer.assembly import run
-        return run(config, began=began)
+            return run(config, began=began, stop_request=stop_request, guard=guard)
 
     return exit_code_of(act)
 

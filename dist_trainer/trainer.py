@@ -239,7 +239,8 @@ class Trainer:
 
     def _warm_up(self) -> None:
         compiles = is_compiled(unwrap(self.model))
-        warm_up(self.model, self.train_data, self.world, self.precision, self.loss_function, compiles=compiles)
+        data = (self.train_data, self.validation_data)
+        warm_up(self.model, *data, self.world, self.precision, self.loss_function, compiles=compiles)
 
     def _at(self, phase: Phase) -> None:
         self.world.heartbeat.at(phase, step=self.progress.step)

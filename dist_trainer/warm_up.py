@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from dist_trainer.data.packing import PaddingCollator
+from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
-from dist_trainer.parallel.registry import gradient_sync
+from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.step import seed_dropout
 
@@ -17,6 +19,7 @@ from dist_trainer.step import seed_dropout
 def warm_up(
     model: nn.Module,
     train_data: DataLoader,
+    validation_data: DataLoader | None,
     world: World,
     precision: Precision,
     loss_function: LossFunction,
@@ -25,15 +28,13 @@ def warm_up(
 ) -> None:
     """Compile where a signal can break it off, and bring DDP into the state it has in a run that never stopped.
 
-    Leaves gradients of zero. Raises StoppedError. DDP sorts its buckets by the order in which gradients came in its first
-    backward pass; with more than two ranks that changes the order of summation, hence the last bits, of just the first step
-    after a resume.
+    Training and validation are compiled apart. Leaves gradients of zero. Raises StoppedError. DDP sorts its buckets by the
+    order in which gradients came in its first backward pass; with more than two ranks that changes the order of summation,
+    hence the last bits, of just the first step after a resume.
     """
 
     def rehearse(*, exchange: bool, shorter_by: int = 0) -> None:
-        batch = next(iter(train_data)).to(world.device)
-        if shorter_by:
-            batch = batch.shortened(shorter_by)
+        batch = next(iter(train_data)).shortened(shorter_by).to(world.device)
         seed_dropout(0, 0, block=0)
         with gradient_sync(model, enabled=exchange):
             with precision.autocast():
@@ -41,9 +42,31 @@ def warm_up(
             (loss * 0.0).backward()
         model.zero_grad(set_to_none=True)
 
+    def rehearse_validation(*, shorter_by: int = 0) -> None:
+        if validation_data is None or (first := next(iter(validation_data), None)) is None:
+            return  # there are more ranks than blocks of rows
+        evaluated = unwrap(model)
+        was_training = evaluated.training
+        evaluated.eval()
+        try:
+            with torch.no_grad(), precision.autocast():
+                for rows in _rows_of_blocks(validation_data):
+                    loss_function(evaluated, first.first_rows(rows).shortened(shorter_by).to(world.device))
+        finally:
+            evaluated.train(was_training)
+
     if compiles:
         agree(world, lambda: rehearse(exchange=False))
-        if isinstance(train_data.collate_fn, PaddingCollator):
-            agree(world, lambda: rehearse(exchange=False, shorter_by=1))  # another length, so that any is compiled for
+        agree(world, rehearse_validation)
+        if isinstance(train_data.collate_fn, PaddingCollator):  # another length, so that any is compiled for
+            agree(world, lambda: rehearse(exchange=False, shorter_by=1))
+            agree(world, lambda: rehearse_validation(shorter_by=1))
     if world.world_size > 2:
         rehearse(exchange=True)
+
+
+def _rows_of_blocks(validation_data: DataLoader) -> set[int]:
+    """How many rows a block may have: the last one has fewer where they do not come out even."""
+    sampler: ValidationSampler = validation_data.sampler  # type: ignore[assignment]
+    full = min(sampler.micro_batch_size, sampler.num_rows)
+    return {full, sampler.num_rows % full or full}

@@ -44,6 +44,7 @@ fi
 # Says the command, without secrets since a log may hear it, and becomes it: no shell may stand between a scheduler's
 # signals and torchrun.
 become() {
+  export DIST_TRAINER_LAUNCHER_PID=$$ # ranks that find another parent have lost their launcher
   local say='import sys; from dist_trainer.secrets import masked_command; print(*masked_command(sys.argv[1:]))'
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $("$python" -c "$say" "$@")"
   exec "$@"

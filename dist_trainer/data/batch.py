@@ -40,7 +40,11 @@ class Batch:
 
     def shortened(self, by: int) -> Batch:
         """The same rows without their last `by` positions."""
-        return self._each(lambda part: part[:, :-by].contiguous())
+        return self._each(lambda part: part[:, : part.shape[1] - by].contiguous())
+
+    def first_rows(self, count: int) -> Batch:
+        """The first `count` of its rows."""
+        return self._each(lambda part: part[:count])
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of the batch until `stream` has done what it was told so far, even if it is let go of here."""

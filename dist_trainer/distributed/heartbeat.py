@@ -173,29 +173,30 @@ class Heartbeat:
 
     # ------------------------------------------------------------------------------------------------ watching
 
-    def watch_launcher(self) -> None:
-        """End this process soon after the one that started it has ended."""
-        self._launcher = os.getppid()
+    def watch_launcher(self, parent: int) -> None:
+        """End this process soon after `parent`, the one that started it, has ended."""
+        self._launcher = parent
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def lay_out(self, store: dist.Store, num_ranks: int) -> None:
         """Rank 0: make all entries, so that nobody waits for one that has not been told yet."""
         for rank in range(num_ranks):
-            store.set(_key(rank), encode_beat(Beat(patience_seconds=self._patience_seconds())))
+            store.set(_key(rank), encode_beat(Beat(patience_seconds=self.patience_seconds())))
         store.set(FINDINGS_KEY, "[]")
 
     def watch_peers(self, members: list[ProcessId], store: dist.Store) -> None:
         """Look after all ranks, by way of `store`, which rank 0 keeps and all have reached."""
         now = time.monotonic()
         self._changed = {rank: now for rank in range(len(members))}
-        self._beats = {rank: Beat(patience_seconds=self._patience_seconds()) for rank in range(len(members))}
+        self._beats = {rank: Beat(patience_seconds=self.patience_seconds()) for rank in range(len(members))}
         self._members = members
         if self._launcher is None:
             threading.Thread(target=self._look, name="watch", daemon=True).start()
         self._exchanging = threading.Thread(target=self._exchange, args=(store,), name="heartbeat", daemon=True)
         self._exchanging.start()
 
-    def _patience_seconds(self) -> float:
+    def patience_seconds(self) -> float:
+        """How long others are to bear the silence of this process now."""
         default = LATER_MINUTES if self._first_step_is_done else FIRST_STEP_MINUTES
         return 60.0 * (default if self.timeout_minutes is None else self.timeout_minutes)
 
@@ -217,7 +218,7 @@ class Heartbeat:
     def _own_beat(self) -> Beat:
         phase, step, began = self._phase
         seconds = time.monotonic() - began
-        return Beat(step, phase, seconds, self._patience_seconds(), tuple(self._gone_since), self.told.number + 1)
+        return Beat(step, phase, seconds, self.patience_seconds(), tuple(self._gone_since), self.told.number + 1)
 
     def _hear(self, rank: int, beat: Beat) -> None:
         if beat.number != self._beats[rank].number:

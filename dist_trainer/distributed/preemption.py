@@ -3,7 +3,8 @@
 The handler only sets a flag, which the trainer shares over all ranks once a step: all stop at the same step. In the long
 preparations before the first step, where nothing can be lost, it raises StoppedError instead. A second signal changes
 nothing; a third one ends the process at once, also while the main thread hangs in a collective, where Python runs no
-handlers: a thread counts them too, by the descriptor that Python writes each signal's number to as it comes.
+handlers: a thread counts them too, by the descriptor that Python writes each signal's number to as it comes. Once the
+outcome stands and the process is about to end, signals change nothing at all.
 """
 
 from __future__ import annotations
@@ -32,25 +33,33 @@ class StopRequest:
         self._count = 0
         self._listening = False
         self._breaks_off = False
+        self._is_answered = False
 
     def __bool__(self) -> bool:
         return self.signal_number != 0
 
     @contextmanager
-    def listen(self) -> Iterator[StopRequest]:
-        """Take the stop signals while the context lasts (in the main thread, where Python delivers them)."""
+    def listen(self, *, for_good: bool = False) -> Iterator[StopRequest]:
+        """Take the stop signals while the context lasts (in the main thread, where Python delivers them).
+
+        `for_good`: after it they are ignored, rather than handled as before: to be left for a process that is about to end.
+        """
         if self._listening or threading.current_thread() is not threading.main_thread():
             yield self
             return
         self._listening = True
         before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
-            with _third_signal_ends_at_once():
+            with self._third_signal_ends_at_once():
                 yield self
         finally:
             self._listening = False
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if for_good else handler)
+
+    def mark_answered(self) -> None:
+        """The outcome stands, and the process is about to leave: further signals change nothing, however many they are."""
+        self._is_answered = True
 
     @contextmanager
     def breaking_off(self) -> Iterator[None]:
@@ -75,38 +84,36 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        if self._count >= PATIENCE:
+        if self._count >= PATIENCE and not self._is_answered:
             os._exit(128 + number)
         first = not self
         self.signal_number = number
         if first and self._breaks_off:
             raise StoppedError(number)
 
+    @contextmanager
+    def _third_signal_ends_at_once(self) -> Iterator[None]:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        counter = threading.Thread(target=self._count_signals, args=(reading,), name="signal counter", daemon=True)
+        counter.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            os.write(writing, _GOODBYE)  # closing it would not do: forked data workers hold it open too
+            counter.join()
+            os.close(writing)
+            os.close(reading)
 
-@contextmanager
-def _third_signal_ends_at_once() -> Iterator[None]:
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    counter = threading.Thread(target=_count_signals, args=(reading,), name="signal counter", daemon=True)
-    counter.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.write(writing, _GOODBYE)  # closing it would not do: forked data workers hold it open too
-        counter.join()
-        os.close(writing)
-        os.close(reading)
-
-
-def _count_signals(pipe: int) -> None:
-    count = 0
-    while _GOODBYE not in (numbers := os.read(pipe, 64)):
-        asked = [number for number in numbers if number in STOP_SIGNALS]
-        count += len(asked)
-        if count >= PATIENCE:
-            os._exit(128 + asked[-1])
+    def _count_signals(self, pipe: int) -> None:
+        count = 0
+        while _GOODBYE not in (numbers := os.read(pipe, 64)):
+            asked = [number for number in numbers if number in STOP_SIGNALS]
+            count += len(asked)
+            if count >= PATIENCE and not self._is_answered:
+                os._exit(128 + asked[-1])
 
 
 def _forget_wakeup_descriptor() -> None:

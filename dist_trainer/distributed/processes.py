@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,30 @@ class ProcessId:
         """SIGKILL, if it still is the same process."""
         if self.is_alive():
             os.kill(self.pid, signal.SIGKILL)
+
+
+def command_of(pid: int) -> list[str]:
+    """The words of its command; none where the system does not tell."""
+    return _strings(Path(f"/proc/{pid}/cmdline"))
+
+
+def siblings() -> dict[int, dict[str, str]]:
+    """The other processes that this one's parent has started, and the environments they began with, as far as can be seen."""
+    found: dict[int, dict[str, str]] = {}
+    for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in map(int, children.read_text().split()):
+                variables = (text.partition("=") for text in _strings(Path(f"/proc/{pid}/environ")))
+                found[pid] = {name: value for name, _, value in variables}
+    found.pop(os.getpid(), None)
+    return found
+
+
+def _strings(file: Path) -> list[str]:
+    try:
+        return file.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+    except OSError:
+        return []
 
 
 def _namespace() -> int:

@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.heartbeat import Heartbeat
-from dist_trainer.distributed.launch import is_launched
+from dist_trainer.distributed.launch import begin_as_rank, is_launched, living_launcher
+from dist_trainer.distributed.meeting import meet
 from dist_trainer.distributed.preemption import StopRequest
-from dist_trainer.distributed.processes import ProcessId
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError
 from dist_trainer.place import Place, place_of_this_process
 
@@ -55,25 +56,33 @@ class World(Place):
 
     @classmethod
     @contextmanager
-    def join(cls, config: DistributedConfig) -> Iterator[World]:
+    def join(
+        cls, config: DistributedConfig, *, stop_request: StopRequest | None = None, guard: Guard | None = None
+    ) -> Iterator[World]:
         """Join the ranks that torchrun or srun started, and leave them in order; alone where there is no launcher.
 
-        Raises ConfigError where the launcher's variables make no sense, the ranks outnumber the machine's GPUs, or the backend
-        does not fit the machine.
+        `stop_request` and `guard` are those that the command began with. Raises ConfigError where the launcher's variables
+        make no sense, the ranks outnumber the machine's GPUs, or the backend does not fit the machine; PeerLostError where
+        the launcher or another rank is gone; StoppedError where a signal came before all were there.
         """
         place = place_of_this_process()
         device = _device_of(place, config.backend)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.timeout_minutes)
+        stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
+        guard = guard or begin_as_rank()
+        if guard is not None:
+            guard.patience_seconds = heartbeat.patience_seconds
         if is_launched():
-            heartbeat.watch_launcher()
+            heartbeat.watch_launcher(living_launcher())
         try:
             if place.world_size == 1:
-                yield World(device=device, heartbeat=heartbeat)
+                yield World(device=device, stop_request=stop_request, heartbeat=heartbeat)
             else:
-                with _process_groups(place, device, heartbeat) as control:
-                    yield World(**asdict(place), device=device, control=control, heartbeat=heartbeat)
+                with _process_groups(place, device, heartbeat, stop_request) as control:
+                    world = {"device": device, "control": control, "stop_request": stop_request, "heartbeat": heartbeat}
+                    yield World(**asdict(place), **world)
         finally:
             heartbeat.stop()
 
@@ -96,53 +105,57 @@ def _device_of(place: Place, backend: str) -> torch.device:
 
 
 @contextmanager
-def _process_groups(place: Place, device: torch.device, heartbeat: Heartbeat) -> Iterator[dist.ProcessGroup]:
+def _process_groups(
+    place: Place, device: torch.device, heartbeat: Heartbeat, stop_request: StopRequest
+) -> Iterator[dist.ProcessGroup]:
     """The control group, beside torch's default one; left together with all other ranks."""
-    _initialise_process_group(place, device, heartbeat.timeout_minutes)
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    assert isinstance(control, dist.ProcessGroup), "every rank is a member of the group of all ranks"
-    _watch_peers(heartbeat, place, control)
+    store = meet(place, heartbeat, stop_request)
+    with _lost_peers_named(heartbeat):
+        control = _initialise_process_groups(store, place, device, heartbeat.timeout_minutes)
+        try:
+            yield control
+        except (PeerLostError, OutOfMemoryError):
+            raise  # at once: the others may be waiting for this rank elsewhere
+        except DistTrainerError:
+            # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
+            _leave(control, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
+            raise
+    _leave(control, heartbeat)
+
+
+@contextmanager
+def _lost_peers_named(heartbeat: Heartbeat) -> Iterator[None]:
+    """Of an error that comes from a lost peer, say that."""
     try:
-        yield control
-    except (PeerLostError, OutOfMemoryError):
-        raise  # at once: the others may be waiting for this rank elsewhere
+        yield
     except DistTrainerError:
-        # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
-        _leave(control, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
         raise
     except Exception as error:
         if lost := heartbeat.lost_peers():
             raise PeerLostError(lost) from error
         raise
-    else:
-        _leave(control, heartbeat)
 
 
-def _initialise_process_group(place: Place, device: torch.device, timeout_minutes: float | None) -> None:
+def _initialise_process_groups(
+    store: dist.Store, place: Place, device: torch.device, timeout_minutes: float | None
+) -> dist.ProcessGroup:
     alone_on_this_machine = place.world_size == place.local_world_size
     if alone_on_this_machine and sys.platform == "linux":
         # A host name that /etc/hosts maps to 127.0.1.1 would break gloo; within one machine loopback always works.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size))
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * (timeout_minutes or 0)))
+    store.set_timeout(timeout)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * (timeout_minutes or 0))),
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-
-
-def _watch_peers(heartbeat: Heartbeat, place: Place, control: dist.ProcessGroup) -> None:
-    """Tell all ranks of this process and of each other, and where rank 0 keeps what they have to say."""
-    address, store, port = os.environ["MASTER_ADDR"], None, 0
-    if place.rank == 0:
-        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=CONTROL_TIMEOUT)
-        heartbeat.lay_out(store, place.world_size)
-        port = store.port
-    everyone = [(ProcessId.of(os.getpid()), port)] * place.world_size
-    dist.all_gather_object(everyone, everyone[0], group=control)
-    if store is None:
-        store = dist.TCPStore(address, everyone[0][1], is_master=False, wait_for_workers=False, timeout=CONTROL_TIMEOUT)
-    heartbeat.watch_peers([process for process, _ in everyone], store)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    assert isinstance(control, dist.ProcessGroup), "every rank is a member of the group of all ranks"
+    return control
 
 
 def _leave(control: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_seconds: float = math.inf) -> None:

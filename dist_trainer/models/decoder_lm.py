@@ -222,7 +222,9 @@ class DecoderLM(nn.Module):
         cos_TK, sin_TK = self._rotary_tables(start + tokens.shape[1], tokens.device)
         x_BTD = self.dropout(self.embed_tokens(tokens))
         for block in self.layers:
-            x_BTD = block(x_BTD, cos_TK[start:], sin_TK[start:], cache, mask)
+            # With a cache each token has other shapes: a compiled block would be compiled for each of them.
+            forward = block if cache is None else block.forward
+            x_BTD = forward(x_BTD, cos_TK[start:], sin_TK[start:], cache, mask)
         x_BTD = self.norm(x_BTD)
         if targets is None:
             return F.linear(x_BTD, self.head_weight)

@@ -36,9 +36,9 @@ def logged(folder):
 
 
 @contextmanager
-def started(output):
+def started(output, *arguments):
     """The command, running; killed at the end where it still does."""
-    words = [sys.executable, "-m", "dist_trainer.train", *SMALL, *OFTEN, "--output_dir", str(output)]
+    words = [sys.executable, "-m", "dist_trainer.train", *SMALL, *OFTEN, "--output_dir", str(output), *arguments]
     with subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as process:
         try:
             yield process
@@ -76,3 +76,27 @@ def test_the_command_survives_a_kill_in_its_imports_one_in_a_save_and_a_signal_a
         assert ours == theirs
     ours, theirs = (load_file(path / "checkpoints" / "latest" / "model.safetensors") for path in (folder, undisturbed))
     assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.timeout(400)
+def test_signals_to_a_command_whose_outcome_stands_do_not_change_its_exit_code(tmp_path):
+    """It has saved, or finished, and says so; for some tenths of a second its process is still there."""
+
+    def leaves_with(code, process):
+        for pause in (0.1, 0.2, 0.2):
+            time.sleep(pause)
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == code
+
+    def has(state):
+        return (tmp_path / "debug" / "status.json").exists() and status(tmp_path / "debug")["state"] == state
+
+    with started(tmp_path, "--train.max_steps", "100000") as process:
+        wait_until(lambda: logged(tmp_path / "debug") > 0, of=process, seconds=PATIENCE)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: has("preempted"), seconds=PATIENCE)
+        leaves_with(75, process)
+    with started(tmp_path, "--train.max_steps", str(status(tmp_path / "debug")["step"] + 3)) as process:
+        wait_until(lambda: has("finished"), seconds=PATIENCE)
+        leaves_with(0, process)

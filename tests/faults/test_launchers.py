@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tests.faults.processes import children_of, wait_until
 STEPS = 100
 RUN = [*SMALL, "--tracking.sample_tokens", "0", "--train.max_steps", str(STEPS)]
 SECONDS_TO_LEAVE = 10
+SECONDS_TO_LEAVE_A_HANGING_RANK = 20
+SECONDS_TO_START = 20
+TIMEOUT_MINUTES = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +33,9 @@ def undisturbed(tmp_path_factory):
 
 
 @contextmanager
-def launched(output: Path, *, ranks: int = 2, **options: str):
+def launched(output: Path, *arguments: str, ranks: int = 2, **options: str):
     """launch/local.sh, which becomes torchrun; its process and those of its ranks are gone at the end."""
-    words = [str(ROOT / "launch/local.sh"), *RUN, "--output_dir", str(output)]
+    words = [str(ROOT / "launch/local.sh"), *RUN, "--output_dir", str(output), *arguments]
     settings = environment(PYTHON=sys.executable, NPROC=str(ranks), **options)
     with (output / "said.txt").open("ab") as said, subprocess.Popen(words, env=settings, stdout=said, stderr=said) as process:
         try:
@@ -46,6 +50,11 @@ def ranks_of(launcher: subprocess.Popen) -> list[ProcessId]:
     return [ProcessId.of(pid) for pid in children_of(launcher.pid)]
 
 
+def ranks_that_have_just_been_started(launcher: subprocess.Popen, *, ranks: int = 2) -> list[ProcessId]:
+    wait_until(lambda: len(children_of(launcher.pid)) == ranks, seconds=90, of=launcher)
+    return ranks_of(launcher)
+
+
 def logged(folder: Path) -> int:
     metrics = folder / "metrics.jsonl"
     return metrics.read_bytes().count(b'"train"') if metrics.exists() else 0
@@ -57,11 +66,19 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGINT, signal.SIGTERM),
+        pytest.param((signal.SIGTERM, signal.SIGINT), marks=pytest.mark.slow),
+        pytest.param((signal.SIGUSR1, signal.SIGUSR1), marks=pytest.mark.slow),
+    ],
+    ids=lambda numbers: " ".join(number.name for number in numbers),
+)
 def test_signals_a_killed_launcher_and_a_killed_rank_cost_no_more_than_the_steps_since_the_last_checkpoint(
-    undisturbed, tmp_path, ranks, number
+    undisturbed, tmp_path, ranks, numbers
 ):
-    a_signal_to_torchrun_saves_that_very_step(tmp_path, ranks, number)
+    a_signal_to_torchrun_saves_that_very_step(tmp_path, ranks, numbers)
     a_killed_torchrun_leaves_no_orphans(tmp_path, ranks)
     a_killed_rank_is_started_again_by_torchrun(tmp_path, ranks)
     assert status(tmp_path / "debug")["state"] == "finished"
@@ -71,18 +88,19 @@ def test_signals_a_killed_launcher_and_a_killed_rank_cost_no_more_than_the_steps
         assert losses(tmp_path / "debug") == losses(undisturbed)
 
 
-def a_signal_to_torchrun_saves_that_very_step(output, ranks, number):
+def a_signal_to_torchrun_saves_that_very_step(output, ranks, numbers):
     folder = output / "debug"
     with launched(output, ranks=ranks) as launcher:
         wait_until(lambda: logged(folder) >= 5, seconds=90, of=launcher)
         processes = ranks_of(launcher)
         assert len(processes) == ranks
-        launcher.send_signal(number)
-        launcher.send_signal(number)  # a second one does no harm
+        for number in numbers:  # the second one does no harm; it comes later, or the two might merge
+            launcher.send_signal(number)
+            time.sleep(0.2)
         launcher.wait(SECONDS_TO_LEAVE)
         assert not [process for process in processes if process.is_alive()]
     assert status(folder)["state"] == "preempted"
-    assert status(folder)["reason"] == signal.Signals(number).name
+    assert status(folder)["reason"] == numbers[0].name
     assert status(folder)["step"] == lines(folder)[-1]["step"]
     assert os.readlink(folder / "checkpoints" / "latest") == f"step-{status(folder)['step']:08d}"
 
@@ -110,3 +128,44 @@ def a_killed_rank_is_started_again_by_torchrun(output, ranks):
 
 def is_training_again(folder, resumed_from):
     return status(folder)["state"] == "running" and logged(folder) > resumed_from
+
+
+def test_ranks_whose_torchrun_dies_while_they_start_do_not_train_without_it(tmp_path):
+    with launched(tmp_path, "--train.max_steps", "100000") as launcher:
+        processes = ranks_that_have_just_been_started(launcher)
+        launcher.kill()
+        try:
+            wait_until(lambda: not any(process.is_alive() for process in processes), seconds=SECONDS_TO_LEAVE)
+        finally:
+            for process in processes:
+                process.kill()
+    assert (tmp_path / "said.txt").read_text().count(f"the launcher (pid {launcher.pid}) is gone") == 1
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, victim):
+    with launched(tmp_path, "--distributed.timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
+        processes = ranks_that_have_just_been_started(launcher)
+        time.sleep(0.5)
+        os.kill(processes[victim].pid, signal.SIGSTOP)
+        launcher.wait(SECONDS_TO_START + 60 * TIMEOUT_MINUTES + SECONDS_TO_LEAVE_A_HANGING_RANK)
+        assert not [process for process in processes if process.is_alive()]
+    said = (tmp_path / "said.txt").read_text()
+    rank = victim  # torchrun starts them by rank
+    assert said.count(" has not come within 6 s (distributed.timeout_minutes)") == 1, said
+    assert f"dist_trainer: rank {rank} has not come within" in said
+
+
+@pytest.mark.slow
+def test_ranks_that_are_frozen_all_together_do_not_stay(tmp_path):
+    """As one alone on its machine: there is no other rank that could end it."""
+    with launched(tmp_path, "--distributed.timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
+        wait_until(lambda: logged(tmp_path / "debug") >= 2, seconds=90, of=launcher)
+        processes = ranks_of(launcher)
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        frozen_at = time.monotonic()
+        assert launcher.wait(60 * TIMEOUT_MINUTES + SECONDS_TO_LEAVE_A_HANGING_RANK) == 1
+        assert time.monotonic() - frozen_at > 60 * TIMEOUT_MINUTES
+        assert not [process for process in processes if process.is_alive()]
+    assert "has been frozen for" in (tmp_path / "said.txt").read_text()

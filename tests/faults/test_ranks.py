@@ -10,6 +10,9 @@ import pytest
 
 from tests.distributed.small_runs import command, folder, losses, run, same_weights, small_config, status
 
+SECONDS_TO_LEAVE = 10
+SECONDS_TO_LEAVE_A_HANGING_RANK = 20
+
 
 def at_step(step, *, rank, act):
     """Let `rank` do `act` in place of its step number `step`, when the others know that it has come there."""
@@ -20,6 +23,7 @@ def at_step(step, *, rank, act):
         def step_or_fault(*arguments):
             if trainer.progress.step == step - 1 and trainer.world.rank == rank:
                 wait_until_told(trainer)
+                Path(trainer.config.output_dir, "fault.txt").write_text(str(time.time()))
                 act()
             return train_step(*arguments)
 
@@ -68,6 +72,10 @@ def get_stuck_reading_data(*, rank, at):
     return change
 
 
+def seconds_since_the_fault(config) -> float:
+    return time.time() - float(Path(config.output_dir, "fault.txt").read_text())
+
+
 def said(config) -> str:
     return "".join(path.read_text() for path in Path(folder(config), "logs").glob("rank-*.log"))
 
@@ -83,10 +91,9 @@ def goes_on_as_if_nothing_had_happened(config, stories, tmp_path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_takes_the_others_with_it_within_seconds(stories, tmp_path, rank):
     config = small_config(stories, tmp_path / "run")
-    began = time.monotonic()
     codes = command(config, 2, before=kill(rank=rank, at=7))
+    assert seconds_since_the_fault(config) < SECONDS_TO_LEAVE
     assert codes == ([-9, 1] if rank == 0 else [1, -9])
-    assert time.monotonic() - began < 30, "preparing, six steps, and ten seconds at most"
     if rank == 1:
         assert status(config)["state"] == "failed"
         assert status(config)["exit_code"] == 1
@@ -107,10 +114,9 @@ def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp_path, rank):
     config = small_config(stories, tmp_path / "run", distributed__timeout_minutes=0.1)
-    began = time.monotonic()
     codes = command(config, 2, before=freeze(rank=rank, at=7))
+    assert 6 - 1 < seconds_since_the_fault(config) < 6 + SECONDS_TO_LEAVE_A_HANGING_RANK
     assert codes == ([-9, 1] if rank == 0 else [1, -9])
-    assert time.monotonic() - began < 6 + 20 + 15, "the timeout, the leaving, and what came before"
     lines = [line for line in said(config).splitlines() if f"rank {rank} on {os.uname().nodename}" in line]
     assert len(lines) == 1
     assert "hangs: no sign of life for" in lines[0]

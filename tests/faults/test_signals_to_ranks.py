@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_trainer.checkpoint import manager
 from dist_trainer.config.schema import PrecisionConfig
@@ -30,10 +31,11 @@ SECONDS_TO_LEAVE = 10
 
 
 def receive(number, *, note: Path) -> None:
-    """Twice, as from a user who has no patience; and when it was."""
+    """Twice, as from a user who has no patience; and when it was. The second comes later, or the two might merge."""
     if not note.exists():
         note.write_text(json.dumps(time.time()))
         os.kill(os.getpid(), number)
+        time.sleep(0.1)
         os.kill(os.getpid(), number)
 
 
@@ -90,6 +92,58 @@ def test_a_signal_during_compilation_breaks_it_off(stories, tmp_path, monkeypatc
     assert time.time() - json.loads(note.read_text()) < SECONDS_TO_LEAVE
     assert status(config)["state"] == "preempted"
     assert status(config)["step"] == 0
+
+
+def compile_by(backend, monkeypatch):
+    """All that is compiled from now on."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **named: compile_module(module, backend=backend, **named))
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+@pytest.mark.parametrize("packing", [True, False])
+def test_nothing_is_compiled_once_training_has_begun(stories, tmp_path, monkeypatch, packing):
+    """Neither validation, with its smaller last block, nor samples: there a signal could not break it off."""
+    note, begun = tmp_path / "compiled.txt", []
+
+    def compile_and_note(graph, inputs):
+        with note.open("a") as file:
+            file.write("late\n" if begun else "early\n")
+        return graph.forward
+
+    compile_by(compile_and_note, monkeypatch)
+    compiled = PrecisionConfig(dtype="fp32", compile=True)
+    config = small_config(stories, tmp_path, precision=compiled, tracking__sample_tokens=4, data__packing=packing)
+    assert command(config, 1, before=lambda trainer: before_each_step(trainer, lambda: begun.append(1))) == [0]
+    assert set(note.read_text().split()) == {"early"}
+    assert len(losses(config, "validation")) == 3
+
+
+def before_each_step(trainer, act):
+    train_step = trainer.train_step
+
+    def act_then_step(*arguments):
+        act()
+        return train_step(*arguments)
+
+    trainer.train_step = act_then_step
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+def test_a_signal_while_validation_is_compiled_breaks_it_off(stories, tmp_path, monkeypatch):
+    note = tmp_path / "when.json"
+
+    def compile_for_long(graph, inputs):
+        if not torch.is_grad_enabled():
+            receive(signal.SIGTERM, note=note)
+            time.sleep(3 * SECONDS_TO_LEAVE)
+        return graph.forward
+
+    compile_by(compile_for_long, monkeypatch)
+    config = small_config(stories, tmp_path, precision=PrecisionConfig(dtype="fp32", compile=True))
+    assert command(config, 1) == [75]
+    assert time.time() - json.loads(note.read_text()) < SECONDS_TO_LEAVE
+    assert (status(config)["state"], status(config)["step"]) == ("preempted", 0)
 
 
 def test_a_signal_while_data_are_prepared_leaves_at_once(stories, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from tests.slurm.jobs import TRAINING
 
 SCRIPT = Path(__file__).with_name("netns.sh")
 RANKS = 2
-"""On each host."""
+"""On each host, where NPROC is not given."""
 
 
 class Hosts:
@@ -37,7 +37,7 @@ class Hosts:
         try:
             for number, name in enumerate(self.names):
                 words = [SCRIPT, "exec", name, ROOT / "launch/multinode.sh", *TRAINING, "--output_dir", output, *arguments]
-                settings = self._settings(**meeting, **ranks, NODE_RANK=str(number), **variables)
+                settings = self._settings(**meeting, **{**ranks, **variables}, NODE_RANK=str(number))
                 with (output.parent / f"said-{name}.txt").open("wb") as said:
                     launchers.append(subprocess.Popen(words, env=settings, cwd=ROOT, stdout=said, stderr=said))
             yield launchers

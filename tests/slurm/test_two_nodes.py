@@ -67,3 +67,22 @@ def test_a_frozen_rank_on_the_other_node_is_named_and_all_leave(two_hosts: Hosts
     assert "it was last seen in step" in naming[0]
     assert status(output / "debug")["state"] == "failed"
     assert naming[0].split(" ERROR   ")[1].startswith(status(output / "debug")["reason"])
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_frozen_rank_that_is_alone_on_its_node_does_not_stay_nor_does_its_launcher(
+    two_hosts: Hosts, tmp_path: Path, victim: int
+) -> None:
+    output = tmp_path / "runs"
+    patience = ("--distributed.timeout_minutes", str(TIMEOUT_MINUTES))
+    slowly = {"SLOW_FROM_STEP": str(SLOW_FROM_STEP), "SLOW_SECONDS": "1"}
+    with two_hosts.train(output, *patience, NPROC="1", **slowly) as launchers:
+        wait_for_step(SLOW_FROM_STEP, output)
+        ranks = ranks_of(output)
+        assert sorted(ranks) == [0, 1]
+        os.kill(ranks[victim].pid, signal.SIGSTOP)
+        codes = wait_for_end(launchers, output, seconds=60 * TIMEOUT_MINUTES + SECONDS_TO_LEAVE)
+        assert 0 not in codes
+        assert not [rank for rank, process in ranks.items() if process.is_alive()]
+    found = [line for path in output.glob("debug/logs/rank-*.log") for line in path.read_text().splitlines()]
+    assert len([line for line in found if f"rank {victim} on node{victim + 1}" in line and "hangs" in line]) == 1, said(output)
