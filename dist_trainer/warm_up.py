@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dist_trainer.data.packing import PaddingCollator
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
@@ -43,7 +42,7 @@ def warm_up(
 
     if compiles:
         agree(world, lambda: rehearse(exchange=False))
-        if isinstance(train_data.collate_fn, PaddingCollator):
+        if getattr(train_data.dataset, "varies_in_length", False):
             agree(world, lambda: rehearse(exchange=False, shorter_by=1))  # another length, so that any is compiled for
     if world.world_size > 2:
         rehearse(exchange=True)
