@@ -98,8 +98,8 @@ class ChatTemplate:
         end = self._tokenizer.eos_token
         if not answer.rstrip().endswith(end):
             log.warning(
-                "%s ends an answer with %r, not with the tokenizer's end-of-text token (%s), at which generation stops: it will "
-                "not stop at the end of an answer. Set eos_token in the tokenizer's tokenizer_config.json to what ends a turn",
+                "%s ends an answer with %r, not with the tokenizer's end-of-text token (%s), at which generation stops: it "
+                "will not stop where an answer ends. Set eos_token in the tokenizer's tokenizer_config.json to what ends one",
                 *(self._name, answer[-24:], end),
             )
 

@@ -69,7 +69,7 @@ def encoded_with_masks(batches: Iterable[list[TextPiece]], tokenizer: Tokenizer)
     if encoder.texts_with_token_over_border:
         log.warning(
             "in %d of %d documents one token holds the end of the prompt and the beginning of the answer (it carries loss), as "
-            "where a prompt ends with a space: a prompt alone would be cut into other tokens. Let the answer begin with the space "
-            "instead (data.completion_template, data.chat_template)",
+            "where a prompt ends with a space: a prompt alone would be cut into other tokens. Let the answer begin with the "
+            "space instead (data.completion_template, data.chat_template)",
             *(encoder.texts_with_token_over_border, encoder.texts),
         )

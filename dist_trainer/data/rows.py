@@ -161,11 +161,11 @@ def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: To
 
 def _remark(found: Fitted, documents: int, sequence_length: int) -> str:
     """What was cut or left out, in a sentence; empty where nothing was."""
-    parts, length = [], f"data.sequence_length ({sequence_length} tokens)"
-    if found.cut:
-        parts.append(f"{found.cut} are longer than {length} and were cut there")
-    if found.answer_cut_off:
-        parts.append(f"{found.answer_cut_off} were left out, since their answers begin behind {length}")
-    if found.without_answer:
-        parts.append(f"{found.without_answer} were left out, since they have no answer")
-    return f"of {documents} documents {', '.join(parts)}" if parts else ""
+    length = f"data.sequence_length ({sequence_length} tokens)"
+    counts = {
+        f"cut, being longer than {length}": found.cut,
+        f"left out, as their answers begin behind {length}": found.answer_cut_off,
+        "left out, as they have no answer": found.without_answer,
+    }
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"of {documents} documents {'; '.join(parts)}" if parts else ""
