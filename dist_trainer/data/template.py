@@ -41,7 +41,8 @@ def missing_column(column: str, present: list[str], where: str) -> DataError:
     """The message for a column that is not there."""
     return DataError(
         f"{where}: there is no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; "
-        "set --data.text_column, --data.template for text of several columns, or --data.messages_column for conversations"
+        "set --data.text_column, --data.template for text of several columns, or --data.messages_column for conversations "
+        "(null: for none)"
     )
 
 
