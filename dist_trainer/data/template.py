@@ -52,7 +52,8 @@ def _column(column: str) -> TextOf:
             raise missing_column(column, list(record), where)
         value = record[column]
         if not isinstance(value, str | LongText):
-            raise DataError(f"{where}: the column {column!r} holds {kind_of(value)}, not text")
+            remedy = "; a list of messages is read by --data.messages_column" if isinstance(value, list) else ""
+            raise DataError(f"{where}: the column {column!r} holds {kind_of(value)}, not text{remedy}")
         return value
 
     return read

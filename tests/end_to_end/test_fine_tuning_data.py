@@ -1,16 +1,18 @@
-"""What docs/fine_tuning_data.md shows, as a reader would type it: from a file of records to a model that is measured and asked."""
+"""What docs/fine_tuning_data.md shows, as a reader would type it: from records to a model that is measured and asked."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from tests.end_to_end.commands import ROOT, SMALL, command, lines
+from tests.end_to_end.commands import ROOT, SMALL, command, environment, lines
 
 PAGE = (ROOT / "docs" / "fine_tuning_data.md").read_text("utf-8")
 SAYS = ["Indeed.", "By no means!", "It is a truth universally acknowledged."]
@@ -23,6 +25,7 @@ def blocks(language: str) -> list[str]:
 CHAT, PAIRS = blocks("bash")
 [SQUAD] = blocks("yaml")
 [RECORD] = blocks("json")
+[ASKING] = blocks("python")
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -61,6 +64,13 @@ def test_a_run_on_conversations_from_a_file_to_samples_and_measures(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(run / "checkpoints" / "best")
     prompt = tokenizer.apply_chat_template(asked[:1], add_generation_prompt=True, tokenize=False)
     assert prompt == "### User\nIs 0 a number?\n\n### Assistant\n"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "chat").symlink_to(run)
+    answered = subprocess.run(
+        [sys.executable, "-c", ASKING], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip(), "a few steps teach no sense, but some words"
 
 
 def test_pairs_of_a_prompt_and_a_completion(tmp_path):

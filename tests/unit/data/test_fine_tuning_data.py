@@ -535,6 +535,26 @@ def test_conversations_are_held_out_whole_and_validated_alone(tmp_path):
     assert SPLIT_KEY == (0x5917, 0), "which documents these are must not change"
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_worker_processes_change_nothing(tmp_path, packing):
+    path = chats(tmp_path / "x.jsonl", CONVERSATIONS * 6)
+    config = small(path, tmp_path, messages_column="messages", chat_template=PLAIN, packing=packing, document_mask=True)
+    here, there = (
+        iter(create_dataloaders(TrainingConfig(data=replace(config, num_workers=workers), batch=BatchConfig(2, 2))).train)
+        for workers in (0, 2)
+    )
+    for _ in range(3):
+        ours, theirs = next(here), next(there)
+        assert ours.tokens.equal(theirs.tokens)
+        assert ours.targets.equal(theirs.targets)
+        assert (ours.documents is None) == (theirs.documents is None) == (not packing)
+
+
+def test_a_column_of_messages_that_is_read_as_text_names_the_key_that_reads_them(tmp_path):
+    with pytest.raises(DataError, match=r"holds a list, not text; a list of messages is read by --data\.messages_column"):
+        stored(small(chats(tmp_path / "x.jsonl"), tmp_path, text_column="messages"), load_tokenizer("austen"))
+
+
 def test_a_single_conversation_is_not_torn_apart_to_validate_on(tmp_path):
     config = small(chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), tmp_path, messages_column="messages", chat_template=PLAIN)
     with pytest.raises(DataError, match=r"data\.validation_fraction: there is a single document"):
