@@ -26,6 +26,7 @@ from dist_trainer.models.hf_format import (
     write_hf,
 )
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
+from dist_trainer.models.meta import materialize, on_meta
 
 INIT_STD = 0.02
 
@@ -173,7 +174,7 @@ class DecoderLM(nn.Module):
     ) -> None:
         """With torch's own first weights: call init_weights for those of a run, or load some.
 
-        Build under torch.device("meta") to spare memory and time.
+        Build inside `on_meta` and `materialize` to spare memory and time.
         """
         super().__init__()
         self.config = config
@@ -294,14 +295,14 @@ class DecoderLM(nn.Module):
     @classmethod
     def like(cls, described: HFModel) -> DecoderLM:
         """An uninitialised model of the shape `described`, on the CPU."""
-        with torch.device("meta"):
+        with on_meta():
             model = cls(
                 described.config,
                 described.vocabulary_size,
                 described.max_position_embeddings,
                 **described.token_ids,
             )
-        return model.to_empty(device="cpu")
+        return materialize(model, torch.device("cpu"))
 
     def load_weights(self, folder: Path) -> None:
         """Copy the weights in `folder` into this model's, tensor by tensor."""

@@ -15,6 +15,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.hf_format import WEIGHTS_FILE, locate_weights, read_hf_config, write_hf
+from dist_trainer.models.meta import materialize, on_meta
 
 SHAPE_FIELDS = (
     "hidden_size",
@@ -47,7 +48,7 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     """A DecoderLM, initialised by context.seed or from the folder config.init_from."""
     if config.init_from is not None:
         return _from_folder(context.resumed_from or Path(config.init_from), config, context)
-    with torch.device("meta"):
+    with on_meta():
         model = DecoderLM(
             config,
             context.vocabulary_size,
@@ -56,7 +57,7 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
             eos_token_id=context.eos_token_id,
             pad_token_id=context.pad_token_id,
         )
-    model.to_empty(device=context.device)
+    materialize(model, context.device)
     model.init_weights(context.seed)
     return model
 
