@@ -24,6 +24,7 @@ from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator,
 from dist_trainer.data.sampler import GlobalOrderSampler
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.whole_documents import WholeDocumentRows, fitted
 
 TOKENS, ROUNDS, BATCHES = 50_000_000, 7, 200
 DOCUMENT_TOKENS = 500
@@ -55,12 +56,29 @@ def main() -> None:
         for length, rows in UNPACKED:
             dataset = DocumentRows(TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key"), spans, length)
             measure(f"a document of about {UNPACKED_TOKENS} tokens each", dataset, length, rows, collate)
+        store = TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key", all_but_first_tokens(spans))
+        for name, packing, apart, sizes in (
+            ("whole documents with a loss mask, packed", True, False, PACKED),
+            ("the same, with data.document_mask", True, True, PACKED),
+            ("the same, one a row", False, False, UNPACKED),
+        ):
+            for length, rows in sizes:
+                kept = fitted(store, spans, length).spans
+                dataset = WholeDocumentRows(store, kept, length, padding=0, packing=packing, document_mask=apart)
+                measure(name, dataset, length, rows, as_it_is)
 
 
 def some_documents() -> np.ndarray:
     """Spans of equal documents without each twentieth, as where a part is held out for validation."""
     starts = np.arange(0, TOKENS - DOCUMENT_TOKENS, DOCUMENT_TOKENS)
     return np.stack([starts, starts + DOCUMENT_TOKENS], axis=1)[np.arange(len(starts)) % 20 != 7]
+
+
+def all_but_first_tokens(spans: np.ndarray) -> np.ndarray:
+    """A loss mask by which as many tokens count as with one document a row and no mask."""
+    mask = np.ones(TOKENS, dtype=bool)
+    mask[spans[:, 0]] = False
+    return mask
 
 
 def documents_of_about(tokens: int) -> np.ndarray:

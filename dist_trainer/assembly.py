@@ -19,7 +19,7 @@ from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
-from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
+from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.launch import launcher
@@ -152,7 +152,7 @@ def open_run_folder(config: TrainingConfig, world: World) -> Iterator[RunFolder 
 
 def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, start: StartingPoint) -> Trainer:
     """All parts of a run, standing where `start` says."""
-    tokenizer = first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
+    tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
     fingerprints = data_fingerprints(loaders)
     refuse_other_data(config, start, fingerprints)

@@ -57,7 +57,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
     if arguments.data is not None:
         # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
         given += ["--validation.max_batches", "null", "--data.dataset_config", "null"]
-    config = load_config([*given, "--data.tokenizer", str(path), *rest])
+    # The tokenizer that was saved with the model has the template of its training.
+    config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest])
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))
     return path, config

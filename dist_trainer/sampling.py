@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.data.batch import IGNORED_TARGET
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.generation import generate
@@ -28,8 +29,9 @@ Sample = Callable[[Any], dict[str, Any]]
 def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset: Any) -> Sample | None:
     """Samples of text, where they are wanted and the model can give them; None otherwise.
 
-    Where no prompt was given, they continue the beginning of `dataset`'s first row; a row that gives none costs the samples
-    and an INFO line, never the run. Raises ConfigError for a prompt of the user's own that does not fit.
+    Where no prompt was given, they continue the beginning of `dataset`'s first row, or answer it where only answers carry loss;
+    a row that gives none costs the samples and an INFO line, never the run. Raises ConfigError for a prompt of the user's own
+    that does not fit.
     """
     tracking = config.tracking
     if tracking.sample_tokens == 0 or tracking.sample_prompt == "" or not isinstance(model, DecoderLM):
@@ -47,7 +49,7 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
         first = dataset[0]
         row = (first if isinstance(first, Tensor) else first.tokens[0]).tolist()
         most = min(PROMPT_TOKENS, config.data.sequence_length // 2, context - 1)
-        prompt_tokens = beginning_of(row, tokenizer, most=most)
+        prompt_tokens = prompt_before_answer(first, most=context - 1) or beginning_of(row, tokenizer, most=most)
         prompt = tokenizer.decode(prompt_tokens, skip_special_tokens=True)
         if not prompt_tokens:
             log.info(
@@ -57,6 +59,17 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
     return build_sample(
         tokenizer, prompt=prompt, prompt_tokens=prompt_tokens, max_new_tokens=tracking.sample_tokens, seed=config.seed
     )
+
+
+def prompt_before_answer(row: Any, *, most: int) -> list[int]:
+    """The tokens of a Batch of one row before the first that carries loss; none where the second one does, as in plain text,
+    or where they are more than `most`.
+    """
+    if isinstance(row, Tensor):
+        return []
+    carries_loss = (row.targets[0] != IGNORED_TARGET).nonzero()
+    length = int(carries_loss[0]) + 1 if len(carries_loss) else 0
+    return row.tokens[0, :length].tolist() if 1 < length <= most else []
 
 
 def beginning_of(row: Sequence[int], tokenizer: Any, *, most: int) -> list[int]:

@@ -129,11 +129,30 @@ def _data(data: DataConfig) -> Iterator[str]:
     for key in ("dataset", "tokenizer", "text_column"):
         if not getattr(data, key):
             yield f"data.{key}: must not be empty"
-    if data.template is not None:
-        try:
-            parse_template(data.template)
-        except ConfigError as error:
-            yield str(error)
+    for key in ("template", "completion_template"):
+        if (template := getattr(data, key)) is not None:
+            try:
+                parse_template(template, key=f"data.{key}")
+            except ConfigError as error:
+                yield str(error)
+    yield from _conversations(data)
+
+
+def _conversations(data: DataConfig) -> Iterator[str]:
+    for key in ("messages_column", "chat_template"):
+        if getattr(data, key) == "":
+            yield f"data.{key}: must not be empty; use null for none"
+    texts = [key for key in ("template", "completion_template") if getattr(data, key) is not None]
+    if data.messages_column is not None and texts:
+        yield (
+            f"data.messages_column: {data.messages_column!r} is set, and so is {' and '.join(f'data.{key}' for key in texts)}; "
+            "records are either conversations or text: set one of the two to null"
+        )
+    if data.chat_template is not None and data.messages_column is None:
+        yield (
+            f"data.chat_template: {data.chat_template!r} is set, but data.messages_column is null, so there are no "
+            "conversations for it to write; name their column, or set it to null"
+        )
 
 
 def _batch(batch: BatchConfig, world_size: int | None) -> Iterator[str]:

@@ -52,6 +52,15 @@ class DataConfig:
     """Column that holds the text."""
     template: str | None = None
     """Text made of several columns, such as "{context}\\n{question}"; replaces text_column."""
+    completion_template: str | None = None
+    """What follows that text, such as " {answer}", and alone carries loss, with the end-of-text token behind it; the text
+    before it is the prompt. null: all of a text carries loss."""
+    messages_column: str | None = None
+    """Column that holds conversations, lists of {"role": ..., "content": ...}; they are written by the chat template, and only
+    what the assistant says carries loss. Replaces text_column; null: the records are text."""
+    chat_template: str | None = None
+    """File of the Jinja template that writes conversations, saved with each checkpoint's tokenizer; null: the tokenizer's
+    own."""
     tokenizer: str = "austen"
     """`austen` (inside the package), a Hub name, or a path."""
     sequence_length: int = 256

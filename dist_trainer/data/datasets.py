@@ -114,7 +114,7 @@ def _from_splits(name: str, splits: dict[str, Split]) -> Source:
 def files_split(files: Iterable[Path], config: DataConfig) -> Split:
     """The records of local files, one file after the other."""
     paths = sorted(files)
-    columns = columns_of(config.text_column, config.template)
+    columns = columns_of(config)
 
     def records() -> Records:
         for path in paths:

@@ -131,6 +131,9 @@ class EncodedPieces(NamedTuple):
 
     pieces: list[TextPiece]
     ids: list[np.ndarray]
+    loss_masks: list[np.ndarray] | None = None
+    """Where the pieces are whole MarkedTexts: which of their tokens carry loss, bool [tokens]. Their ids have the EOS then, if
+    one belongs there."""
 
     @property
     def text_bytes(self) -> int:

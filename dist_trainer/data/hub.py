@@ -100,7 +100,7 @@ def _splits(name: str, loaded: Any, config: DataConfig) -> dict[str, Split]:
 
 
 def _split(where: str, table: Any, config: DataConfig) -> Split:
-    columns = columns_of(config.text_column, config.template)
+    columns = columns_of(config)
 
     def records() -> Records:
         for column in columns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,10 +15,12 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.rows import Rows, train_and_validation_rows, validation_rows
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, rows_per_validation_block
-from dist_trainer.data.tokenization import Tokenizer, load_tokenizer
+from dist_trainer.data.tokenization import Tokenizer, tokenizer_of
 from dist_trainer.distributed.collectives import first_on_each_node
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 class Dataloaders(NamedTuple):
@@ -55,6 +58,10 @@ def create_dataloaders(
     else:
         chosen = _agreed_tokenizer(config, world, tokenizer)
         train, validation = first_on_each_node(world, lambda: train_and_validation_rows(config.data, chosen))
+    if world.is_main:
+        for name, rows in (("to train on", train), ("to validate on", validation)):
+            if rows is not None and rows.remark:
+                log.warning("data %s: %s", name, rows.remark)
     validation_loader = None if validation is None else _validation_loader(validation, config, world)
     origin = f"data.dataset: {config.data.dataset}" if train_dataset is None else "train_dataset"
     return Dataloaders(_train_loader(train, config, world, origin=origin), validation_loader)
@@ -66,11 +73,13 @@ def create_validation_loader(config: TrainingConfig, world: World, *, tokenizer:
     rows = first_on_each_node(world, lambda: validation_rows(config.data, chosen))
     if rows is None:
         raise DataError("data.validation_fraction: is 0, so there is nothing to validate on; name data.validation_dataset")
+    if world.is_main and rows.remark:
+        log.warning("data to validate on: %s", rows.remark)
     return _validation_loader(rows, config, world)
 
 
 def _agreed_tokenizer(config: TrainingConfig, world: World, tokenizer: Tokenizer | None) -> Tokenizer:
-    return tokenizer or first_on_each_node(world, lambda: load_tokenizer(config.data.tokenizer))
+    return tokenizer or first_on_each_node(world, lambda: tokenizer_of(config.data))
 
 
 def _train_loader(rows: Rows, config: TrainingConfig, world: World, *, origin: str) -> DataLoader:

@@ -1,4 +1,5 @@
-"""Rows of tokens from documents: packed, or one document a row. T is data.sequence_length, B the rows of a batch.
+"""Rows of tokens from text, all of which carries loss: packed, or one document a row. T is data.sequence_length, B the rows of
+a batch.
 
 Packed, the documents of a split are one long stream of N tokens (each document ends with EOS), and row i is the T + 1
 tokens from i * T on: its first T are what the model reads, its last T what it should have said. So every token but the
@@ -127,12 +128,15 @@ class PackedRows(torch.utils.data.Dataset):
 
 
 def as_it_is(batch: Batch) -> Batch:
-    """The collate function of PackedRows, which read a whole micro-batch at once."""
+    """The collate function of rows that read a whole micro-batch at once."""
     return batch
 
 
 class DocumentRows(torch.utils.data.Dataset):
     """One document a row, of at most T + 1 tokens; a longer one goes on in further rows, so that no target is lost."""
+
+    varies_in_length = True
+    """Batches are as long as their longest document."""
 
     def __init__(self, store: TokenStore, spans: np.ndarray, sequence_length: int) -> None:
         self._tokens = np.asarray(store.tokens)  # the same memory map, without what np.memmap costs at each call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +14,14 @@ from dist_trainer.cache_dir import default_cache_dir
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.datasets import open_source
+from dist_trainer.data.documents import document_maker
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, as_it_is
 from dist_trainer.data.sampler import KeyedPermutation
 from dist_trainer.data.split import Split
-from dist_trainer.data.template import text_of
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenization import Tokenizer
+from dist_trainer.data.whole_documents import Fitted, WholeDocumentRows, fitted
+from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class Rows(NamedTuple):
 
     dataset: Dataset
     collate: Callable[[Any], Batch]
+    remark: str = ""
+    """What the user should know of them, if anything."""
 
 
 class Documents(NamedTuple):
@@ -83,11 +86,13 @@ def _other_text(name: str, config: DataConfig) -> Split:
 
 
 def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Documents:
+    maker = document_maker(config, tokenizer)
     store = token_store(
         split,
         tokenizer,
-        text=text_of(config.text_column, config.template),
-        text_identity=json.dumps([config.text_column, config.template]),
+        text=maker.text,
+        text_identity=maker.identity,
+        is_marked=maker.is_marked,
         cache_dir=Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir(),
     )
     return Documents(store, np.stack([store.offsets[:-1], store.offsets[1:]], axis=1))
@@ -98,6 +103,11 @@ def split_by_document(documents: Documents, fraction: float) -> tuple[Documents,
     store, spans = documents
     if fraction == 0:
         return documents, Documents(store, spans[:0])
+    if len(spans) == 1 and store.loss_mask is not None:
+        raise DataError(
+            "data.validation_fraction: there is a single document, of which no part can be held out to validate on; give more, "
+            "name data.validation_dataset, or set it to 0"
+        )
     if len(spans) == 1:
         start, end = spans[0].tolist()
         border = max(start + 1, end - max(2, round(fraction * (end - start))))
@@ -111,6 +121,8 @@ def split_by_document(documents: Documents, fraction: float) -> tuple[Documents,
 
 def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Rows:
     store, spans = documents
+    if store.loss_mask is not None:
+        return _whole_document_rows(documents, config, tokenizer)
     if not config.packing:
         return Rows(DocumentRows(store, spans, config.sequence_length), PaddingCollator(tokenizer))
     stream = TokenStream(store, spans)
@@ -122,3 +134,38 @@ def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Row
         document_mask=config.document_mask,
     )
     return Rows(packed, as_it_is)
+
+
+def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Rows:
+    """Raises DataError where no row would have anything to learn."""
+    store, spans = documents
+    found = fitted(store, spans, config.sequence_length)
+    remark = _remark(found, len(spans), config.sequence_length)
+    if not len(found.spans):
+        wanted = (
+            'there is no message with the role "assistant" in them'
+            if config.messages_column is not None and not found.answer_cut_off
+            else "data.sequence_length is too short for any"
+        )
+        raise DataError(f"{config.dataset}: no document has an answer to learn: {wanted}")
+    rows = WholeDocumentRows(
+        store,
+        found.spans,
+        config.sequence_length,
+        padding=tokenizer.pad_token_id,
+        packing=config.packing,
+        document_mask=config.document_mask,
+    )
+    return Rows(rows, as_it_is, remark)
+
+
+def _remark(found: Fitted, documents: int, sequence_length: int) -> str:
+    """What was cut or left out, in a sentence; empty where nothing was."""
+    length = f"data.sequence_length ({sequence_length} tokens)"
+    counts = {
+        f"cut, being longer than {length}": found.cut,
+        f"left out, as their answers begin behind {length}": found.answer_cut_off,
+        "left out, as they have no answer": found.without_answer,
+    }
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"of {documents} documents {'; '.join(parts)}" if parts else ""

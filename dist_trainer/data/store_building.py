@@ -1,8 +1,8 @@
 """Building a token store: its files written in order, with records of how far they are good, so that a build that was
 killed goes on from there to the same bytes.
 
-While it is built, its folder holds tokens.bin, ends.bin (int64: the position behind each document) and, once something of
-both is safe on disk, progress.json.
+While it is built, its folder holds tokens.bin, ends.bin (int64: the position behind each document), loss.bin (a byte a token)
+where only parts of the documents carry loss, and, once something of all is safe on disk, progress.json.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from dist_trainer.data.encoding import EncodedPieces, Encoder, IdsDifferError, OwnEncoder, encoded, fast_encoder
 from dist_trainer.data.growing_file import Extent, GrowingFile, sync
+from dist_trainer.data.marked_encoding import encoded_with_masks
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import TextOf
 from dist_trainer.data.text_pieces import border_of_pieces, cutting, in_batches, text_pieces
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 DTYPES = ("uint16", "uint32")
+LOSS_MASK = "loss.bin"
 PROGRESS = "progress.json"
 SECONDS_BETWEEN_RECORDS = 10.0
 """As often, what is written is made safe and recorded: a kill costs no more work than that."""
@@ -52,13 +54,17 @@ class Progress:
     text_bytes: int = 0
     tokens: Extent = field(default_factory=Extent)
     ends: Extent = field(default_factory=Extent)
+    loss: Extent = field(default_factory=Extent)
+    """Of loss.bin, where there is one."""
 
 
-def build_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf) -> int:
-    """Write the three files of a store into the folder `staging`, from where an earlier build left off if one did; give the
-    number of tokens. Raises DataError, OSError.
+def build_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, *, is_marked: bool = False) -> int:
+    """Write the files of a store into the folder `staging`, from where an earlier build left off if one did; give the number of
+    tokens. `is_marked`: `text` makes MarkedTexts, so there is a loss mask to write too. Raises DataError, OSError.
     """
     own = OwnEncoder(tokenizer)
+    if is_marked:
+        return _write_store(staging, split, tokenizer, text, None, own)
     left_off = _recorded(staging)
     # An earlier build may have found out that the fast one's ids are other ones.
     fast = None if left_off is not None and left_off.encoder == own.name else fast_encoder(tokenizer)
@@ -94,30 +100,35 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, encoder: Encoder, own: Encoder) -> int:
-    """Write the three files, and give the number of tokens in them."""
+def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, encoder: Encoder | None, own: Encoder) -> int:
+    """Write the files, and give the number of tokens in them. Without an `encoder` the texts are marked ones."""
     dtype = np.dtype(DTYPES[0] if vocabulary_size(tokenizer) <= 1 << 16 else DTYPES[1])
     border = border_of_pieces(tokenizer)
     with contextlib.ExitStack() as stack:
-        files = stack.enter_context(contextlib.closing(_as_left_off(staging, cutting(border), encoder.name)))
+        name = "with loss masks" if encoder is None else encoder.name
+        files = stack.enter_context(contextlib.closing(_as_left_off(staging, cutting(border), name, with_mask=encoder is None)))
         if files.pieces:
             log.info("tokenising %s: going on after %.1f MB of text", split.description, files.text_bytes / 1e6)
         display = stack.enter_context(contextlib.closing(_Display(split.description, files.text_bytes)))
-        rest = itertools.islice(text_pieces(split, text, border), files.pieces, None)
-        for batch in stack.enter_context(contextlib.closing(encoded(in_batches(rest), encoder, own))):
+        rest = in_batches(itertools.islice(text_pieces(split, text, border), files.pieces, None))
+        batches = encoded_with_masks(rest, tokenizer) if encoder is None else encoded(rest, encoder, own)
+        for batch in stack.enter_context(contextlib.closing(batches)):
             files.append(batch, dtype, tokenizer.eos_token_id)
             display.show(files.text_bytes)
         done = files.record()
     if not done.tokens.num_bytes:
         raise DataError(f"{split.description}: there is no text in it to learn from or to validate on; name other data")
     num_documents = _write_offsets(staging)
+    digests = {"tokens.bin": done.tokens.digest, "offsets.npy": digest_of(staging / "offsets.npy")}
+    if encoder is None:
+        digests[LOSS_MASK] = done.loss.digest
     index = {
         "format_version": FORMAT_VERSION,
         "dtype": dtype.name,
         "tokens": done.tokens.num_bytes // dtype.itemsize,
         "documents": num_documents,
         "made_of": split.description,
-        "digests": {"tokens.bin": done.tokens.digest, "offsets.npy": digest_of(staging / "offsets.npy")},
+        "digests": digests,
     }
     with (staging / "index.json").open("wb") as file:
         file.write(json.dumps(index, indent=2).encode())
@@ -142,26 +153,33 @@ def _write_offsets(staging: Path) -> int:
 class _Unfinished:
     """The files of a store that is being built, open at their ends."""
 
-    def __init__(self, staging: Path, progress: Progress) -> None:
+    def __init__(self, staging: Path, progress: Progress, *, with_mask: bool) -> None:
         self._progress = staging / PROGRESS
         self._cut_as, self._encoder = progress.cut_as, progress.encoder
         self.pieces, self.text_bytes = progress.pieces, progress.text_bytes
-        self._tokens = GrowingFile(staging / "tokens.bin", progress.tokens)
-        try:
-            self._ends = GrowingFile(staging / "ends.bin", progress.ends)
-        except BaseException:
-            self._tokens.close()
-            raise
+        with contextlib.ExitStack() as opened:
+            self._tokens = opened.enter_context(contextlib.closing(GrowingFile(staging / "tokens.bin", progress.tokens)))
+            self._ends = opened.enter_context(contextlib.closing(GrowingFile(staging / "ends.bin", progress.ends)))
+            self._loss = None
+            if with_mask:
+                self._loss = opened.enter_context(contextlib.closing(GrowingFile(staging / LOSS_MASK, progress.loss)))
+            self._opened = opened.pop_all()
         self._when_recorded = time.monotonic()
 
     def append(self, batch: EncodedPieces, dtype: np.dtype, end: int) -> None:
-        """Write the ids of these pieces, with `end` behind each document."""
+        """Write the ids of these pieces, with `end` behind each document; marked ones have theirs already."""
         ends_document = np.array([piece.ends_document for piece in batch.pieces])
-        borders = np.cumsum(np.array([len(ids) for ids in batch.ids]) + ends_document, dtype=np.int64)
-        is_text = np.ones(borders[-1], dtype=bool)
-        is_text[borders[ends_document] - 1] = False
-        tokens = np.full(len(is_text), end, dtype)
-        tokens[is_text] = np.concatenate(batch.ids)
+        lengths = np.array([len(ids) for ids in batch.ids], dtype=np.int64)
+        if self._loss is None:
+            borders = np.cumsum(lengths + ends_document)
+            is_text = np.ones(borders[-1], dtype=bool)
+            is_text[borders[ends_document] - 1] = False
+            tokens = np.full(len(is_text), end, dtype)
+            tokens[is_text] = np.concatenate(batch.ids)
+        else:
+            assert batch.loss_masks is not None, "marked pieces were encoded as such"
+            borders, tokens = np.cumsum(lengths), np.concatenate(batch.ids).astype(dtype)
+            self._loss.append(np.concatenate(batch.loss_masks))
         self._ends.append(self._tokens.num_bytes // dtype.itemsize + borders[ends_document])
         self._tokens.append(tokens)
         self.pieces += len(batch.pieces)
@@ -172,7 +190,8 @@ class _Unfinished:
     def record(self) -> Progress:
         """Make safe what is written, and say so on disk."""
         parts = (self.pieces, self.text_bytes, self._tokens.secure(), self._ends.secure())
-        progress = Progress(self._cut_as, self._encoder, *parts)
+        loss = Extent() if self._loss is None else self._loss.secure()
+        progress = Progress(self._cut_as, self._encoder, *parts, loss)
         new = self._progress.with_suffix(".new")
         with new.open("wb") as file:
             file.write(json.dumps(asdict(progress), indent=2).encode())
@@ -182,24 +201,24 @@ class _Unfinished:
         return progress
 
     def close(self) -> None:
-        self._tokens.close()
-        self._ends.close()
+        self._opened.close()
 
 
-def _as_left_off(staging: Path, cut_as: str, encoder: str) -> _Unfinished:
+def _as_left_off(staging: Path, cut_as: str, encoder: str, *, with_mask: bool) -> _Unfinished:
     """The files in `staging`: as an earlier build left them, or empty ones where none did, or cut otherwise."""
     recorded = _recorded(staging)
     if recorded is not None and recorded.cut_as == cut_as:
         with contextlib.suppress(ValueError):  # the disk has not kept what was recorded
-            return _Unfinished(staging, recorded)
-    return _Unfinished(staging, Progress(cut_as, encoder))
+            return _Unfinished(staging, recorded, with_mask=with_mask)
+    return _Unfinished(staging, Progress(cut_as, encoder), with_mask=with_mask)
 
 
 def _recorded(staging: Path) -> Progress | None:
     """What an earlier build recorded; None where there is no such record, or none that makes sense."""
     try:
         record: dict[str, Any] = json.loads((staging / PROGRESS).read_text(encoding="utf-8"))
-        record |= {name: Extent(**record[name]) for name in ("tokens", "ends")}
+        # Records made before there were loss masks have no word of them.
+        record |= {name: Extent(**record[name]) for name in ("tokens", "ends", "loss") if name != "loss" or name in record}
         progress = Progress(**record)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
+from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import TextOf
 from dist_trainer.data.text_file import LongText
@@ -26,12 +27,19 @@ class TextPiece(NamedTuple):
 
     text: str
     ends_document: bool
+    marked: MarkedText | None = None
+    """The whole document, of which only parts carry loss; such a one is never cut into pieces."""
 
 
 def text_pieces(split: Split, text: TextOf, border: Border) -> Iterator[TextPiece]:
     """All documents of `split` in order; one without text is left out. Raises DataError naming the place."""
     for where, record in split.records():
-        if document := text(where, record):
+        document = text(where, record)
+        if isinstance(document, MarkedText):
+            if document.text:
+                _refuse_surrogates(where, document.text)
+                yield TextPiece(document.text, ends_document=True, marked=document)
+        elif document:
             if isinstance(document, str):
                 _refuse_surrogates(where, document)
             yield from pieces_of(document, border)

@@ -1,7 +1,8 @@
 """The token store: a split's token ids in one memory-mapped file, made once per content, under a lock.
 
 A folder per content: tokens.bin (uint16, or uint32 for large vocabularies), offsets.npy (where documents begin, and the
-end), index.json (with the digests of both). It is built under a hidden name (store_building.py) and renamed when whole.
+end), index.json (with the digests of the others), and loss.bin (a byte a token: 1 where it carries loss) if only parts of the
+documents do. It is built under a hidden name (store_building.py) and renamed when whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from dist_trainer.data.split import Split
-from dist_trainer.data.store_building import DTYPES, FORMAT_VERSION, build_store, digest_of, remove, seconds_since_progress
+from dist_trainer.data.store_building import (
+    DTYPES,
+    FORMAT_VERSION,
+    LOSS_MASK,
+    build_store,
+    digest_of,
+    remove,
+    seconds_since_progress,
+)
 from dist_trainer.data.template import TextOf
 from dist_trainer.data.tokenization import Tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError
@@ -44,12 +53,17 @@ class TokenStore:
     """int64 [documents + 1]: document i is tokens[offsets[i]:offsets[i + 1]]."""
     key: str
     """Digest of content and tokenizer."""
+    loss_mask: np.ndarray | None = None
+    """Memory map, bool: which tokens carry loss; None: all do. No document's first token does."""
 
 
-def token_store(split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identity: str, cache_dir: Path) -> TokenStore:
+def token_store(
+    split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identity: str, cache_dir: Path, is_marked: bool = False
+) -> TokenStore:
     """The store of `split`, opened, or built first where no process has before.
 
-    `text_identity` tells apart what `text` may make of the same records. Raises DataError.
+    `text_identity` tells apart what `text` may make of the same records; `is_marked`: these are MarkedTexts, so the store has
+    a loss mask. Raises DataError.
     """
     for name in ("tokens", "digests"):
         if (cache_dir / name).is_symlink():
@@ -60,14 +74,14 @@ def token_store(split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identi
         parts = [FORMAT_VERSION, content, text_identity, tokenizer_digest(tokenizer)]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         folder = cache_dir / "tokens" / key
-        if (store := _open(folder, key)) is not None:
+        if (store := _open(folder, key, is_marked=is_marked)) is not None:
             return store
         _sweep(cache_dir / "tokens")
         with FileLock(_lock_of(folder)):
-            if (store := _open(folder, key)) is not None:
+            if (store := _open(folder, key, is_marked=is_marked)) is not None:
                 return store
-            _build(folder, split, tokenizer, text)
-        store = _open(folder, key)
+            _build(folder, split, tokenizer, text, is_marked)
+        store = _open(folder, key, is_marked=is_marked)
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error or "its file system has no locks"
         raise DataError(
@@ -97,27 +111,29 @@ def _sweep(stores: Path) -> None:
             remove(half)
 
 
-def _open(folder: Path, key: str) -> TokenStore | None:
+def _open(folder: Path, key: str, *, is_marked: bool) -> TokenStore | None:
     """The store in `folder`; None where it is absent or not what its index says."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if index["dtype"] not in DTYPES or not _is_as_written(folder, index["digests"]):
+        if index["dtype"] not in DTYPES or not _is_as_written(folder, index["digests"], is_marked):
             return None
         tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(index["dtype"]), mode="r")
         offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
         whole = len(tokens) == index["tokens"] == offsets[-1] and len(offsets) == index["documents"] + 1
+        loss_mask = np.memmap(folder / LOSS_MASK, dtype=bool, mode="r") if is_marked else None
+        whole = whole and (loss_mask is None or len(loss_mask) == len(tokens))
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
-    return TokenStore(tokens, offsets, key) if whole else None
+    return TokenStore(tokens, offsets, key, loss_mask) if whole else None
 
 
-def _is_as_written(folder: Path, digests: dict[str, str]) -> bool:
+def _is_as_written(folder: Path, digests: dict[str, str], is_marked: bool) -> bool:
     """Whether the files have the digests that the index names; of a very large one that would take minutes."""
-    files = [folder / name for name in ("tokens.bin", "offsets.npy")]
+    files = [folder / name for name in ("tokens.bin", "offsets.npy", *([LOSS_MASK] if is_marked else []))]
     return all(path.stat().st_size > MOST_BYTES_VERIFIED or digest_of(path) == digests[path.name] for path in files)
 
 
-def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf) -> None:
+def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, is_marked: bool) -> None:
     started = time.perf_counter()
     staging = folder.with_name(f"{_BUILDING}{folder.name}")
     remove(folder)
@@ -125,7 +141,7 @@ def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf) -> No
         remove(staging)
     staging.mkdir(exist_ok=True)
     try:
-        num_tokens = build_store(staging, split, tokenizer, text)
+        num_tokens = build_store(staging, split, tokenizer, text, is_marked=is_marked)
         os.rename(staging, folder)
     except (StoppedError, KeyboardInterrupt, SystemExit):
         raise  # what is written stays: the next build goes on from it

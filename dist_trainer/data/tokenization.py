@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.data.hub import hub_is_reachable
 from dist_trainer.errors import DataError
@@ -36,6 +37,32 @@ def load_tokenizer(name: str) -> Tokenizer:
     else:
         tokenizer = _from_hub(name)
     return _with_end_and_padding(tokenizer, name)
+
+
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """That of data.tokenizer, with the template of data.chat_template where one is named, so that it is saved with it.
+
+    Raises DataError.
+    """
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(config.chat_template)
+    return tokenizer
+
+
+def read_chat_template(name: str) -> str:
+    """The Jinja template in the file `name`. Raises DataError where there is none."""
+    path = Path(name).expanduser()
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"data.chat_template: {path} cannot be read ({reason}); give a file that holds a Jinja template"
+        ) from error
+    if not template.strip():
+        raise DataError(f"data.chat_template: {path} is empty; give a file that holds a Jinja template")
+    return template
 
 
 def _folder_with_tokenizer(path: Path) -> Path:

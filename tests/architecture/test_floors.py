@@ -34,7 +34,7 @@ DOORS = {
     "datasets": {"data/hub.py"},
     "huggingface_hub": {"data/hub.py"},
     "pyarrow": {"data/records.py"},
-    "transformers": {"data/tokenization.py", "data/packing.py"},
+    "transformers": {"data/tokenization.py", "data/packing.py", "data/chat.py"},
     "tokenizers": {"data/tokenization.py"},
     "gigatoken": {"data/encoding.py"},
 }

@@ -4,7 +4,7 @@ import pytest
 import torch._dynamo  # noqa: F401  DistributedDataParallel imports it: three seconds in each worker otherwise
 import transformers  # noqa: F401
 
-from tests.distributed.small_runs import write_stories
+from tests.distributed.small_runs import write_conversations, write_stories
 
 
 @pytest.fixture
@@ -12,3 +12,10 @@ def stories(tmp_path_factory):
     """A JSONL file of 40 small documents of real text."""
     path = tmp_path_factory.getbasetemp() / "stories.jsonl"
     return path if path.exists() else write_stories(path)
+
+
+@pytest.fixture
+def conversations(tmp_path_factory):
+    """A JSONL file of 60 conversations."""
+    path = tmp_path_factory.getbasetemp() / "conversations.jsonl"
+    return path if path.exists() else write_conversations(path)

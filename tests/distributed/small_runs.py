@@ -42,6 +42,23 @@ def write_stories(path: Path) -> Path:
     return path
 
 
+def write_conversations(path: Path) -> Path:
+    """A JSONL file of 60 conversations of real text, of very different lengths, with one answer or two."""
+    with gzip.open(CORPUS / "austen_train.jsonl.gz", "rt") as file:
+        words = iter(json.loads(next(file))["text"].split())
+    lines = []
+    for number in range(60):
+        roles = ["system"] * (number % 3 == 0) + ["user", "assistant"] * (1 + number % 2)
+        lengths = [2 + number * (7 + place) % 11 for place in range(len(roles))]
+        messages = [
+            {"role": role, "content": " ".join(next(words) for _ in range(length))}
+            for role, length in zip(roles, lengths, strict=True)
+        ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
 def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig:
     """12 steps of 8 sequences of 32 tokens; `changes` are dotted keys with __ for the dot."""
     config = TrainingConfig(

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dist_trainer.config.schema import DataConfig, ModelConfig, TrackingConfig, TrainingConfig
+from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.sampling import BROKEN, beginning_of, sample_of
+from dist_trainer.sampling import BROKEN, beginning_of, prompt_before_answer, sample_of
 
 CHINESE = "孔乙己是站着喝酒而穿长衫的唯一的人。" * 4
 SMALL = ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -66,6 +67,24 @@ def test_special_tokens_before_the_text_are_passed_over(tokenizer):
     made, model = sample(tokenizer, tokens, sequence_length=32)
     assert made is not None
     assert made(model)["prompt"].startswith("It is a truth")
+
+
+def test_where_answers_alone_carry_loss_the_prompt_before_the_first_is_answered(tokenizer):
+    tokens = tokenizer.encode("Is it a truth universally acknowledged, and in want of a wife? It is.", add_special_tokens=False)
+    answer = len(tokens) - 3
+    targets = torch.full((1, len(tokens)), IGNORED_TARGET)
+    targets[0, answer - 1 : -1] = torch.tensor(tokens[answer:])
+    rows = [Batch(torch.tensor([tokens]), targets)]
+    config = TrainingConfig(tracking=TrackingConfig(sample_tokens=4))
+    model = DecoderLM(SMALL, vocabulary_size(tokenizer), 64)
+    model.init_weights(0)
+    made = sample_of(config, tokenizer, model, rows)
+    assert made is not None
+    assert made(model)["prompt"] == tokenizer.decode(tokens[:answer])
+    assert answer > 16, "more than is shown of plain text"
+    assert prompt_before_answer(rows[0], most=answer - 1) == []
+    assert prompt_before_answer(Batch(rows[0].tokens, torch.full_like(targets, IGNORED_TARGET)), most=99) == []
+    assert prompt_before_answer(Batch(rows[0].tokens, rows[0].tokens), most=99) == []
 
 
 def test_a_prompt_of_the_users_own_that_does_not_fit_is_refused(tokenizer):

@@ -239,8 +239,8 @@ def test_no_more_batches_are_read_than_can_be_worked_on():
             yield [TextPiece("x" * number, ends_document=True)]
 
     encoder = Slow()
-    for number, (_, [ids]) in enumerate(encoded(batches(), encoder, encoder)):
-        assert len(ids) == number
+    for number, batch in enumerate(encoded(batches(), encoder, encoder)):
+        assert [len(ids) for ids in batch.ids] == [number]
         assert len(read) <= number + encoder.threads + 1
 
 

@@ -1,0 +1,172 @@
+"""Conversations to text by a chat template, with where in it the assistant speaks.
+
+A template that marks this itself, by {% generation %} around what the assistant says, is taken at its word. With any other,
+an answer is what stands between the conversation before it, with the generation prompt, and the conversation with it. That
+is told from growing beginnings of the conversation, each of which must begin with the one before. Where a template writes
+earlier messages otherwise once others follow, nothing is guessed: it is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from dist_trainer.config.schema import DataConfig
+from dist_trainer.data.marked_text import MarkedText
+from dist_trainer.data.template import kind_of, missing_column
+from dist_trainer.data.tokenization import Tokenizer, read_chat_template
+from dist_trainer.errors import DataError
+
+log = logging.getLogger(__name__)
+
+ASSISTANT = "assistant"
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS = "{% generation %} and {% endgeneration %} around what the assistant says"
+
+Message = dict[str, Any]
+
+
+class ChatTemplate:
+    """Writes conversations, and knows where the assistant speaks in them."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+        """Raises DataError where there is no template to write them with."""
+        self._tokenizer = tokenizer
+        self.text = read_chat_template(config.chat_template) if config.chat_template else _own_template(config, tokenizer)
+        self._name = (
+            f"data.chat_template {config.chat_template}" if config.chat_template else f"the chat template of {config.tokenizer}"
+        )
+        self._is_marked = _MARKED.search(self.text) is not None
+        self._special = tuple(tokenizer.get_added_vocab())
+        self._is_tried = False
+
+    def __call__(self, where: str, messages: list[Message]) -> MarkedText:
+        """The conversation as text; the spans are the answers, each with what ends it. Raises DataError naming `where`."""
+        if self._is_marked:
+            text, spans = self._rendered_with_marks(where, messages)
+        else:
+            text = self._rendered(where, messages)
+            spans = self._spans(where, messages, text)
+        if spans and not self._is_tried:
+            self._is_tried = True
+            self._warn_of_other_end(text[slice(*spans[-1])])
+        return MarkedText(text, spans, is_complete=True)
+
+    def _spans(self, where: str, messages: list[Message], whole: str) -> list[tuple[int, int]]:
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != ASSISTANT:
+                continue
+            if number == 0:
+                raise DataError(
+                    f"{where}: the conversation begins with the assistant's message, and {self._name} does not say where that "
+                    f"stands; put a message to answer before it, or name a data.chat_template with {_MARKS}"
+                )
+            before = self._rendered(where, messages[:number], add_generation_prompt=True)
+            upto = whole if number == len(messages) - 1 else self._rendered(where, messages[: number + 1])
+            if not (upto.startswith(before) and whole.startswith(upto)):
+                raise DataError(
+                    f"{where}: {self._name} writes the beginning of a conversation otherwise when more follows (message "
+                    f"{number + 1} of {len(messages)}), so where the answers stand cannot be told; name a data.chat_template "
+                    f"with {_MARKS}, or give conversations of one answer each"
+                )
+            if not self._is_tried:
+                self._refuse_without_generation_prompt(where, messages[:number], message["content"], before, upto)
+            spans.append((len(before), self._end_of_turn(upto, len(before))))
+        return spans
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """The end of `text`, which is that of the answer from `start` on; but what is sampled ends with the special token that
+        ends a turn: the line end that many templates put behind it is nothing to learn.
+        """
+        stripped = text[start:].rstrip()
+        return start + len(stripped) if self._special and stripped.endswith(self._special) else len(text)
+
+    def _refuse_without_generation_prompt(
+        self, where: str, messages: list[Message], answer: str, before: str, upto: str
+    ) -> None:
+        """Some templates do not heed add_generation_prompt: what names the speaker would then count as his answer."""
+        heeds = before != self._rendered(where, messages)
+        if not heeds and not upto[len(before) :].lstrip().startswith(answer.strip()):
+            raise DataError(
+                f"{where}: {self._name} has no generation prompt, so what comes before an answer cannot be told from it; let "
+                f"it heed add_generation_prompt, or put {_MARKS}, in a file that data.chat_template names"
+            )
+
+    def _warn_of_other_end(self, answer: str) -> None:
+        end = self._tokenizer.eos_token
+        if not answer.rstrip().endswith(end):
+            log.warning(
+                "%s ends an answer with %r, not with the tokenizer's end-of-text token (%s), at which generation stops: it "
+                "will not stop where an answer ends. Set eos_token in the tokenizer's tokenizer_config.json to what ends one",
+                *(self._name, answer[-24:], end),
+            )
+
+    def _rendered(self, where: str, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise what they like
+            raise self._refusal(where, messages, error) from error
+
+    def _rendered_with_marks(self, where: str, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans_of_texts = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.text,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # templates raise what they like
+            raise self._refusal(where, messages, error) from error
+        return texts[0], [(int(start), int(end)) for start, end in spans_of_texts[0] if end > start]
+
+    def _refusal(self, where: str, messages: list[Message], error: Exception) -> DataError:
+        roles = ", ".join(str(message["role"]) for message in messages[:8]) + (", ..." if len(messages) > 8 else "")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return DataError(
+            f"{where}: {self._name} refuses the messages (roles {roles}): {reason}; change the record, or name another "
+            "data.chat_template"
+        )
+
+
+def _own_template(config: DataConfig, tokenizer: Tokenizer) -> str:
+    templates = getattr(tokenizer, "chat_template", None)
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    if not template:
+        raise DataError(
+            f"data.messages_column: {config.messages_column!r} is set, but the tokenizer {config.tokenizer} has no "
+            f"{'default ' if templates else ''}chat template to write conversations with; name a file with one by "
+            "data.chat_template (such as configs/plain_chat.jinja), or the tokenizer of a chat model"
+        )
+    return template
+
+
+def messages_of(where: str, record: dict[str, Any], column: str) -> list[Message]:
+    """The messages of a record. Raises DataError naming the place, and what is wrong with them."""
+    if column not in record:
+        raise missing_column(column, list(record), where)
+    messages = record[column]
+    if isinstance(messages, dict) and messages and all(isinstance(part, list) for part in messages.values()):
+        # As `datasets` keeps lists of records that are declared as a Sequence: a list of each field.
+        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+    if not isinstance(messages, list):
+        raise DataError(
+            f'{where}: the column {column!r} holds {kind_of(messages)}, not a list of {{"role", "content"}} messages'
+        )
+    if not messages:
+        raise DataError(f"{where}: the conversation in {column!r} has no message; remove the record")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise DataError(f'{where}: message {number} is {kind_of(message)}, not an object with "role" and "content"')
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                what = f"holds {kind_of(message[key])}, not text" if key in message else f"is missing ({', '.join(message)})"
+                raise DataError(
+                    f'{where}: "{key}" of message {number} in {column!r} {what}; each message needs "role" and "content"'
+                )
+    return messages

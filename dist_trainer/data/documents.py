@@ -1,0 +1,56 @@
+"""What a record becomes: text, a prompt with its completion, or a conversation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from dist_trainer.config.schema import DataConfig
+from dist_trainer.data.chat import ChatTemplate, messages_of
+from dist_trainer.data.marked_text import MarkedText
+from dist_trainer.data.template import TextOf, completion_of, text_of
+from dist_trainer.data.tokenization import Tokenizer
+
+
+@dataclass(frozen=True)
+class DocumentMaker:
+    """How documents are made of records."""
+
+    text: TextOf
+    identity: str
+    """Tells apart what `text` may make of the same record."""
+    is_marked: bool = False
+    """Whether it makes MarkedTexts, of which only parts carry loss."""
+
+
+def document_maker(config: DataConfig, tokenizer: Tokenizer) -> DocumentMaker:
+    """The one that `config` asks for. Raises DataError, ConfigError."""
+    if config.messages_column is not None:
+        return _of_conversations(config, config.messages_column, tokenizer)
+    text = text_of(config.text_column, config.template)
+    if config.completion_template is not None:
+        return _of_completions(config, config.completion_template, text)
+    return DocumentMaker(text, json.dumps([config.text_column, config.template]))
+
+
+def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> DocumentMaker:
+    template = ChatTemplate(config, tokenizer)
+
+    def make(where: str, record: dict[str, Any]) -> MarkedText:
+        return template(where, messages_of(where, record, column))
+
+    parts = ["messages", column, template.text, sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
+    return DocumentMaker(make, json.dumps(parts), is_marked=True)
+
+
+def _of_completions(config: DataConfig, completion_template: str, prompt: TextOf) -> DocumentMaker:
+    completion = completion_of(completion_template)
+
+    def make(where: str, record: dict[str, Any]) -> MarkedText:
+        before = str(prompt(where, record))
+        whole = before + completion(where, record)
+        return MarkedText(whole, [(len(before), len(whole))] if len(whole) > len(before) else [], is_complete=False)
+
+    parts = ["completion", config.text_column, config.template, completion_template]
+    return DocumentMaker(make, json.dumps(parts), is_marked=True)

@@ -1,0 +1,57 @@
+"""Where answers alone carry loss, each rank has its own number of targets: the curve must not depend on who had which."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.small_runs import losses, metrics, run, same_weights, small_config, stop_after
+
+CHAT = {
+    "data__messages_column": "messages",
+    "data__chat_template": str(Path(__file__).resolve().parents[2] / "configs" / "plain_chat.jinja"),
+    "data__sequence_length": 96,
+    "batch__global_batch_size": 4,
+    "batch__micro_batch_size": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"data__document_mask": True}, {"data__packing": False}],
+    ids=["packed", "kept apart", "one a row"],
+)
+def test_conversations_have_one_loss_curve_on_one_rank_two_and_four(conversations, tmp_path, changes):
+    curves, tokens = {}, {}
+    for world_size in (1, 2, 4):
+        config = small_config(conversations, tmp_path / str(world_size), **CHAT, **changes)
+        assert run(config, world_size) == [0] * world_size
+        curves[world_size], tokens[world_size] = losses(config), [line["tokens"] for line in metrics(config)]
+    assert tokens[1] == tokens[2] == tokens[4]
+    assert curves[2] == pytest.approx(curves[1], abs=2e-5)
+    assert curves[4] == pytest.approx(curves[1], abs=2e-5)
+    assert curves[1][-1] < curves[1][0] - 0.3
+
+
+def test_conversations_in_a_row_that_are_kept_apart_have_the_validation_loss_of_one_a_row(conversations, tmp_path):
+    found = []
+    for changes in ({"data__document_mask": True}, {"data__packing": False}, {}):
+        # A learning rate of almost nothing: equal weights.
+        changes = CHAT | changes | {"optim__learning_rate": 1e-30, "optim__weight_decay": 0.0, "train__max_steps": 1}
+        config = small_config(conversations, tmp_path / str(len(found)), **changes, data__validation_fraction=0.5)
+        assert run(config, 1) == [0]
+        [line] = metrics(config, "validation")
+        found.append((line["loss"], line["tokens"]))
+    (apart, tokens), (separate, separate_tokens), (together, together_tokens) = found
+    assert tokens == separate_tokens == together_tokens
+    assert apart == pytest.approx(separate, abs=1e-6)
+    assert together != pytest.approx(separate, abs=1e-5)
+
+
+def test_a_run_on_conversations_that_is_stopped_and_continued_is_bitwise_the_undisturbed_one(conversations, tmp_path):
+    runs = [small_config(conversations, tmp_path / name, **CHAT, data__document_mask=True) for name in ("one", "other")]
+    assert run(runs[0], 2) == [0, 0]
+    run(runs[1], 2, before=stop_after(5, rank=1))
+    assert run(runs[1], 2) == [0, 0]
+    assert losses(runs[1]) == losses(runs[0])
+    assert losses(runs[1], "validation") == losses(runs[0], "validation")
+    assert same_weights(*runs)
