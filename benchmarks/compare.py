@@ -12,25 +12,24 @@ rounds of each one's ratio to the bare loop of the same round, with the smallest
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
+import dataclasses
+import importlib.util
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import ROOT, machine_and_versions
 from benchmarks.stopwatch import FOLDER, STARTED
 from benchmarks.workloads import SIZES, Workload, prepare
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -39,22 +38,23 @@ class Contestant:
 
     module: str
     arguments: tuple[str, ...]
-    is_what: str
+    needs: str = "torch"
+    """The library that it cannot do without."""
 
 
 OURS = "ours"
 CONTESTANTS = {
-    "bare": Contestant("bare", (), "a hand-written loop"),
-    "bare, lean": Contestant("bare", ("lean",), "the same with our loss"),
-    "bare, compiled": Contestant("bare", ("compiled",), "the same with torch.compile"),
-    "bare, compiled, lean": Contestant("bare", ("compiled,lean",), "with both"),
-    "bare, per block, lean": Contestant("bare", ("per-block,lean",), "each block compiled, as ours does"),
-    "ours": Contestant(OURS, ("--precision.compile", "false"), "python -m dist_trainer.train, not compiled"),
-    "ours, compiled": Contestant(OURS, ("--precision.compile", "true"), "python -m dist_trainer.train, compiled"),
-    "HF Trainer": Contestant("hf_trainer", (), "transformers.Trainer with its defaults"),
-    "HF Trainer, compiled": Contestant("hf_trainer", ("compiled",), "with torch_compile=True"),
-    "Lightning": Contestant("lightning_trainer", (), "lightning.Trainer with its defaults"),
-    "Lightning, compiled": Contestant("lightning_trainer", ("compiled",), "on a compiled module"),
+    "bare": Contestant("bare", ()),
+    "bare, lean": Contestant("bare", ("lean",)),
+    "bare, compiled": Contestant("bare", ("compiled",)),
+    "bare, compiled, lean": Contestant("bare", ("compiled,lean",)),
+    "bare, per block, lean": Contestant("bare", ("per-block,lean",)),
+    OURS: Contestant("ours", ("--precision.compile", "false")),
+    "ours, compiled": Contestant("ours", ("--precision.compile", "true")),
+    "HF Trainer": Contestant("hf_trainer", (), "accelerate"),
+    "HF Trainer, compiled": Contestant("hf_trainer", ("compiled",), "accelerate"),
+    "Lightning": Contestant("lightning_trainer", (), "lightning"),
+    "Lightning, compiled": Contestant("lightning_trainer", ("compiled",), "lightning"),
 }
 BASE = "bare"
 
@@ -148,9 +148,9 @@ _KEYS = ("cpu_seconds", "peak_bytes", "seconds_to_first_step")
 
 def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
     """What a step of ours takes beyond the loop with the same settings."""
-    if "ours" not in results or "bare, lean" not in results:
+    if OURS not in results or "bare, lean" not in results:
         return None
-    pairs = list(zip(results["ours"], results["bare, lean"], strict=True))
+    pairs = list(zip(results[OURS], results["bare, lean"], strict=True))
     more = [(own["step_seconds"] - bare["step_seconds"]) * 1000 for own, bare in pairs]
     cpu = [own["cpu_seconds"] / bare["cpu_seconds"] for own, bare in pairs]
     spread = f"{min(more):+.3f} to {max(more):+.3f}"
@@ -162,30 +162,36 @@ def _spread(values: list[float]) -> str:
 
 
 def header(workload: Workload, size: str, threads: int) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", *_installed()))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     return (
-        f"{datetime.date.today()}, commit {commit}, {_machine()}, {versions}.\nSize {size}, {workload.dtype}, "
-        f"{workload.ranks} rank(s) with {threads} thread(s) each, {workload.size.steps} steps timed."
+        f"{machine_and_versions()}\nSize {size}, {workload.dtype}, {workload.ranks} rank(s) with {threads} thread(s) each, "
+        f"{workload.size.steps} steps timed."
     )
 
 
-def _installed() -> list[str]:
-    return [name for name in ("accelerate", "lightning") if importlib.util.find_spec(name)]
+def measure(
+    names: Sequence[str], workload: Workload, *, rounds: int, threads: int, rehearses: bool = True
+) -> dict[str, list[dict[str, Any]]]:
+    """Results by contestant, one a round; `rehearses`: a round ahead that is not counted, in which caches fill."""
+    prepare(workload)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for number in range(0 if rehearses else 1, rounds + 1):
+        for name in names:
+            result = run(CONTESTANTS[name], workload, threads)
+            if number:
+                results[name].append(result)
+            print(f"round {number}, {name}: {result['step_seconds'] * 1000:.1f} ms a step", file=sys.stderr, flush=True)
+    return results
 
 
-def _machine() -> str:
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(": ")[2] for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        if cpu.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+def chosen(only: str | None) -> list[str]:
+    """The contestants that `only` names (all), as far as their libraries are installed. Raises ValueError."""
+    names = [BASE, *(name.strip() for name in only.split(";"))] if only else list(CONTESTANTS)
+    if unknown := [name for name in names if name not in CONTESTANTS]:
+        raise ValueError(f"no contestant {unknown[0]!r}; there are {'; '.join(CONTESTANTS)}")
+    missing = {name: CONTESTANTS[name].needs for name in names if not importlib.util.find_spec(CONTESTANTS[name].needs)}
+    for name, library in missing.items():
+        print(f"left out: {name}, for {library} is not installed", file=sys.stderr)
+    return [name for name in dict.fromkeys(names) if name not in missing]
 
 
 def main() -> None:
@@ -195,31 +201,19 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps that are timed, instead of the size's own number")
-    parser.add_argument("--only", help=f"some of: {'; '.join(CONTESTANTS)} (separated by semicolons; 'bare' always runs)")
+    parser.add_argument("--only", help=f"some of: {'; '.join(CONTESTANTS)} (with semicolons between; '{BASE}' always runs)")
     parser.add_argument("--save", action="store_true", help="write a checkpoint midway, and tell how long training stood still")
     parser.add_argument("--out", type=Path, help="append the table to this file")
     given = parser.parse_args()
-    names = [BASE] + [name.strip() for name in given.only.split(";")] if given.only else list(CONTESTANTS)
-    if unknown := set(names) - set(CONTESTANTS):
-        parser.error(f"no contestant {sorted(unknown)[0]!r}; there are {'; '.join(CONTESTANTS)}")
-    names = list(dict.fromkeys(names))
-    size = SIZES[given.size]
-    if given.steps:
-        import dataclasses
-
-        size = dataclasses.replace(size, steps=given.steps)
+    try:
+        names = chosen(given.only)
+    except ValueError as error:
+        parser.error(str(error))
+    size = dataclasses.replace(SIZES[given.size], steps=given.steps) if given.steps else SIZES[given.size]
     threads = max(1, (os.cpu_count() or 1) // given.ranks)
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
         workload = Workload(size, Path(folder), ranks=given.ranks, dtype=given.dtype, save=given.save)
-        prepare(workload)
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        # One round ahead, not counted: files come into memory, compilers fill their caches.
-        for number in range(given.rounds + 1):
-            for name in names:
-                result = run(CONTESTANTS[name], workload, threads)
-                if number:
-                    results[name].append(result)
-                print(f"round {number}, {name}: {result['step_seconds'] * 1000:.1f} ms a step", file=sys.stderr, flush=True)
+        results = measure(names, workload, rounds=given.rounds, threads=threads)
     text = f"{header(workload, given.size, threads)}\n\n{table(results, workload)}\n"
     print(text)
     if given.out:
