@@ -117,7 +117,8 @@ def _llama_only(raw: Mapping[str, Any], field: str) -> bool:
 def _refuse_what_differs(raw: Mapping[str, Any], path: Path) -> None:
     def refuse(field: str, value: object, can: str) -> NoReturn:
         raise ConfigError(
-            f"{path}: {field} is {value!r}; DecoderLM can represent {can} only (--model.name hf trains it by transformers' code)"
+            f"{path}: {field} is {value!r}; DecoderLM can represent {can} only "
+            "(--model.name hf trains other models, by transformers' code)"
         )
 
     kind = raw.get("model_type")
@@ -167,7 +168,7 @@ def _read_scaling(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
     kind = cast(Literal["default", "linear", "llama3"], _rope_type(raw))
     values: dict[str, Any] = {"rope_type": kind}
     for name in _SCALINGS[kind]:
-        value = _rope(raw).get(name)
+        value: Any = _rope(raw).get(name)
         if name == "original_max_position_embeddings":
             value = raw.get(name) or value or raw.get("max_position_embeddings", 2048)
         if type(value) not in (int, float) or not 0 < value < _MOST:

@@ -13,7 +13,7 @@ DEFAULT_MAX_STEPS = 350
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the model, in the words of Hugging Face's LlamaConfig; with init_from, keys that are not set follow that model."""
+    """Shape of the model, in the words of Hugging Face's LlamaConfig. With init_from, keys not set are that model's."""
 
     name: str = "decoder_lm"
     """Row of the MODELS table (decoder_lm; hf, any causal language model of transformers, which init_from names and whose
@@ -53,8 +53,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability of zeroing an element after embedding, attention and feed-forward, while training."""
     init_from: str | None = None
-    """Model to start from: a run, a checkpoint, a Hugging Face model's folder, or a name on the Hub (docs/fine_tuning.md). null:
-    random initialisation."""
+    """Model to start from: a run, a checkpoint, a Hugging Face model's folder, or a name on the Hub; its tokenizer is used,
+    too, unless data.tokenizer is set (docs/fine_tuning.md). null: random initialisation."""
 
     @property
     def head_size(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -244,15 +243,6 @@ class DecoderLM(nn.Module):
                 raise ValueError(f"init_weights: the table names no distribution for {name}")
             with torch.no_grad():
                 parameter.copy_(value)
-
-    def set_dropout(self, probability: float) -> None:
-        """Drop elements with `probability` from now on, after embedding, attention and feed-forward, while training."""
-        self.config = replace(self.config, dropout=probability)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = probability
-            elif isinstance(module, Attention):
-                module.dropout = probability
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Floating-point operations of forward and backward pass, per token.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,9 +65,10 @@ def _from_folder(folder: Path, config: ModelConfig, context: ModelContext) -> De
     problems += _lack_of_room(described.vocabulary_size, described.max_position_embeddings, context)
     if problems:
         raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
-    model = DecoderLM.from_pretrained(folder, device=context.device)
-    model.set_dropout(config.dropout)
-    return model.train()
+    described = replace(described, config=replace(described.config, dropout=config.dropout))
+    model = DecoderLM.like(described, device=context.device)
+    model.load_weights(folder)
+    return model
 
 
 def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
@@ -75,15 +76,10 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
     stands alone in a folder, with random ones, drawn from context.seed.
     """
     assert config.init_from is not None, "a rule of the config"
-    if context.resumed_from is not None:
-        folder = context.resumed_from
-    else:
-        folder = model_folder(config.init_from, weights=True)
-    local = folder == context.resumed_from or Path(config.init_from).expanduser().is_dir()
-    folder = locate_weights(folder)
+    folder = locate_weights(context.resumed_from or model_folder(config.init_from, weights=True))
     if transformers_lm.has_weights(folder):
         model = transformers_lm.open_weights(folder)
-    elif local:
+    elif Path(config.init_from).expanduser().is_dir():
         log.info("model.init_from: %s holds no weights: random ones, drawn from seed %d", folder, context.seed)
         model = transformers_lm.make_anew(folder, seed=context.seed)
         for name in ("bos_token_id", "eos_token_id"):  # the text's, no longer those of the model that config.json was for

@@ -90,7 +90,7 @@ def write_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> No
 
 
 def make_savable(model: Any) -> None:
-    """Repair what transformers refuses to save: settings for sampling without sampling switched on, as some models have them."""
+    """Repair what transformers refuses to save: sampling's settings where sampling is off, as some models have them."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
