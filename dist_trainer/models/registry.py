@@ -121,6 +121,15 @@ def build_model(config: ModelConfig, context: ModelContext) -> nn.Module:
     return build(MODELS, config.name, "model.name", config, context, kind=nn.Module)
 
 
+def fetch_initial_model(config: ModelConfig) -> None:
+    """Bring the model that config.init_from names from the Hub into the local cache, if it is one of the Hub.
+
+    Raises ConfigError.
+    """
+    if config.name in MODELS and config.init_from is not None:
+        model_folder(config.init_from, weights=True)
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights that `weights_writer` wrote into `folder` back into `model`."""
     if isinstance(model, DecoderLM):
