@@ -152,14 +152,16 @@ def test_a_larger_vocabulary_and_a_longer_context_are_refused_with_what_helps(st
 
 def test_what_decoder_lm_cannot_represent_is_refused_before_anything_is_built(stories, tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **OF_TRANSFORMERS["gpt2"])).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"model_type is 'gpt2'; .* --model\.name hf trains"):
+    with pytest.raises(ConfigError, match=r"model_type is 'gpt2'; .*--model\.name hf trains"):
         load_config(arguments(stories, tmp_path, tmp_path))
 
 
 def test_names_on_the_hub_come_from_the_cache_or_end_in_a_sentence(stories, tmp_path, llama, monkeypatch):
     from huggingface_hub import constants
 
-    with pytest.raises(ConfigError, match=r"'owner/model' is no local folder, the Hub cannot be reached.*hf download owner/model"):
+    with pytest.raises(
+        ConfigError, match=r"'owner/model' is no local folder, the Hub cannot be reached.*hf download owner/model"
+    ):
         load_config(arguments(stories, tmp_path, "owner/model"))
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         load_config(arguments(stories, tmp_path, "./nowhere"))
