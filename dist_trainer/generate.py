@@ -89,7 +89,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
     try:
         with ExitStack() as open_files:
-            if in_file is not None:
+            if in_file is not None and arguments.prompts_file is not None:
                 writer.refuse_prompts_without_room(in_file, arguments.prompts_file)
             if in_file is not None or arguments.output is not None:
                 to = sys.stdout if arguments.output is None else open_files.enter_context(_opened(arguments.output))
@@ -130,7 +130,8 @@ def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
         print(flush=True)
         if written.ended_by == "context":
             print(
-                f"dist_trainer: stopped after {len(written.tokens)} new tokens, where the model's context of {writer.context} ends",
+                f"dist_trainer: stopped after {len(written.tokens)} new tokens, "
+                f"where the model's context of {writer.context} ends",
                 file=sys.stderr,
             )
 
