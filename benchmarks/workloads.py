@@ -38,7 +38,7 @@ class Size:
     num_key_value_heads: int
     vocabulary_size: int
     sequence_length: int
-    global_batch_size: int
+    rows_per_rank: int
     steps: int
     """How many are timed."""
 
@@ -79,8 +79,12 @@ class Workload:
         return self.warmup_steps + self.size.steps // 2 if self.save else self.total_steps + 1
 
     @property
+    def global_batch_size(self) -> int:
+        return self.size.rows_per_rank * self.ranks
+
+    @property
     def tokens_per_step(self) -> int:
-        return self.size.global_batch_size * self.size.sequence_length
+        return self.global_batch_size * self.size.sequence_length
 
     def all_rows(self) -> np.ndarray:
         """int32 [steps, global batch, T + 1]."""
@@ -88,7 +92,7 @@ class Workload:
 
     def rows(self, rank: int) -> np.ndarray:
         """int32 [steps, rows of this rank, T + 1]."""
-        share = self.size.global_batch_size // self.ranks
+        share = self.size.rows_per_rank
         return self.all_rows()[:, rank * share : (rank + 1) * share]
 
     def dump(self) -> None:
@@ -117,7 +121,7 @@ def config_of(workload: Workload) -> dict[str, Any]:
             "sequence_length": size.sequence_length,
             "validation_fraction": 0.0,
         },
-        "batch": {"global_batch_size": size.global_batch_size},
+        "batch": {"global_batch_size": workload.global_batch_size},
         "optim": {
             "name": "benchmarks.contestants.ours:timed_adamw",
             "learning_rate": LEARNING_RATE,

@@ -23,7 +23,7 @@ from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
+from dist_trainer.errors import AnotherRunError, CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.hub_access import is_hub_name
 from dist_trainer.models.loss import refuse_model_without_documents
@@ -33,7 +33,14 @@ from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinis
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.precision import build_precision
-from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words, make_up_for_ending, note_early_stop, train
+from dist_trainer.run_record import (
+    SaveNotes,
+    exit_code_when_preempted,
+    has_finished_in_words,
+    make_up_for_ending,
+    noting_early_end,
+    train,
+)
 from dist_trainer.sampling import sample_of
 from dist_trainer.starting_point import StartingPoint, find_starting_point, tell_of_other_ranks
 from dist_trainer.tracking.run_log import configure_logging
@@ -71,7 +78,7 @@ def check_rows(config: TrainingConfig) -> None:
 
 def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, began: float) -> int:
     """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
-    try:
+    with noting_early_end(folder, config, world):
         with explaining_out_of_memory(config, world):
             trainer = prepare(config, world, folder)
         if trainer.has_finished:
@@ -80,10 +87,6 @@ def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, be
                 make_up_for_ending(trainer, folder)
             return EXIT_FINISHED
         agree(world, lambda: _owned(folder).write_config(dump_config(config)), acts=world.is_main)
-    except StoppedError as stopped:
-        if folder is not None:
-            note_early_stop(folder, config, stopped, exit_code=exit_code_when_preempted(world))
-        raise
     result = train(trainer, folder, began=began)
     return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
 
@@ -157,7 +160,8 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     }
     checkpoints: Checkpoints = NoCheckpoints()
     if folder is not None:
-        checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export_to(model, tokenizer))
+        export = export_to(model, tokenizer)
+        checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export, saved=SaveNotes(folder.path))
     shown = (loaders.validation or loaders.train).dataset
     sample = agree(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
     per_token = flops_per_token(model, config)
@@ -207,7 +211,7 @@ def data_fingerprints(loaders: Dataloaders) -> dict[str, Any]:
 
 
 def refuse_other_data(config: TrainingConfig, start: StartingPoint, fingerprints: dict[str, Any]) -> None:
-    """Raises CheckpointError where text changed since the run in start.checkpoint began."""
+    """Raises AnotherRunError where text changed since the run in start.checkpoint began."""
     data = config.data
     validation = data.validation_dataset or f"the validation split of {data.dataset}"
     names = {
@@ -216,7 +220,7 @@ def refuse_other_data(config: TrainingConfig, start: StartingPoint, fingerprints
     }
     for key, name in names.items():
         if start.facts.get(key) not in (None, fingerprints.get(key)):
-            raise CheckpointError(
+            raise AnotherRunError(
                 f"{name} holds other text now than when the run in {start.checkpoint} began; "
                 "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
             )

@@ -5,6 +5,7 @@
     │   ├── ConfigError        a key, a value, a combination of keys
     │   ├── DataError          a data set, a file in it, a tokenizer
     │   ├── CheckpointError    a run folder or a checkpoint in it
+    │   │   └── AnotherRunError    what is there is the run of another config, or of other data
     │   └── DoesNotFitError    memory ran out before there was a model to train; an OutOfMemoryError too
     ├── OutOfMemoryError       exit code 1: memory ran out
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
@@ -40,6 +41,10 @@ class DataError(RefusedError):
 
 class CheckpointError(RefusedError):
     """A run folder or a checkpoint cannot be used."""
+
+
+class AnotherRunError(CheckpointError):
+    """The run in the folder is another one: that of another config, or of other data."""
 
 
 class OutOfMemoryError(DistTrainerError):

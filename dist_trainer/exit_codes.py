@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from dist_trainer.errors import ConfigError, DistTrainerError, PeerLostError, StoppedError
 from dist_trainer.place import Place, place_of_this_process
+from dist_trainer.secrets import masked
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
@@ -33,7 +34,7 @@ def exit_code_of(act: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return EXIT_PREEMPTED
     except Exception:
-        traceback.print_exc()
+        print(masked(traceback.format_exc()), end="", file=sys.stderr)
         _end_at_once(EXIT_CRASHED)
 
 
@@ -47,7 +48,7 @@ def leave_with(error: DistTrainerError) -> int:
     alone = place is not None and place.world_size == 1
     told = threading.Event() if alone else _take_stop_signals()
     if place is None or place.local_rank == 0:  # without a place nobody knows who else could say it
-        print(f"dist_trainer: {error}", file=sys.stderr)
+        print(masked(f"dist_trainer: {error}"), file=sys.stderr)
     elif not isinstance(error, (PeerLostError, StoppedError)):
         told.wait(HOLD_BACK_SECONDS)
     if not alone:

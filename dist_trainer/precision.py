@@ -64,7 +64,11 @@ class Precision:
 
 
 def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
-    """What `config.dtype` means on `device`: auto is bf16 where the GPU has it, else fp16 on GPUs, fp32 on CPU."""
+    """What `config.dtype` means on `device`: auto is bf16 where the GPU has it, else fp16 on GPUs, fp32 on CPU.
+
+    Sets whether the process's fp32 products on GPUs may be TF32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
     if config.dtype != "auto":
         return Precision(config.dtype, device)
     if device.type != "cuda":

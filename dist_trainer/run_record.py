@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from dist_trainer.checkpoint.manager import step_folders, step_of
+from dist_trainer.checkpoint.manager import step_folders
 from dist_trainer.checkpoint.run_folder import RunFolder
+from dist_trainer.checkpoint.state import Progress
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import DistTrainerError, OutOfMemoryError, StoppedError, TrainingDivergedError
+from dist_trainer.errors import (
+    AnotherRunError,
+    ConfigError,
+    DistTrainerError,
+    OutOfMemoryError,
+    RefusedError,
+    StoppedError,
+    TrainingDivergedError,
+)
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.profiling.recorder import profiled
 from dist_trainer.tracking.environment import describe_environment
-from dist_trainer.tracking.events import append_event
-from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, steps_to_redo
+from dist_trainer.tracking.events import FIRST_CHECKPOINT, append_event
+from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, restarts_of, steps_to_redo
+from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.report_tracker import write_report
-from dist_trainer.tracking.run_history import RunHistory, read_run
-from dist_trainer.tracking.status import State, write_status
+from dist_trainer.tracking.run_history import RunHistory, read_events, read_run
+from dist_trainer.tracking.status import State, amend_status, read_status, write_status
+from dist_trainer.tracking.step_counter import StepCounter
 from dist_trainer.tracking.tracker import RunContext, build_tracker
 from dist_trainer.trainer import Trainer, TrainingResult
 
@@ -31,12 +45,17 @@ def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> Traini
     """Train, and leave the truth in the run's folder however it ends. `began` (unix seconds): when the command did."""
     trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason)
     if folder is None:
-        return fit(trainer)
-    begin_run_folder(trainer, folder, began=began)
+        return _train_beside_main(trainer)
+    with closing(StepCounter(folder.path)) as counter:
+        begin_run_folder(trainer, folder, counter, began=began)
+        return _train_in(folder, trainer)
+
+
+def _train_in(folder: RunFolder, trainer: Trainer) -> TrainingResult:
     try:
         result = fit(trainer)
     except BaseException as error:
-        code = error.exit_code if isinstance(error, DistTrainerError) else EXIT_CRASHED
+        code = exit_code_after(error)
         end_run_folder(trainer, folder, state="failed", reason=reason_of(error, trainer.world), exit_code=code)
         raise
     if result.state == "finished":
@@ -54,6 +73,23 @@ def fit(trainer: Trainer) -> TrainingResult:
         return trainer.fit()
 
 
+def _train_beside_main(trainer: Trainer) -> TrainingResult:
+    """On ranks without the folder: where rank 0 is gone, another one must say so."""
+    try:
+        return fit(trainer)
+    except DistTrainerError:  # which rank 0 has met too
+        raise
+    except Exception:
+        if (lost := trainer.world.heartbeat.lost_peers()) and trainer.world.heartbeat.speaks_for_main():
+            note_sudden_end(trainer, lost)
+        raise
+
+
+def exit_code_after(error: BaseException) -> int:
+    """What the command exits with."""
+    return error.exit_code if isinstance(error, DistTrainerError) else EXIT_CRASHED
+
+
 def reason_of(error: BaseException, world: World) -> str:
     """Why a run failed, in a sentence: of a broken connection who has broken it."""
     if isinstance(error, TrainingDivergedError):
@@ -65,15 +101,18 @@ def reason_of(error: BaseException, world: World) -> str:
     return world.heartbeat.lost_peers() or f"{type(error).__name__}: {error}"
 
 
-def begin_run_folder(trainer: Trainer, folder: RunFolder, *, began: float) -> None:
-    """From here on the folder is this run's: its status, its events, its trackers."""
+def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, *, began: float) -> None:
+    """From here on the folder is this run's: its status, its events, its steps, its trackers."""
     config, step = trainer.config, trainer.progress.step
     folder.is_new = False  # whatever comes: from now on it holds what must not be lost
-    write_status(folder.path, "running", step=step, max_steps=trainer.max_steps)
+    note_running(trainer, folder.path)
     environment = describe_environment(trainer.world)
     lost_steps = steps_to_redo(folder.path, start_step=step)
     facts = {"began": began, "lost_steps": lost_steps, "environment": environment}
     append_event(folder.path, "resume" if step else "start", step=step, **facts)
+    counter.note(step)  # or the lost ones would be lost once more where this life comes to no step
+    trainer.note_step = counter.note
+    note_running(trainer, folder.path)
     context = RunContext(
         config=config,
         folder=folder.path,
@@ -85,9 +124,33 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, *, began: float) -> No
     trainer.tracker = build_tracker(trainer.world, context)
 
 
+def note_running(trainer: Trainer, folder: Path) -> None:
+    """status.json of a run that lives, with what is known of its earlier lives."""
+    restarts, lost_steps = restarts_of(folder)
+    progress, past = trainer.progress, {"restarts": restarts, "lost_steps": lost_steps}
+    best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
+    write_status(folder, "running", step=progress.step, max_steps=trainer.max_steps, **best, **past)
+
+
+class SaveNotes:
+    """Notes, outside of checkpoints/, that there are some: where all have gone, the next start must not begin anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._noted = any(event["event"] == FIRST_CHECKPOINT for event in read_events(folder))
+
+    def __call__(self, step: int, write_seconds: float) -> None:
+        """The checkpoint of `step` can be seen; the slowest one took `write_seconds`. Called by the thread that writes."""
+        amend_status(self._folder, checkpoint_seconds=write_seconds)  # slurm/train.sh compares it with the time it is given
+        if not self._noted:
+            self._noted = True
+            append_event(self._folder, FIRST_CHECKPOINT, step=step, durable=True)
+
+
 def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason: str | None, exit_code: int) -> None:
     """How it ended: for status.json, the events, and the trackers."""
-    write_ending(trainer, folder.path, state=state, reason=reason, exit_code=exit_code)
+    ending = Ending(state, reason, exit_code)
+    write_ending(folder.path, ending, trainer.progress, max_steps=trainer.max_steps)
     append_event(folder.path, state, step=trainer.progress.step, reason=reason)
     trainer.tracker.close(state=state, reason=reason)
 
@@ -113,7 +176,8 @@ def make_up_for_ending(trainer: Trainer, folder: RunFolder) -> None:
         return
     # Its time ended with its last line: what came after was waiting for nothing.
     spent = goodput(history)
-    write_ending(trainer, folder.path, state="finished", reason=None, exit_code=EXIT_FINISHED, spent=spent)
+    ending = Ending("finished", None, EXIT_FINISHED)
+    write_ending(folder.path, ending, trainer.progress, max_steps=trainer.max_steps, spent=spent)
     append_event(folder.path, "finished", step=trainer.progress.step, reason=None)
     try:
         write_report(RunHistory(folder.path))
@@ -121,22 +185,37 @@ def make_up_for_ending(trainer: Trainer, folder: RunFolder) -> None:
         log.warning("%s: its report could not be written: %s", folder.path, error.strerror)
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a life of a run ended."""
+
+    state: State
+    reason: str | None
+    exit_code: int | None
+    """None: nobody knows."""
+
+
 def write_ending(
-    trainer: Trainer, folder: Path, *, state: State, reason: str | None, exit_code: int, spent: Goodput | None = None
+    folder: Path,
+    ending: Ending,
+    progress: Progress,
+    *,
+    max_steps: int | None,
+    spent: Goodput | None = None,
+    is_last: bool = False,
 ) -> None:
     """status.json, with the best loss and what the time went into (None: up to now)."""
-    progress = trainer.progress
     spent = spent or goodput_of(folder, now=time.time())
     write_status(
         folder,
-        state,
+        ending.state,
         step=progress.step,
-        max_steps=trainer.max_steps,
-        reason=reason,
-        exit_code=exit_code,
+        max_steps=max_steps,
+        is_last=is_last,
+        reason=ending.reason,
+        exit_code=ending.exit_code,
         best_step=progress.best_step,
         best_loss=progress.best_loss,
-        checkpoint_seconds=trainer.checkpoints.write_seconds,  # slurm/train.sh compares it with the time it is given
         restarts=spent.restarts,
         lost_steps=spent.lost_steps,
         useful_seconds=spent.useful_seconds,
@@ -147,19 +226,57 @@ def write_ending(
 def note_sudden_end(trainer: Trainer, reason: str) -> None:
     """This process is about to end, from another thread: the run has lost a rank, or its launcher."""
     folder = Path(trainer.config.output_dir) / trainer.config.run_name
-    write_ending(trainer, folder, state="failed", reason=reason, exit_code=EXIT_CRASHED)
+    ending = Ending("failed", reason, EXIT_CRASHED)
+    write_ending(folder, ending, trainer.progress, max_steps=trainer.max_steps, is_last=True)
     append_event(folder, "failed", step=trainer.progress.step, reason=reason)
 
 
-def note_early_stop(folder: RunFolder, config: TrainingConfig, stopped: StoppedError, *, exit_code: int) -> None:
-    """A signal came while data were prepared: nothing is lost, and the run's folder says so."""
-    folder.is_new = False
-    saved = step_folders(folder.checkpoints)
-    step = step_of(saved[0]) if saved else 0
-    planned = DEFAULT_MAX_STEPS if config.train.epochs is None else None
-    max_steps = config.train.max_steps or planned
-    reason = signal_name(stopped.signal_number)
-    write_status(folder.path, "preempted", step=step, max_steps=max_steps, reason=reason, exit_code=exit_code)
+# ------------------------------------------------------------------------------- lives that end before they train
+
+
+@contextmanager
+def noting_early_end(folder: RunFolder | None, config: TrainingConfig, world: World) -> Iterator[None]:
+    """What ends a life before it trains stands in status.json too, unless it is the status of a run that this is none of."""
+    world.heartbeat.last_words = lambda reason: note_early_end(
+        folder, config, Ending("failed", reason, EXIT_CRASHED), is_last=True
+    )
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, StoppedError):
+            ending = Ending("preempted", signal_name(error.signal_number), exit_code_when_preempted(world))
+        else:
+            ending = Ending("failed", reason_of(error, world), exit_code_after(error))
+        if folder is not None and not (folder.is_new and isinstance(error, RefusedError)):  # which is about to go
+            folder.is_new = False
+            is_anothers = isinstance(error, ConfigError | AnotherRunError)
+            note_early_end(folder, config, ending, is_anothers=is_anothers)
+        elif folder is None and world.heartbeat.speaks_for_main():
+            note_early_end(folder, config, ending)
+        raise
+
+
+def note_early_end(
+    folder: RunFolder | None, config: TrainingConfig, ending: Ending, *, is_anothers: bool = False, is_last: bool = False
+) -> None:
+    """Write `ending` of a life that has not trained; what it does not know stays as the life before it left it.
+
+    `is_anothers`: what was refused is not the run that stands in the folder (or is to replace it), so that one's status
+    stays. But `running` is never left: nobody runs it.
+    """
+    path = Path(config.output_dir) / config.run_name
+    status = read_status(path)
+    is_anothers |= config.checkpoint.resume == "never" if folder is None else folder.is_to_be_replaced
+    if is_anothers and status.get("state") != "running":
+        return
+    if is_anothers:
+        ending = Ending("failed", f"it ended without a word; a start after that was refused: {ending.reason}", None)
+    progress = folder.progress if folder is not None else None
+    if progress is None:
+        told = {key: status.get(key) if is_number(status.get(key)) else None for key in ("step", "best_step", "best_loss")}
+        progress = Progress(int(told["step"] or 0), best_step=told["best_step"], best_loss=told["best_loss"])
+    planned = DEFAULT_MAX_STEPS if config.train.epochs is None else status.get("max_steps")
+    write_ending(path, ending, progress, max_steps=config.train.max_steps or planned, is_last=is_last)
 
 
 def exit_code_when_preempted(world: World) -> int:

@@ -15,7 +15,11 @@ from dist_trainer.checkpoint.storage import sweep
 from dist_trainer.config.loading import config_differences
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.launch import is_started_again
-from dist_trainer.errors import CheckpointError
+from dist_trainer.errors import AnotherRunError, CheckpointError
+from dist_trainer.tracking.events import FIRST_CHECKPOINT
+from dist_trainer.tracking.lenient_json import is_number
+from dist_trainer.tracking.run_history import read_events
+from dist_trainer.tracking.status import read_status
 
 log = logging.getLogger(__name__)
 
@@ -40,14 +44,17 @@ def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPo
     earlier run stays where it is until the new one is known to be good; where a launcher has restarted ranks that crashed,
     the run that they began is none.
 
-    Raises CheckpointError where checkpoints are there but none is intact, where the config is another run's, or where the
-    folder cannot be written.
+    Raises CheckpointError where checkpoints are there but none is intact, where those that were saved have gone, or where the
+    folder cannot be written; AnotherRunError where the config is another run's.
     """
     if config.checkpoint.resume == "never" and not _began_in_this_launch(folder):
+        folder.is_to_be_replaced = not folder.is_new
         return StartingPoint()
     try:
         sweep(folder.checkpoints)
-        return _own_or_anothers(config, folder)
+        start = _own_or_anothers(config, folder)
+        folder.progress = start.progress
+        return start
     except OSError as error:
         named = error.filename if isinstance(error.filename, str) else folder.path
         raise CheckpointError(
@@ -58,6 +65,8 @@ def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPo
 def _own_or_anothers(config: TrainingConfig, folder: RunFolder) -> StartingPoint:
     checkpoint = newest_intact(folder.checkpoints)
     own = checkpoint is not None
+    if not own:
+        _refuse_to_start_over(folder)
     if checkpoint is None and config.checkpoint.resume not in ("auto", "never"):
         checkpoint = find_checkpoint(Path(config.checkpoint.resume))
     if checkpoint is None:
@@ -70,6 +79,16 @@ def _own_or_anothers(config: TrainingConfig, folder: RunFolder) -> StartingPoint
     else:
         progress.best_step = progress.best_loss = None
     return StartingPoint(checkpoint, progress, facts={key: value for key, value in state.items() if key != "progress"})
+
+
+def _refuse_to_start_over(folder: RunFolder) -> None:
+    """Where a checkpoint was saved once and there is no trace of any."""
+    status = read_status(folder.path)
+    if is_number(status.get("checkpoint_seconds")) or any(e["event"] == FIRST_CHECKPOINT for e in read_events(folder.path)):
+        raise CheckpointError(
+            f"{folder.checkpoints} holds no checkpoint, but this run has saved some; bring them back, or begin anew with "
+            "--checkpoint.resume never, which sets this run aside"
+        )
 
 
 def tell_of_other_ranks(start: StartingPoint, world_size: int, *, masks_depend_on_ranks: bool) -> None:
@@ -101,7 +120,7 @@ def _refuse_another_run(config: TrainingConfig, saved: dict[str, Any], checkpoin
     defining = [difference for difference in differences if _defines_the_run(difference[0])]
     if defining:
         lines = "\n".join(f"  {key}: {now!r}, but the run began with {before!r}" for key, before, now in defining)
-        raise CheckpointError(
+        raise AnotherRunError(
             f"this config is not that of the run in {checkpoint}:\n{lines}\n"
             "set these keys back, choose another --run_name, or begin anew with --checkpoint.resume never"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snap
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
+from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, gather_objects, on_main
 from dist_trainer.distributed.heartbeat import Phase
@@ -97,11 +98,13 @@ class Trainer:
         if not isinstance(train_data.sampler, GlobalOrderSampler):
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
         self.sampler = train_data.sampler
+        self.device_copy = DeviceCopy(world.device)
         self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
         self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
+        self.note_step: Callable[[int], None] = lambda step: None
         self._saved_step = self._logged_step = 0
         self._stopped = False
 
@@ -145,8 +148,10 @@ class Trainer:
                     self._stopped = True
                     break
                 self._at("training")
+                self.device_copy.wait(upcoming.micro_batches)
                 result = self.train_step(upcoming.micro_batches, target_tokens)
                 self._watch(result)
+                self.note_step(result.step)
                 self._at("reading data")
                 upcoming = self._fetch(batches)
                 self._after_step(result)
@@ -226,7 +231,7 @@ class Trainer:
         with self.throughput.waiting_for_data():
             fetched = [next(batches) for _ in range(self.accumulation_steps)]
             target_tokens = sum(batch.num_targets() for batch in fetched)
-            on_device = [batch.to(self.world.device) for batch in fetched]
+            on_device = self.device_copy.start(fetched)
         facts = [target_tokens, int(bool(self.world.stop_request)), int(self.checkpoints.failed_for_good())]
         return StepInput(on_device, PendingSum(facts, self.world))
 
@@ -304,11 +309,7 @@ class Trainer:
         if result is None:
             self._stopped = True
             return False
-        best = self.progress.best_loss
-        is_best = math.isfinite(result.loss) and (best is None or result.loss < best)
-        self.progress.validated_step, self.progress.validation_loss = step, result.loss
-        if is_best:
-            self.progress.best_step, self.progress.best_loss = step, result.loss
+        is_best = self.progress.note_validation(result.loss)
         facts = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "best": is_best}
         timing = {"seconds": result.seconds, "time": time.time()}
         self.tracker.log({"kind": "validation", "step": step, **facts, **timing})
@@ -334,8 +335,7 @@ class Trainer:
         with self.throughput.saving():
             self.progress.skipped_steps = self.divergence.skipped_steps
             self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
-            self.tracker.sync()
-            self.checkpoints.save(self._take_snapshot, is_best=is_best)
+            self.checkpoints.save(self._take_snapshot, is_best=is_best, after=self.tracker.sync)
         self._saved_step = self.progress.step
 
     def _take_snapshot(self) -> Snapshot:

@@ -41,8 +41,10 @@ if grep -q -- --shutdown-timeout "$torchrun_source"; then
   torchrun+=(--shutdown-timeout="${SHUTDOWN_TIMEOUT:-120}")
 fi
 
-# Says the command and becomes it: no shell may stand between a scheduler's signals and torchrun.
+# Says the command, without secrets since a log may hear it, and becomes it: no shell may stand between a scheduler's
+# signals and torchrun.
 become() {
-  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $*"
+  local say='import sys; from dist_trainer.secrets import masked_command; print(*masked_command(sys.argv[1:]))'
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $("$python" -c "$say" "$@")"
   exec "$@"
 }

@@ -38,7 +38,7 @@ def main(flags: set[str]) -> None:
     workload = workload_here()
     arguments = TrainingArguments(
         output_dir=str(workload.folder / "hf"),
-        per_device_train_batch_size=workload.size.global_batch_size // workload.ranks,
+        per_device_train_batch_size=workload.size.rows_per_rank,
         max_steps=workload.total_steps,
         learning_rate=workloads.LEARNING_RATE,
         lr_scheduler_type="constant",

@@ -56,7 +56,7 @@ def main(flags: set[str]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = torch.utils.data.DataLoader(Rows(workload), batch_size=workload.size.global_batch_size // workload.ranks)
+    data = torch.utils.data.DataLoader(Rows(workload), batch_size=workload.size.rows_per_rank)
     trainer.fit(Module(workload, stopwatch, compiled="compiled" in flags), data)
     write_result(stopwatch, None)
 

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from dist_trainer.checkpoint.storage import (
     put_out_of_the_way,
     sweep,
 )
+from dist_trainer.checkpoint.writer import BackgroundWriter, Save
 from dist_trainer.config.schema import CheckpointConfig
 from dist_trainer.errors import CheckpointError
 from dist_trainer.manifest import MANIFEST, verify
@@ -46,8 +46,8 @@ class Checkpoints(Protocol):
     write_seconds: float | None
     """How long the slowest write of this process took; None before the first."""
 
-    def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
-        """Save what `take` gives, now or in the background."""
+    def save(self, take: Callable[[], Snapshot], *, is_best: bool, after: Callable[[], None]) -> None:
+        """Save what `take` gives, now or in the background; it counts on what `after` makes durable."""
         ...
 
     def wait(self) -> None:
@@ -73,7 +73,7 @@ class NoCheckpoints:
     write_seconds: float | None = None
     """None: nothing is written."""
 
-    def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
+    def save(self, take: Callable[[], Snapshot], *, is_best: bool, after: Callable[[], None]) -> None:
         """Nothing."""
 
     def wait(self) -> None:
@@ -95,38 +95,33 @@ class NoCheckpoints:
 class CheckpointManager:
     """The checkpoints of one run folder, written by this process alone (rank 0, under the run folder's lock)."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, *, export: Export) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, *, export: Export, saved: Callable[[int, float], None] | None = None
+    ) -> None:
+        """`saved(step, seconds)` is called when a checkpoint has become visible, with the slowest write's time so far."""
         self.folder = folder
         self.keep_last = config.keep_last
         self.max_failures = config.max_failures
         self.export = export
+        self.saved = saved or (lambda step, seconds: None)
         self.write_seconds: float | None = None
         """How long the slowest write took."""
-        self._writer: threading.Thread | None = None
+        self._writer = BackgroundWriter(self._write)
         self._failures_in_a_row = 0
         self._trouble: str | None = None
         self._diverged = False
-        self._crash: BaseException | None = None
         make_folder(folder)
 
-    def save(self, take: Callable[[], Snapshot], *, is_best: bool) -> None:
-        """Take a snapshot now and write it in the background; waits for the write before it, if there still is one.
+    def save(self, take: Callable[[], Snapshot], *, is_best: bool, after: Callable[[], None]) -> None:
+        """Take a snapshot now and write it in the background, `after` what it counts on is durable (see BackgroundWriter.add).
 
         A disk that refuses is survived: training goes on, and the next save tries again.
         """
-        self.wait()
-        snapshot = take()
-        self._writer = threading.Thread(target=self._write, args=(snapshot, is_best), name="checkpoint-writer")
-        self._writer.start()
+        self._writer.add(take, is_best=is_best, after=after)
 
     def wait(self) -> None:
         """Until the last save is on disk, or has failed; what is a crash and no full disk is raised here."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        if self._crash is not None:
-            crash, self._crash = self._crash, None
-            raise crash
+        self._writer.wait()
 
     def failed_for_good(self) -> bool:
         """Whether `checkpoint.max_failures` saves in a row have failed."""
@@ -140,21 +135,22 @@ class CheckpointManager:
         """Whether that is because a number was not finite, and no disk's fault."""
         return self._diverged
 
-    def _write(self, snapshot: Snapshot, is_best: bool) -> None:
-        step, started = snapshot.progress.step, time.perf_counter()
+    def _write(self, save: Save) -> None:
+        snapshot, started = save.snapshot, time.perf_counter()
+        step = snapshot.progress.step
         try:
             self._diverged = not snapshot.is_finite()
             if self._diverged:
                 self._trouble = f"step {step}: not every number in the weights and the optimizer is finite"
                 log.warning("%s; no checkpoint is written of them", self._trouble)
                 return
+            save.after()
             folder = self._publish(snapshot)
         except BaseException as error:
             refusal = refusal_of_the_disk(error)
             self._trouble = f"step {step}: the checkpoint could not be saved ({refusal or repr(error)})"
             if refusal is None:
-                self._crash = error
-                return
+                raise
             self._failures_in_a_row += 1
             log.warning(
                 "%s, failure %d in a row; training goes on, older checkpoints are untouched, the next save tries again",
@@ -163,9 +159,10 @@ class CheckpointManager:
             return
         self._failures_in_a_row, self._trouble = 0, None
         self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
+        self.saved(step, self.write_seconds)
         # Each by itself: on a full disk, where no pointer can be moved, it is the rotation that makes room.
         with _left_to_the_next_save(step):
-            self._move_pointers(folder, snapshot.progress, is_best=is_best)
+            self._move_pointers(folder, snapshot.progress, is_best=save.is_best)
         with _left_to_the_next_save(step):
             self._rotate(snapshot.progress)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_trainer.checkpoint.run_lock import LOCK_FILE, RunLock
+from dist_trainer.checkpoint.state import Progress
 from dist_trainer.checkpoint.storage import make_folder, put_out_of_the_way, sweep, sync, write_atomically
 from dist_trainer.errors import CheckpointError, ConfigError
 
@@ -36,11 +37,19 @@ class RunFolder:
         link where one leads out of it.
         """
         self.path = path
-        self.is_new = not path.exists()
+        self.is_new = False
+        """Whether nothing has been here before, nor has happened since: then nothing is lost where it goes."""
+        self.is_to_be_replaced = False
+        """Whether what stands here is an earlier run that is to be set aside, and is not to be touched before."""
+        self.progress: Progress | None = None
+        """How far the run is, once an intact checkpoint has told."""
+        was_there = path.exists()
         with self._writing("choose another --output_dir"):
             make_folder(path)
             self._lock = RunLock(path)
         try:
+            # Only the lock tells: another job may have made the folder, and have run in it, since we looked.
+            self.is_new = not was_there and not self._of_the_run()
             with self._writing("choose another --output_dir"):
                 self._guard_doors()
                 for folder in (self.path, self.path / "wandb"):
@@ -80,6 +89,7 @@ class RunFolder:
                 (self.path / _MOVING).mkdir()
                 self._finish_setting_aside()
             make_folder(self.checkpoints)
+        self.is_to_be_replaced = False
 
     def _finish_setting_aside(self) -> None:
         moving = self.path / _MOVING

@@ -48,6 +48,14 @@ class Progress:
     skipped_in_a_row: int = 0
     """Updates left out because gradients were not finite: so far, and just now."""
 
+    def note_validation(self, loss: float) -> bool:
+        """Note what a validation of `step` found; whether it is the lowest loss so far."""
+        self.validated_step, self.validation_loss = self.step, loss
+        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if is_best:
+            self.best_step, self.best_loss = self.step, loss
+        return is_best
+
 
 @dataclass(frozen=True)
 class Snapshot:

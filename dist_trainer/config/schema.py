@@ -157,6 +157,8 @@ class PrecisionConfig:
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Format of the forward and backward pass; auto: bf16 where the GPU has it, else fp16 on GPUs, fp32 on CPU."""
+    tf32: bool = False
+    """Let GPUs round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and no longer fp32."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model; auto: where the run is long enough (more than some minutes on a GPU, a quarter of an hour on a
     CPU, which needs a C++ compiler for it)."""

@@ -42,5 +42,11 @@ class Batch:
         """The same rows without their last `by` positions."""
         return self._each(lambda part: part[:, :-by].contiguous())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of the batch until `stream` has done what it was told so far, even if it is let go of here."""
+        for part in (self.tokens, self.targets, self.documents):
+            if part is not None:
+                part.record_stream(stream)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(change(self.tokens), change(self.targets), None if self.documents is None else change(self.documents))

@@ -167,6 +167,10 @@ class Heartbeat:
             time.sleep(LOOK_SECONDS)
         return None
 
+    def speaks_for_main(self) -> bool:
+        """Whether rank 0 is known to be gone, and this is the first rank that is not."""
+        return 0 in self._gone_since and all(rank in self._gone_since for rank in range(self.rank))
+
     # ------------------------------------------------------------------------------------------------ watching
 
     def watch_launcher(self) -> None:

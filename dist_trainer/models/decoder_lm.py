@@ -19,6 +19,7 @@ from dist_trainer.errors import CheckpointError
 from dist_trainer.models.attention import DocumentMask, attend, document_mask
 from dist_trainer.models.hf_format import HEAD, from_hf_names, locate_weights, read_hf_weights, write_hf
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
+from dist_trainer.models.meta import materialize, on_meta
 from dist_trainer.models.rotary import rotary_tables, rotate
 
 INIT_STD = 0.02
@@ -151,7 +152,7 @@ class DecoderLM(nn.Module):
     ) -> None:
         """With torch's own first weights: call init_weights for those of a run, or load some.
 
-        Build under torch.device("meta") to spare memory and time.
+        Build inside `on_meta` and `materialize` to spare memory and time.
         """
         super().__init__()
         self.config = config
@@ -276,14 +277,14 @@ class DecoderLM(nn.Module):
     @classmethod
     def like(cls, described: HFModel, *, device: torch.device | str = "cpu") -> DecoderLM:
         """An uninitialised model of the shape `described`."""
-        with torch.device("meta"):
+        with on_meta():
             model = cls(
                 described.config,
                 described.vocabulary_size,
                 described.max_position_embeddings,
                 **described.token_ids,
             )
-        return model.to_empty(device=device)
+        return materialize(model, torch.device(device))
 
     def load_weights(self, folder: Path) -> None:
         """Copy the weights in `folder` into this model's, tensor by tensor. Raises CheckpointError where one is missing, has

@@ -19,6 +19,7 @@ from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.hf_format import WEIGHTS_FILE, locate_weights, write_hf
+from dist_trainer.models.meta import materialize, on_meta
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     """A DecoderLM, initialised by context.seed or from the folder config.init_from."""
     if config.init_from is not None:
         return _from_folder(context.resumed_from or model_folder(config.init_from, weights=True), config, context)
-    with torch.device("meta"):
+    with on_meta():
         model = DecoderLM(
             config,
             context.vocabulary_size,
@@ -51,7 +52,7 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
             eos_token_id=context.eos_token_id,
             pad_token_id=context.pad_token_id,
         )
-    model.to_empty(device=context.device)
+    materialize(model, context.device)
     model.init_weights(context.seed)
     return model
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import OptimConfig
 from dist_trainer.errors import ConfigError
+from dist_trainer.optim.adamw import AdamW
 from dist_trainer.optim.muon import MuonWithAdamW, hidden_matrices
 
 
@@ -32,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101), one fused kernel for all parameters."""
-    return torch.optim.AdamW(
+    return AdamW(
         parameter_groups(model, config.weight_decay),
         lr=config.learning_rate,
         betas=config.betas,

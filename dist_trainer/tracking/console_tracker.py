@@ -68,10 +68,12 @@ class ConsoleTracker:
         """Take the bar down; say how the run ended, how good it got, and which commands come next."""
         self._bar.close()
         context, took = self._context, duration(self._clock() - self._began)
-        best = f"; best validation loss {self._best[1]:.4f} at step {self._best[0]}" if self._best else ""
+        best = "no best checkpoint, as nothing was validated"
+        if self._best is not None:
+            best = f"best checkpoint step {self._best[0]}, validation loss {self._best[1]:.4f}"
         because = f" ({reason})" if reason else ""
-        log.info("%s at %s after %s%s%s", state, self._place(), took, because, best)
-        log.info("%s", goodput_in_words(goodput_of(context.folder, now=time.time())))
+        spent = goodput_in_words(goodput_of(context.folder, now=time.time()))
+        log.info("%s at %s after %s%s; %s; %s", state, self._place(), took, because, best, spent)
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
@@ -152,9 +154,9 @@ def steps_in_words(context: RunContext) -> str:
 
 
 def goodput_in_words(spent: Goodput) -> str:
-    """`92% of 5 min 20 s went into steps and validation; 2 restarts, 13 steps done again`."""
-    restarts = f"; {spent.restarts} restarts, {spent.lost_steps} steps done again" if spent.restarts else ""
-    return f"{spent.share:.0%} of {duration(spent.wall_seconds)} went into steps and validation{restarts}"
+    """`92% of 5 min 20 s went into steps and validation; 2 restarts, 13 steps lost to them`."""
+    restarts = f"{spent.restarts} restart{'' if spent.restarts == 1 else 's'}, {spent.lost_steps} steps lost to them"
+    return f"{spent.share:.0%} of {duration(spent.wall_seconds)} went into steps and validation; {restarts}"
 
 
 def next_commands(folder: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dist_trainer.distributed.world import World
-from dist_trainer.tracking.secrets import masked_command
+from dist_trainer.secrets import masked_command
 from dist_trainer.version import __version__
 
 _GIT_TIMEOUT_SECONDS = 5.0

@@ -9,17 +9,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.tracking.secrets import masked
+from dist_trainer.secrets import masked
+from dist_trainer.tracking.atomic_file import sync_folder
 
 log = logging.getLogger(__name__)
 
 EVENTS_FILE = "logs/events.jsonl"
+FIRST_CHECKPOINT = "first checkpoint"
 
 
-def append_event(folder: Path, event: str, *, step: int, **facts: Any) -> None:
-    """Append `event` (start, resume, signal, checkpoint, finish, ...) of the run in `folder`; never stops a run.
+def append_event(folder: Path, event: str, *, step: int, durable: bool = False, **facts: Any) -> None:
+    """Append `event` (start, resume, first checkpoint, or how the run ended) of the run in `folder`; never stops a run.
 
-    A last line that a killed process left half-written is closed first, so that it damages no line but itself.
+    `durable`: so that it survives a power cut. A last line that a killed process left half-written is closed first, so that
+    it damages no line but itself.
     """
     line = masked(json.dumps({"event": event, "step": step, "time": time.time(), **facts}, default=str)).encode() + b"\n"
     path = folder / EVENTS_FILE
@@ -30,6 +33,9 @@ def append_event(folder: Path, event: str, *, step: int, **facts: Any) -> None:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
             os.write(file, b"\n" + line if torn else line)
+            if durable:
+                os.fsync(file)
+                sync_folder(path.parent)
         finally:
             os.close(file)
     except OSError as error:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dist_trainer.tracking.run_history import RunHistory, last_step, number, read_run
+from dist_trainer.tracking.lenient_json import number
+from dist_trainer.tracking.run_history import RunHistory, last_step, read_events, read_run
+from dist_trainer.tracking.step_counter import steps_done
 
 START_EVENTS = ("start", "resume")
 
@@ -24,7 +28,7 @@ class Goodput:
     restarts: int = 0
     """Starts in this folder after the first; that one may have begun at another run's checkpoint."""
     lost_steps: int = 0
-    """Steps that were logged and had to be done again, since they came after the checkpoint that was gone on from."""
+    """Steps that had to be done again, since they came after the checkpoint that was gone on from."""
 
     @property
     def useful_seconds(self) -> float:
@@ -41,10 +45,10 @@ def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
     """What `run` made of the time up to `now` (unix seconds; None: up to its last line)."""
     times = [t for t in (*run.train["time"], *run.validation["time"]) if math.isfinite(t)]
     times += [event["time"] for event in run.events if math.isfinite(event["time"])]
-    starts = [event for event in run.events if event["event"] in START_EVENTS and math.isfinite(event["time"])]
+    starts = _starts(run.events)
     if not starts:
         return Goodput()
-    first, *restarts = starts
+    first = starts[0]
     began = number(first.get("began"))  # before imports and tokenising, which lie inside the time of later starts too
     steps = data = 0.0
     before = first["step"]  # steps up to there are another run's
@@ -54,14 +58,14 @@ def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
             steps += (step - before) * (seconds - waited)
             data += (step - before) * waited
         before = step
-    lost = [event.get("lost_steps") for event in restarts]
+    restarts, lost_steps = _restarts(starts)
     return Goodput(
         wall_seconds=(max(times) if now is None else now) - (began if math.isfinite(began) else first["time"]),
         step_seconds=steps,
         data_seconds=data,
         validation_seconds=sum(seconds for seconds in run.validation["seconds"] if math.isfinite(seconds)),
-        restarts=len(restarts),
-        lost_steps=sum(number for number in lost if isinstance(number, int)),
+        restarts=restarts,
+        lost_steps=lost_steps,
     )
 
 
@@ -70,6 +74,20 @@ def goodput_of(folder: Path, *, now: float) -> Goodput:
     return goodput(read_run(folder), now=now)
 
 
+def restarts_of(folder: Path) -> tuple[int, int]:
+    """How often the run in `folder` was started again, and how many steps were lost to that."""
+    return _restarts(_starts(read_events(folder)))
+
+
 def steps_to_redo(folder: Path, *, start_step: int) -> int:
-    """Logged steps past `start_step`, which the run in `folder` will do again."""
-    return max(0, last_step(folder) - start_step)
+    """Steps past `start_step` that the run in `folder` has done, and will do again."""
+    return max(0, last_step(folder) - start_step, steps_done(folder) - start_step)
+
+
+def _starts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] in START_EVENTS and math.isfinite(event["time"])]
+
+
+def _restarts(starts: list[dict[str, Any]]) -> tuple[int, int]:
+    lost = [event.get("lost_steps") for event in starts[1:]]
+    return len(lost), sum(steps for steps in lost if isinstance(steps, int))

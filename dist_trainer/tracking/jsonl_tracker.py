@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ class JsonlTracker:
         self._file: int | None = None
         self._good_bytes = 0
         self._pending: deque[bytes] = deque(maxlen=_KEPT_WHILE_DISK_IS_FULL)
+        self._writing = threading.Lock()
         try:
             self._open()
         except OSError as error:
@@ -42,12 +44,15 @@ class JsonlTracker:
 
     def log(self, line: dict[str, Any]) -> None:
         """Append `line`; raises OSError where the disk refuses, and tries again with the next line."""
-        self._pending.append(encode_line(line))
-        self._write_pending()
+        with self._writing:
+            self._pending.append(encode_line(line))
+            self._write_pending()
 
     def sync(self) -> None:
-        """Return when all lines are on the disk."""
-        os.fsync(self._write_pending())
+        """Return when all lines are on the disk; those that come meanwhile do not wait for it."""
+        with self._writing:
+            file = self._write_pending()
+        os.fsync(file)
 
     def close(self, *, state: str, reason: str | None) -> None:
         """Write what is left and close the file."""

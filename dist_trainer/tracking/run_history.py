@@ -5,7 +5,6 @@ Whatever else may stand in the files (half lines, other people's lines, numbers 
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
 from collections.abc import Callable, Iterator
@@ -16,8 +15,9 @@ from typing import Any
 import yaml
 
 from dist_trainer.tracking.events import EVENTS_FILE
+from dist_trainer.tracking.lenient_json import number, parse_object, text_of
 from dist_trainer.tracking.run_context import METRICS_FILE
-from dist_trainer.tracking.status import STATUS_FILE
+from dist_trainer.tracking.status import read_status
 
 TRAIN_COLUMNS = (
     "step",
@@ -36,7 +36,6 @@ TRAIN_COLUMNS = (
 VALIDATION_COLUMNS = ("step", "loss", "perplexity", "tokens", "seconds", "time")
 
 _MOST_STEPS = 1e15
-_LONGEST_LINE = 1 << 20
 _MOST_EVENTS = 10_000
 
 
@@ -81,12 +80,12 @@ class RunHistory:
             self._take(line)
         self.events = list(read_events(self.folder))
         self.config = self.config or _read_config(self.folder / "config.yaml")
-        self.status = _object(_text(self.folder / STATUS_FILE)) or {}
+        self.status = read_status(self.folder)
         environments = [e["environment"] for e in self.events if isinstance(e.get("environment"), dict)]
         self.environment = environments[-1] if environments else {}
 
     def _take(self, text: bytes) -> None:
-        line = _object(text)
+        line = parse_object(text)
         step = number(line.get("step")) if line else math.nan
         if line is None or not 0 <= step <= _MOST_STEPS:
             return
@@ -142,7 +141,7 @@ def whole_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:
     """The run's events, oldest first."""
     for index, (text, _) in enumerate(whole_lines(folder / EVENTS_FILE)):
-        event = _object(text)
+        event = parse_object(text)
         if event is None or not isinstance(event.get("event"), str) or index >= _MOST_EVENTS:
             continue
         step = number(event.get("step"))
@@ -156,7 +155,7 @@ def best_validation(folder: Path) -> tuple[int, float] | None:
     for text, _ in whole_lines(folder / METRICS_FILE):
         if b'"validation"' not in text:
             continue
-        line = _object(text) or {}
+        line = parse_object(text) or {}
         step, loss = number(line.get("step")), number(line.get("loss"))
         if line.get("kind") == "validation" and step >= 0 and (best is None or loss < best[1]) and loss == loss:
             best = (int(step), loss)
@@ -165,41 +164,13 @@ def best_validation(folder: Path) -> tuple[int, float] | None:
 
 def last_step(folder: Path) -> int:
     """The largest step that a line of the run in `folder` has; 0 where there is none."""
-    steps = (number((_object(text) or {}).get("step")) for text, _ in whole_lines(folder / METRICS_FILE))
+    steps = (number((parse_object(text) or {}).get("step")) for text, _ in whole_lines(folder / METRICS_FILE))
     return int(max((step for step in steps if 0 <= step <= _MOST_STEPS), default=0))
-
-
-def number(value: Any) -> float:
-    """`value` as a finite float; NaN where it is anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        converted = float(value)
-    except OverflowError:
-        return math.nan
-    return converted if math.isfinite(converted) else math.nan
-
-
-def _object(text: bytes | str) -> dict[str, Any] | None:
-    if len(text) > _LONGEST_LINE:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(_text(path))
+        config = yaml.safe_load(text_of(path))
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dist_trainer.tracking.secrets import masked
+from dist_trainer.secrets import masked
 
 PACKAGE_LOGGER = "dist_trainer"
 PROGRESS_LOGGER = "dist_trainer.progress"
@@ -52,10 +52,12 @@ class ConsoleHandler(logging.Handler):
             self.addFilter(lambda record: record.name != PROGRESS_LOGGER)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message, after the time where no one watches, and the level where it matters."""
+        """The message, after the time where no one watches, and the level where it matters; with no secret in it, since what
+        a launcher starts has its console in a file.
+        """
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         time = f"{_TIME.formatTime(record, '%H:%M:%S')} " if self._with_time else ""
-        return f"{time}{self._who}{level}{_MESSAGE.format(record)}"
+        return masked(f"{time}{self._who}{level}{_MESSAGE.format(record)}")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; a console that is gone disturbs nothing."""

@@ -28,7 +28,9 @@ class Tracker(Protocol):
         """Take a line: {"kind": "train" | "validation" | "sample" | "profile", "step": ..., ...}. Costs microseconds."""
 
     def sync(self) -> None:
-        """Return when what was logged survives a power cut; called before a checkpoint becomes visible."""
+        """Return when what was logged survives a power cut; called before a checkpoint becomes visible, by the thread that
+        writes it, while lines go on coming.
+        """
 
     def close(self, *, state: str, reason: str | None) -> None:
         """The run ends: finished, preempted or failed, and why."""

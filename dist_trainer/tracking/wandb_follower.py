@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dist_trainer.tracking.lenient_json import number
 from dist_trainer.tracking.run_context import METRICS_FILE
-from dist_trainer.tracking.run_history import number, whole_lines
+from dist_trainer.tracking.run_history import whole_lines
 from dist_trainer.tracking.wandb_position import Position, run_id
 
 INIT_TIMEOUT_SECONDS = 30.0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.architecture.sources import PACKAGE, imports_of_the_package, loaded_by_importing
 
-GROUND = {"version", "errors"}
+GROUND = {"version", "errors", "secrets"}
 FLOORS = [
     GROUND,
     {"place", "cache_dir", "manifest", "model_folders", "hub_access"},

@@ -35,7 +35,7 @@ def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_th
     assert report.is_file()
     assert run(config, 1) == [0]
     events = [json.loads(line)["event"] for line in (folder(config) / "logs" / "events.jsonl").read_text().splitlines()]
-    assert events == ["start", "finished"], "once is enough"
+    assert events == ["start", "first checkpoint", "finished"], "once is enough"
 
 
 def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capfd):

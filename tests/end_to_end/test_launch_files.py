@@ -90,6 +90,17 @@ def test_several_ranks_share_the_cores_under_torchrun(stand_in: Path) -> None:
     assert "SIGUSR1" in run or "signals-to-handle" not in torchrun_source()
 
 
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_the_command_is_said_without_secrets(stand_in: Path, ranks: str) -> None:
+    secret = "sesame-open-up-now"
+    words = ["--hub.token", secret, "--data.dataset", f"https://me:{secret}@host/x", "--run_name", f"x-{secret}-x"]
+    done = launch("launch/local.sh", *words, stand_in=stand_in, NPROC=ranks, PGPASSWORD=secret)
+    said, run = done.stdout.splitlines()[-2:]
+    assert said.startswith("OMP_NUM_THREADS=")
+    assert said.endswith("--hub.token *** --data.dataset https://***@host/x --run_name x-***-x")
+    assert run.count(secret) == 3, "which is what is run"
+
+
 @pytest.mark.parametrize(("gpus", "micro", "ranks"), [("8", "null", 8), ("7", "null", 4), ("3", "null", 2), ("6", "8", 2)])
 def test_gpus_that_cannot_share_the_global_batch_evenly_are_left_alone(
     stand_in: Path, gpus: str, micro: str, ranks: int

@@ -23,10 +23,11 @@ import torch
 from safetensors.torch import load_file
 
 from dist_trainer import assembly
+from dist_trainer.checkpoint import writer
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.exit_codes import exit_code_of
 from dist_trainer.trainer import Trainer
-from tests.distributed.small_runs import changed
+from tests.distributed.small_runs import changed, command
 from tests.faults.damage import fill, make_room
 from tests.faults.file_operations import Operations
 from tests.faults.processes import Ended, Process
@@ -50,23 +51,26 @@ class Run:
     def delete(self) -> None:
         shutil.rmtree(self.folder)
 
-    def begin(self, *faults: Fault, config: TrainingConfig | None = None) -> Process:
-        """The run, started."""
+    def begin(self, *faults: Fault, config: TrainingConfig | None = None, ranks: int = 1) -> Process:
+        """The run, started; with several ranks the process leads a group of them."""
 
         def live() -> int:
             for fault in faults:
                 fault()
-            return exit_code_of(lambda: assembly.run(config or self.config))
+            if ranks == 1:
+                return exit_code_of(lambda: assembly.run(config or self.config))
+            os.setpgid(0, 0)
+            return max(abs(code or 0) for code in command(config or self.config, ranks))
 
         return Process(live)
 
-    def start(self, *faults: Fault, config: TrainingConfig | None = None) -> Ended:
+    def start(self, *faults: Fault, config: TrainingConfig | None = None, ranks: int = 1) -> Ended:
         """The run, started, and waited for however it ends."""
-        return self.begin(*faults, config=config).wait()
+        return self.begin(*faults, config=config, ranks=ranks).wait()
 
-    def finish(self) -> Ended:
+    def finish(self, *, ranks: int = 1) -> Ended:
         """The same command once more, to its end."""
-        ended = self.start()
+        ended = self.start(ranks=ranks)
         assert ended.code == 0, ended.said
         assert self.status()["state"] == "finished"
         return ended
@@ -124,6 +128,11 @@ def die() -> None:
     """By SIGKILL, here and now."""
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
+
+
+def await_writes() -> None:
+    """No save gives way to a newer one, however slow a busy machine makes the write before it."""
+    writer.QUICK_SECONDS = 60.0
 
 
 def kill(*, at_step: int) -> Fault:
@@ -221,7 +230,8 @@ def in_save(operations: Operations, *, of_step: int) -> Fault:
         take_snapshot = Trainer._take_snapshot
 
         def take(trainer: Trainer) -> Any:
-            # The thread that writes is started next.
+            # The thread that writes is started next, if none is writing.
+            trainer.checkpoints.wait()
             threading.setprofile(operations if trainer.progress.step == of_step else None)
             return take_snapshot(trainer)
 

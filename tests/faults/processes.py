@@ -108,6 +108,13 @@ def wait_until(
         time.sleep(0.001)
 
 
+def kill_group(process: Process | subprocess.Popen[Any]) -> None:
+    """SIGKILL to `process`, and to the group that it leads, if it does by now."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+
+
 def _is_running(process: Process | subprocess.Popen[Any]) -> bool:
     return process.is_running() if isinstance(process, Process) else process.poll() is None
 

@@ -46,7 +46,8 @@ class Saver:
         """Each step is better than the one before, and every number of its weights is its own."""
         manager = CheckpointManager(self.checkpoints, CheckpointConfig(keep_last=2), export=self.export)
         for step in steps:
-            manager.save(lambda step=step: self.snapshot(step), is_best=True)
+            manager.wait()
+            manager.save(lambda step=step: self.snapshot(step), is_best=True, after=lambda: None)
         manager.wait()
         return manager
 

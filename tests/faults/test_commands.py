@@ -1,8 +1,10 @@
 """The same through the command: one kill and one signal. All else is injected into forked processes, which are quicker."""
 
+import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -14,6 +16,7 @@ from tests.faults.processes import wait_until
 OFTEN = ["--checkpoint.every_steps", "3", "--checkpoint.keep_last", "3", "--tracking.sample_tokens", "0"]
 
 
+SECONDS_OF_IMPORTS = 5.0
 PATIENCE = 110.0
 """Seconds until a command has begun to train, on a machine that may be busy."""
 
@@ -44,8 +47,13 @@ def started(output):
 
 
 @pytest.mark.timeout(600)
-def test_the_command_goes_on_after_a_kill_in_a_save_and_after_a_signal_as_if_nothing_had_happened(undisturbed, tmp_path):
+def test_the_command_survives_a_kill_in_its_imports_one_in_a_save_and_a_signal_as_if_nothing_had_happened(
+    undisturbed, tmp_path
+):
     folder = tmp_path / "debug"
+    with started(tmp_path) as process:
+        time.sleep(random.uniform(0, SECONDS_OF_IMPORTS))
+        process.kill()
     with started(tmp_path) as process:
         # A machine that is too busy to look while a save lasts kills after one.
         moments = ("checkpoints/.staging-step-*", "checkpoints/step-00000006")

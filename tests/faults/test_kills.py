@@ -6,14 +6,15 @@ import random
 
 import pytest
 
-from tests.faults.faults import count_operations, do, kill, kill_in_save
-from tests.faults.many_kills import kill_at_a_random_instant
+from tests.faults.conftest import a_run
+from tests.faults.faults import await_writes, count_operations, do, kill, kill_in_save
+from tests.faults.many_kills import kill_at_a_random_instant, kill_at_any_time, seconds_of
 from tests.faults.processes import busy_machine, children_of, is_alive, wait_until
 
 
 @pytest.mark.parametrize("step", [1, 7, 12])
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(run, undisturbed, step):
-    assert run.start(kill(at_step=step)).was_killed
+    assert run.start(await_writes, kill(at_step=step)).was_killed
     run.finish()
     # What was due is saved, but for the save that was in flight.
     assert run.resumed_at()[-1] >= step - step % 3 - 3
@@ -32,6 +33,18 @@ def test_a_run_that_is_killed_at_random_instants_ends_as_if_nothing_had_happened
     for number in range(8):
         kill_at_a_random_instant(run, rng, while_saving=number % 2 == 0)
     run.finish()
+    run.equals(undisturbed)
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 6), (2, 4)])
+def test_a_run_that_is_killed_at_any_time_from_its_start_to_its_end_goes_on_as_well(run, text, tmp_path, ranks, kills):
+    """Also while it prepares, restores or leaves; of several ranks all at once."""
+    rng = random.Random(ranks)
+    undisturbed = a_run(text, tmp_path / "undisturbed")
+    seconds = seconds_of(lambda: undisturbed.begin(ranks=ranks))
+    for _ in range(kills):
+        kill_at_any_time(run.begin(ranks=ranks), rng, seconds=seconds)
+    run.finish(ranks=ranks)
     run.equals(undisturbed)
 
 

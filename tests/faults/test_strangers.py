@@ -1,5 +1,6 @@
 """Other jobs, other people: a folder has one owner, a stranger's file does nothing, secrets are not written down."""
 
+import logging
 import os
 import pickle
 import re
@@ -196,6 +197,10 @@ def test_a_checkpoint_cannot_take_in_what_stands_outside_of_it(run, outside, kin
 # -------------------------------------------------------------------------------------------------- secrets
 
 SECRETS = {
+    "PGPASSWORD": "a-password-of-postgres",
+    "SMTP_PASS": "a-password-for-letters",
+    "GITHUB_PAT": "a-token-for-one-person",
+    "SECRET_KEY_BASE": "what-cookies-are-signed-with",
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567",
     "HF_TOKEN": "hf_NobodyMayEverReadThisOne1234",
     "MY_DATABASE_PASSWORD": "correct horse battery staple",
@@ -205,20 +210,24 @@ SAID = ["--api_key", "sesame-open-up-now", "--token=another-open-sesame", "https
 
 
 @pytest.mark.parametrize("wandb", ["disabled", "offline"])
-def test_no_secret_of_the_environment_or_the_command_line_is_written_down(run, wandb):
+def test_no_secret_of_the_environment_or_the_command_line_is_written_down_or_said(run, wandb):
     def live_with_secrets():
         os.environ.update(SECRETS)
         sys.orig_argv = [*sys.orig_argv[:1], *SAID, *SECRETS.values()]
         sys.argv = [sys.argv[0], *sys.orig_argv[1:]]
 
     def raise_one(_):
-        raise RuntimeError(f"cannot reach https://me:hunter2hunter2@example.com with {SECRETS['HF_TOKEN']}")
+        logging.getLogger("dist_trainer").warning("trying %s", SECRETS["SMTP_PASS"])
+        raise RuntimeError(f"cannot reach https://me:hunter2hunter2@example.com with {' '.join(SECRETS.values())}")
 
     config = run.but(tracking__wandb=wandb, tracking__sample_tokens=4)
     ended = run.start(live_with_secrets, do(raise_one, at_step=8), config=config)
     assert ended.code == 1
     assert "cannot reach" in run.status()["reason"]
-    assert run.start(live_with_secrets, config=config).code == 0
+    assert "RuntimeError: cannot reach https://***@example.com with" in ended.said
+    assert "warning: trying ***" in ended.said, "under SLURM the console is a file in the run's folder"
+    again = run.start(live_with_secrets, config=config)
+    assert again.code == 0
     words = [*SECRETS.values(), "sesame-open-up-now", "another-open-sesame", "hunter2hunter2"]
     written = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and not path.is_symlink()}
     assert {"config.yaml", "status.json", "report.html", "events.jsonl", "rank-0.log"} <= {path.name for path in written}
@@ -229,3 +238,12 @@ def test_no_secret_of_the_environment_or_the_command_line_is_written_down(run, w
         if word.encode() in content
     }
     assert not found
+    assert not [word for word in words if word in ended.said + again.said]
+
+
+def test_a_refusal_says_no_secret(run):
+    address = "https://me:hunter2hunter2@example.com/data.jsonl"
+    ended = run.start(config=run.but(data__dataset=address))
+    assert ended.code == 2
+    assert "***@example.com" in ended.said
+    assert "hunter2" not in ended.said

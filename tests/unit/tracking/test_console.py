@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import pty
+import select
 import sys
 
 import pytest
 
 from dist_trainer.tracking.console_tracker import ConsoleTracker
+from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
-from tests.unit.tracking.test_trackers import context, train_line
+from tests.unit.tracking.test_trackers import context, train_line, validation_line
 
 
 @pytest.fixture
@@ -53,6 +55,32 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypa
         tracker._bar.refresh()
         tracker.close(state="finished", reason=None)
         terminal.flush()
-        shown = os.read(reading, 65536).decode()
+        shown = b""
+        while b"10/20 [" not in shown:  # the bar's own words; a terminal hands out what it has, bit by bit
+            assert select.select([reading], [], [], 10)[0], shown
+            shown += os.read(reading, 65536)
     os.close(reading)
-    assert "10/20 [" in shown, "the bar's own words"
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_the_last_line_says_how_it_ended_and_why_its_best_checkpoint_restarts_and_what_they_cost(tmp_path, log_to, restarts):
+    log_to(tmp_path)
+    for start in range(restarts + 1):
+        append_event(tmp_path, "start", step=0, lost_steps=3 if start else 0)
+    tracker = ConsoleTracker(context(tmp_path))
+    tracker.log(train_line(10))
+    tracker.log(validation_line(10, loss=1.5))
+    tracker.close(state="preempted", reason="SIGTERM")
+    (line,) = (line for line in (tmp_path / "rank-0.log").read_text().splitlines() if "preempted" in line)
+    assert "preempted at step 10 of 20 after " in line
+    assert "(SIGTERM); best checkpoint step 10, validation loss 1.5000; " in line
+    assert "% of " in line
+    assert line.endswith(f" went into steps and validation; {restarts} restarts, {3 * restarts} steps lost to them")
+
+
+def test_the_last_line_says_that_nothing_was_validated(tmp_path, log_to):
+    log_to(tmp_path)
+    tracker = ConsoleTracker(context(tmp_path))
+    tracker.log(train_line(20))
+    tracker.close(state="finished", reason=None)
+    assert "; no best checkpoint, as nothing was validated; " in (tmp_path / "rank-0.log").read_text()

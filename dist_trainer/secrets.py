@@ -1,4 +1,4 @@
-"""Keeps keys, tokens and passwords out of everything that a run writes."""
+"""Keeps keys, tokens and passwords out of what a run writes and says."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from collections.abc import Mapping
 MASK = "***"
 _SHORTEST = 8
 """A shorter value is none that anyone would call secret, and stands in too many words."""
-_NAME = r"(?:[a-z0-9]+[_-])*(?:api_?key|key|token|secret|password|passwd|credentials?)(?:[_-](?:id|value))?"
-_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
-_USER_IN_URL = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE)
+_ANYWHERE = r"[a-z0-9_-]*(?:api_?key|token|secret|passw(?:or)?d|passphrase|credentials?)"
+"""Words that mean nothing else, also where they are glued to others: PGPASSWORD."""
+_AS_A_WORD = r"(?:[a-z0-9]+[_-])*(?:key|pass|pat)|(?:[a-z0-9]+[_-])+pwd"
+"""Words that end others too (monkey, compass), and PWD, which is the working folder."""
+_SECRET_NAME = re.compile(rf"(?:{_ANYWHERE}|{_AS_A_WORD})(?:[_-](?:id|value|base))?", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
 _KNOWN_FORM = re.compile(r"\b(?:hf_\w{16,}|wandb_v\d_\w{16,}|gh[opsu]_\w{20,}|sk-[\w-]{20,})")
 
 

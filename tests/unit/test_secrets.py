@@ -4,14 +4,15 @@ import json
 
 import pytest
 
-from dist_trainer.tracking.secrets import MASK, masked, masked_command
+from dist_trainer.secrets import MASK, masked, masked_command
 
 SECRET = "s3cr3t-v4lue-0123456789"
 
 
 SECRET_NAMES = """
 WANDB_API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN MY_PASSWORD DB_PASSWD token API_KEY APIKEY
-GOOGLE_CREDENTIALS OPENAI_API_KEY CLIENT_SECRET_ID GITHUB_TOKEN
+GOOGLE_CREDENTIALS OPENAI_API_KEY CLIENT_SECRET_ID GITHUB_TOKEN PGPASSWORD SMTP_PASS GITHUB_PAT SECRET_KEY_BASE MYSQL_PWD
+GITHUBTOKEN SSH_PASSPHRASE
 """
 
 
@@ -20,7 +21,10 @@ def test_values_of_variables_that_sound_secret_are_masked(name):
     assert masked(f"connecting with {SECRET}!", {name: SECRET}) == f"connecting with {MASK}!"
 
 
-@pytest.mark.parametrize("name", ["PATH", "HOME", "TOKENIZERS_PARALLELISM", "KEYBOARD", "MONKEY", "SECRETARY"])
+OTHER_NAMES = "PATH HOME TOKENIZERS_PARALLELISM KEYBOARD MONKEY SECRETARY PWD OLDPWD COMPAT COMPASS"
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES.split())
 def test_other_variables_are_not(name):
     assert masked(f"in {SECRET}", {name: SECRET}) == f"in {SECRET}"
 
@@ -38,6 +42,7 @@ def test_short_values_are_none():
     ("text", "shown"),
     [
         ("https://me:pass@host/x", f"https://{MASK}@host/x"),
+        ("postgres://me:p@ss:w@host:5432/x", f"postgres://{MASK}@host:5432/x"),
         ("https://ghp_abc@github.com/a/b.git", f"https://{MASK}@github.com/a/b.git"),
         ("see https://host/a@b and me@host", "see https://host/a@b and me@host"),
         ("hf_" + "a" * 34, MASK),

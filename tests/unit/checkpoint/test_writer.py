@@ -1,0 +1,84 @@
+"""What is written behind the training's back, in which order, and what gives way."""
+
+import threading
+import time
+
+import pytest
+
+from dist_trainer.checkpoint import writer
+from dist_trainer.checkpoint.state import Progress, Snapshot
+from dist_trainer.checkpoint.writer import BackgroundWriter
+
+
+class SlowDisk:
+    """Writes for as long as it is told to; notes what was written, and whether two writes ever overlapped."""
+
+    def __init__(self):
+        self.steps, self.in_flight, self.most_in_flight = [], 0, 0
+        self.is_quick = threading.Event()
+
+    def write(self, save):
+        save.after()
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.is_quick.wait(60)
+        self.in_flight -= 1
+        self.steps.append(save.snapshot.progress.step)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    monkeypatch.setattr(writer, "QUICK_SECONDS", 0.01)
+    return SlowDisk()
+
+
+def add(background, step, *, is_best=False, after=lambda: None):
+    background.add(lambda: Snapshot({}, {}, {}, {}, Progress(step)), is_best=is_best, after=after)
+
+
+@pytest.mark.parametrize(
+    ("saves", "written"),
+    [
+        ("1", [1]),
+        ("1 2", [1, 2]),
+        ("1 2 3 4", [1, 4]),
+        ("1 2b 3 4", [1, 2, 4]),
+        ("1 2b 3b 4", [1, 3, 4]),
+        ("1 2 3b 4 5b", [1, 5]),
+        ("1b 2 3", [1, 3]),
+    ],
+)
+def test_the_newest_and_the_best_are_written_one_at_a_time_and_what_else_waits_gives_way(disk, saves, written):
+    background = BackgroundWriter(disk.write)
+    for save in saves.split():
+        add(background, int(save[0]), is_best=save.endswith("b"))
+        while not disk.in_flight:  # the first one is being written before the second comes
+            time.sleep(0.001)
+    disk.is_quick.set()
+    background.wait()
+    assert disk.steps == written
+    assert disk.most_in_flight == 1
+
+
+def test_a_save_that_is_due_while_a_quick_write_ends_takes_nobodys_place():
+    disk = SlowDisk()
+    disk.is_quick.set()
+    background = BackgroundWriter(disk.write)
+    for step in range(1, 30):
+        add(background, step)
+    background.wait()
+    assert disk.steps == list(range(1, 30))
+
+
+def test_what_a_write_raises_is_raised_at_the_next_save_and_ends_what_waits(disk):
+    def fail():
+        raise ZeroDivisionError
+
+    disk.is_quick.set()
+    background = BackgroundWriter(disk.write)
+    add(background, 1, after=fail)
+    with pytest.raises(ZeroDivisionError):
+        add(background, 2)
+    add(background, 3)
+    background.wait()
+    assert disk.steps == [3]

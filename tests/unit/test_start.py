@@ -1,0 +1,57 @@
+"""What a start does not wait for: imports that a run needs not, or not yet."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from dist_trainer.config.schema import OptimConfig
+from dist_trainer.optim.optimizers import build_optimizer
+from tests.unit.optim.test_optimizers import Small
+
+STEP = """
+import json, sys, torch
+from dist_trainer.config.schema import ModelConfig, OptimConfig
+from dist_trainer.models.registry import ModelContext, build_model
+from dist_trainer.optim.optimizers import build_optimizer
+
+model = build_model(ModelConfig(), ModelContext(64, 32, 0, torch.device("cpu")))
+optimizer = build_optimizer(OptimConfig(), model)
+model(torch.arange(8)[None], torch.arange(8)[None]).backward()
+optimizer.step()
+optimizer.load_state_dict(optimizer.state_dict())
+optimizer.zero_grad()
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def test_a_step_imports_neither_torch_s_compiler_nor_transformers_models() -> None:
+    found = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(found.stdout))
+    assert "torch.optim.adamw" in loaded
+    assert not {"torch._dynamo", "sympy", "transformers", "datasets", "wandb"} & loaded
+
+
+def test_adamw_without_the_compiler_is_torch_s_to_the_last_bit() -> None:
+    models, optimizers = [], []
+    for make in (lambda c, m: build_optimizer(c, m), torch_s):
+        torch.manual_seed(0)
+        models.append(Small())
+        optimizers.append(make(OptimConfig(learning_rate=0.1), models[-1]))
+    for _ in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(torch.arange(5)).square().sum().backward()
+            optimizer.step()
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def torch_s(config: OptimConfig, model: Small) -> torch.optim.Optimizer:
+    decaying = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
