@@ -17,6 +17,7 @@ from dist_trainer.config.llama_json import CONFIG_FILE, read_hf_config
 from dist_trainer.config.schema import ModelConfig, TrainingConfig
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.hub_access import is_hub_name, model_from_hub
+from dist_trainer.manifest import MANIFEST
 from dist_trainer.model_folders import TOKENIZER_FILES, model_folders
 
 LLAMA, TRANSFORMERS = "decoder_lm", "hf"
@@ -39,13 +40,20 @@ def keys_that_follow(asked: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("\n".join(problems))
     shape = [f"model.{field}" for field in SHAPE_FIELDS] if name == LLAMA else []
     wanted = [key for key in (*shape, "data.tokenizer") if key not in asked]
-    if not wanted:
-        return {}
     begun = _keys_of_the_run(asked)
     if begun is not None and all(key in begun for key in wanted):
         return {key: begun[key] for key in wanted}
+    if not wanted and not Path(init_from).expanduser().is_dir():
+        return {}  # nothing to ask the Hub for, or a folder that has gone since all keys were written down
     folder = model_folder(init_from, weights=False)
-    found = _shape_in(folder, asked) if name == LLAMA else {}
+    described = described_in(folder)
+    if described is None:
+        if not any((found / MANIFEST).is_file() for found in model_folders(folder)):
+            raise ConfigError(
+                f"model.init_from: {folder} is neither a run with checkpoints, nor one of them, nor a model's folder"
+            )
+        return {}  # a model that its code alone describes: the assembly says what can be done with it
+    found = _shape_in(described, asked) if name == LLAMA else {}
     if (tokenizer := _tokenizer_beside(folder, init_from)) is not None:
         found["data.tokenizer"] = tokenizer
     return {key: found[key] for key in wanted if key in found}
@@ -85,15 +93,12 @@ def _keys_without_meaning(asked: Mapping[str, Any]) -> list[str]:
 
 
 def _shape_in(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    described = described_in(folder)
-    if described is None:
-        return {}  # what is wrong with it, the assembly says better: it looks at weights, too
     try:
-        model = read_hf_config(described).config
+        model = read_hf_config(folder).config
     except RefusedError as error:
         raise ConfigError(f"model.init_from: {error}") from error
     found = {f"model.{name}": getattr(model, name) for name in SHAPE_FIELDS}
-    problems = contradictions({key: asked[key] for key in found if key in asked}, model, described)
+    problems = contradictions({key: asked[key] for key in found if key in asked}, model, folder)
     if problems:
         raise ConfigError("\n".join(problems))
     return found

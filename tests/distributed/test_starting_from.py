@@ -128,6 +128,18 @@ def test_a_key_that_contradicts_the_folder_is_refused_with_its_place(stories, tm
     assert f"command line: {said.format(llama=llama)}" in str(refused.value)
 
 
+def test_a_file_of_all_keys_is_refused_with_the_lines_that_contradict(stories, tmp_path, llama):
+    default = Path(__file__).parents[2] / "configs" / "default.yaml"
+    with pytest.raises(ConfigError, match=r"default\.yaml:\d+: model\.hidden_size: is 192, but the model in"):
+        load_config(["--config", str(default), "--model.init_from", str(llama)])
+
+
+@pytest.mark.parametrize("name", ["decoder_lm", "hf"])
+def test_a_folder_without_a_model_is_refused_before_data_are_read(stories, tmp_path, name):
+    with pytest.raises(ConfigError, match=r"model\.init_from: .* is neither a run with checkpoints"):
+        load_config(arguments(stories, tmp_path, tmp_path, "--model.name", name))
+
+
 def test_a_key_that_says_what_the_folder_says_is_welcome(stories, tmp_path, llama):
     agreeing = load_config(arguments(stories, tmp_path, llama, "--model.hidden_size", "48", "--model.head_dim", "20"))
     assert agreeing.model == load_config(arguments(stories, tmp_path, llama)).model
