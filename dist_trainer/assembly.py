@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import AnotherRunError, CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
+from dist_trainer.hub_access import is_hub_name
 from dist_trainer.models.loss import refuse_model_without_documents
-from dist_trainer.models.registry import MODELS, ModelContext, build_model, weights_writer
+from dist_trainer.models.registry import MODELS, ModelContext, build_model, fetch_initial_model, weights_writer
 from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
 from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinished_warmup
 from dist_trainer.out_of_memory import explaining_out_of_memory
@@ -152,10 +154,13 @@ def open_run_folder(config: TrainingConfig, world: World) -> Iterator[RunFolder 
 
 def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, start: StartingPoint) -> Trainer:
     """All parts of a run, standing where `start` says."""
-    tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data))
+    named = replace(config.data, tokenizer=tokenizer_name(config, start))
+    tokenizer = first_on_each_node(world, lambda: tokenizer_of(named))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
     fingerprints = data_fingerprints(loaders)
     refuse_other_data(config, start, fingerprints)
+    if start.checkpoint is None and config.model.init_from is not None:
+        first_on_each_node(world, lambda: fetch_initial_model(config.model))
     model = agree(world, lambda: build_model(config.model, model_context(config, world, tokenizer, start)))
     assert model is not None, "every rank builds one"
     if config.data.document_mask and config.data.packing:
@@ -201,6 +206,13 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
         tell_of_other_ranks(start, world.world_size, masks_depend_on_ranks=depend)
     return trainer
+
+
+def tokenizer_name(config: TrainingConfig, start: StartingPoint) -> str:
+    """What names the run's tokenizer: of a run that goes on, its checkpoint, where the folder it was read from has gone."""
+    name = config.data.tokenizer
+    gone = name != "austen" and not is_hub_name(name) and not Path(name).expanduser().exists()
+    return str(start.checkpoint) if gone and start.checkpoint is not None else name
 
 
 def data_fingerprints(loaders: Dataloaders) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def evaluate_model(path: Path, config: TrainingConfig) -> int:
     from dist_trainer.data.loader import create_validation_loader
     from dist_trainer.distributed.world import World
     from dist_trainer.evaluation import evaluate
-    from dist_trainer.models.decoder_lm import DecoderLM
     from dist_trainer.models.loss import model_loss
+    from dist_trainer.models.registry import open_model
     from dist_trainer.precision import build_precision
     from dist_trainer.tracking.run_log import configure_logging
 
@@ -104,7 +104,7 @@ def evaluate_model(path: Path, config: TrainingConfig) -> int:
         configure_logging(None, rank=world.rank)
         loader = create_validation_loader(config, world)
         result = evaluate(
-            DecoderLM.from_pretrained(path).to(world.device),
+            open_model(path, device=world.device),
             loader,
             num_blocks=loader.sampler.num_blocks,  # type: ignore[attr-defined]
             world=world,

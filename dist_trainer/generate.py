@@ -1,17 +1,41 @@
-"""`python -m dist_trainer.generate RUN`: text from a run's best checkpoint, or from any Hugging Face Llama folder."""
+"""`python -m dist_trainer.generate RUN`: text from a run's best checkpoint, or from any Hugging Face model's folder.
+
+One prompt is continued on the terminal as the text is made. Without --prompt and --prompts_file it asks for prompts, or takes
+the lines of standard input where that is no terminal. --prompts_file and --output write JSON lines.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
+from dist_trainer.model_folders import model_folders
+
+JSON_LINES = (".jsonl", ".ndjson")
+CONTEXT_TOKENS = 6
+"""Tokens of the prompt that are decoded together with the first new one: enough for any character, and for its space."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to continue."""
+
+    text: str
+    given: dict[str, Any] = field(default_factory=dict)
+    """What else stood beside it in a file of JSON lines; comes out again."""
+    place: str = ""
+    """`line 3`, in a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,16 +47,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises ConfigError for a path that does not exist and numbers that make no sense."""
     parser = argparse.ArgumentParser(prog="python -m dist_trainer.generate", description=__doc__)
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
-    parser.add_argument("--prompt", help="beginning of the text; without it and --prompts_file: asks for prompts")
-    parser.add_argument("--prompts_file", type=Path, help="a text file, one prompt a line")
+    parser.add_argument("--prompt", help='beginning of the text; "": the model begins')
+    parser.add_argument(
+        "--prompts_file",
+        type=Path,
+        help='a text file, one prompt a line; .jsonl: one JSON object a line, with the text under "prompt"',
+    )
+    parser.add_argument("--output", type=Path, help="file for JSON lines (default: standard output)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="at most this many (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: 0.7)")
     parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
     parser.add_argument("--top_p", type=float, default=0.8, help="draw from this much probability (default: 0.8)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed and prompt give the same text (default: 0)")
     arguments = parser.parse_args(argv)
     if not arguments.path.exists():
         raise ConfigError(f"{arguments.path} does not exist; give a run's folder, such as runs/default")
+    if arguments.prompt is not None and arguments.prompts_file is not None:
+        raise ConfigError("--prompt and --prompts_file: give one of them")
     for name, smallest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
         value = getattr(arguments, name)
         if value is not None and not smallest <= value < math.inf:
@@ -45,107 +76,215 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def generate_text(arguments: argparse.Namespace) -> int:
-    """Print what continues each prompt, token by token."""
+    """Continue each prompt."""
     import torch
 
     from dist_trainer.data.tokenization import load_tokenizer
-    from dist_trainer.models.decoder_lm import DecoderLM
+    from dist_trainer.models.registry import open_model
 
-    model = DecoderLM.from_pretrained(arguments.path)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(str(arguments.path))
-    context = model.max_position_embeddings
-    if arguments.prompts_file is not None and arguments.prompt is None:
-        refuse_prompts_without_room(lines_of(arguments.prompts_file), tokenizer, context, arguments.prompts_file)
-    asks = arguments.prompt is None and arguments.prompts_file is None
+    in_file = None if arguments.prompts_file is None else prompts_in(arguments.prompts_file)
+    model = open_model(arguments.path, device="cuda" if torch.cuda.is_available() else "cpu")
+    writer = Writer(model, load_tokenizer(str(arguments.path)), arguments, begins_anew=not _is_checkpoint(arguments.path))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
     try:
-        for prompt in prompts(arguments):
-            problem = lack_of_room(prompt, tokenizer, context)
-            if problem and asks:  # who types prompts can type another one
-                print(f"dist_trainer: {problem}", file=sys.stderr, flush=True)
-                continue
-            print(prompt, end="", flush=True)
-            for piece in continuation(model, tokenizer, prompt, arguments):
-                print(piece, end="", flush=True)
-            print(flush=True)
+        with ExitStack() as open_files:
+            if in_file is not None and arguments.prompts_file is not None:
+                writer.refuse_prompts_without_room(in_file, arguments.prompts_file)
+            if in_file is not None or arguments.output is not None:
+                to = sys.stdout if arguments.output is None else open_files.enter_context(_opened(arguments.output))
+                write_json_lines(writer, asked_for(arguments) if in_file is None else in_file, to)
+            else:
+                print_texts(writer, arguments)
     except BrokenPipeError:
         # Whoever reads, such as `head`, has had enough. What the interpreter flushes at its end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_FINISHED
 
 
-def lack_of_room(prompt: str, tokenizer: Any, context: int) -> str | None:
-    """Why nothing can follow `prompt`; None where something can."""
-    length = len(tokenizer.encode(prompt, add_special_tokens=False))
-    if 0 < length < context:
-        return None
-    if length == 0:
-        return "the prompt is empty: give it at least one token"
-    return f"the prompt has {length} tokens; the model's context is {context}: shorten it"
+def write_json_lines(writer: Writer, prompts: Iterator[Prompt] | list[Prompt], to: TextIO) -> None:
+    """One object a prompt, as soon as its text is whole."""
+    for prompt in prompts:
+        written = writer.continuation(prompt.text)
+        text = "".join(written)
+        facts = {"completion": text, "new_tokens": len(written.tokens), "ended_by": written.ended_by}
+        print(json.dumps({**prompt.given, "prompt": prompt.text, **facts}, ensure_ascii=False), file=to, flush=True)
 
 
-def refuse_prompts_without_room(lines: list[str], tokenizer: Any, context: int, path: Path) -> None:
-    """Raises ConfigError naming every line that cannot be continued, before any other is."""
-    found = ((number, lack_of_room(line, tokenizer, context)) for number, line in enumerate(lines, start=1) if line.strip())
-    problems = [f"line {number}: {problem}" for number, problem in found if problem]
-    if problems:
-        raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
+def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
+    """Each prompt, and what continues it piece by piece as it is made."""
+    asks = arguments.prompt is None and sys.stdin.isatty()
+    for prompt in asked_for(arguments):
+        problem = writer.lack_of_room(prompt.text)
+        if problem and arguments.prompt is None:  # who types prompts can type another one
+            print(f"dist_trainer: {problem}", file=sys.stderr, flush=True)
+            continue
+        print(prompt.text, end="", flush=True)
+        written = writer.continuation(prompt.text)
+        try:
+            for piece in written:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            if not asks:
+                raise
+        print(flush=True)
+        if written.ended_by == "context":
+            print(
+                f"dist_trainer: stopped after {len(written.tokens)} new tokens, "
+                f"where the model's context of {writer.context} ends",
+                file=sys.stderr,
+            )
 
 
-def prompts(arguments: argparse.Namespace) -> Iterator[str]:
-    """The one on the command line, those in the file, or what is typed until an empty line or the end of input."""
+class Writer:
+    """A model, its tokenizer, and how tokens are to be drawn."""
+
+    def __init__(self, model: Any, tokenizer: Any, arguments: argparse.Namespace, *, begins_anew: bool) -> None:
+        """`begins_anew`: texts begin as the tokenizer begins them, such as with BOS; a run's own do not."""
+        from dist_trainer.models.generation import context_of, end_tokens
+
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.begins_anew = begins_anew
+        self.context = context_of(model)
+        """Positions; None: without limit."""
+        self.ends = {tokenizer.eos_token_id, *end_tokens(model)}
+
+    def prompt_tokens(self, text: str) -> list[int]:
+        """Ids of `text`. Of an empty one what stands before a text: BOS in a model from elsewhere, in a run's own rows the
+        EOS of the text before.
+        """
+        tokens = self.tokenizer.encode(text, add_special_tokens=self.begins_anew)
+        while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id and self.begins_anew:
+            tokens.pop()  # some tokenizers end every text
+        first = self.tokenizer.bos_token_id if self.begins_anew else None
+        return tokens or [self.tokenizer.eos_token_id if first is None else first]
+
+    def lack_of_room(self, text: str) -> str | None:
+        """Why nothing can follow `text`; None where something can."""
+        length = len(self.prompt_tokens(text))
+        if self.context is None or length < self.context:
+            return None
+        return f"the prompt has {length} tokens; the model's context is {self.context}: shorten it"
+
+    def refuse_prompts_without_room(self, prompts: list[Prompt], path: Path) -> None:
+        """Raises ConfigError naming every line that cannot be continued, before any other is."""
+        problems = [f"{prompt.place}: {problem}" for prompt in prompts if (problem := self.lack_of_room(prompt.text))]
+        if problems:
+            raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
+
+    def continuation(self, text: str) -> Continuation:
+        """What follows `text`."""
+        return Continuation(self, self.prompt_tokens(text))
+
+
+class Continuation:
+    """Pieces of text as they become whole: a character may need several tokens. To be iterated once."""
+
+    def __init__(self, writer: Writer, prompt_tokens: list[int]) -> None:
+        self.writer, self.prompt_tokens = writer, prompt_tokens
+        self.tokens: list[int] = []
+        """New ones so far."""
+        self.ended_by = "interrupted"
+        """end_token, max_new_tokens or context, once it has ended."""
+
+    def __iter__(self) -> Iterator[str]:
+        from dist_trainer.models.generation import generate
+        from dist_trainer.sampling import BROKEN
+
+        arguments, ids = self.writer.arguments, list(self.prompt_tokens)
+        # Only tokens from `start` on are decoded: those before `known` once more, for what they tell of spaces between.
+        start, known = max(0, len(ids) - CONTEXT_TOKENS), len(ids)
+        for token in generate(
+            self.writer.model,
+            self.prompt_tokens,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            eos_token_id=self.writer.ends,
+        ):
+            self.tokens.append(token)
+            ids.append(token)
+            before, now = self._decoded(ids[start:known]), self._decoded(ids[start:])
+            if len(now) > len(before) and not now.endswith(BROKEN):
+                yield now[len(before) :]
+                start, known = known, len(ids)
+        # What is left is no whole character, or more of them that end in one.
+        if rest := self._decoded(ids[start:])[len(self._decoded(ids[start:known])) :].rstrip(BROKEN):
+            yield rest
+        self.ended_by = self._reason()
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return self.writer.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _reason(self) -> str:
+        if len(self.tokens) == self.writer.arguments.max_new_tokens:
+            return "max_new_tokens"
+        room = None if self.writer.context is None else self.writer.context - len(self.prompt_tokens)
+        return "context" if len(self.tokens) == room else "end_token"
+
+
+def asked_for(arguments: argparse.Namespace) -> Iterator[Prompt]:
+    """The prompt on the command line; else what is typed until an empty line; else the lines of standard input."""
     if arguments.prompt is not None:
-        yield arguments.prompt
-    elif arguments.prompts_file is not None:
-        yield from (line for line in lines_of(arguments.prompts_file) if line.strip())
-    else:
+        yield Prompt(arguments.prompt)
+    elif sys.stdin.isatty():
         while line := _ask():
-            yield line
+            yield Prompt(line)
+    else:
+        try:
+            yield from (Prompt(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"standard input is not UTF-8 text ({error})") from error
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a file of prompts. Raises ConfigError where it cannot be read."""
+def prompts_in(path: Path) -> list[Prompt]:
+    """The prompts of a file. Raises ConfigError where it cannot be read, naming every line that holds none."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts_file: {path} cannot be read ({error})") from error
+    numbered = [(f"line {number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise ConfigError(f"--prompts_file: {path} has no prompt in it")
+    if path.suffix not in JSON_LINES:
+        return [Prompt(line, place=place) for place, line in numbered]
+    prompts, problems = [], []
+    for place, line in numbered:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{place}: is not JSON ({error})")
+            continue
+        given = value if isinstance(value, dict) else {"prompt": value}
+        if isinstance(given.get("prompt"), str):
+            prompts.append(Prompt(given["prompt"], given, place))
+        else:
+            problems.append(f'{place}: has no text under "prompt"')
+    if problems:
+        raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
+    return prompts
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output: {path} cannot be written ({error.strerror})") from error
 
 
 def _ask() -> str:
     try:
-        return input("prompt> " if sys.stdin.isatty() else "")
-    except EOFError:
+        return input("prompt> ")
+    except (EOFError, KeyboardInterrupt):
+        print(flush=True)
         return ""
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, arguments: argparse.Namespace) -> Iterator[str]:
-    """Pieces of text as they become whole: a character may need several tokens."""
-    from dist_trainer.models.generation import generate
-
-    prompt_tokens = tokenizer.encode(prompt, add_special_tokens=False)
-    tokens: list[int] = []
-    shown = tokenizer.decode(prompt_tokens, skip_special_tokens=True)
-    for token in generate(
-        model,
-        prompt_tokens,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        eos_token_id=tokenizer.eos_token_id,
-    ):
-        tokens.append(token)
-        text = tokenizer.decode(prompt_tokens + tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    room = model.max_position_embeddings - len(prompt_tokens)
-    if len(tokens) == room < arguments.max_new_tokens:
-        print(
-            f"dist_trainer: stopped after {room} new tokens, where the model's context of {model.max_position_embeddings} ends",
-            file=sys.stderr,
-        )
+def _is_checkpoint(path: Path) -> bool:
+    """Whether `path` means a checkpoint of a run, whose rows began as a run's do."""
+    return any((folder / "trainer_state.json").is_file() for folder in model_folders(path))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""Any of them tells that a folder holds a tokenizer."""
+
 
 def model_folders(path: Path) -> Iterator[Path]:
     """`path` itself, then the checkpoints in it or in its `checkpoints`: best, latest, and the others, newest first.

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
 from dist_trainer.errors import ConfigError
-from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.generation import generate
+from dist_trainer.models.generation import can_generate, context_of, generate
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,9 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
     that does not fit.
     """
     tracking = config.tracking
-    if tracking.sample_tokens == 0 or tracking.sample_prompt == "" or not isinstance(model, DecoderLM):
+    if tracking.sample_tokens == 0 or tracking.sample_prompt == "" or not can_generate(model):
         return None
-    context = model.max_position_embeddings
+    context = context_of(model) or config.data.sequence_length
     if tracking.sample_prompt is not None:
         prompt = tracking.sample_prompt
         prompt_tokens = tokenizer.encode(prompt, add_special_tokens=False)
@@ -86,7 +85,7 @@ def beginning_of(row: Sequence[int], tokenizer: Any, *, most: int) -> list[int]:
 def build_sample(tokenizer: Any, *, prompt: str, prompt_tokens: Sequence[int], max_new_tokens: int, seed: int) -> Sample:
     """What continues `prompt`, drawn from a generator of its own: training does not change by it."""
 
-    def sample(model: DecoderLM) -> dict[str, Any]:
+    def sample(model: nn.Module) -> dict[str, Any]:
         tokens = generate(
             model,
             prompt_tokens,

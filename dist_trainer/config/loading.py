@@ -21,10 +21,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from dist_trainer.config.initial_model import keys_in_use, keys_that_follow
 from dist_trainer.config.rules import broken_rules
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.config.yaml_lines import Assignment, read_assignments
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.place import place_of_this_process
 
 PROGRAM = "python -m dist_trainer.train"
@@ -77,8 +78,9 @@ def dump_config(config: TrainingConfig) -> str:
 
 
 def as_dict(config: TrainingConfig) -> dict[str, Any]:
-    """Nested dictionaries of plain values."""
+    """Nested dictionaries of plain values; without the keys of the model section that have no meaning for its model."""
     plain = dataclasses.asdict(config)
+    plain["model"] = {name: value for name, value in plain["model"].items() if name in keys_in_use(config)}
     plain["optim"]["betas"] = list(config.optim.betas)
     return plain
 
@@ -134,7 +136,7 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
         found, wrong = read_assignments(Path(name), sections())
         assignments += found
         problems += wrong
-    nested: dict[str, Any] = {}
+    set_keys: dict[str, Any] = {}
     places: dict[str, str] = {}
     for assignment in assignments + arguments.assignments:
         try:
@@ -142,9 +144,17 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
         except ConfigError as error:
             problems.append(str(error))
             continue
-        section, _, name = assignment.key.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[name] = value
+        set_keys[assignment.key] = value
         places[assignment.key] = assignment.where
+    try:
+        following = keys_that_follow(set_keys)
+    except RefusedError as error:
+        problems += [_with_place(problem, places) for problem in str(error).splitlines()]
+        following = {}
+    nested: dict[str, Any] = {}
+    for key, value in {**following, **set_keys}.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
     config = _parser().instantiate(_parser().parse_object(nested))
     resolved = TrainingConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)})
     broken = broken_rules(resolved, world_size=_ranks(problems))

@@ -6,7 +6,7 @@ A test holds them equal to the tables.
 from __future__ import annotations
 
 ROW_NAMES: dict[str, tuple[str, ...]] = {
-    "model.name": ("decoder_lm",),
+    "model.name": ("decoder_lm", "hf"),
     "optim.name": ("adamw", "muon"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
     "distributed.strategy": ("auto", "single", "ddp"),

@@ -30,6 +30,11 @@ _POSITIVE = (
     "model.num_key_value_heads",
     "model.rms_norm_eps",
     "model.rope_theta",
+    "model.head_dim",
+    "model.rope_factor",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
+    "model.rope_original_max_position_embeddings",
     "data.sequence_length",
     "batch.global_batch_size",
     "batch.micro_batch_size",
@@ -111,12 +116,19 @@ def _rows(config: TrainingConfig) -> Iterator[str]:
 def _model(model: ModelConfig) -> Iterator[str]:
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: {model.dropout} must be 0 or more, and less than 1"
+    if model.name == "hf" and model.init_from is None:
+        yield "model.init_from: must name a folder with a config.json, or a model on the Hub, where model.name is hf"
+    if model.rope_type == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
+        low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
+        yield f"model.rope_high_freq_factor: {high} must be more than model.rope_low_freq_factor ({low})"
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     if heads <= 0 or groups <= 0 or model.hidden_size <= 0:
         return
     if model.hidden_size % heads:
         yield f"model.num_attention_heads: {heads} heads do not divide model.hidden_size ({model.hidden_size})"
-    elif model.hidden_size // heads % 2:
+    elif model.head_dim is not None and model.head_dim % 2:
+        yield f"model.head_dim: {model.head_dim} must be even for rotary positions"
+    elif model.head_size % 2:
         size = model.hidden_size // heads
         yield f"model.num_attention_heads: {heads} heads have {size} dimensions each; rotary positions need an even number"
     if heads % groups:

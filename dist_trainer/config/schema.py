@@ -13,10 +13,11 @@ DEFAULT_MAX_STEPS = 350
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the model, in the words of Hugging Face's LlamaConfig."""
+    """Shape of the model, in the words of Hugging Face's LlamaConfig. With init_from, keys not set are that model's."""
 
     name: str = "decoder_lm"
-    """Row of the MODELS table, or "package.module:function" for a model of your own."""
+    """Row of the MODELS table (decoder_lm; hf, any causal language model of transformers, which init_from names and whose
+    config.json says all about its shape), or "package.module:function" for a model of your own."""
     hidden_size: int = 192
     """Width of the residual stream."""
     intermediate_size: int = 512
@@ -27,16 +28,38 @@ class ModelConfig:
     """Query heads; divides hidden_size."""
     num_key_value_heads: int = 3
     """Key and value heads (grouped-query attention); divides num_attention_heads."""
+    head_dim: int | None = None
+    """Dimensions of a head, an even number; null: hidden_size / num_attention_heads."""
+    attention_bias: bool = False
+    """Whether attention's four projections add a bias."""
+    mlp_bias: bool = False
+    """Whether the feed-forward's three projections add a bias."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding's wavelengths."""
+    rope_type: Literal["default", "linear", "llama3"] = "default"
+    """How rotary frequencies were stretched for a longer context: not; all alike; or long wavelengths alone (Llama 3.1)."""
+    rope_factor: float = 8.0
+    """By how much (linear, llama3)."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: wavelengths above rope_original_max_position_embeddings / this are stretched in full."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: wavelengths below rope_original_max_position_embeddings / this are left alone; more than rope_low_freq_factor."""
+    rope_original_max_position_embeddings: int = 8192
+    """llama3: tokens of the context before it was stretched."""
     tie_word_embeddings: bool = True
     """Use the embedding matrix as output head too."""
     dropout: float = 0.0
     """Probability of zeroing an element after embedding, attention and feed-forward, while training."""
     init_from: str | None = None
-    """Folder of weights in Hugging Face Llama format to start from; null: random initialisation."""
+    """Model to start from: a run, a checkpoint, a Hugging Face model's folder, or a name on the Hub; its tokenizer is used,
+    too, unless data.tokenizer is set (docs/fine_tuning.md). null: random initialisation."""
+
+    @property
+    def head_size(self) -> int:
+        """Dimensions of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)

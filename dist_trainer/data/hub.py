@@ -5,55 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.records import Records
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import columns_of, missing_column
 from dist_trainer.errors import DataError
+from dist_trainer.hub_access import hub_is_reachable
 
 log = logging.getLogger(__name__)
 
-PROBE_SECONDS = 2.5
 ROWS_AT_A_TIME = 1000
-_reachable: bool | None = None
-
-
-def hub_is_reachable() -> bool:
-    """Whether the Hub answers within a few seconds; asked once. Where it does not, Hugging Face's libraries are told to
-    stay offline, or each of their calls would retry for half a minute.
-    """
-    global _reachable
-    if _reachable is None:
-        from huggingface_hub import constants
-
-        _reachable = not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
-        if not _reachable:
-            os.environ["HF_HUB_OFFLINE"] = "1"
-            constants.HF_HUB_OFFLINE = True
-    return _reachable
-
-
-def _answers(endpoint: str) -> bool:
-    """Whether `endpoint` takes a connection, or the proxy that the way there leads over, which then looks names up for us."""
-    url = urlsplit(endpoint)
-    proxies = {} if proxy_bypass(url.hostname or "") else getproxies()
-    if proxy := proxies.get(url.scheme) or proxies.get("all"):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    address = (url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
-    try:
-        with socket.create_connection(address, timeout=PROBE_SECONDS):
-            return True
-    except OSError:
-        return False
 
 
 def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:

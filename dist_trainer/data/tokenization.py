@@ -11,16 +11,15 @@ from typing import Any
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.data.hub import hub_is_reachable
 from dist_trainer.errors import DataError
-from dist_trainer.model_folders import model_folders
+from dist_trainer.hub_access import hub_is_reachable
+from dist_trainer.model_folders import TOKENIZER_FILES, model_folders
 
 log = logging.getLogger(__name__)
 
 Tokenizer = Any
 """A transformers.PreTrainedTokenizerBase; not imported for the name alone."""
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
 
 

@@ -13,20 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_trainer.config.llama_json import HFModel, TokenIds, hf_config, read_hf_config
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError
 from dist_trainer.models.attention import DocumentMask, attend, document_mask
-from dist_trainer.models.hf_format import (
-    HFModel,
-    from_hf_names,
-    hf_config,
-    locate_weights,
-    read_hf_config,
-    read_hf_weights,
-    write_hf,
-)
+from dist_trainer.models.hf_format import HEAD, from_hf_names, locate_weights, read_hf_weights, write_hf
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
 from dist_trainer.models.meta import materialize, on_meta
+from dist_trainer.models.rotary import rotary_tables, rotate
 
 INIT_STD = 0.02
 
@@ -66,23 +60,6 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, K] of position * theta^(-2i/K), i < K/2, twice over (Su et al. 2021, arXiv:2104.09864)."""
-    head_size = config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, head_size, 2, dtype=torch.int64, device=device).float() / head_size
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2), as Hugging Face's Llama does."""
-    first, second = x_BHTK.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x_BHTK.float() * cos_TK + turned * sin_TK).to(x_BHTK.dtype)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
 
@@ -90,12 +67,13 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_key_value_heads
-        self.head_size = config.hidden_size // config.num_attention_heads
+        self.head_size = config.head_size
         self.dropout = config.dropout
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=False)
-        self.o_proj = nn.Linear(self.num_heads * self.head_size, config.hidden_size, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_size, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_size, config.hidden_size, bias=bias)
 
     def forward(
         self,
@@ -124,9 +102,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] to [B, T, D], F wide in between."""
@@ -168,9 +146,9 @@ class DecoderLM(nn.Module):
         vocabulary_size: int,
         max_position_embeddings: int,
         *,
-        bos_token_id: int | None = None,
-        eos_token_id: int | None = None,
-        pad_token_id: int | None = None,
+        bos_token_id: TokenIds = None,
+        eos_token_id: TokenIds = None,
+        pad_token_id: TokenIds = None,
     ) -> None:
         """With torch's own first weights: call init_weights for those of a run, or load some.
 
@@ -232,7 +210,9 @@ class DecoderLM(nn.Module):
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
-            self._rotary = rotary_tables(self.config, max(length, self.max_position_embeddings), device)
+            # Twice as many as are needed now, but not all of a context that may have 131072.
+            spare = min(2 * length, self.max_position_embeddings)
+            self._rotary = rotary_tables(self.config, max(length, spare), device)
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 
@@ -244,6 +224,7 @@ class DecoderLM(nn.Module):
         q_proj, k_proj, v_proj, gate_proj, up_proj   normal(0, 0.02)
         o_proj, down_proj (write to the residual)    normal(0, 0.02 / sqrt(2 * num_hidden_layers))
         norms                                        1
+        biases (attention_bias, mlp_bias)            0
         ===========================================  =============================================
 
         The smaller residual projections keep the stream's variance independent of depth (Radford et al. 2019, GPT-2,
@@ -253,7 +234,9 @@ class DecoderLM(nn.Module):
         residual_std = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
         for name, parameter in self.named_parameters():
             owner = name.split(".")[-2]
-            if owner.endswith("norm"):
+            if name.endswith("_proj.bias"):
+                value = torch.zeros(parameter.shape)
+            elif owner.endswith("norm"):
                 value = torch.ones(parameter.shape)
             elif owner in ("o_proj", "down_proj"):
                 value = torch.empty(parameter.shape).normal_(0.0, residual_std, generator=generator)
@@ -271,11 +254,10 @@ class DecoderLM(nn.Module):
         multiplies (the output head too, tied or not) but not the embedding look-up. Attention's two products QKᵀ and PV
         cost 2 * 2 * H * K * T forwards for a query that sees T tokens, on average T/2 under the causal mask, and twice that
         backwards: 6 * H * K * T per layer; what a document mask spares counts all the same. Norms, rotations and softmax are
-        left out. (Chowdhery et al. 2022, PaLM,
-        appendix B, with the causal half.)
+        left out, and so are biases. (Chowdhery et al. 2022, PaLM, appendix B, with the causal half.)
         """
         config = self.config
-        head_size = config.hidden_size // config.num_attention_heads
+        head_size = config.head_size
         attention_matrices = config.hidden_size * head_size * 2 * (config.num_attention_heads + config.num_key_value_heads)
         matrices = config.num_hidden_layers * (attention_matrices + 3 * config.hidden_size * config.intermediate_size)
         matrices += config.hidden_size * self.vocabulary_size
@@ -283,20 +265,20 @@ class DecoderLM(nn.Module):
         return float(6 * matrices + attention)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> DecoderLM:
+    def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu") -> DecoderLM:
         """The model in a run folder (its best checkpoint), a checkpoint, or any folder in Hugging Face Llama format.
 
-        Raises ConfigError naming the field where the folder's model is not one that DecoderLM can represent, DataError where
-        files are missing or damaged.
+        In float32, whatever the files hold, and read tensor by tensor onto `device`. Raises ConfigError naming the field where
+        the folder's model is not one that DecoderLM can represent, CheckpointError where files are missing or damaged.
         """
         folder = locate_weights(Path(path))
-        model = cls.like(read_hf_config(folder))
+        model = cls.like(read_hf_config(folder), device=device)
         model.load_weights(folder)
         return model.eval()
 
     @classmethod
-    def like(cls, described: HFModel) -> DecoderLM:
-        """An uninitialised model of the shape `described`, on the CPU."""
+    def like(cls, described: HFModel, *, device: torch.device | str = "cpu") -> DecoderLM:
+        """An uninitialised model of the shape `described`."""
         with on_meta():
             model = cls(
                 described.config,
@@ -304,10 +286,12 @@ class DecoderLM(nn.Module):
                 described.max_position_embeddings,
                 **described.token_ids,
             )
-        return materialize(model, torch.device("cpu"))
+        return materialize(model, torch.device(device))
 
     def load_weights(self, folder: Path) -> None:
-        """Copy the weights in `folder` into this model's, tensor by tensor."""
+        """Copy the weights in `folder` into this model's, tensor by tensor. Raises CheckpointError where one is missing, has
+        another shape, or would be left over.
+        """
         mine = dict(self.named_parameters())
         missing = set(mine)
         with torch.no_grad():
@@ -315,6 +299,8 @@ class DecoderLM(nn.Module):
                 if name in mine:
                     mine[name].copy_(_fitting(tensor, mine[name], name, folder))
                     missing.discard(name)
+                elif name != HEAD:  # where embedding and head are tied, some files hold it all the same
+                    raise CheckpointError(f"the weights in {folder} hold {name}, of which its config.json says nothing")
         if missing:
             raise CheckpointError(f"the weights in {folder} are not whole: there is no {sorted(missing)[0]}")
 

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_trainer.errors import ConfigError
+from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 
 
+def can_generate(model: nn.Module) -> bool:
+    """Whether `generate` knows how to ask `model` for its next token."""
+    return isinstance(model, DecoderLM) or transformers_lm.is_of_transformers(model)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Positions that `model` was made for; None: without limit."""
+    return model.max_position_embeddings if isinstance(model, DecoderLM) else transformers_lm.context_of(model)
+
+
+def end_tokens(model: nn.Module) -> set[int]:
+    """Ids after which the model's own config says that nothing follows."""
+    if not isinstance(model, DecoderLM):
+        return transformers_lm.end_tokens(model)
+    ids = model.token_ids["eos_token_id"]
+    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+
+
 def generate(
-    model: DecoderLM,
+    model: nn.Module,
     prompt_tokens: Sequence[int],
     *,
     max_new_tokens: int,
@@ -20,37 +39,46 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Collection[int] | None = None,
 ) -> Iterator[int]:
-    """Tokens that continue `prompt_tokens`, until `eos_token_id`, `max_new_tokens`, or the end of the model's context.
+    """Tokens that continue `prompt_tokens`, until `eos_token_id` (or one of them), `max_new_tokens`, or the end of the
+    model's context. `model` is a DecoderLM, or one of transformers.
 
     `temperature` 0 takes the likeliest token each time. Draws from a generator of its own, and leaves the model's mode as it
     was, so that training is not changed by it. Raises ConfigError for an empty or too long prompt.
     """
     if not prompt_tokens:
         raise ConfigError("the prompt is empty: give it at least one token")
-    room = model.max_position_embeddings - len(prompt_tokens)
-    if room <= 0:
-        raise ConfigError(
-            f"the prompt has {len(prompt_tokens)} tokens; the model's context is {model.max_position_embeddings}: shorten it"
-        )
-    device = model.embed_tokens.weight.device
+    context = context_of(model)
+    room = max_new_tokens if context is None else context - len(prompt_tokens)
+    if room <= 0 < max_new_tokens:
+        raise ConfigError(f"the prompt has {len(prompt_tokens)} tokens; the model's context is {context}: shorten it")
+    ends = eos_token_id if isinstance(eos_token_id, Collection) else {eos_token_id}
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    cache = KeyValueCache(len(model.layers))
     was_training = model.training
     model.eval()
     try:
+        logits_after = _next_logits(model)
         new = torch.tensor([list(prompt_tokens)], device=device)
         for _ in range(min(max_new_tokens, room)):
             with torch.no_grad():  # not inference_mode: training may use the rotary tables made here
-                logits_V = model(new, cache=cache)[0, -1].float().cpu()
+                logits_V = logits_after(new).float().cpu()
             token = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            if token == eos_token_id:
+            if token in ends:
                 return
             yield token
             new = torch.tensor([[token]], device=device)
     finally:
         model.train(was_training)
+
+
+def _next_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function from the tokens [1, T] that are new to the logits [V] after them; it remembers those before."""
+    if not isinstance(model, DecoderLM):
+        return transformers_lm.next_logits(model)
+    cache = KeyValueCache(len(model.layers))
+    return lambda new: model(new, cache=cache)[0, -1]
 
 
 def choose(logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:

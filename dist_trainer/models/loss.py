@@ -129,7 +129,9 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         apart["documents"] = batch.documents
     if takes(model, "targets"):
         return model(batch.tokens, batch.targets, **apart)
-    output = model(batch.tokens, **apart)
+    # Keys and values of all tokens, which nobody reads, would stay in memory until the backward pass.
+    uncached = {"use_cache": False} if takes(model, "use_cache") else {}
+    output = model(batch.tokens, **apart, **uncached)
     return cross_entropy_sum(getattr(output, "logits", output), batch.targets)
 
 

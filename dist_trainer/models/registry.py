@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dist_trainer.config.initial_model import SHAPE_FIELDS, contradictions, model_folder
+from dist_trainer.config.llama_json import read_hf_config
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.hf_format import WEIGHTS_FILE, locate_weights, read_hf_config, write_hf
+from dist_trainer.models.hf_format import WEIGHTS_FILE, locate_weights, write_hf
 from dist_trainer.models.meta import materialize, on_meta
 
-SHAPE_FIELDS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_theta",
-    "tie_word_embeddings",
-)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ class ModelContext:
 def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     """A DecoderLM, initialised by context.seed or from the folder config.init_from."""
     if config.init_from is not None:
-        return _from_folder(context.resumed_from or Path(config.init_from), config, context)
+        return _from_folder(context.resumed_from or model_folder(config.init_from, weights=True), config, context)
     with on_meta():
         model = DecoderLM(
             config,
@@ -64,31 +59,62 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
 
 def _from_folder(folder: Path, config: ModelConfig, context: ModelContext) -> DecoderLM:
     """The weights in `folder`; the shape is the folder's, and the config must not contradict it."""
-    if not folder.is_dir():
-        raise ConfigError(f"model.init_from: {folder} is not a folder; give a run, a checkpoint or a Hugging Face model folder")
     folder = locate_weights(folder)
     described = read_hf_config(folder)
-    problems = [
-        f"model.{name}: is {asked!r}, but the model has {there!r}; set the key to that"
-        for name in SHAPE_FIELDS
-        if (asked := getattr(config, name)) != (there := getattr(described.config, name))
-    ]
-    if described.vocabulary_size < context.vocabulary_size:
-        problems.append(
-            f"data.tokenizer: has {context.vocabulary_size} tokens, the model knows {described.vocabulary_size}; "
-            "use the model's own tokenizer (--data.tokenizer with the same folder)"
-        )
-    if described.max_position_embeddings < context.sequence_length:
-        problems.append(
-            f"data.sequence_length: is {context.sequence_length}, but the model was made for at most "
-            f"{described.max_position_embeddings} positions"
-        )
+    asked = {f"model.{name}": getattr(config, name) for name in SHAPE_FIELDS}
+    problems = contradictions(asked, described.config, folder)
+    problems += _lack_of_room(described.vocabulary_size, described.max_position_embeddings, context)
     if problems:
         raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
-    return DecoderLM.from_pretrained(folder).to(context.device).train()
+    described = replace(described, config=replace(described.config, dropout=config.dropout))
+    model = DecoderLM.like(described, device=context.device)
+    model.load_weights(folder)
+    return model
 
 
-MODELS: dict[str, Callable[[ModelConfig, ModelContext], nn.Module]] = {"decoder_lm": decoder_lm}
+def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
+    """A causal language model of transformers: with the weights beside config.init_from's config.json, in float32; where it
+    stands alone in a folder, with random ones, drawn from context.seed.
+    """
+    assert config.init_from is not None, "a rule of the config"
+    folder = locate_weights(context.resumed_from or model_folder(config.init_from, weights=True))
+    if transformers_lm.has_weights(folder):
+        model = transformers_lm.open_weights(folder)
+    elif Path(config.init_from).expanduser().is_dir():
+        log.info("model.init_from: %s holds no weights: random ones, drawn from seed %d", folder, context.seed)
+        model = transformers_lm.make_anew(folder, seed=context.seed)
+        for name in ("bos_token_id", "eos_token_id"):  # the text's, no longer those of the model that config.json was for
+            for settings in (model.config, model.generation_config):
+                setattr(settings, name, getattr(context, name))
+    else:
+        raise CheckpointError(
+            f"model.init_from: {config.init_from!r} has no {WEIGHTS_FILE} on the Hub, or not in the local cache"
+        )
+    problems = _lack_of_room(transformers_lm.num_embeddings(model), transformers_lm.context_of(model), context)
+    if problems:
+        raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
+    transformers_lm.make_savable(model)
+    return model.to(context.device).train()
+
+
+def _lack_of_room(known_tokens: int, positions: int | None, context: ModelContext) -> list[str]:
+    """A sentence for each way in which text would not fit into a model that is there already."""
+    problems = []
+    if known_tokens < context.vocabulary_size:
+        problems.append(
+            f"data.tokenizer: has {context.vocabulary_size} tokens, the model knows {known_tokens}; use the model's own "
+            "tokenizer (--data.tokenizer with its folder or name), or extend the model first (transformers' "
+            "resize_token_embeddings, then save_pretrained, tokenizer beside it)"
+        )
+    if positions is not None and positions < context.sequence_length:
+        problems.append(
+            f"data.sequence_length: is {context.sequence_length}, but the model was made for at most {positions} positions; "
+            f"set it to {positions} or less (--data.sequence_length {positions})"
+        )
+    return problems
+
+
+MODELS: dict[str, Callable[[ModelConfig, ModelContext], nn.Module]] = {"decoder_lm": decoder_lm, "hf": hf}
 
 
 def build_model(config: ModelConfig, context: ModelContext) -> nn.Module:
@@ -96,28 +122,48 @@ def build_model(config: ModelConfig, context: ModelContext) -> nn.Module:
     return build(MODELS, config.name, "model.name", config, context, kind=nn.Module)
 
 
+def fetch_initial_model(config: ModelConfig) -> None:
+    """Bring the model that config.init_from names from the Hub into the local cache, if it is one of the Hub.
+
+    Raises ConfigError.
+    """
+    if config.name in MODELS and config.init_from is not None:
+        model_folder(config.init_from, weights=True)
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights that `weights_writer` wrote into `folder` back into `model`."""
     if isinstance(model, DecoderLM):
         model.load_weights(folder)
+    elif transformers_lm.is_of_transformers(model):
+        transformers_lm.copy_weights(model, folder)
     else:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
 
 
-def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:
-    """How the weights of `model` are written: DecoderLM's as a Hugging Face folder, another module's as they are named.
+def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Module:
+    """The model in a run folder (its best checkpoint), a checkpoint or a Hugging Face folder, in float32, to be evaluated:
+    a DecoderLM where it can represent it, else transformers' own.
 
-    Beside the latter stand the configs that a Hugging Face model has, so that transformers opens the folder.
+    Raises ConfigError, CheckpointError.
+    """
+    folder = locate_weights(Path(path))
+    try:
+        read_hf_config(folder)
+    except ConfigError:
+        if transformers_lm.has_weights(folder):
+            return transformers_lm.open_weights(folder).to(device).eval()
+        raise
+    return DecoderLM.from_pretrained(folder, device=device)
+
+
+def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:
+    """How the weights of `model` are written: as a Hugging Face folder, where it is DecoderLM or transformers' own; those of
+    another module as they are named.
     """
     if isinstance(model, DecoderLM):
         config = model.hf_config()
         return lambda weights, folder: write_hf(folder, state=weights, config=config)
-    configs = [getattr(model, name, None) for name in ("config", "generation_config")]
-    describe = [save for config in configs if callable(save := getattr(config, "save_pretrained", None))]
-
-    def write(weights: Mapping[str, Tensor], folder: Path) -> None:
-        save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        for save in describe:
-            save(folder)
-
-    return write
+    if transformers_lm.is_of_transformers(model):
+        return lambda weights, folder: transformers_lm.write_weights(model, weights, folder)
+    return lambda weights, folder: save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -18,6 +18,7 @@ watched = guard.Guard()
 watched.patience_seconds = lambda: 1.0 - guard.MARGIN_SECONDS  # a second in all
 time.sleep(2 * guard.TELL_SECONDS)  # it has been told
 print("ready", flush=True)
+input()
 {then}
 """
 SLEEPS = "time.sleep(60)"
@@ -27,9 +28,11 @@ SLEEPS = "time.sleep(60)"
 def rank(request):
     """A process with a guard, and the guard."""
     words = [sys.executable, "-c", RANK.format(then=getattr(request, "param", SLEEPS))]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         (guard,) = children_of(process.pid)
+        process.stdin.write(b"go on\n")
+        process.stdin.flush()
         yield process, guard
         process.kill()
 

@@ -218,7 +218,7 @@ def test_a_source_is_opened_once(tmp_path, monkeypatch):
 
 
 def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
-    from dist_trainer.data import hub
+    from dist_trainer import hub_access as hub
 
     monkeypatch.setattr(hub, "_reachable", False)
     with pytest.raises(DataError, match=r"squad.*Hub cannot be reached.*--data\.dataset austen"):
@@ -228,7 +228,7 @@ def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
 
 
 def test_a_hub_behind_a_dead_proxy_is_unreachable_at_once(monkeypatch):
-    from dist_trainer.data import hub
+    from dist_trainer import hub_access as hub
 
     for name in ("HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -205,10 +205,14 @@ def test_flops_count_every_matrix_once_and_causal_attention_by_half():
 
 REFUSED = {
     "model_type": ("gpt2", "model_type"),
-    "attention_bias": (True, "attention_bias"),
-    "head_dim": (16, "head_dim"),
+    "attention_bias": (1, "attention_bias"),
+    "hidden_size": (30, "hidden_size is 30"),
+    "partial_rotary_factor": (0.5, "partial_rotary_factor"),
+    "quantization_config": ({"quant_method": "gptq"}, "quantization_config"),
+    "layer_types": (["full_attention", "sliding_attention"], "layer_types"),
+    "rope_scaling": ({"type": "dynamic", "factor": 2.0}, r"rope_scaling\.rope_type is 'dynamic'"),
     "hidden_act": ("gelu", "hidden_act"),
-    "rope_parameters": ({"rope_type": "yarn", "rope_theta": 1e4}, "rope_type"),
+    "rope_parameters": ({"rope_type": "yarn", "rope_theta": 1e4}, r"rope_parameters\.rope_type is 'yarn'"),
 }
 
 

@@ -1,0 +1,183 @@
+"""The one door to models of transformers: opened, made, saved and asked for their next token by its own code.
+
+Never by code that comes with a model (trust_remote_code), and never from pickles. Who trains DecoderLM does not import it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.models.hf_format import INDEX_FILE, WEIGHTS_FILE
+from dist_trainer.models.loss import takes
+
+log = logging.getLogger(__name__)
+
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.gguf", "*.safetensors")
+"""Files that hold weights in a way that is not read here: by them a folder is told from one with a config.json alone."""
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls keys and values of the tokens before: newer name, older name."""
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers' own classes, or made from one."""
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` has weights beside its config.json. Raises ConfigError where it has them in another format only."""
+    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return True
+    others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
+    if others:
+        raise ConfigError(
+            f"{folder} has weights in {others[0]}, but neither {WEIGHTS_FILE} nor {INDEX_FILE}: pickles and other formats are "
+            "not opened; save the model once with transformers' save_pretrained"
+        )
+    return False
+
+
+def open_weights(folder: Path) -> Any:
+    """The causal language model in `folder`, in float32 on the CPU.
+
+    Raises ConfigError where transformers cannot make one of it, CheckpointError where weights are missing or damaged.
+    """
+    import transformers
+
+    with _quietly():
+        try:
+            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # the library raises many kinds; each ends in one message
+            raise _in_a_sentence(folder, error) from error
+    _refuse_gaps(folder, told)
+    return model
+
+
+def make_anew(folder: Path, *, seed: int) -> Any:
+    """The causal language model that `folder`/config.json describes, with weights drawn by transformers from `seed`; CPU.
+
+    Raises ConfigError where transformers cannot make one of it.
+    """
+    import transformers
+
+    with torch.random.fork_rng(devices=[]), _quietly():
+        torch.manual_seed(seed)
+        try:
+            config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except Exception as error:  # the library raises many kinds; each ends in one message
+            raise _in_a_sentence(folder, error) from error
+
+
+def write_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """What save_pretrained writes, with `weights` in place of the model's, which training may be changing meanwhile."""
+    with _quietly():
+        model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="1000TB")
+
+
+def make_savable(model: Any) -> None:
+    """Repair what transformers refuses to save: sampling's settings where sampling is off, as some models have them."""
+    settings = getattr(model, "generation_config", None)
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+
+
+def copy_weights(model: Any, folder: Path) -> None:
+    """Copy what `write_weights` wrote into `folder` back into `model`. Raises CheckpointError."""
+    with _quietly():
+        try:
+            found, told = type(model).from_pretrained(
+                str(folder),
+                config=model.config,
+                dtype=model.dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # the library raises many kinds; each ends in one message
+            raise CheckpointError(f"{folder}: its weights cannot be read ({error})") from error
+    _refuse_gaps(folder, told)
+    model.load_state_dict(found.state_dict())
+
+
+def num_embeddings(model: Any) -> int:
+    """How many token ids the model knows."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def context_of(model: Any) -> int | None:
+    """Positions that the model was made for; None where its config.json names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def end_tokens(model: Any) -> set[int]:
+    """Ids after which the model says that nothing follows."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return set(ids if isinstance(ids, list) else [ids]) - {None}
+
+
+def next_logits(model: Any) -> Callable[[Tensor], Tensor]:
+    """A function from the tokens [1, T] that are new to the logits [V] after them; it remembers those before.
+
+    By keys and values where the model keeps them as most do, else by reading all tokens anew.
+    """
+    name = next((name for name in CACHE_NAMES if takes(model, name)), None)
+    cache, seen = None, None
+
+    def step(new: Tensor) -> Tensor:
+        nonlocal cache, seen
+        seen = new if seen is None else torch.cat([seen, new], dim=1)
+        # Its forward, not the model itself, which may be compiled, and would be once more for each length.
+        if name is None:
+            return model.forward(seen).logits[0, -1]
+        # The mask says that all are text: without one some models take ids that equal pad_token_id for padding.
+        found = model.forward(new, attention_mask=torch.ones_like(seen), use_cache=True, **{name: cache})
+        cache = getattr(found, name)
+        return found.logits[0, -1]
+
+    return step
+
+
+def _refuse_gaps(folder: Path, told: Mapping[str, Any]) -> None:
+    """What is missing, transformers would draw at random, on each rank another."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        if told.get(kind):
+            first = sorted(map(str, told[kind]))[0]
+            raise CheckpointError(f"the weights in {folder} are not whole: {first} is missing, or has another shape there")
+
+
+def _in_a_sentence(folder: Path, error: Exception) -> ConfigError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ConfigError(f"{folder}: transformers makes no causal language model of it: {first_line[:400]}")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without progress bars, which are each rank's."""
+    from transformers.utils import logging as library
+
+    shows = library.is_progress_bar_enabled()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            library.enable_progress_bar()

@@ -1,0 +1,204 @@
+"""The generate command: what it prints is what transformers' generate makes of the same weights, piece by piece and whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dist_trainer import generate
+from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.models.registry import open_model
+from tests.distributed.small_runs import folder, run, small_config
+
+PROMPT = "It was a truth"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run with 64 positions, whose best checkpoint is not its latest."""
+    data = tmp_path_factory.mktemp("text") / "text.txt"
+    data.write_text("It was a truth that nobody acknowledged, until Emma came. " * 200)
+    path = tmp_path_factory.mktemp("runs")
+    config = small_config(data, path, train__max_steps=8, data__sequence_length=64, data__validation_fraction=0.2)
+    assert run(config, 1) == [0]
+    return folder(config)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    """A Llama with a tokenizer in the way of sentencepiece: BOS before each text, bytes for what has no piece."""
+    path = tmp_path_factory.mktemp("llama")
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz", "▁a", "▁b"]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a"), ("▁", "b")], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=len(pieces), max_position_embeddings=96, initializer_range=0.5)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def said(capsys, *words) -> str:
+    assert generate.main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def greedily(path: Path, ids: list[int], *, max_new_tokens: int) -> list[int]:
+    """What transformers' own generate adds to `ids`."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    row = torch.tensor([ids])
+    made = model.generate(
+        row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0
+    )
+    return made[0, len(ids) :].tolist()
+
+
+def test_greedy_text_is_that_of_transformers_from_the_best_checkpoint(trained, capsys):
+    best = trained / "checkpoints" / "best"
+    tokenizer = AutoTokenizer.from_pretrained(best)
+    ids = tokenizer(PROMPT)["input_ids"]
+    expected = tokenizer.decode(ids + greedily(best, ids, max_new_tokens=30), skip_special_tokens=True)
+    assert said(capsys, trained, "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "30") == expected + "\n"
+
+
+def test_a_model_from_elsewhere_begins_as_its_tokenizer_does(elsewhere, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(elsewhere)
+    ids = tokenizer("a b")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    new = greedily(elsewhere, ids, max_new_tokens=40)
+    whole = tokenizer.decode(ids + new, skip_special_tokens=True).rstrip("\ufffd")
+    assert said(capsys, elsewhere, "--prompt", "a b", "--temperature", "0", "--max_new_tokens", "40") == whole + "\n"
+
+
+class FromAList:
+    """Stands in for the model's choice of tokens."""
+
+    def __init__(self, monkeypatch, tokens: list[int]) -> None:
+        monkeypatch.setattr("dist_trainer.models.generation.generate", lambda *_, **__: iter(tokens))
+
+
+TEXTS = ["naïve café – 孔乙己 👩‍👩‍👧 ok", "plain words only", "   spaces   and\n\nlines\t", "日本語のテキスト。"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("kind", ["trained", "elsewhere"])
+def test_pieces_are_whole_characters_and_together_the_text(request, monkeypatch, kind, text):
+    path = request.getfixturevalue(kind)
+    tokenizer = load_tokenizer(str(path))
+    prompt = tokenizer.encode("a b", add_special_tokens=False)
+    new = tokenizer.encode("a b" + text, add_special_tokens=False)[len(prompt) :]
+    FromAList(monkeypatch, new)
+    arguments = generate.parse_arguments([str(path)])
+    writer = generate.Writer(open_model(path), tokenizer, arguments, begins_anew=False)
+    pieces = list(generate.Continuation(writer, prompt))
+    whole = tokenizer.decode(prompt + new)
+    assert whole == tokenizer.decode(prompt) + "".join(pieces)
+    assert "\ufffd" not in "".join(pieces)
+    assert len(pieces) > len(text.split())
+
+
+def test_a_character_that_was_never_finished_is_not_shown(trained, monkeypatch, capsys):
+    tokenizer = load_tokenizer(str(trained))
+    FromAList(monkeypatch, [*tokenizer.encode(" x"), *tokenizer.encode("孔")[:-1]])
+    assert said(capsys, trained, "--prompt", "a") == "a x\n"
+
+
+def test_text_appears_as_it_is_made(trained):
+    """Not only at the end: the first piece is read while the command still runs."""
+    script = (
+        "import time, dist_trainer.models.generation as g\nold = g.choose\n"
+        "def slow(*a, **k):\n    time.sleep(0.2)\n    return old(*a, **k)\n"
+        "g.choose = slow\nfrom dist_trainer import generate\ngenerate.main()\n"
+    )
+    words = [sys.executable, "-c", script, str(trained), "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "20"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        beginning = process.stdout.read(len(PROMPT) + 3)
+        assert process.poll() is None
+        assert beginning.startswith(PROMPT)
+        assert len(process.stdout.read()) > 10
+
+
+def test_an_empty_prompt_begins_with_what_stands_before_a_text(trained, elsewhere, tmp_path, capsys):
+    for path, where, first in ((trained, trained / "checkpoints" / "best", "eos"), (elsewhere, elsewhere, "bos")):
+        begins_with = getattr(load_tokenizer(str(where)), f"{first}_token_id")
+        options = ("--prompt", "", "--temperature", "0", "--max_new_tokens", "8")
+        text = said(capsys, path, *options)
+        assert len(text) > 4
+        said(capsys, path, *options, "--output", tmp_path / "out.jsonl")
+        assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] + "\n" == text
+        arguments = generate.parse_arguments([str(path), *options])
+        tokenizer = load_tokenizer(str(path))
+        writer = generate.Writer(open_model(path), tokenizer, arguments, begins_anew=path == elsewhere)
+        written = writer.continuation("")
+        assert "".join(written) + "\n" == text
+        assert written.tokens == greedily(where, [begins_with], max_new_tokens=8)
+
+
+def test_a_file_of_prompts_becomes_json_lines(trained, tmp_path, capsys):
+    one = said(capsys, trained, "--prompt", PROMPT, "--max_new_tokens", "5")[len(PROMPT) : -1]
+    text, lines, output = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    text.write_text(f"{PROMPT}\n\nEmma\n")
+    lines.write_text(json.dumps({"id": 7, "prompt": PROMPT}) + "\n" + json.dumps("Emma\nsaid") + "\n" + '{"prompt": ""}\n')
+    found = [json.loads(line) for line in said(capsys, trained, "--prompts_file", text, "--max_new_tokens", "5").splitlines()]
+    assert [line["prompt"] for line in found] == [PROMPT, "Emma"]
+    assert found[0] == {"prompt": PROMPT, "completion": one, "new_tokens": 5, "ended_by": "max_new_tokens"}
+    assert said(capsys, trained, "--prompts_file", lines, "--max_new_tokens", "100", "--output", output) == ""
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["prompt"] for line in found] == [PROMPT, "Emma\nsaid", ""]
+    assert found[0]["id"] == 7
+    assert {line["ended_by"] for line in found} <= {"context", "end_token"}
+
+
+def test_lines_that_hold_no_prompt_are_all_named(trained, tmp_path, capsys):
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": "x"}\n{"text": "x"}\n{"prompt\n')
+    assert generate.main([str(trained), "--prompts_file", str(lines)]) == 2
+    complaint = capsys.readouterr().err
+    assert 'line 2: has no text under "prompt"' in complaint
+    assert "line 3: is not JSON" in complaint
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert generate.main([str(trained), "--prompts_file", str(tmp_path / "empty.txt")]) == 2
+    assert generate.main([str(trained), "--prompts_file", str(lines), "--prompt", "x"]) == 2
+    assert generate.main([str(trained), "--prompt", "x", "--output", str(tmp_path / "no" / "out")]) == 2
+    assert "--output: " in capsys.readouterr().err
+
+
+def test_lines_from_a_pipe_are_prompts(trained, capsys, monkeypatch, tmp_path):
+    words = (trained, "--max_new_tokens", "4", "--temperature", "0")
+    monkeypatch.setattr("sys.stdin", io.StringIO("It was\n\nEmma\n"))
+    printed = said(capsys, *words)
+    assert printed == said(capsys, *words, "--prompt", "It was") + said(capsys, *words, "--prompt", "Emma")
+    monkeypatch.setattr("sys.stdin", io.StringIO("It was\n"))
+    assert said(capsys, *words, "--output", tmp_path / "out.jsonl") == ""
+    assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "It was"
+
+
+def test_each_token_that_ends_a_text_by_the_model_s_config_ends_it(elsewhere, tmp_path, capsys):
+    import shutil
+
+    tokenizer = AutoTokenizer.from_pretrained(elsewhere)
+    new = greedily(elsewhere, tokenizer("a b")["input_ids"], max_new_tokens=10)
+    copy = tmp_path / "model"
+    shutil.copytree(elsewhere, copy)
+    config = json.loads((copy / "config.json").read_text())
+    third = next(token for token in new[2:] if token not in new[:2])
+    (copy / "config.json").write_text(json.dumps({**config, "eos_token_id": [2, third]}))
+    words = (copy, "--prompt", "a b", "--temperature", "0", "--output", tmp_path / "out.jsonl")
+    said(capsys, *words)
+    found = json.loads((tmp_path / "out.jsonl").read_text())
+    assert found["ended_by"] == "end_token"
+    assert found["new_tokens"] == new.index(third)
