@@ -57,6 +57,8 @@ CONTESTANTS = {
     "Lightning, compiled": Contestant("lightning_trainer", ("compiled",), "lightning"),
 }
 BASE = "bare"
+SAME_LOSS = 5e-3
+"""Relative; bf16 rounds to 4e-3."""
 
 
 def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, Any]:
@@ -179,8 +181,16 @@ def measure(
             result = run(CONTESTANTS[name], workload, threads)
             if number:
                 results[name].append(result)
+            _refuse_other_work(name, result, results)
             print(f"round {number}, {name}: {result['step_seconds'] * 1000:.1f} ms a step", file=sys.stderr, flush=True)
     return results
+
+
+def _refuse_other_work(name: str, result: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
+    """Where a contestant tells its last loss, it must be the others': the same weights, rows, and updates."""
+    told = [other["loss"] for rounds in results.values() for other in rounds if other["loss"] is not None]
+    if told and result["loss"] is not None and abs(result["loss"] - told[0]) > SAME_LOSS * told[0]:
+        raise SystemExit(f"{name} ends with a loss of {result['loss']}, others with {told[0]}: they do not do the same work")
 
 
 def chosen(only: str | None) -> list[str]:

@@ -1,0 +1,56 @@
+"""The benchmarks run, and all contestants do the same work (compare refuses other losses)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.compare import BASE, CONTESTANTS, chosen, table
+from benchmarks.workloads import SIZES, Workload
+from tests.architecture.sources import REPOSITORY
+
+
+def bench(*words: str) -> str:
+    command = [sys.executable, "-m", *words]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": ""})
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_the_table_holds_ratios_round_by_round(tmp_path):
+    def results(*seconds):
+        same = {"cpu_seconds": 1.0, "peak_bytes": 2, "seconds_to_first_step": 3.0, "loss": 1.0}
+        return [{"step_seconds": second, **same} for second in seconds]
+
+    made = table({BASE: results(1.0, 2.0, 4.0), "ours": results(0.5, 4.0, 4.0)}, Workload(SIZES["overhead"], tmp_path))
+    assert "| ours | 1.000 (0.500 to 2.000) | 1.000 (1.000 to 1.000) |" in made
+
+
+def test_unknown_contestants_are_refused_by_name():
+    with pytest.raises(ValueError, match="no contestant 'theirs'; there are bare; "):
+        chosen("theirs")
+    assert set(chosen(None)) <= set(CONTESTANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900, method="signal")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_all_contestants_that_are_installed_do_the_same_work(ranks):
+    made = bench("benchmarks.compare", "--size", "overhead", "--steps", "6", "--rounds", "1", "--save", "--ranks", str(ranks))
+    assert all(f"| {name} |" in made for name in chosen(None))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900, method="signal")
+def test_the_gpu_script_runs_in_its_smallest_size_on_whatever_is_here(tmp_path):
+    made = bench("benchmarks.gpu", "--smallest", "--out", str(tmp_path / "table.md"))
+    assert "- 1B, bf16: " in made
+    assert (tmp_path / "table.md").read_text() == made.removesuffix("\n")
+
+
+@pytest.mark.slow
+def test_saving_is_measured_beside_torch_save():
+    assert "| ours: training stands still |" in bench("benchmarks.saving_speed", "--size", "overhead", "--rounds", "1")
