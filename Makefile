@@ -8,6 +8,9 @@
 PYTHON ?= python3
 TORCH ?= auto
 ARGS ?=
+CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# Tests wait for one another's processes and for timeouts half of their time.
+WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 )))
 VENV := .venv/bin/python
 STAMP := .venv/.set-up
 
@@ -17,7 +20,7 @@ train: setup
 	PYTHON=$(VENV) launch/local.sh $(ARGS)
 
 test: setup
-	$(VENV) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(STAMP)-bench
 	$(VENV) -m benchmarks.compare $(ARGS)

@@ -67,6 +67,7 @@ def test_every_command_runs(folder: Path) -> None:
     assert json.loads((folder / "texts.jsonl").read_text())["id"] == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_was_given_more_tokens_is_one_to_start_from(folder: Path) -> None:
     (snippet,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     run(["-c", snippet], folder)

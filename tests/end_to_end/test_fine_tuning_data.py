@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoTokenizer
 
 from tests.end_to_end.commands import ROOT, SMALL, command, environment, lines
@@ -85,6 +86,7 @@ def test_pairs_of_a_prompt_and_a_completion(tmp_path):
     assert 2 * 8 <= first["tokens"] <= 5 * 8, "of each of eight rows a completion of a few tokens and its end"
 
 
+@pytest.mark.slow
 def test_squad_s_config_with_loss_on_the_answers_alone(tmp_path):
     rows = [
         {"context": f"Emma has {number} pounds.", "question": "How many?", "answers": {"text": [str(number)]}}

@@ -50,6 +50,7 @@ def test_a_rank_whose_main_thread_waits_for_long_is_let_live(rank):
     assert process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_job_that_was_suspended_as_a_whole_and_goes_on_is_let_live(rank):
     process, guard = rank
     for pid in (process.pid, guard):

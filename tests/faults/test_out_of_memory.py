@@ -8,6 +8,7 @@ import resource
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from dist_trainer import assembly
@@ -93,6 +94,7 @@ def test_before_there_is_a_model_it_is_a_refusal_that_leaves_nothing(run):
     assert not run.folder.exists()
 
 
+@pytest.mark.slow
 def test_before_there_is_a_model_two_ranks_end_at_once(run, capfd):
     lay = before_each_call(lambda: torch.empty(1 << 50), assembly, "build_optimizer")
 

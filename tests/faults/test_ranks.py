@@ -111,7 +111,7 @@ def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp
     assert "rank 1 on " in status(config)["reason"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp_path, rank):
     config = small_config(stories, tmp_path / "run", distributed__timeout_minutes=0.1)
     codes = command(config, 2, before=freeze(rank=rank, at=7))
@@ -126,7 +126,7 @@ def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp
     goes_on_as_if_nothing_had_happened(config, stories, tmp_path)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_of_four_ranks_the_one_that_hangs_is_named_and_none_that_left_for_it(stories, tmp_path, rank):
     config = small_config(stories, tmp_path / "run", distributed__timeout_minutes=0.1)
     codes = command(config, 4, before=freeze(rank=rank, at=7))

@@ -173,7 +173,7 @@ def test_a_signal_before_training_keeps_what_is_known_of_the_run(run):
     assert 0 < ended["useful_seconds"] < ended["wall_seconds"]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_is_lost_before_training_is_named(stories, tmp_path, monkeypatch, rank, fault):
     build_model = assembly.build_model
