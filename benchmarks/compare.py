@@ -67,7 +67,6 @@ def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, A
         **os.environ,
         FOLDER: str(workload.folder),
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",
         "DIST_TRAINER_CACHE": str(workload.folder / "cache"),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),

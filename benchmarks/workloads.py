@@ -45,7 +45,7 @@ class Size:
 
 SIZES = {
     # So small that a trainer's own cost per step shows.
-    "overhead": Size(64, 128, 2, 4, 4, 512, 64, 2, steps=400),
+    "overhead": Size(64, 128, 2, 4, 4, 512, 64, 2, steps=3000),
     "1m": Size(128, 344, 4, 4, 4, 2048, 128, 8, steps=60),
     "7m": Size(256, 688, 6, 4, 4, 8192, 256, 8, steps=15),
     "30m": Size(512, 1376, 6, 8, 8, 16384, 512, 4, steps=8),

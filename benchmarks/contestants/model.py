@@ -7,10 +7,10 @@ from torch import nn
 
 from benchmarks import workloads
 from benchmarks.workloads import Workload
-from dist_trainer.config.schema import ModelConfig, OptimConfig
+from dist_trainer.config.schema import ModelConfig
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model
-from dist_trainer.optim.optimizers import build_optimizer
+from dist_trainer.optim.optimizers import parameter_groups
 
 
 def build(workload: Workload, device: torch.device) -> DecoderLM:
@@ -22,11 +22,11 @@ def build(workload: Workload, device: torch.device) -> DecoderLM:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """Fused, with decay of matrices alone, as ours."""
-    config = OptimConfig(
-        learning_rate=workloads.LEARNING_RATE,
+    """torch's, fused, with decay of matrices alone, as ours decays."""
+    return torch.optim.AdamW(
+        parameter_groups(model, workloads.WEIGHT_DECAY),
+        lr=workloads.LEARNING_RATE,
         betas=workloads.BETAS,
         eps=workloads.EPS,
-        weight_decay=workloads.WEIGHT_DECAY,
+        fused=True,
     )
-    return build_optimizer(config, model)
