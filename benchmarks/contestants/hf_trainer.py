@@ -43,6 +43,7 @@ def main(flags: set[str]) -> None:
         learning_rate=workloads.LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=workloads.MAX_GRAD_NORM,
+        use_cpu=not torch.cuda.is_available(),
         bf16=workload.dtype == "bf16",
         fp16=workload.dtype == "fp16",
         torch_compile="compiled" in flags,
