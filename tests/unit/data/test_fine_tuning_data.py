@@ -3,7 +3,6 @@
 import json
 import logging
 import multiprocessing
-import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from dist_trainer.data.tokenization import load_tokenizer, tokenizer_of
 from dist_trainer.data.whole_documents import WholeDocumentRows, best_fit_decreasing, fitted
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError
+from tests.unit.data.dying import die_at_record
 
 ROOT = Path(__file__).resolve().parents[3]
 PLAIN = str(ROOT / "configs" / "plain_chat.jinja")
@@ -571,17 +571,7 @@ def test_a_token_of_no_characters_belongs_to_what_follows():
 
 
 def _killed(config: DataConfig, after_records: int) -> None:
-    real = store_building._Unfinished.record
-    left = [after_records]
-
-    def record(self):
-        progress = real(self)
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return progress
-
-    store_building._Unfinished.record = record
+    die_at_record(after_records)
     stored(config, tokenizer_of(config))
 
 

@@ -25,6 +25,7 @@ from dist_trainer.data.text_pieces import TextPiece
 from dist_trainer.data.token_store import SECONDS_KEPT, token_store
 from dist_trainer.data.tokenization import load_tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError
+from tests.unit.data.dying import die_at_record
 
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
@@ -286,17 +287,7 @@ def test_what_is_not_utf8_is_found_in_any_part(tmp_path, monkeypatch, content, l
 
 
 def _killed(path: Path, cache: Path, after_records: int) -> None:
-    real = store_building._Unfinished.record
-    left = [after_records]
-
-    def record(self):
-        progress = real(self)
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return progress
-
-    store_building._Unfinished.record = record
+    die_at_record(after_records)
     stored(path, load_tokenizer("austen"), cache)
 
 
