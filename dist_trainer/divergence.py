@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -56,8 +57,8 @@ class DivergenceWatch:
         step = self.judged.step
         if copied is not None:
             copied.synchronize()
-        norm = grad_norm.numpy()[()]
-        if norm - norm == 0:  # neither infinite nor NaN
+        norm = float(grad_norm.numpy())  # in host memory
+        if math.isfinite(norm):
             self.skipped_in_a_row = 0
             return
         self.skipped_steps += 1

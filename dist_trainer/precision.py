@@ -28,10 +28,10 @@ class Precision:
         """The context of a forward pass."""
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of `loss`; a loss that is not finite poisons them, so that their exchange tells every rank."""
-        poison = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-        self.scaler.scale(loss * poison).backward()
+    def backward(self, loss: Tensor, factor: float = 1.0) -> None:
+        """Gradients of `loss` * `factor`; a loss that is not finite poisons them, so that their exchange tells every rank."""
+        weight = torch.where(loss.detach().isfinite(), factor, torch.nan)
+        torch.autograd.backward(loss, self.scaler.scale(weight))
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Undo the scaling of the gradients."""

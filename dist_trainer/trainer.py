@@ -203,7 +203,7 @@ class Trainer:
                 with self.precision.autocast():
                     micro_loss_sum = self.loss_function(self.model, batch)
                 # Ranks average their gradients; times their number, the average is the sum again.
-                self.precision.backward(micro_loss_sum * (self.world.world_size / max(1, target_tokens)))
+                self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))
             loss_sum += micro_loss_sum.detach()
 
         self.precision.unscale(self.optimizer)
@@ -219,12 +219,12 @@ class Trainer:
         return StepResult(self.progress.step, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
     def _clip_gradients(self) -> Tensor:
-        """Scale gradients down to `optim.max_grad_norm`; their norm before, over all parameters."""
+        """Scale gradients down to `optim.max_grad_norm`; their norm before, over all parameters: a float32 scalar."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         grad_norm = get_total_norm(gradients)
         if self.config.optim.max_grad_norm > 0:
             clip_grads_with_norm_(self.parameters, self.config.optim.max_grad_norm, grad_norm)
-        return grad_norm
+        return grad_norm.float()
 
     def _fetch(self, batches: Iterator[Batch]) -> StepInput:
         """The next step's micro-batches, on their way to the device, and the facts on theirs to all ranks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,11 @@ class Batch:
     def first_rows(self, count: int) -> Batch:
         """The first `count` of its rows."""
         return self._each(lambda part: part[:count])
+
+    def split(self, count: int) -> Iterator[Batch]:
+        """Batches of `count` of its rows each, the last one of what is left."""
+        for first in range(0, len(self.tokens), count):
+            yield self._each(lambda part, first=first: part[first : first + count])
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of the batch until `stream` has done what it was told so far, even if it is let go of here."""

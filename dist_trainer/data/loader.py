@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.rows import Rows, train_and_validation_rows, validation_rows
+from dist_trainer.data.packing import as_it_is
+from dist_trainer.data.rows import Rows, train_and_validation_rows, validation_rows, varies_in_length
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, rows_per_validation_block
 from dist_trainer.data.tokenization import Tokenizer, tokenizer_of
 from dist_trainer.distributed.collectives import first_on_each_node
@@ -21,6 +24,9 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+TOKENS_AT_ONCE = 2**15
+"""Of micro-batches that have fewer, several are read at once."""
 
 
 class Dataloaders(NamedTuple):
@@ -110,12 +116,29 @@ def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> Data
     return _loader(rows, sampler, config, world)
 
 
+class ReadingAhead(DataLoader):
+    """A DataLoader that reads several micro-batches at once, since reading costs by the call; they are the same ones."""
+
+    def __init__(self, *arguments: Any, rows_at_once: int, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._rows_at_once = rows_at_once
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        rows = iter(self.sampler)
+        while several := list(itertools.islice(rows, self._rows_at_once)):
+            read: Batch = self.dataset.__getitems__(several)  # type: ignore[attr-defined]
+            yield from (read.pin_memory() if self.pin_memory else read).split(self.batch_size)  # type: ignore[arg-type]
+
+
 def _loader(rows: Rows, sampler: Any, config: TrainingConfig, world: World) -> DataLoader:
     workers = config.data.num_workers
     if workers:
         # Tokenising is over; forked workers would otherwise warn of the tokenizer's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return DataLoader(
+    micro_batches = TOKENS_AT_ONCE // (sampler.micro_batch_size * config.data.sequence_length)
+    ahead = micro_batches > 1 and not workers and rows.collate is as_it_is and not varies_in_length(rows.dataset)
+    kind = partial(ReadingAhead, rows_at_once=micro_batches * sampler.micro_batch_size) if ahead else DataLoader
+    return kind(
         rows.dataset,
         batch_size=sampler.micro_batch_size,
         sampler=sampler,

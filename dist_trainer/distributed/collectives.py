@@ -27,14 +27,18 @@ class PendingSum:
     """A few whole numbers on their way to be summed over all ranks, in host memory, while the device computes."""
 
     def __init__(self, values: list[int], world: World) -> None:
-        self._values = torch.tensor(values, dtype=torch.int64)
-        self._work = dist.all_reduce(self._values, group=world.control, async_op=True) if world.control else None
+        self._values = values
+        self._sums: Tensor | None = None
+        if world.control is not None:
+            self._sums = torch.tensor(values, dtype=torch.int64)
+            self._work = dist.all_reduce(self._sums, group=world.control, async_op=True)
 
     def wait(self) -> list[int]:
         """The sums, once every rank has given its values."""
-        if self._work is not None:
-            self._work.wait()
-        return self._values.tolist()
+        if self._sums is None:
+            return self._values
+        self._work.wait()
+        return self._sums.tolist()
 
 
 def broadcast_object(value: T, world: World) -> T:
