@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dist_trainer.tracking.atomic_file import replace_file
-from dist_trainer.tracking.html_report import html_report
+from dist_trainer.tracking.report.page import html_report
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.run_history import RunHistory
 

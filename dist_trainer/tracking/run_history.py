@@ -29,6 +29,7 @@ TRAIN_COLUMNS = (
     "mfu",
     "step_seconds",
     "data_seconds",
+    "checkpoint_stall_ms",
     "peak_memory_bytes",
     "epoch",
     "time",
@@ -46,6 +47,8 @@ class SampleText:
     step: int
     prompt: str
     text: str
+    seconds: float = math.nan
+    """It took so long."""
 
 
 @dataclass
@@ -99,7 +102,8 @@ class RunHistory:
             for name, column in self.validation.items():
                 column.append(number(line.get(name)))
         elif kind == "sample":
-            self.samples.append(SampleText(int(step), str(line.get("prompt", "")), str(line.get("text", ""))))
+            prompt, text = str(line.get("prompt", "")), str(line.get("text", ""))
+            self.samples.append(SampleText(int(step), prompt, text, number(line.get("seconds"))))
 
 
 def read_run(folder: Path) -> RunHistory:
