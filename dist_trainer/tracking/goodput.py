@@ -102,7 +102,7 @@ def _began(start: dict[str, Any]) -> float:
 
 
 def _starting(run: RunHistory, starts: list[dict[str, Any]]) -> float:
-    """Seconds before the first step of each life: to its start event, and from there what its first line's steps do not explain."""
+    """Seconds before the first step of each life: to its start event, and from there what the steps of its first line leave."""
     train, seconds = run.train, 0.0
     for start, following in zip_longest(starts, starts[1:]):
         seconds += max(0.0, start["time"] - _began(start))
@@ -118,7 +118,7 @@ def _starting(run: RunHistory, starts: list[dict[str, Any]]) -> float:
 def _between_lives(
     run: RunHistory, starts: list[dict[str, Any]], times: list[float], *, mean_step_seconds: float
 ) -> tuple[float, float]:
-    """Seconds in steps that were lost, and seconds between lives. Where none has told its end, it was when the lost steps were done."""
+    """Seconds in steps that were lost, and seconds between lives; one that did not tell its end had it after its lost steps."""
     redone = standing = 0.0
     for before, start in pairwise(starts):
         began = _began(start)

@@ -95,15 +95,16 @@ class RunHistory:
         kind = line.get("kind")
         if kind == "train":
             for name, column in self.train.items():
-                column.append(number(line.get(name)))
+                value = line.get(name)
+                column.append(value if type(value) is float and value - value == 0 else number(value))
             if line.get("skipped") is True:
                 self.skipped.append(int(step))
         elif kind == "validation":
             for name, column in self.validation.items():
                 column.append(number(line.get(name)))
         elif kind == "sample":
-            prompt, text = str(line.get("prompt", "")), str(line.get("text", ""))
-            self.samples.append(SampleText(int(step), prompt, text, number(line.get("seconds"))))
+            prompt, written = str(line.get("prompt", "")), str(line.get("text", ""))
+            self.samples.append(SampleText(int(step), prompt, written, number(line.get("seconds"))))
 
 
 def read_run(folder: Path) -> RunHistory:

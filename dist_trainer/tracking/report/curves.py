@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, repeat
 from typing import Any
 
 from dist_trainer.tracking.formatting import duration
@@ -32,36 +33,56 @@ def charts(runs: Sequence[RunHistory], labels: Sequence[str]) -> Iterator[Chart]
     marks = [mark for _, mark in numbered_marks(runs)]
     losses = [line for number, run in enumerate(runs) for line in _loss_lines(run, labels[number], number, len(runs))]
     skips = [(step, number) for number, run in enumerate(runs) for step in skipped_steps(run)]
-    yield Chart("Loss", "nats per token", losses, marks, skips, clips=True)
-    for title, unit, column, factor, clips in (
+    yield Chart("Loss", "nats per token", losses, marks, skips, clips=True, explains_marks=True)
+    for title, unit, column, factor, is_noisy in (
         ("Learning rate", "", "lr", 1.0, False),
         ("Gradient norm", "before clipping", "grad_norm", 1.0, True),
-        ("Throughput", "tokens a second", "tokens_per_second", 1.0, False),
-        ("MFU", "% of the devices' peak", "mfu", 100.0, False),
+        ("Throughput", "tokens a second", "tokens_per_second", 1.0, True),
+        ("MFU", "% of the devices' peak", "mfu", 100.0, True),
         ("Peak memory", "GiB, rank 0", "peak_memory_bytes", 2.0**-30, False),
         ("Time of a step", "ms, waiting for data included", "step_seconds", 1000.0, True),
         ("Waiting for data", "ms a step", "data_seconds", 1000.0, True),
     ):
-        lines = [
-            Line(labels[number], run.train["step"], [value * factor for value in run.train[column]], style_of(number), number)
-            for number, run in enumerate(runs)
-        ]
-        yield Chart(title, unit, lines, marks, from_zero=True, clips=clips)
+        lines: list[Line] = []
+        for number, run in enumerate(runs):
+            values = [value * factor for value in run.train[column]]
+            lines += _lines(run.train["step"], values, labels[number], number, len(runs), is_noisy=is_noisy)
+        told = f"{unit}, smoothed" if is_noisy and len(runs) > 1 else unit
+        yield Chart(title, told, lines, marks, from_zero=True, clips=is_noisy)
 
 
 def style_of(number: int) -> str:
     """The classes of run `number`'s lines: no two have both colour and dash in common."""
-    return f"c{number % COLOURS} d{number % DASHES}"
+    return f"c{number} d{(number + number // DASHES) % DASHES}"
 
 
 def _loss_lines(run: RunHistory, label: str, number: int, num_runs: int) -> Iterator[Line]:
     steps, losses, style = run.train["step"], run.train["loss"], style_of(number)
-    prefix = f"{label}: " if num_runs > 1 else ""
+    validated, found = run.validation["step"], run.validation["loss"]
+    if num_runs == 1:
+        yield Line("training", steps, losses, f"{style} faint")
+        yield Line("smoothed", steps, smoothed(losses), style)
+        yield Line("validation", validated, found, "c1 d0 dots")
+        return
     if num_runs <= RUNS_WITH_RAW_LOSS:
-        yield Line(f"{prefix}training", steps, losses, f"c{number % COLOURS} d0 faint", number)
-    yield Line(f"{prefix}smoothed", steps, smoothed(losses), style, number)
-    validation = "c1 d0 dots" if num_runs == 1 else f"{style} dots lone"
-    yield Line(f"{prefix}validation", run.validation["step"], run.validation["loss"], validation, number)
+        yield Line(f"{label}: training", steps, losses, f"c{number} d0 faint", number, key="")
+    yield Line(f"{label}: smoothed", steps, smoothed(losses), style, number, key=label)
+    told = "dots: validation" if number == num_runs - 1 else ""
+    yield Line(f"{label}: validation", validated, found, f"{style} dots lone", number, key=told)
+
+
+def _lines(
+    steps: Sequence[float], values: list[float], label: str, number: int, num_runs: int, *, is_noisy: bool
+) -> Iterator[Line]:
+    """Of one column: as it is, and smoothed where it is noisy; only that where several runs lie over one another."""
+    style = style_of(number)
+    if not is_noisy:
+        yield Line(label, steps, values, style, number)
+    elif num_runs > 1:
+        yield Line(label, steps, smoothed(values), style, number)
+    else:
+        yield Line("measured", steps, values, f"{style} faint", key="")
+        yield Line("smoothed", steps, smoothed(values), style, key="")
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -69,24 +90,21 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
     Two exponential means, one running forward and one back, share the value itself.
     """
-    finite = [i for i, value in enumerate(values) if math.isfinite(value)]
-    keep = math.exp(-POINTS_TO_EACH_SIDE / max(1, len(finite)))
-    known = [values[i] for i in finite]
-    ahead, behind = _running(known, keep), _running(known[::-1], keep)[::-1]
-    out = [math.nan] * len(values)
-    for place, value, (sum_a, weight_a), (sum_b, weight_b) in zip(finite, known, ahead, behind, strict=True):
-        out[place] = (sum_a + sum_b - value) / (weight_a + weight_b - 1)
-    return out
+    known = [value for value in values if math.isfinite(value)]
+    keep = math.exp(-POINTS_TO_EACH_SIDE / max(1, len(known)))
 
+    def running(total: float, value: float) -> float:
+        return keep * total + value
 
-def _running(values: Sequence[float], keep: float) -> list[tuple[float, float]]:
-    """Weighted sum and sum of weights up to each value."""
-    total = weight = 0.0
-    out = []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append((total, weight))
-    return out
+    forward, weights = accumulate(known, running), list(accumulate(repeat(1.0, len(known)), running))
+    back = reversed(list(accumulate(reversed(known), running)))
+    means = (
+        (before + after - value) / (weight_before + weight_after - 1)
+        for before, after, value, weight_before, weight_after in zip(
+            forward, back, known, weights, reversed(weights), strict=True
+        )
+    )
+    return [next(means) if math.isfinite(value) else math.nan for value in values]
 
 
 def skipped_steps(run: RunHistory) -> list[float]:

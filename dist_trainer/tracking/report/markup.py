@@ -26,4 +26,5 @@ def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, numb
     above = f"<thead><tr>{titles}</tr></thead>" if titles else ""
     kind = ' class="numbers"' if numbers else ""
     label = html.escape(name)
-    return f'<div class="table" role="region" aria-label="{label}" tabindex="0"><table{kind}>{above}<tbody>{lines}</tbody></table></div>'
+    body = f"<table{kind}>{above}<tbody>{lines}</tbody></table>"
+    return f'<div class="table" role="region" aria-label="{label}" tabindex="0">{body}</div>'

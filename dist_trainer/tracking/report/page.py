@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.report.curves import SMOOTHING_IN_WORDS, axes_of, charts
 from dist_trainer.tracking.report.sections import happened, heading, samples, time_spent
 from dist_trainer.tracking.report.settings import config, differences, environment
@@ -24,7 +25,7 @@ CONTROLS = """<form class="controls" hidden><fieldset><legend>Charts over</legen
 
 def html_report(runs: Sequence[RunHistory]) -> str:
     """The page; several runs lie over one another in its charts."""
-    labels = labels_of(runs)
+    labels, spent = labels_of(runs), [goodput(run) for run in runs]
     loss, *others = (figure(chart) for chart in charts(runs, labels))
     drawn = "".join(others)
 
@@ -33,13 +34,13 @@ def html_report(runs: Sequence[RunHistory]) -> str:
 
     body = "".join(
         [
-            heading(runs, labels),
+            heading(runs, labels, spent),
+            differences(runs, labels),
             CONTROLS if loss or drawn else '<p class="faded">No step has been logged yet.</p>',
             f'<div class="wide">{loss}<p class="note">{SMOOTHING_IN_WORDS}</p></div>' if loss else "",
             happened(runs, labels),
             f'<div class="charts">{drawn}</div>' if drawn else "",
-            differences(runs, labels),
-            time_spent(runs, labels),
+            time_spent(spent, labels),
             *(samples(run, of(number, "Samples")) for number, run in enumerate(runs)),
             *(config(run, of(number, "Config")) for number, run in enumerate(runs)),
             *(environment(run, of(number, "Environment")) for number, run in enumerate(runs)),

@@ -1,6 +1,6 @@
 'use strict';
 {
-  const LEFT = 56, RIGHT = 14, TOP = 22, BOTTOM = 34, BADGE = 16;
+  const LEFT = 56, RIGHT = 14, TOP = 22, BOTTOM = 36, BADGE = 16;
   const axes = JSON.parse(document.getElementById('axes').textContent);
   const form = document.querySelector('.controls');
   const charts = [...document.querySelectorAll('.chart')].map(figure => ({
@@ -69,9 +69,9 @@
     }
     const times = over === 'hours' ? factor : 1;
     for (const value of ticks(low * times, high * times, width < 500 ? 4 : 8)) {
-      parts.push(`<text x="${x(value / times)}" y="${height - 14}" text-anchor="middle">${short(value)}</text>`);
+      parts.push(`<text x="${x(value / times)}" y="${height - 20}" text-anchor="middle">${short(value)}</text>`);
     }
-    parts.push(`<text x="${right}" y="${height - 1}" text-anchor="end">${over === 'hours' ? unit : over}</text>`);
+    parts.push(`<text x="${right}" y="${height - 5}" text-anchor="end">${over === 'hours' ? unit : over}</text>`);
     let badge = -Infinity;
     for (const [step, run, number] of data.marks) {
       const place = x(along(run, step));
@@ -103,7 +103,7 @@
     if (chart.note) chart.note.hidden = whole;
     chart.plot.setAttribute('aria-valuemin', low);
     chart.plot.setAttribute('aria-valuemax', high);
-    if (chart.at >= 0) show(chart, chart.at);
+    if (chart.at >= 0) show(chart, chart.at); else chart.output.textContent = reading(chart, chart.stops[chart.stops.length - 1]);
   };
 
   // The point of a line nearest to `value`; -1 where none is near.
@@ -115,23 +115,29 @@
     return best;
   };
 
-  const show = (chart, index) => {
-    const { stops, data } = chart;
-    chart.at = Math.max(0, Math.min(stops.length - 1, index));
-    const value = stops[chart.at], words = [named(value)];
+  // What stands at `value`: the lines' values, and what happened there.
+  const reading = (chart, value) => {
+    const words = [named(value)];
     for (const line of chart.lines) {
       const i = nearest(line, value, chart.near);
       if (i >= 0) words.push(`${line.label} ${+line.y[i].toPrecision(5)}`);
     }
-    for (const [step, run, number, what] of data.marks) {
+    for (const [step, run, number, what] of chart.data.marks) {
       if (Math.abs(along(run, step) - value) <= chart.near / 4) words.push(`[${number}] ${what}`);
     }
+    return words.join(' · ');
+  };
+
+  const show = (chart, index) => {
+    const { stops } = chart;
+    chart.at = Math.max(0, Math.min(stops.length - 1, index));
+    const value = stops[chart.at];
     const cursor = chart.svg.querySelector('.cursor');
     cursor.setAttribute('x1', chart.x(value));
     cursor.setAttribute('x2', chart.x(value));
-    chart.output.textContent = words.join(' · ');
+    chart.output.textContent = reading(chart, value);
     chart.plot.setAttribute('aria-valuenow', value);
-    chart.plot.setAttribute('aria-valuetext', words.join(', '));
+    chart.plot.setAttribute('aria-valuetext', chart.output.textContent);
   };
 
   for (const chart of charts) {
@@ -164,7 +170,7 @@
     form.addEventListener('change', () => {
       over = form.elements.over.value;
       whole = form.elements.whole.checked;
-      charts.forEach(chart => { chart.at = -1; chart.output.textContent = ''; });
+      charts.forEach(chart => { chart.at = -1; });
       drawAll();
     });
     over = form.elements.over.value;

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from dist_trainer.tracking.formatting import duration, memory, quantity
-from dist_trainer.tracking.goodput import Goodput, goodput
+from dist_trainer.tracking.goodput import Goodput
 from dist_trainer.tracking.report.curves import numbered_marks, skipped_steps, style_of
 from dist_trainer.tracking.report.markup import folded, section, table
 from dist_trainer.tracking.report.svg_charts import key, short
@@ -32,19 +32,21 @@ PARTS_OF_TIME = (
 )
 
 
-def heading(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
+def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[Goodput]) -> str:
     """Who they are, how they stand, how good they got."""
     made = f"page made {time.strftime('%Y-%m-%d %H:%M', time.localtime())}"
     if len(runs) == 1:
-        facts = "".join(f"<div><dd>{html.escape(value)}</dd><dt>{name}</dt></div>" for name, value in facts_of(runs[0]))
+        facts = "".join(
+            f"<div><dd>{html.escape(value)}</dd><dt>{name}</dt></div>" for name, value in facts_of(runs[0], spent[0])
+        )
         state = html.escape(state_of(runs[0]))
         return f'<h1>{html.escape(labels[0])}</h1><p class="faded">{state}; {made}</p><dl class="facts">{facts}</dl>'
-    names = [name for name, _ in facts_of(runs[0], whole=True)]
-    rows = [[label, state_of(run), *(v for _, v in facts_of(run, whole=True))] for run, label in zip(runs, labels, strict=True)]
+    facts = [dict(facts_of(run, each, whole=True)) for run, each in zip(runs, spent, strict=True)]
+    rows = [[label, *known.values(), state_of(run)] for run, label, known in zip(runs, labels, facts, strict=True)]
     keys = "".join(key(label, style_of(number)) for number, label in enumerate(labels))
     return (
         f'<h1>{len(runs)} runs</h1><p class="faded">{made}</p><p class="keys runs">{keys}</p>'
-        f"{table('The runs', ['run', 'state', *names], rows, numbers=True)}"
+        f"{table('The runs', ['run', *facts[0], 'state'], rows, numbers=True)}"
     )
 
 
@@ -55,16 +57,16 @@ def state_of(run: RunHistory) -> str:
     return f"{status.get('state', 'unknown')}{reason}, step {status.get('step', '?')} of {status.get('max_steps', '?')}"
 
 
-def facts_of(run: RunHistory, *, whole: bool = False) -> Iterator[tuple[str, str]]:
+def facts_of(run: RunHistory, spent: Goodput, *, whole: bool = False) -> Iterator[tuple[str, str]]:
     """Names and values; `whole`: also those that the run does not know, so that runs have the same ones."""
-    facts = dict(_known_facts(run))
+    facts = dict(_known_facts(run, spent))
     for name in ("best validation loss", "at step", "perplexity there", "last training loss", "tokens", "tokens a second",
                  "MFU", "peak memory", "time", "not finite"):  # fmt: skip
         if name in facts or whole:
             yield name, facts.get(name, "–")
 
 
-def _known_facts(run: RunHistory) -> Iterator[tuple[str, str]]:
+def _known_facts(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
     train, validation = run.train, run.validation
     finite = [i for i, loss in enumerate(validation["loss"]) if math.isfinite(loss)]
     if finite:
@@ -78,8 +80,8 @@ def _known_facts(run: RunHistory) -> Iterator[tuple[str, str]]:
         yield "tokens a second", quantity(_median(train["tokens_per_second"]))
         mfu = _median(train["mfu"])
         yield "MFU", f"{mfu:.1%}" if math.isfinite(mfu) else "unknown"
-        yield "peak memory", memory(max(filter(math.isfinite, train["peak_memory_bytes"]), default=math.nan))
-        yield "time", duration(goodput(run).wall_seconds)
+        yield "peak memory", memory(max((b for b in train["peak_memory_bytes"] if math.isfinite(b)), default=math.nan))
+        yield "time", duration(spent.wall_seconds)
     if skipped := skipped_steps(run):
         yield "not finite", f"{len(skipped)} logged step{'' if len(skipped) == 1 else 's'}"
 
@@ -88,7 +90,7 @@ def happened(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
     """The list that the numbers in the charts point at."""
     items = []
     for number, mark in numbered_marks(runs):
-        who = f"<b>{html.escape(labels[number])}</b>, " if len(runs) > 1 else ""
+        who = f"<b>{html.escape(labels[number])}</b>, " if len(labels) > 1 else ""
         items.append(f'<li value="{mark.number}">{who}step {mark.x:.0f}: {html.escape(mark.words)}</li>')
     if not items:
         return ""
@@ -97,20 +99,19 @@ def happened(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
     return shown + (folded(f"{len(rest)} more", f'<ol class="happened">{"".join(rest)}</ol>') if rest else "")
 
 
-def time_spent(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
+def time_spent(spent: Sequence[Goodput], labels: Sequence[str]) -> str:
     """Of the time since each run first began: a bar, and what stands in it."""
-    spent = [goodput(run) for run in runs]
     if not any(each.wall_seconds > 0 for each in spent):
         return ""
-    bars = "".join(_bar(each, label if len(runs) > 1 else "") for each, label in zip(spent, labels, strict=True))
+    bars = "".join(_bar(each, label if len(labels) > 1 else "") for each, label in zip(spent, labels, strict=True))
     rows = []
     for name, field, colour in PARTS_OF_TIME:
         if any(getattr(each, field) > 0 for each in spent):
             cells = "".join(f"<td>{_with_share(getattr(each, field), each)}</td>" for each in spent)
             rows.append(f'<tr><th scope="row"><i class="block {colour}"></i>{name}</th>{cells}</tr>')
-    counts = "".join(f"<td>{each.restarts}, {each.lost_steps} steps done again</td>" for each in spent)
+    counts = "".join(f"<td>{_restarts_in_words(each)}</td>" for each in spent)
     total = "".join(f"<td>{duration(each.wall_seconds)}</td>" for each in spent)
-    head = "".join(f'<th scope="col">{html.escape(label)}</th>' for label in labels) if len(runs) > 1 else ""
+    head = "".join(f'<th scope="col">{html.escape(label)}</th>' for label in labels) if len(labels) > 1 else ""
     above = f'<thead><tr><th scope="col">part</th>{head}</tr></thead>' if head else ""
     body = "".join(rows) + f'<tr><th scope="row">in all</th>{total}</tr><tr><th scope="row">restarts</th>{counts}</tr>'
     return section(
@@ -118,6 +119,12 @@ def time_spent(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
         f'{bars}<div class="table" role="region" aria-label="Where the time went" tabindex="0">'
         f'<table class="numbers">{above}<tbody>{body}</tbody></table></div>',
     )
+
+
+def _restarts_in_words(spent: Goodput) -> str:
+    steps = "1 step" if spent.lost_steps == 1 else f"{spent.lost_steps} steps"
+    again = f" <small>{steps} done again</small>" if spent.lost_steps else ""
+    return f"{spent.restarts}{again}" if spent.restarts else "none"
 
 
 def _bar(spent: Goodput, label: str) -> str:
@@ -154,7 +161,7 @@ def spread(samples: Sequence[SampleText], most: int) -> list[SampleText]:
 
 
 def _sample(sample: SampleText) -> str:
-    text = sample.text if len(sample.text) <= SAMPLE_CHARACTERS else f"{sample.text[:SAMPLE_CHARACTERS]} …"
+    text = sample.text.rstrip() if len(sample.text) <= SAMPLE_CHARACTERS else f"{sample.text[:SAMPLE_CHARACTERS]} …"
     return (
         f'<figure class="sample"><figcaption>step {sample.step}</figcaption><p><b>{html.escape(sample.prompt)}</b>'
         f"{html.escape(text)}</p></figure>"

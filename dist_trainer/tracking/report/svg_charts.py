@@ -10,10 +10,10 @@ import html
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 14, 22, 34
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 22, 36
 MOST_POINTS = 600
 """Points of a line: beyond two a pixel nobody sees more."""
 POINTS_OF_ALL = 1800
@@ -36,6 +36,8 @@ class Line:
     """CSS classes: a colour (c0 to c7), a dash (d0 to d3), and faint or dots."""
     run: int = 0
     """Number of the run it is of."""
+    key: str | None = None
+    """What the legend calls it; None: as its label, "": it is not in the legend."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Chart:
     from_zero: bool = False
     clips: bool = False
     """Whether the axis may leave out the beginning and rare spikes."""
+    explains_marks: bool = False
+    """Whether its legend says what the marks are."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ class Scale:
 def figure(chart: Chart) -> str:
     """The chart as an HTML figure; empty where no line has a point. Its data stand beside it for the page's script."""
     most = min(MOST_POINTS, POINTS_OF_ALL // max(1, len(chart.lines)))
-    lines = [Line(line.label, *thin(line.x, line.y, most), line.style, line.run) for line in chart.lines]
-    lines = [line for line in lines if line.x]
+    thinned = ((line, *thin(line.x, line.y, most)) for line in chart.lines)
+    lines = [replace(line, x=x, y=y) for line, x, y in thinned if x]
     if not lines:
         return ""
     low_x, high_x = _span([x for line in lines for x in line.x])
@@ -95,18 +99,19 @@ def figure(chart: Chart) -> str:
     high_y = clipped_top(lines, low_y, top) if chart.clips else top
     scale = Scale(low_x, high_x, low_y, high_y)
     title, unit = html.escape(chart.title), html.escape(chart.unit)
-    number = f"{chart.title.lower().replace(' ', '-')}"
+    name = chart.title.lower().replace(" ", "-")
     parts = [
-        f'<figure class="chart" id="{number}"><figcaption><b>{title}</b> <small>{unit}</small>{_legend(chart, lines)}</figcaption>',
+        f'<figure class="chart" id="{name}">',
+        f"<figcaption><b>{title}</b> <small>{unit}</small>{_legend(chart, lines)}</figcaption>",
         f'<div class="plot" tabindex="0" role="slider" aria-label="{title} by step; arrow keys read values" '
         f'aria-valuemin="{low_x:g}" aria-valuemax="{high_x:g}" aria-valuenow="{high_x:g}" aria-valuetext="{_ends(lines)}">',
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true">'
-        f'<clipPath id="{number}-inside"><rect x="0" y="{TOP - 4}" width="{WIDTH}" height="{HEIGHT - TOP - BOTTOM + 8}"/></clipPath>',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" aria-hidden="true"><clipPath id="{name}-inside">',
+        f'<rect x="0" y="{TOP - 4}" width="{WIDTH}" height="{HEIGHT - TOP - BOTTOM + 8}"/></clipPath>',
         *_grid(scale),
         *(_mark(scale, mark) for mark in chart.marks if low_x <= mark.x <= high_x),
-        f'<g clip-path="url(#{number}-inside)">',
+        f'<g clip-path="url(#{name}-inside)">',
         *(_path(scale, line) for line in lines),
-        "</g></svg></div><output></output>",
+        '</g></svg></div><output aria-live="off"></output>',
         _clip_note(top, high_y),
         f'<script type="application/json">{_data(chart, scale, lines, top)}</script></figure>',
     ]
@@ -115,15 +120,18 @@ def figure(chart: Chart) -> str:
 
 def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[list[float], list[float]]:
     """At most `most` points: of each stretch its lowest and its highest, so that no spike is lost."""
-    points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    if len(points) > most:
-        stretch = math.ceil(len(points) / (most // 2))
-        kept: list[tuple[float, float]] = []
-        for start in range(0, len(points), stretch):
-            part = points[start : start + stretch]
-            kept += sorted({min(part, key=_height), max(part, key=_height)})
-        points = [points[0], *(point for point in kept if point not in (points[0], points[-1])), points[-1]]
-    return [a for a, _ in points], [b for _, b in points]
+    if not math.isfinite(sum(x) + sum(y)):
+        finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+        x, y = [a for a, _ in finite], [b for _, b in finite]
+    if len(x) <= most:
+        return list(x), list(y)
+    stretch = math.ceil(len(x) / (most // 2))
+    kept = {0, len(x) - 1}
+    for start in range(0, len(x), stretch):
+        part = y[start : start + stretch]
+        kept |= {start + part.index(min(part)), start + part.index(max(part))}
+    places = sorted(kept)
+    return [x[place] for place in places], [y[place] for place in places]
 
 
 def clipped_top(lines: Sequence[Line], low: float, top: float) -> float:
@@ -155,10 +163,6 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.4g}"
-
-
-def _height(point: tuple[float, float]) -> float:
-    return point[1]
 
 
 def _span(values: list[float]) -> tuple[float, float]:
@@ -205,8 +209,9 @@ def _mark(scale: Scale, mark: Mark) -> str:
 
 
 def _legend(chart: Chart, lines: list[Line]) -> str:
-    keys = [key(line.label, line.style) for line in lines] if len(lines) > 1 else []
-    if chart.marks:
+    named = [(line.label if line.key is None else line.key, line.style) for line in lines if line.key != ""]
+    keys = [key(label, style) for label, style in named] if len(lines) > 1 else []
+    if chart.marks and chart.explains_marks:
         keys.append('<span class="key"><i class="swatch markswatch"></i>restart or stop, numbered below</span>')
     if chart.skips:
         keys.append('<span class="key"><i class="skipswatch">×</i>update skipped: not finite</span>')

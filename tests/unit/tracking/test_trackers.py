@@ -14,11 +14,12 @@ from dist_trainer import report
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.distributed.world import World
 from dist_trainer.tracking.events import append_event
-from dist_trainer.tracking.html_report import html_report, smoothed
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
+from dist_trainer.tracking.report.curves import smoothed
+from dist_trainer.tracking.report.page import html_report
+from dist_trainer.tracking.report.svg_charts import MOST_POINTS, thin, ticks
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.run_history import read_run
-from dist_trainer.tracking.svg_charts import MOST_POINTS, thin, ticks
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
 
