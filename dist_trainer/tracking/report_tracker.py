@@ -18,7 +18,7 @@ SHARE_OF_TIME = 0.01
 
 
 class ReportTracker:
-    """Reads only what metrics.jsonl has gained since the last page, and holds training up for no more than its share of time."""
+    """Reads only what metrics.jsonl has gained since the last page; holds training up for no more than its share of time."""
 
     def __init__(self, context: RunContext, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._history = RunHistory(context.folder)

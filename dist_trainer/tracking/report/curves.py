@@ -46,7 +46,8 @@ def charts(runs: Sequence[RunHistory], labels: Sequence[str]) -> Iterator[Chart]
         lines: list[Line] = []
         for number, run in enumerate(runs):
             values = [value * factor for value in run.train[column]]
-            lines += _lines(run.train["step"], values, labels[number], number, len(runs), is_noisy=is_noisy)
+            label = labels[number] if len(runs) > 1 else title.lower()
+            lines += _lines(run.train["step"], values, label, number, len(runs), is_noisy=is_noisy)
         told = f"{unit}, smoothed" if is_noisy and len(runs) > 1 else unit
         yield Chart(title, told, lines, marks, from_zero=True, clips=is_noisy)
 

@@ -47,7 +47,7 @@
   // Time in the unit that fits how long all of them took.
   const longest = Math.max(0, ...axes.flatMap(run => run.hours.slice(-1)));
   const [factor, unit] = longest > 3 ? [1, 'h'] : longest > 0.05 ? [60, 'min'] : [3600, 's'];
-  const named = value => over === 'step' ? `step ${short(value)}` : over === 'tokens' ? `${short(value)} tokens`
+  const named = value => over === 'step' ? `step ${Math.round(value)}` : over === 'tokens' ? `${short(value)} tokens`
     : `${short(+(value * factor).toPrecision(3))} ${unit}`;
 
   const draw = chart => {
@@ -63,7 +63,7 @@
     const y = value => Math.max(bottom - (value - data.low) / (top - data.low) * (bottom - TOP), -height);
     const inside = chart.figure.id + '-inside', parts = [];
     parts.push(`<clipPath id="${inside}"><rect x="0" y="${TOP - 4}" width="${width}" height="${bottom - TOP + 8}"/></clipPath>`);
-    for (const value of ticks(data.low, top, 5)) {
+    for (const value of ticks(data.low, top, 6)) {
       parts.push(`<line class="grid" x1="${LEFT}" x2="${right}" y1="${y(value)}" y2="${y(value)}"/>`,
         `<text x="${LEFT - 8}" y="${y(value) + 4}" text-anchor="end">${short(value)}</text>`);
     }

@@ -41,32 +41,30 @@ def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[G
         )
         state = html.escape(state_of(runs[0]))
         return f'<h1>{html.escape(labels[0])}</h1><p class="faded">{state}; {made}</p><dl class="facts">{facts}</dl>'
-    facts = [dict(facts_of(run, each, whole=True)) for run, each in zip(runs, spent, strict=True)]
-    rows = [[label, *known.values(), state_of(run)] for run, label, known in zip(runs, labels, facts, strict=True)]
+    facts = [dict(facts_of(run, each)) for run, each in zip(runs, spent, strict=True)]
+    names = list(dict.fromkeys(name for known in facts for name in known))
+    rows = [
+        [label, *(known.get(name, "–") for name in names), state_of(run)]
+        for run, label, known in zip(runs, labels, facts, strict=True)
+    ]
     keys = "".join(key(label, style_of(number)) for number, label in enumerate(labels))
     return (
         f'<h1>{len(runs)} runs</h1><p class="faded">{made}</p><p class="keys runs">{keys}</p>'
-        f"{table('The runs', ['run', *facts[0], 'state'], rows, numbers=True)}"
+        f"{table('The runs', ['run', *names, 'state'], rows, numbers=True)}"
     )
 
 
 def state_of(run: RunHistory) -> str:
     """`preempted (SIGTERM), step 40 of 100`."""
     status = run.status
+    if not status:
+        return "no status.json tells how it stands"
     reason = f" ({status['reason']})" if status.get("reason") else ""
     return f"{status.get('state', 'unknown')}{reason}, step {status.get('step', '?')} of {status.get('max_steps', '?')}"
 
 
-def facts_of(run: RunHistory, spent: Goodput, *, whole: bool = False) -> Iterator[tuple[str, str]]:
-    """Names and values; `whole`: also those that the run does not know, so that runs have the same ones."""
-    facts = dict(_known_facts(run, spent))
-    for name in ("best validation loss", "at step", "perplexity there", "last training loss", "tokens", "tokens a second",
-                 "MFU", "peak memory", "time", "not finite"):  # fmt: skip
-        if name in facts or whole:
-            yield name, facts.get(name, "–")
-
-
-def _known_facts(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
+def facts_of(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
+    """Names and values of what is known."""
     train, validation = run.train, run.validation
     finite = [i for i, loss in enumerate(validation["loss"]) if math.isfinite(loss)]
     if finite:
@@ -81,9 +79,10 @@ def _known_facts(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
         mfu = _median(train["mfu"])
         yield "MFU", f"{mfu:.1%}" if math.isfinite(mfu) else "unknown"
         yield "peak memory", memory(max((b for b in train["peak_memory_bytes"] if math.isfinite(b)), default=math.nan))
-        yield "time", duration(spent.wall_seconds)
+        if spent.wall_seconds > 0:
+            yield "time", duration(spent.wall_seconds)
     if skipped := skipped_steps(run):
-        yield "not finite", f"{len(skipped)} logged step{'' if len(skipped) == 1 else 's'}"
+        yield "logged steps not finite", str(len(skipped))
 
 
 def happened(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:

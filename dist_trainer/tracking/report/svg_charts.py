@@ -185,7 +185,7 @@ def _clip_note(top: float, high: float) -> str:
 
 
 def _grid(scale: Scale) -> Iterator[str]:
-    for value in ticks(scale.low_y, scale.high_y):
+    for value in ticks(scale.low_y, scale.high_y, 6):
         y = scale.y(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'

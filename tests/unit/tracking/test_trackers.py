@@ -1,4 +1,4 @@
-"""What a run's lines become: metrics.jsonl, W&B's own files, the report."""
+"""What a run's lines become: metrics.jsonl, W&B's own files, throughput."""
 
 import json
 import logging
@@ -10,34 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_trainer import report
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.distributed.world import World
-from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
-from dist_trainer.tracking.report.curves import smoothed
-from dist_trainer.tracking.report.page import html_report
-from dist_trainer.tracking.report.svg_charts import MOST_POINTS, thin, ticks
 from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.run_history import read_run
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
+from tests.unit.tracking.runs import train_line, validation_line
 
 
 def context(folder: Path, *, start_step: int = 0, wandb: str = "disabled") -> RunContext:
     config = TrainingConfig(tracking=TrackingConfig(wandb=wandb))  # type: ignore[arg-type]
     return RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment={"host": "<b>"})
-
-
-def train_line(step: int, loss: float = 3.0) -> dict:
-    numbers = {"lr": 0.1 + 0.2, "grad_norm": 1.0, "tokens": step * 10, "tokens_per_second": 5.0, "mfu": None}
-    timing = {"step_seconds": 0.5, "data_seconds": 0.1, "peak_memory_bytes": 1 << 20, "time": 1e9 + step, "epoch": 0.5}
-    return {"kind": "train", "step": step, "loss": loss, **numbers, **timing, "skipped": False}
-
-
-def validation_line(step: int, loss: float = 2.0) -> dict:
-    facts = {"perplexity": math.exp(loss), "tokens": 7, "seconds": 0.25, "best": True, "time": 1e9 + step}
-    return {"kind": "validation", "step": step, "loss": loss, **facts}
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -115,56 +99,6 @@ def test_offline_wandb_files_have_each_step_once_also_after_a_restart(tmp_path):
         trackers.close(state="finished", reason=None)
     assert (tmp_path / "wandb" / "run_id").is_file()
     assert offline_steps(tmp_path) == [1, 2, 3, 4, 5]
-
-
-def write_run(folder: Path) -> None:
-    folder.mkdir()
-    lines = [train_line(step, 5 - step / 10) for step in range(1, 21)] + [validation_line(20)]
-    lines.append({"kind": "sample", "step": 20, "prompt": "<script>", "text": "alert(1)</script>"})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
-    append_event(folder, "start", step=0, environment={"host": "<b>"})
-    append_event(folder, "resume", step=7)
-
-
-def test_the_report_is_one_page_without_network_and_escapes_everything(tmp_path):
-    write_run(tmp_path / "a&b")
-    page = html_report([read_run(tmp_path / "a&b")])
-    assert "<td>&lt;b&gt;</td>" in page
-    assert "<td><b>" not in page
-    assert "<script>alert" not in page
-    assert "&lt;script&gt;" in page
-    assert "alert(1)&lt;/script&gt;" in page
-    assert "http" not in page
-    assert "a&amp;b: resume at step 7" in page
-    assert page.count("<figure") == 6
-    assert len(page) < 70_000
-
-
-def test_the_report_command_lays_several_runs_over_one_another(tmp_path, capsys):
-    for name in ("one", "two"):
-        write_run(tmp_path / name)
-    assert report.main([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "both.html")]) == 0
-    assert "two validation" in (tmp_path / "both.html").read_text()
-    assert report.main([str(tmp_path / "nowhere")]) == 2
-    assert "no run's folder" in capsys.readouterr().err
-
-
-def test_long_lines_are_thinned_without_losing_a_spike():
-    y = [0.0] * 100_000
-    y[54_321] = 9.0
-    x, thinned = thin(range(100_000), y)
-    assert len(x) <= MOST_POINTS + 4
-    assert max(thinned) == 9.0
-    assert x == sorted(x)
-
-
-def test_ticks_are_round_numbers_inside():
-    assert ticks(0, 10) == pytest.approx([0, 2, 4, 6, 8, 10])
-    assert ticks(6.1, 8.3) == pytest.approx([6.5, 7, 7.5, 8])
-
-
-def test_smoothing_is_unbiased_at_the_start_and_passes_over_gaps():
-    assert smoothed([5.0, 5.0, math.nan, 5.0]) == pytest.approx([5.0] * 4)
 
 
 def test_throughput_leaves_out_what_is_paused():
