@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any
@@ -170,10 +171,14 @@ def axes_of(run: RunHistory) -> dict[str, list[float]]:
     known = [i for i in range(len(steps)) if math.isfinite(tokens[i]) and math.isfinite(times[i])]
     if not known:
         return {"step": [], "tokens": [], "hours": []}
-    kept = known[:: math.ceil(len(known) / POINTS_OF_AN_AXIS)]
-    kept += known[-1:] if kept[-1] != known[-1] else []
-    starts = [event.get("began") for event in run.events if event["event"] in START_EVENTS]
-    began = next((t for t in starts if isinstance(t, int | float) and t <= times[known[0]]), times[known[0]])
+    starts = [event for event in run.events if event["event"] in START_EVENTS]
+    # Time jumps at a restart: the line before and the one after it must not be among those left out.
+    restarts = (bisect_right(known, start["step"], key=steps.__getitem__) for start in starts)
+    beside = {place for after in restarts for place in (after - 1, after) if 0 <= place < len(known)}
+    places = sorted({*range(0, len(known), math.ceil(len(known) / POINTS_OF_AN_AXIS)), len(known) - 1} | beside)
+    kept = [known[place] for place in places]
+    begins = (start.get("began") for start in starts)
+    began = next((t for t in begins if isinstance(t, int | float) and t <= times[known[0]]), times[known[0]])
     return {
         "step": [steps[i] for i in kept],
         "tokens": [tokens[i] for i in kept],

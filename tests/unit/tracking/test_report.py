@@ -177,11 +177,13 @@ def test_ticks_are_round_numbers_inside():
     assert ticks(6.1, 8.3) == pytest.approx([6.5, 7, 7.5, 8])
 
 
-def test_the_other_axes_begin_with_the_run_and_end_with_it(tmp_path):
+def test_the_other_axes_begin_with_the_run_and_end_with_it_and_jump_where_it_stood_still(tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_trainer.tracking.report.curves.POINTS_OF_AN_AXIS", 4)
     axes = axes_of(read_run(write_run(tmp_path / "run")))
     assert (axes["step"][0], axes["step"][-1]) == (1, 40)
     assert (axes["tokens"][0], axes["tokens"][-1]) == (10, 400)
     assert axes["hours"][-1] == pytest.approx(48 / 3600, abs=1e-5)
+    assert axes["step"] == [1, 11, 15, 16, 21, 25, 26, 31, 40]
 
 
 def test_samples_are_spread_over_the_run():

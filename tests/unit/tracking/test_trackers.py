@@ -16,7 +16,7 @@ from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
-from tests.unit.tracking.runs import train_line, validation_line
+from tests.unit.tracking.runs import sample_line, train_line, validation_line
 
 
 def context(folder: Path, *, start_step: int = 0, wandb: str = "disabled") -> RunContext:
@@ -89,16 +89,25 @@ def offline_steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.timeout(200)
-def test_offline_wandb_files_have_each_step_once_also_after_a_restart(tmp_path):
+def test_offline_wandb_files_have_each_step_once_and_a_table_of_samples_also_after_a_restart(tmp_path):
     for start, stop in ((0, 3), (2, 5)):
         run = context(tmp_path, start_step=start, wandb="offline")
         trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", "wandb")})
         for step in range(start + 1, stop + 1):
             trackers.log(train_line(step))
+            if step in (1, 4):
+                trackers.log(sample_line(step, "a truth"))
         trackers.log(validation_line(stop))
         trackers.close(state="finished", reason=None)
     assert (tmp_path / "wandb" / "run_id").is_file()
     assert offline_steps(tmp_path) == [1, 2, 3, 4, 5]
+    tables = [json.loads(file.read_text()) for file in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
+    assert {(tuple(table["columns"]), len(table["data"])) for table in tables} == {
+        (("step", "prompt", "text"), n) for n in (1, 2)
+    }
+    assert [[1, "It was", "a truth"], [4, "It was", "a truth"]] in [table["data"] for table in tables], (
+        "also those of the life before"
+    )
 
 
 def test_throughput_leaves_out_what_is_paused():
