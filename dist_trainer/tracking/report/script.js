@@ -1,6 +1,6 @@
 'use strict';
 {
-  const LEFT = 56, RIGHT = 14, TOP = 22, BOTTOM = 36, BADGE = 16;
+  const LEFT = 56, RIGHT = 14, TOP = 22, BOTTOM = 36, BADGE = 16, READ_AT_REST = 4;
   const axes = JSON.parse(document.getElementById('axes').textContent);
   const form = document.querySelector('.controls');
   const charts = [...document.querySelectorAll('.chart')].map(figure => ({
@@ -57,7 +57,7 @@
     chart.lines = data.lines.map(line => ({ ...line, at: line.x.map(step => along(line.run, step)) }));
     const all = chart.lines.flatMap(line => line.at);
     let low = Math.min(...all), high = Math.max(...all);
-    if (low === high) { const room = Math.abs(low) * 0.05 || 1; low -= room; high += room; }
+    if (low === high) { const room = over === 'step' ? 1 : Math.abs(low) * 0.05 || 1; low -= room; high += room; }
     const top = whole ? data.top : data.high;
     const x = value => LEFT + (value - low) / (high - low) * (right - LEFT);
     const y = value => Math.max(bottom - (value - data.low) / (top - data.low) * (bottom - TOP), -height);
@@ -69,6 +69,7 @@
     }
     const times = over === 'hours' ? factor : 1;
     for (const value of ticks(low * times, high * times, width < 500 ? 4 : 8)) {
+      if (over !== 'hours' && !Number.isInteger(value)) continue;
       parts.push(`<text x="${x(value / times)}" y="${height - 20}" text-anchor="middle">${short(value)}</text>`);
     }
     parts.push(`<text x="${right}" y="${height - 5}" text-anchor="end">${over === 'hours' ? unit : over}</text>`);
@@ -103,7 +104,8 @@
     if (chart.note) chart.note.hidden = whole;
     chart.plot.setAttribute('aria-valuemin', low);
     chart.plot.setAttribute('aria-valuemax', high);
-    if (chart.at >= 0) show(chart, chart.at); else chart.output.textContent = reading(chart, chart.stops[chart.stops.length - 1]);
+    if (chart.at >= 0) show(chart, chart.at);
+    else chart.output.textContent = chart.lines.length <= READ_AT_REST ? reading(chart, chart.stops[chart.stops.length - 1]) : '';
   };
 
   // The point of a line nearest to `value`; -1 where none is near.

@@ -93,7 +93,7 @@ def figure(chart: Chart) -> str:
     lines = [replace(line, x=x, y=y) for line, x, y in thinned if x]
     if not lines:
         return ""
-    low_x, high_x = _span([x for line in lines for x in line.x])
+    low_x, high_x = _span([x for line in lines for x in line.x], room=1.0)
     low_y, top = _span([y for line in lines for y in line.y])
     low_y = min(0.0, low_y) if chart.from_zero else low_y
     high_y = clipped_top(lines, low_y, top) if chart.clips else top
@@ -165,11 +165,12 @@ def short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _span(values: list[float]) -> tuple[float, float]:
+def _span(values: list[float], *, room: float | None = None) -> tuple[float, float]:
+    """From the lowest to the highest; where they are one, with some room around it."""
     low, high = min(values), max(values)
     if high > low:
         return low, high
-    room = abs(low) * 0.05 or 1.0
+    room = room or abs(low) * 0.05 or 1.0
     return low - room, high + room
 
 
@@ -189,7 +190,7 @@ def _grid(scale: Scale) -> Iterator[str]:
         y = scale.y(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(value)}</text>'
-    for value in ticks(scale.low_x, scale.high_x):
+    for value in filter(float.is_integer, ticks(scale.low_x, scale.high_x)):
         yield f'<text x="{scale.x(value):.1f}" y="{HEIGHT - 10}" text-anchor="middle">{short(value)}</text>'
 
 

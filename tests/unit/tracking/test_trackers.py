@@ -51,6 +51,19 @@ def test_on_resume_lines_past_the_checkpoint_and_a_torn_one_are_dropped(tmp_path
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
 
+def test_what_is_made_up_for_at_the_step_of_a_resume_stands_once(tmp_path):
+    tracker = JsonlTracker(context(tmp_path))
+    for line in (train_line(4), validation_line(4)):
+        tracker.log(line)
+    tracker.close(state="failed", reason=None)
+    tracker = JsonlTracker(context(tmp_path, start_step=4))
+    for line in (validation_line(4), sample_line(4, "a truth"), train_line(5)):
+        tracker.log(line)
+    tracker.close(state="finished", reason=None)
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["train", "validation", "sample", "train"]
+
+
 def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, caplog):
     class Broken(NullTracker):
         def log(self, line):
