@@ -52,6 +52,8 @@ addEventListener('load', () => {
   document.querySelector('[value=hours]').click(); seen.by_hours = labels();
   const whole = document.querySelector('[name=whole]');
   seen.clipped = !loss.querySelector('.clipnote')?.hidden;
+  seen.offers_whole = whole.offsetParent !== null;
+  seen.clips = charts.some(chart => chart.querySelector('.clipnote'));
   whole.click(); seen.whole = labels();
   seen.charts = charts.length;
   seen.pictures = charts.filter(chart => chart.querySelector('.plot svg').getBoundingClientRect().height > 150).length;
@@ -99,6 +101,7 @@ def check(seen: dict[str, Any]) -> None:
     assert seen["smallest_text"] >= 11, "pixels, at any width"
     assert seen["unnamed"] == 0
     assert seen["fields"]
+    assert seen["offers_whole"] == seen["clips"]
     assert seen["printed"]
     assert seen["folded"]
     assert seen["focused"]

@@ -37,7 +37,7 @@ def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[G
     made = f"page made {time.strftime('%Y-%m-%d %H:%M', time.localtime())}"
     if len(runs) == 1:
         facts = "".join(
-            f"<div><dd>{html.escape(value)}</dd><dt>{name}</dt></div>" for name, value in facts_of(runs[0], spent[0])
+            f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts_of(runs[0], spent[0])
         )
         state = html.escape(state_of(runs[0]))
         return f'<h1>{html.escape(labels[0])}</h1><p class="faded">{state}; {made}</p><dl class="facts">{facts}</dl>'
@@ -148,7 +148,7 @@ def samples(run: RunHistory, title: str) -> str:
         return ""
     shown = [_sample(sample) for sample in chosen]
     rest = shown[SAMPLES_OPEN:]
-    more = folded(f"{len(rest)} earlier ones, of {len(run.samples)} in all", "".join(rest)) if rest else ""
+    more = folded(f"{len(rest)} more, of {len(run.samples)} in all", "".join(rest)) if rest else ""
     return section(title, "".join(shown[:SAMPLES_OPEN]) + more)
 
 
