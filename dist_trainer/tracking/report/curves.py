@@ -69,8 +69,7 @@ def _loss_lines(run: RunHistory, label: str, number: int, num_runs: int) -> Iter
     if num_runs <= RUNS_WITH_RAW_LOSS:
         yield Line(f"{label}: training", steps, losses, f"c{number} d0 faint", number, key="")
     yield Line(f"{label}: smoothed", steps, smoothed(losses), style, number, key=label)
-    told = "dots: validation" if number == num_runs - 1 else ""
-    yield Line(f"{label}: validation", validated, found, f"{style} dots lone", number, key=told)
+    yield Line(f"{label}: validation", validated, found, f"{style} dots lone", number, key="")
 
 
 def _lines(

@@ -212,6 +212,8 @@ def _mark(scale: Scale, mark: Mark) -> str:
 def _legend(chart: Chart, lines: list[Line]) -> str:
     named = [(line.label if line.key is None else line.key, line.style) for line in lines if line.key != ""]
     keys = [key(label, style) for label, style in named] if len(lines) > 1 else []
+    if any(line.key == "" and "dots" in line.style for line in lines):
+        keys.append(key("dots: validation", "dots lone"))
     if chart.marks and chart.explains_marks:
         keys.append('<span class="key"><i class="swatch markswatch"></i>restart or stop, numbered below</span>')
     if chart.skips:

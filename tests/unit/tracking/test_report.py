@@ -12,7 +12,15 @@ import pytest
 from dist_trainer import report
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.tracking.goodput import goodput
-from dist_trainer.tracking.report.curves import axes_of, happenings, numbered_marks, skipped_steps, smoothed, style_of
+from dist_trainer.tracking.report.curves import (
+    RUNS_WITH_RAW_LOSS,
+    axes_of,
+    happenings,
+    numbered_marks,
+    skipped_steps,
+    smoothed,
+    style_of,
+)
 from dist_trainer.tracking.report.page import STYLE, html_report, labels_of
 from dist_trainer.tracking.report.sections import SAMPLES_SHOWN, spread
 from dist_trainer.tracking.report.svg_charts import MOST_POINTS, Chart, Line, clipped_top, figure, thin, ticks
@@ -238,6 +246,12 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
+def blended(colour: str, behind: str, opacity: float) -> str:
+    """What `colour` looks like over `behind`."""
+    pairs = [(int(colour[place : place + 2], 16), int(behind[place : place + 2], 16)) for place in (1, 3, 5)]
+    return "#" + "".join(f"{round(opacity * own + (1 - opacity) * other):02x}" for own, other in pairs)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark", "print"])
 def test_text_and_lines_have_the_contrast_that_wcag_aa_asks_for(theme):
     colours = palettes()[theme]
@@ -247,4 +261,9 @@ def test_text_and_lines_have_the_contrast_that_wcag_aa_asks_for(theme):
             assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
         for number in range(8):
             assert contrast(colours[f"c{number}"], colours[behind]) >= 3, (number, behind)
+    opacity = re.search(r"\.faint path \{ opacity: (\.\d+);", STYLE)
+    assert opacity is not None
+    for number in range(RUNS_WITH_RAW_LOSS):
+        faint = blended(colours[f"c{number}"], colours["card"], float(opacity[1]))
+        assert contrast(faint, colours["card"]) >= 3, number
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
