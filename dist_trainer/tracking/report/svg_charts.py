@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 22, 36
 MOST_POINTS = 600
 """Points of a line: beyond two a pixel nobody sees more."""
-POINTS_OF_ALL = 1800
+POINTS_OF_ALL = 4000
 """Points of the lines of a chart together, so that a page of many runs stays small."""
 BEGINNING = 0.1
 """Share of the steps whose losses, far above all later ones, a clipped axis need not reach."""
