@@ -98,6 +98,7 @@ def figure(chart: Chart) -> str:
     low_y = min(0.0, low_y) if chart.from_zero else low_y
     high_y = clipped_top(lines, low_y, top) if chart.clips else top
     scale = Scale(low_x, high_x, low_y, high_y)
+    skips = chart.skips[:: math.ceil(len(chart.skips) / MOST_SKIPS) or 1]
     title, unit = html.escape(chart.title), html.escape(chart.unit)
     name = chart.title.lower().replace(" ", "-")
     parts = [
@@ -111,9 +112,11 @@ def figure(chart: Chart) -> str:
         *(_mark(scale, mark) for mark in chart.marks if low_x <= mark.x <= high_x),
         f'<g clip-path="url(#{name}-inside)">',
         *(_path(scale, line) for line in lines),
-        '</g></svg></div><output aria-live="off"></output>',
+        "</g>",
+        *(f'<text class="skip" x="{scale.x(x):.1f}" y="{HEIGHT - BOTTOM - 3}" text-anchor="middle">×</text>' for x, _ in skips),
+        '</svg></div><output aria-live="off"></output>',
         _clip_note(top, high_y),
-        f'<script type="application/json">{_data(chart, scale, lines, top)}</script></figure>',
+        f'<script type="application/json">{_data(chart.marks, skips, scale, lines, top)}</script></figure>',
     ]
     return "".join(parts)
 
@@ -228,8 +231,7 @@ def key(label: str, style: str) -> str:
     return f'<span class="key">{piece}{html.escape(label)}</span>'
 
 
-def _data(chart: Chart, scale: Scale, lines: list[Line], top: float) -> str:
-    skips = chart.skips[:: math.ceil(len(chart.skips) / MOST_SKIPS) or 1]
+def _data(marks: list[Mark], skips: list[tuple[float, int]], scale: Scale, lines: list[Line], top: float) -> str:
     data = {
         "low": scale.low_y,
         "high": scale.high_y,
@@ -244,7 +246,7 @@ def _data(chart: Chart, scale: Scale, lines: list[Line], top: float) -> str:
             }
             for line in lines
         ],
-        "marks": [[mark.x, mark.run, mark.number, mark.words] for mark in chart.marks],
+        "marks": [[mark.x, mark.run, mark.number, mark.words] for mark in marks],
         "skips": skips,
     }
     return as_script_data(data)
