@@ -10,7 +10,8 @@ from pathlib import Path
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.tracking.atomic_file import replace_file
-from dist_trainer.tracking.html_report import html_report
+from dist_trainer.tracking.report.curves import MOST_RUNS
+from dist_trainer.tracking.report.page import html_report
 from dist_trainer.tracking.run_history import read_run, run_folder_of
 
 DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
@@ -29,7 +30,11 @@ def write_report(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run's folder)")
     arguments = parser.parse_args(argv)
-    runs = [_run_of(path) for path in arguments.runs]
+    runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
+    if len(runs) > MOST_RUNS:
+        raise ConfigError(
+            f"{len(runs)} runs: one page shows at most {MOST_RUNS}, for no eye tells more lines apart; name fewer"
+        )
     output = arguments.output or runs[0] / "report.html"
     page = html_report([read_run(folder) for folder in runs])
     try:

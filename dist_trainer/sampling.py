@@ -1,15 +1,18 @@
-"""A sample of text from the model as it is now."""
+"""A sample of text from the model as it is now: when, of what, and where it goes."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
+from dist_trainer.distributed.collectives import PendingSum
+from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.generation import can_generate, context_of, generate
 
@@ -21,8 +24,32 @@ PROMPT_TOKENS = 16
 BROKEN = "\ufffd"
 """What a tokenizer gives for bytes that are no whole character."""
 
-Sample = Callable[[Any], dict[str, Any]]
-"""Gives `prompt` and `text`."""
+Sample = Callable[[Any, Callable[[], bool]], dict[str, Any] | None]
+"""Gives `prompt` and `text` of a model; None where what is asked before each token says that it is interrupted."""
+
+
+def sample_is_due(tracking: TrackingConfig, step: int, *, validated: bool, is_last: bool) -> bool:
+    """Whether a sample follows `step`: after each validation, or by steps and at the last one."""
+    every = tracking.sample_every_steps
+    return validated if every is None else every > 0 and (step % every == 0 or is_last)
+
+
+def log_sample(
+    sample: Sample | None, model: nn.Module, world: World, log_line: Callable[[dict[str, Any]], None], *, step: int
+) -> bool:
+    """Hand a line to `log_line` on the rank that has a `sample`; False, on all ranks, where a signal broke it off."""
+
+    def interrupted() -> bool:
+        world.heartbeat.at("sampling", step=step)
+        return bool(world.stop_request)
+
+    began = time.perf_counter()
+    text = sample(model, interrupted) if sample is not None else None
+    if text is not None:
+        log_line({"kind": "sample", "step": step, **text, "seconds": time.perf_counter() - began, "time": time.time()})
+    world.heartbeat.at("waiting for others", step=step)
+    [broken_off] = PendingSum([int(sample is not None and text is None)], world).wait()
+    return not broken_off
 
 
 def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset: Any) -> Sample | None:
@@ -33,7 +60,7 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
     that does not fit.
     """
     tracking = config.tracking
-    if tracking.sample_tokens == 0 or tracking.sample_prompt == "" or not can_generate(model):
+    if 0 in (tracking.sample_tokens, tracking.sample_every_steps) or tracking.sample_prompt == "" or not can_generate(model):
         return None
     context = context_of(model) or config.data.sequence_length
     if tracking.sample_prompt is not None:
@@ -85,8 +112,11 @@ def beginning_of(row: Sequence[int], tokenizer: Any, *, most: int) -> list[int]:
 def build_sample(tokenizer: Any, *, prompt: str, prompt_tokens: Sequence[int], max_new_tokens: int, seed: int) -> Sample:
     """What continues `prompt`, drawn from a generator of its own: training does not change by it."""
 
-    def sample(model: nn.Module) -> dict[str, Any]:
-        tokens = generate(
+    def sample(model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, Any] | None:
+        tokens: list[int] = []
+        if interrupted():
+            return None
+        for token in generate(
             model,
             prompt_tokens,
             max_new_tokens=max_new_tokens,
@@ -94,8 +124,11 @@ def build_sample(tokenizer: Any, *, prompt: str, prompt_tokens: Sequence[int], m
             top_p=SAMPLE_TOP_P,
             seed=seed,
             eos_token_id=tokenizer.eos_token_id,
-        )
+        ):
+            tokens.append(token)
+            if interrupted():
+                return None
         # The last character may lack bytes that were never drawn.
-        return {"prompt": prompt, "text": tokenizer.decode(list(tokens), skip_special_tokens=True).rstrip(BROKEN)}
+        return {"prompt": prompt, "text": tokenizer.decode(tokens, skip_special_tokens=True).rstrip(BROKEN)}
 
     return sample

@@ -6,9 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,23 +34,14 @@ from dist_trainer.optim.schedules import build_schedule, total_steps
 from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
-from dist_trainer.sampling import Sample
+from dist_trainer.sampling import Sample, log_sample, sample_is_due
 from dist_trainer.step import StepInput, StepResult, seed_dropout
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import NullTracker, Tracker
+from dist_trainer.training_result import TrainingResult
 from dist_trainer.warm_up import warm_up
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a call of `fit` ended."""
-
-    state: Literal["finished", "preempted"]
-    progress: Progress
-    signal_number: int = 0
-    """The largest signal number that any rank received; 0: none."""
 
 
 class Trainer:
@@ -130,7 +120,7 @@ class Trainer:
                 self._warm_up()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
-            self._make_up_for_validation()
+            self._make_up_for_what_is_owed()
             # After the warm-up, which reads too: loaders with lasting workers have but one iterator.
             self.sampler.seek(self.progress.step)
             batches = iter(self.train_data)
@@ -189,9 +179,9 @@ class Trainer:
 
     @property
     def has_finished(self) -> bool:
-        """Whether nothing is left to do: neither a step nor the last validation."""
+        """Whether nothing is left to do: neither a step nor the last validation, nor a sample that was broken off."""
         validated = self.validation_data is None or self.progress.validated_step == self.progress.step
-        return self.progress.step >= self.max_steps and validated
+        return self.progress.step >= self.max_steps and validated and not self.progress.owes_sample
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
@@ -251,6 +241,7 @@ class Trainer:
             self._log_step(result)
         with self.throughput.paused():
             improved = self._validate_if_due()
+            self._sample_if_due(validated=self.progress.validated_step == step)
             every = self.config.checkpoint.every_steps
             if improved or (every and step % every == 0):
                 self._save(is_best=improved)
@@ -314,20 +305,29 @@ class Trainer:
         facts = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "best": is_best}
         timing = {"seconds": result.seconds, "time": time.time()}
         self.tracker.log({"kind": "validation", "step": step, **facts, **timing})
-        if self.sample is not None:
-            text = self.sample(unwrap(self.model))
-            self.tracker.log({"kind": "sample", "step": step, **text, "time": time.time()})
         return is_best
+
+    def _sample_if_due(self, *, validated: bool) -> None:
+        """A sample of text where one is due; what a signal broke off, or kept from beginning, is owed to the next start."""
+        progress, is_last = self.progress, self.progress.step >= self.max_steps
+        tracking = self.config.tracking
+        if progress.owes_sample or sample_is_due(tracking, progress.step, validated=validated, is_last=is_last):
+            model, log_line = unwrap(self.model), self.tracker.log
+            done = not self._stopped and log_sample(self.sample, model, self.world, log_line, step=progress.step)
+            self._stopped = not done
+            progress.owed_sample_step = 0 if done else progress.step
 
     def _validation_is_interrupted(self) -> bool:
         self._at("validating")
         return bool(self.world.stop_request)
 
-    def _make_up_for_validation(self) -> None:
-        """A run that was stopped while it validated still owes that validation."""
-        before = self.progress.validated_step
+    def _make_up_for_what_is_owed(self) -> None:
+        """A run that was stopped while it validated, or sampled, still owes that."""
+        before, owes_sample = self.progress.validated_step, self.progress.owes_sample
         improved = self._validate_if_due()
-        if self.progress.validated_step != before:
+        validated = self.progress.validated_step != before
+        if validated or owes_sample:
+            self._sample_if_due(validated=validated)
             self._save(is_best=improved)
 
     def _save(self, *, is_best: bool) -> None:

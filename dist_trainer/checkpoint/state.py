@@ -47,6 +47,13 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     """Updates left out because gradients were not finite: so far, and just now."""
+    owed_sample_step: int = 0
+    """Step whose sample of text a signal broke off; 0: none."""
+
+    @property
+    def owes_sample(self) -> bool:
+        """Whether the sample of this step is still to be made."""
+        return 0 < self.owed_sample_step == self.step
 
     def note_validation(self, loss: float) -> bool:
         """Note what a validation of `step` found; whether it is the lowest loss so far."""

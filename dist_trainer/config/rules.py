@@ -59,6 +59,7 @@ _NOT_NEGATIVE = (
     "validation.every_epochs",
     "checkpoint.every_steps",
     "tracking.sample_tokens",
+    "tracking.sample_every_steps",
 )
 
 

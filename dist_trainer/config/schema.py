@@ -212,9 +212,10 @@ class TrackingConfig:
     """W&B project."""
     wandb_entity: str | None = None
     """W&B team or user; null: the account's default."""
+    sample_every_steps: int | None = None
+    """Steps between samples of text, beside one after the last step; null: one after each validation; 0: none."""
     sample_prompt: str | None = None
-    """Beginning of the sample text that is generated after each validation; null: the first words of a validation document;
-    "": no samples."""
+    """Beginning of the sample text; null: the first words of a validation document; "": no samples."""
     sample_tokens: int = 96
     """Tokens of a sample; 0: no samples."""
 

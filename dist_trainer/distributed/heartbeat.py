@@ -38,7 +38,9 @@ FIRST_WORD_SECONDS = 1.0
 FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
 """distributed.timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
 
-Phase = Literal["preparing", "warming up", "reading data", "waiting for others", "training", "logging", "validating", "saving"]
+Phase = Literal[
+    "preparing", "warming up", "reading data", "waiting for others", "training", "logging", "validating", "sampling", "saving"
+]
 UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving"})
 """These may take hours, as long as the process shows signs of life."""
 WAITING: frozenset[Phase] = frozenset({"waiting for others", "logging"})

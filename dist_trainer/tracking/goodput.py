@@ -1,10 +1,12 @@
-"""What a run's time went into, over all its lives: steps that count, validation, and all else."""
+"""What a run's time went into, over all its lives: steps that count, validation, and what kept it from them."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from dist_trainer.tracking.run_history import RunHistory, last_step, read_events
 from dist_trainer.tracking.step_counter import steps_done
 
 START_EVENTS = ("start", "resume")
+END_EVENTS = ("finished", "preempted", "failed")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,15 @@ class Goodput:
     data_seconds: float = 0.0
     """Of steps, waiting for data."""
     validation_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    saving_seconds: float = 0.0
+    """Training standing still for checkpoints."""
+    starting_seconds: float = 0.0
+    """From a command's entry to its first step: imports, data, loading, compilation."""
+    redone_seconds: float = 0.0
+    """In steps that were lost to a restart; estimated, as many as were lost at a step's mean time."""
+    standing_seconds: float = 0.0
+    """Between the end of a life and the beginning of the next one."""
     restarts: int = 0
     """Starts in this folder after the first; that one may have begun at another run's checkpoint."""
     lost_steps: int = 0
@@ -36,6 +48,12 @@ class Goodput:
         return self.step_seconds + self.data_seconds + self.validation_seconds
 
     @property
+    def other_seconds(self) -> float:
+        """What none of the others has: the last save, the end, trackers."""
+        named = self.sample_seconds + self.saving_seconds + self.starting_seconds + self.redone_seconds + self.standing_seconds
+        return max(0.0, self.wall_seconds - self.useful_seconds - named)
+
+    @property
     def share(self) -> float:
         """Useful over all; from 0 to 1."""
         return self.useful_seconds / self.wall_seconds if self.wall_seconds > 0 else 0.0
@@ -43,30 +61,79 @@ class Goodput:
 
 def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
     """What `run` made of the time up to `now` (unix seconds; None: up to its last line)."""
-    times = [t for t in (*run.train["time"], *run.validation["time"]) if math.isfinite(t)]
-    times += [event["time"] for event in run.events if math.isfinite(event["time"])]
+    times = sorted(t for t in _times(run) if math.isfinite(t))
     starts = _starts(run.events)
     if not starts:
         return Goodput()
-    first = starts[0]
-    began = number(first.get("began"))  # before imports and tokenising, which lie inside the time of later starts too
-    steps = data = 0.0
-    before = first["step"]  # steps up to there are another run's
+    steps = data = counted = 0.0
+    before = starts[0]["step"]  # steps up to there are another run's
     for step, seconds, waited in zip(run.train["step"], run.train["step_seconds"], run.train["data_seconds"], strict=True):
         waited = waited if math.isfinite(waited) else 0.0
         if math.isfinite(seconds):
             steps += (step - before) * (seconds - waited)
             data += (step - before) * waited
+            counted += step - before
         before = step
     restarts, lost_steps = _restarts(starts)
+    redone, standing = _between_lives(run, starts, times, mean_step_seconds=(steps + data) / counted if counted else 0.0)
     return Goodput(
-        wall_seconds=(max(times) if now is None else now) - (began if math.isfinite(began) else first["time"]),
+        wall_seconds=(times[-1] if now is None else now) - _began(starts[0]),
         step_seconds=steps,
         data_seconds=data,
-        validation_seconds=sum(seconds for seconds in run.validation["seconds"] if math.isfinite(seconds)),
+        validation_seconds=_total(run.validation["seconds"]),
+        sample_seconds=_total(sample.seconds for sample in run.samples),
+        saving_seconds=_total(run.train["checkpoint_stall_ms"]) / 1000,
+        starting_seconds=_starting(run, starts),
+        redone_seconds=redone,
+        standing_seconds=standing,
         restarts=restarts,
         lost_steps=lost_steps,
     )
+
+
+def _times(run: RunHistory) -> Iterable[float]:
+    return chain(run.train["time"], run.validation["time"], (event["time"] for event in run.events))
+
+
+def _began(start: dict[str, Any]) -> float:
+    """When the life of `start` began: before imports and tokenising, where it tells."""
+    began = number(start.get("began"))
+    return began if math.isfinite(began) else start["time"]
+
+
+def _starting(run: RunHistory, starts: list[dict[str, Any]]) -> float:
+    """Seconds before the first step of each life: to its start event, and from there what the steps of its first line leave."""
+    train, seconds = run.train, 0.0
+    for start, following in zip_longest(starts, starts[1:]):
+        seconds += max(0.0, start["time"] - _began(start))
+        until = math.inf if following is None else _began(following)
+        first = bisect_left(train["time"], start["time"])
+        if first < len(train["time"]) and train["time"][first] < until:
+            stepping = (train["step"][first] - start["step"]) * train["step_seconds"][first]
+            warming_up = train["time"][first] - start["time"] - stepping
+            seconds += max(0.0, warming_up) if math.isfinite(warming_up) else 0.0
+    return seconds
+
+
+def _between_lives(
+    run: RunHistory, starts: list[dict[str, Any]], times: list[float], *, mean_step_seconds: float
+) -> tuple[float, float]:
+    """Seconds in steps that were lost, and seconds between lives; one that did not tell its end had it after its lost steps."""
+    redone = standing = 0.0
+    for before, start in pairwise(starts):
+        began = _began(start)
+        ended = [e["time"] for e in run.events if e["event"] in END_EVENTS and before["time"] <= e["time"] <= began]
+        last = times[max(0, bisect_right(times, began) - 1)]
+        lost = start.get("lost_steps")
+        estimate = lost * mean_step_seconds if isinstance(lost, int) else 0.0
+        end = max(ended) if ended and max(ended) >= last else min(began, last + estimate)
+        redone += estimate
+        standing += max(0.0, began - end)
+    return redone, standing
+
+
+def _total(seconds: Iterable[float]) -> float:
+    return sum(value for value in seconds if math.isfinite(value))
 
 
 def goodput_of(folder: Path, *, now: float) -> Goodput:

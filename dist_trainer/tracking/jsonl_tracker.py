@@ -25,6 +25,9 @@ _KEPT_WHILE_DISK_IS_FULL = 100_000
 class JsonlTracker:
     """Appends a line with one write, so that a killed process leaves whole lines; on resume, drops what comes after.
 
+    What is made up for at the step of a resume (a validation, a sample) may stand there already, from a life that was killed
+    before it could save that: then it is not written again.
+
     Floats read back exactly (shortest digits that do). JSON has no NaN and no infinity: such a value is null, and the
     line's `non_finite` names it: `{"loss": null, "non_finite": {"loss": "nan"}}`.
     """
@@ -35,6 +38,7 @@ class JsonlTracker:
         self._start_step = context.start_step
         self._file: int | None = None
         self._good_bytes = 0
+        self._kinds_at_start: set[str] = set()
         self._pending: deque[bytes] = deque(maxlen=_KEPT_WHILE_DISK_IS_FULL)
         self._writing = threading.Lock()
         try:
@@ -45,6 +49,8 @@ class JsonlTracker:
     def log(self, line: dict[str, Any]) -> None:
         """Append `line`; raises OSError where the disk refuses, and tries again with the next line."""
         with self._writing:
+            if line["step"] == self._start_step and self._file is not None and line["kind"] in self._kinds_at_start:
+                return
             self._pending.append(encode_line(line))
             self._write_pending()
 
@@ -65,7 +71,7 @@ class JsonlTracker:
     def _open(self) -> int:
         """The file, opened, and rewound before anything is added to it."""
         if self._file is None:
-            _rewind(self._path, self._start_step)
+            self._kinds_at_start = _rewind(self._path, self._start_step)
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             self._good_bytes = os.fstat(self._file).st_size
             sync_folder(self._path.parent)
@@ -98,28 +104,30 @@ def encode_line(line: dict[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _rewind(path: Path, start_step: int) -> None:
-    """Drop lines past `start_step`, lines that stand twice, and what is no line of ours, such as the half of one.
+def _rewind(path: Path, start_step: int) -> set[str]:
+    """Drop lines past `start_step`, lines that stand twice, and what is no line of ours, such as the half of one; the kinds of
+    those of `start_step` itself.
 
     What is to be dropped is mostly the end, which is cut off: that needs no room on the disk. Else by an atomic replacement.
     """
     if not path.exists():
-        return
+        return set()
+    seen: set[tuple[str, int]] = set()
+    size_before = path.stat().st_size
     beginning = kept = 0
     is_beginning = True
-    for line in _lines_up_to(path, start_step):
+    for line in _lines_up_to(path, start_step, seen):
         is_beginning = is_beginning and line is not None
         size = len(line or b"")
         kept += size
         beginning += size if is_beginning else 0
     if kept > beginning:
-        replace_file(path, filter(None, _lines_up_to(path, start_step)), durable=True)
+        replace_file(path, filter(None, _lines_up_to(path, start_step, set())), durable=True)
     elif path.stat().st_size > kept:
         _cut_off(path, kept)
-    else:
-        return
-    if start_step:
+    if start_step and path.stat().st_size < size_before:
         log.info("%s was taken back to step %d", path, start_step)
+    return {kind for kind, step in seen if step == start_step}
 
 
 def _cut_off(path: Path, size: int) -> None:
@@ -131,9 +139,8 @@ def _cut_off(path: Path, size: int) -> None:
         os.close(file)
 
 
-def _lines_up_to(path: Path, start_step: int) -> Iterator[bytes | None]:
-    """Each line; None in place of one that is to be dropped."""
-    seen: set[tuple[str, int]] = set()
+def _lines_up_to(path: Path, start_step: int, seen: set[tuple[str, int]]) -> Iterator[bytes | None]:
+    """Each line; None in place of one that is to be dropped. Kind and step of each are added to `seen`."""
     with path.open("rb") as file:
         for line in file:
             identity = _kind_and_step(line)

@@ -29,6 +29,7 @@ TRAIN_COLUMNS = (
     "mfu",
     "step_seconds",
     "data_seconds",
+    "checkpoint_stall_ms",
     "peak_memory_bytes",
     "epoch",
     "time",
@@ -46,6 +47,8 @@ class SampleText:
     step: int
     prompt: str
     text: str
+    seconds: float = math.nan
+    """It took so long."""
 
 
 @dataclass
@@ -92,14 +95,16 @@ class RunHistory:
         kind = line.get("kind")
         if kind == "train":
             for name, column in self.train.items():
-                column.append(number(line.get(name)))
+                value = line.get(name)
+                column.append(value if type(value) is float and value - value == 0 else number(value))
             if line.get("skipped") is True:
                 self.skipped.append(int(step))
         elif kind == "validation":
             for name, column in self.validation.items():
                 column.append(number(line.get(name)))
         elif kind == "sample":
-            self.samples.append(SampleText(int(step), str(line.get("prompt", "")), str(line.get("text", ""))))
+            prompt, written = str(line.get("prompt", "")), str(line.get("text", ""))
+            self.samples.append(SampleText(int(step), prompt, written, number(line.get("seconds"))))
 
 
 def read_run(folder: Path) -> RunHistory:

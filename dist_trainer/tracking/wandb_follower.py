@@ -12,7 +12,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +26,8 @@ from dist_trainer.tracking.wandb_position import Position, run_id
 INIT_TIMEOUT_SECONDS = 30.0
 PROBE_TIMEOUT_SECONDS = 5.0
 NOT_METRICS = {"kind", "step", "time", "non_finite", "prompt", "text"}
+SAMPLES_IN_TABLE = 64
+"""The latest ones: W&B keeps each logged table whole, so one that only grew would fill its disk."""
 
 Say = Callable[..., None]
 
@@ -37,6 +40,7 @@ class Follower:
         self.folder = Path(description["folder"])
         self.position = Position.read(self.folder)
         self.best: tuple[float, int] | None = None
+        self._samples: deque[Iterable[Any]] = deque(maxlen=SAMPLES_IN_TABLE)
         self._read_bytes = 0
         self._run, self.is_online = _open_run(description, run_id(self.folder), say)
         self._run.define_metric("*", step_metric="step")
@@ -50,6 +54,8 @@ class Follower:
             if line is None:
                 continue
             self._note_best(line)
+            if line["kind"] == "sample":
+                self._samples.append([line["step"], str(line.get("prompt")), str(line.get("text"))])
             if not self.position.passes(line):
                 self.position.advance(line, self.folder)
                 # The step is given twice: as W&B's own counter it keeps a resumed run in order and joins what belongs
@@ -72,7 +78,7 @@ class Follower:
             if name not in NOT_METRICS and value is not None:
                 row[f"{kind}/{name}"] = _as_number(value)
         if kind == "sample":
-            row["sample"] = _table(line)
+            row["samples"] = _table(list(self._samples))
         return row
 
     def _note_best(self, line: dict[str, Any]) -> None:
@@ -99,11 +105,11 @@ def _as_number(value: Any) -> Any:
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def _table(line: dict[str, Any]) -> Any:
+def _table(samples: list[Iterable[Any]]) -> Any:
     import wandb
 
     columns: list[Any] = ["step", "prompt", "text"]
-    return wandb.Table(columns=columns, data=[[line["step"], str(line.get("prompt")), str(line.get("text"))]])
+    return wandb.Table(columns=columns, data=samples)
 
 
 def _open_run(description: dict[str, Any], identity: str, say: Say) -> tuple[Any, bool]:

@@ -15,7 +15,7 @@ FLOORS = [
     {"models", "data", "optim", "parallel", "precision"},
     {"step"},
     {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},
-    {"warm_up"},
+    {"warm_up", "training_result"},
     {"trainer", "starting_point"},
     {"profiling", "out_of_memory"},
     {"run_record"},

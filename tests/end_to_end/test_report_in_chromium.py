@@ -1,68 +1,152 @@
-"""report.html in a real browser: it fits a phone and a desk, draws its curves, answers the keyboard, and has no errors."""
+"""report.html in a real browser: it fits a phone and a desk, in the light and in the dark, draws its curves, answers keys and
+fingers, and has no errors.
+"""
+
+from __future__ import annotations
 
 import json
 import re
 import shutil
 import subprocess
 from html import unescape
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_trainer import report
 from tests.end_to_end.commands import SMALL
 from tests.end_to_end.forked_commands import quick_command
+from tests.unit.tracking.runs import write_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
-# What a reader does and sees, written into the page's title, which --dump-dom shows.
-PROBE = """
+# What a reader does and sees, written into the page's title, which the frame around it hands on.
+PROBE = r"""
 const seen = {errors: []};
 onerror = message => { seen.errors.push(message) };
 addEventListener('load', () => {
-  const charts = [...document.querySelectorAll('.chart')];
-  const key = name => charts[0].dispatchEvent(new KeyboardEvent('keydown', {key: name, cancelable: true}));
-  charts[0].focus();
-  key('End'); seen.last = charts[0].querySelector('output').textContent;
-  key('Home'); seen.first = charts[0].querySelector('output').textContent;
+  const all = words => [...document.querySelectorAll(words)];
+  const charts = all('.chart'), loss = document.querySelector('#loss'), plot = loss.querySelector('.plot');
+  const read = () => loss.querySelector('output').textContent;
+  const texts = chart => [...chart.querySelectorAll('.plot text')];
+  const labels = () => texts(loss).map(text => text.textContent).join(' ');
+  const key = name => plot.dispatchEvent(new KeyboardEvent('keydown', {key: name, cancelable: true}));
+  seen.dark = matchMedia('(prefers-color-scheme: dark)').matches;
+  seen.background = getComputedStyle(document.body).backgroundColor;
+  seen.resting = read();
+  plot.focus();
+  seen.focused = document.activeElement === plot;
+  key('End'); seen.last = read();
+  key('ArrowLeft'); seen.before = read();
+  key('Home'); seen.first = read();
+  seen.told = plot.getAttribute('aria-valuetext');
+  const badge = texts(loss).find(text => text.textContent === '2');
+  if (badge) {
+    const box = badge.getBoundingClientRect();
+    plot.dispatchEvent(new PointerEvent('pointerdown', {pointerType: 'touch', clientX: box.x + box.width / 2, clientY: box.y}));
+    seen.touched = read();
+  }
+  seen.by_steps = labels();
+  document.querySelector('[value=tokens]').click(); seen.by_tokens = labels();
+  document.querySelector('[value=hours]').click(); seen.by_hours = labels();
+  const whole = document.querySelector('[name=whole]');
+  seen.clipped = !loss.querySelector('.clipnote')?.hidden;
+  seen.offers_whole = whole.offsetParent !== null;
+  seen.clips = charts.some(chart => chart.querySelector('.clipnote'));
+  whole.click(); seen.whole = labels();
   seen.charts = charts.length;
-  seen.pictures = charts.filter(chart => chart.querySelector('svg').getBoundingClientRect().height > 50).length;
+  seen.pictures = charts.filter(chart => chart.querySelector('.plot svg').getBoundingClientRect().height > 150).length;
+  seen.smallest_text = Math.min(...charts.flatMap(texts).map(text => text.getBoundingClientRect().height));
   seen.overflow = document.documentElement.scrollWidth - innerWidth;
+  seen.spilling = all('.facts div, figcaption, .key, .sample, .happened').filter(e => e.scrollWidth > e.clientWidth + 1)
+    .map(e => e.textContent);
+  seen.unnamed = all('[tabindex="0"]').filter(e => !e.getAttribute('role') || !e.getAttribute('aria-label')).length;
+  seen.fields = all('input').every(input => input.closest('label') && input.tabIndex === 0);
+  dispatchEvent(new Event('beforeprint')); seen.printed = all('details').every(part => part.open);
+  dispatchEvent(new Event('afterprint')); seen.folded = all('details').every(part => !part.open);
   seen.requests = performance.getEntriesByType('resource').length;
-  document.title = 'SEEN' + JSON.stringify(seen) + 'END';
+  document.title = JSON.stringify(seen);
 });
 """
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The report that the `report` command makes of a short run."""
-    output = tmp_path_factory.mktemp("runs")
-    done = quick_command(*SMALL, "--output_dir", output)
-    assert done.returncode == 0, done.stderr
-    assert report.main([str(output / "debug")]) == 0
-    return (output / "debug" / "report.html").read_text()
-
-
-@pytest.mark.parametrize("width", [390, 1400])
-def test_the_report_works_at_this_width(page, width, tmp_path):
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.replace("<head>", f"<head><script>{PROBE}</script>", 1))
-    # A window is never narrower than about 500 pixels: the page stands in a frame of the wanted width.
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f"<iframe src=probed.html style='width:{width}px;height:900px;border:0'></iframe><script>"
-        "onload=()=>{document.title=document.querySelector('iframe').contentDocument.title}</script>"
+def look_at(page: Path, frames: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    """What a reader sees of `page` in frames of the given widths and colour schemes, from one start of the browser."""
+    probed = page.with_name("probed.html")
+    probed.write_text(page.read_text().replace("<head>", f"<head><script>{PROBE}</script>", 1))
+    # A window is never narrower than about 500 pixels, and has one colour scheme: frames have what they are told.
+    outer = page.with_name("frames.html")
+    inner = "".join(
+        f"<iframe src=probed.html style='width:{width}px;height:900px;border:0;color-scheme:{scheme}'></iframe>"
+        for width, scheme in frames
     )
+    collect = "[...document.querySelectorAll('iframe')].map(frame => JSON.parse(frame.contentDocument.title))"
+    outer.write_text(f"{inner}<script>onload=()=>{{document.title='SEEN'+JSON.stringify({collect})+'END'}}</script>")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
-    words = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()]
+    words = [CHROMIUM, *options, f"--user-data-dir={page.parent / 'profile'}", outer.as_uri()]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
-    found = re.search("SEEN(.*)END", done.stdout)
+    found = re.search("SEEN(.*?)END", done.stdout)
     assert found, done.stdout[:2000] + done.stderr[-2000:]
-    seen = json.loads(unescape(found[1]))
+    return json.loads(unescape(found[1]))
+
+
+def check(seen: dict[str, Any]) -> None:
+    """What holds of any page at any width."""
     assert seen["errors"] == []
     assert seen["requests"] == 0
     assert seen["overflow"] <= 0
-    assert seen["charts"] == seen["pictures"] >= 5
-    assert seen["first"].startswith("step 1 ")
-    assert re.match(r"step 20 .*training [\d.]+ .*validation [\d.]+", seen["last"])
+    assert seen["spilling"] == []
+    assert seen["charts"] == seen["pictures"] >= 6
+    assert seen["smallest_text"] >= 11, "pixels, at any width"
+    assert seen["unnamed"] == 0
+    assert seen["fields"]
+    assert seen["offers_whole"] == seen["clips"]
+    assert seen["printed"]
+    assert seen["folded"]
+    assert seen["focused"]
+    assert seen["told"] == seen["first"]
+    assert seen["first"].startswith("step 1 ·")
+    assert " step" in seen["by_steps"]
+    assert " tokens" in seen["by_tokens"]
+    assert re.search(r" (s|min|h)\b", seen["by_hours"])
+
+
+def test_a_run_with_restarts_works_at_each_width_and_in_the_dark(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert report.main([str(run)]) == 0
+    phone, desk, dark = look_at(run / "report.html", [(390, "light"), (1400, "light"), (390, "dark")])
+    for seen in (phone, desk, dark):
+        check(seen)
+        assert seen["resting"] == seen["last"]
+        assert re.match(r"step 40 · training [\d.]+ · smoothed [\d.]+ · validation [\d.]+", seen["last"])
+        assert seen["before"].startswith("step 39 ·")
+        assert "[2] ended without a word (killed); started again, from step 25, 2 steps done again" in seen["touched"]
+        assert seen["by_steps"].count("×") == 2
+        assert seen["clipped"]
+        assert seen["by_tokens"].split()[0] == seen["by_steps"].split()[0], "the values' axis is what it was"
+        assert seen["whole"].startswith("4 6 8 10 ")
+        assert seen["by_hours"].startswith("3.95 4 4.05 ")
+    assert not phone["dark"]
+    assert dark["dark"]
+    assert (phone["background"], dark["background"]) == ("rgb(247, 247, 245)", "rgb(20, 23, 28)")
+
+
+def test_several_runs_work_at_each_width(tmp_path):
+    runs = [write_run(tmp_path / name / "run", learning_rate=rate) for name, rate in (("a", 0.1), ("b", 0.2), ("c", 0.3))]
+    output = tmp_path / "several.html"
+    assert report.main([*map(str, runs), "--output", str(output)]) == 0
+    for seen in look_at(output, [(390, "dark"), (1400, "light")]):
+        check(seen)
+        assert "a/run: training" in seen["last"]
+        assert "c/run: validation" in seen["last"]
+
+
+@pytest.mark.slow
+def test_the_report_of_a_real_run_works(tmp_path):
+    done = quick_command(*SMALL, "--output_dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for seen in look_at(tmp_path / "debug" / "report.html", [(390, "light"), (1400, "light")]):
+        check(seen)
+        assert re.match(r"step 20 · training [\d.]+ · smoothed [\d.]+ · validation [\d.]+", seen["last"])

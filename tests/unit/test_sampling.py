@@ -15,6 +15,7 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.sampling import BROKEN, beginning_of, prompt_before_answer, sample_of
 
+never = bool  # what bool() gives: no signal comes
 CHINESE = "孔乙己是站着喝酒而穿长衫的唯一的人。" * 4
 SMALL = ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
 
@@ -40,7 +41,7 @@ def test_text_of_several_tokens_a_character_is_cut_between_characters(tokenizer,
     if made is None:
         assert sequence_length == 4, "two tokens are no character"
         return
-    shown = made(model)
+    shown = made(model, never)
     assert shown["prompt"]
     assert CHINESE.startswith(shown["prompt"])
     assert not shown["text"].endswith(BROKEN)
@@ -66,7 +67,7 @@ def test_special_tokens_before_the_text_are_passed_over(tokenizer):
     tokens = [tokenizer.eos_token_id] * 20 + tokenizer.encode("It is a truth universally acknowledged")
     made, model = sample(tokenizer, tokens, sequence_length=32)
     assert made is not None
-    assert made(model)["prompt"].startswith("It is a truth")
+    assert made(model, never)["prompt"].startswith("It is a truth")
 
 
 def test_where_answers_alone_carry_loss_the_prompt_before_the_first_is_answered(tokenizer):
@@ -80,7 +81,7 @@ def test_where_answers_alone_carry_loss_the_prompt_before_the_first_is_answered(
     model.init_weights(0)
     made = sample_of(config, tokenizer, model, rows)
     assert made is not None
-    assert made(model)["prompt"] == tokenizer.decode(tokens[:answer])
+    assert made(model, never)["prompt"] == tokenizer.decode(tokens[:answer])
     assert answer > 16, "more than is shown of plain text"
     assert prompt_before_answer(rows[0], most=answer - 1) == []
     assert prompt_before_answer(Batch(rows[0].tokens, torch.full_like(targets, IGNORED_TARGET)), most=99) == []

@@ -1,4 +1,4 @@
-"""What a run's lines become: metrics.jsonl, W&B's own files, the report."""
+"""What a run's lines become: metrics.jsonl, W&B's own files, throughput."""
 
 import json
 import logging
@@ -10,33 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_trainer import report
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.distributed.world import World
-from dist_trainer.tracking.events import append_event
-from dist_trainer.tracking.html_report import html_report, smoothed
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.run_history import read_run
-from dist_trainer.tracking.svg_charts import MOST_POINTS, thin, ticks
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
+from tests.unit.tracking.runs import sample_line, train_line, validation_line
 
 
 def context(folder: Path, *, start_step: int = 0, wandb: str = "disabled") -> RunContext:
     config = TrainingConfig(tracking=TrackingConfig(wandb=wandb))  # type: ignore[arg-type]
     return RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment={"host": "<b>"})
-
-
-def train_line(step: int, loss: float = 3.0) -> dict:
-    numbers = {"lr": 0.1 + 0.2, "grad_norm": 1.0, "tokens": step * 10, "tokens_per_second": 5.0, "mfu": None}
-    timing = {"step_seconds": 0.5, "data_seconds": 0.1, "peak_memory_bytes": 1 << 20, "time": 1e9 + step, "epoch": 0.5}
-    return {"kind": "train", "step": step, "loss": loss, **numbers, **timing, "skipped": False}
-
-
-def validation_line(step: int, loss: float = 2.0) -> dict:
-    facts = {"perplexity": math.exp(loss), "tokens": 7, "seconds": 0.25, "best": True, "time": 1e9 + step}
-    return {"kind": "validation", "step": step, "loss": loss, **facts}
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -64,6 +49,19 @@ def test_on_resume_lines_past_the_checkpoint_and_a_torn_one_are_dropped(tmp_path
     tracker.log(train_line(5))
     tracker.close(state="finished", reason=None)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_what_is_made_up_for_at_the_step_of_a_resume_stands_once(tmp_path):
+    tracker = JsonlTracker(context(tmp_path))
+    for line in (train_line(4), validation_line(4)):
+        tracker.log(line)
+    tracker.close(state="failed", reason=None)
+    tracker = JsonlTracker(context(tmp_path, start_step=4))
+    for line in (validation_line(4), sample_line(4, "a truth"), train_line(5)):
+        tracker.log(line)
+    tracker.close(state="finished", reason=None)
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds == ["train", "validation", "sample", "train"]
 
 
 def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, caplog):
@@ -104,66 +102,25 @@ def offline_steps(folder: Path) -> list[int]:
 
 
 @pytest.mark.timeout(200)
-def test_offline_wandb_files_have_each_step_once_also_after_a_restart(tmp_path):
+def test_offline_wandb_files_have_each_step_once_and_a_table_of_samples_also_after_a_restart(tmp_path):
     for start, stop in ((0, 3), (2, 5)):
         run = context(tmp_path, start_step=start, wandb="offline")
         trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", "wandb")})
         for step in range(start + 1, stop + 1):
             trackers.log(train_line(step))
+            if step in (1, 4):
+                trackers.log(sample_line(step, "a truth"))
         trackers.log(validation_line(stop))
         trackers.close(state="finished", reason=None)
     assert (tmp_path / "wandb" / "run_id").is_file()
     assert offline_steps(tmp_path) == [1, 2, 3, 4, 5]
-
-
-def write_run(folder: Path) -> None:
-    folder.mkdir()
-    lines = [train_line(step, 5 - step / 10) for step in range(1, 21)] + [validation_line(20)]
-    lines.append({"kind": "sample", "step": 20, "prompt": "<script>", "text": "alert(1)</script>"})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
-    append_event(folder, "start", step=0, environment={"host": "<b>"})
-    append_event(folder, "resume", step=7)
-
-
-def test_the_report_is_one_page_without_network_and_escapes_everything(tmp_path):
-    write_run(tmp_path / "a&b")
-    page = html_report([read_run(tmp_path / "a&b")])
-    assert "<td>&lt;b&gt;</td>" in page
-    assert "<td><b>" not in page
-    assert "<script>alert" not in page
-    assert "&lt;script&gt;" in page
-    assert "alert(1)&lt;/script&gt;" in page
-    assert "http" not in page
-    assert "a&amp;b: resume at step 7" in page
-    assert page.count("<figure") == 6
-    assert len(page) < 70_000
-
-
-def test_the_report_command_lays_several_runs_over_one_another(tmp_path, capsys):
-    for name in ("one", "two"):
-        write_run(tmp_path / name)
-    assert report.main([str(tmp_path / "one"), str(tmp_path / "two"), "--output", str(tmp_path / "both.html")]) == 0
-    assert "two validation" in (tmp_path / "both.html").read_text()
-    assert report.main([str(tmp_path / "nowhere")]) == 2
-    assert "no run's folder" in capsys.readouterr().err
-
-
-def test_long_lines_are_thinned_without_losing_a_spike():
-    y = [0.0] * 100_000
-    y[54_321] = 9.0
-    x, thinned = thin(range(100_000), y)
-    assert len(x) <= MOST_POINTS + 4
-    assert max(thinned) == 9.0
-    assert x == sorted(x)
-
-
-def test_ticks_are_round_numbers_inside():
-    assert ticks(0, 10) == pytest.approx([0, 2, 4, 6, 8, 10])
-    assert ticks(6.1, 8.3) == pytest.approx([6.5, 7, 7.5, 8])
-
-
-def test_smoothing_is_unbiased_at_the_start_and_passes_over_gaps():
-    assert smoothed([5.0, 5.0, math.nan, 5.0]) == pytest.approx([5.0] * 4)
+    tables = [json.loads(file.read_text()) for file in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
+    assert {(tuple(table["columns"]), len(table["data"])) for table in tables} == {
+        (("step", "prompt", "text"), n) for n in (1, 2)
+    }
+    assert [[1, "It was", "a truth"], [4, "It was", "a truth"]] in [table["data"] for table in tables], (
+        "also those of the life before"
+    )
 
 
 def test_throughput_leaves_out_what_is_paused():
