@@ -11,16 +11,16 @@ def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     config = TrainingConfig(data=DataConfig(dataset="squad", dataset_config="plain_text"))
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert parse_arguments([str(tmp_path)])[1].data.dataset_config == "plain_text"
+    assert parse_arguments([str(tmp_path)]).config.data.dataset_config == "plain_text"
     words = [str(tmp_path), "--data", "./other.jsonl"]
-    assert parse_arguments(words)[1].data.dataset_config is None
-    assert parse_arguments([*words, "--data.dataset_config", "b"])[1].data.dataset_config == "b"
+    assert parse_arguments(words).config.data.dataset_config is None
+    assert parse_arguments([*words, "--data.dataset_config", "b"]).config.data.dataset_config == "b"
 
 
 def test_conversations_are_written_by_the_template_that_was_saved_with_the_model(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     config = TrainingConfig(data=DataConfig(messages_column="messages", chat_template="gone.jinja"))
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    evaluated = parse_arguments([str(tmp_path)])[1].data
+    evaluated = parse_arguments([str(tmp_path)]).config.data
     assert evaluated == replace(config.data, chat_template=None, tokenizer=str(tmp_path))
-    assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"])[1].data.chat_template == "other.jinja"
+    assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"]).config.data.chat_template == "other.jinja"
