@@ -98,13 +98,13 @@ def argument_parser() -> argparse.ArgumentParser:
     harness.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task (default: all)")
     harness.add_argument("--num_fewshot", metavar="N", type=int, help="examples before each (default: the task's own number)")
     harness.add_argument("--batch_size", metavar="N", type=int, help="texts at a time (default: 8)")
-    harness.add_argument("--apply_chat_template", action="store_true", help="ask by the tokenizer's chat template")
+    harness.add_argument("--apply_chat_template", action="store_const", const=True, help="ask by the tokenizer's chat template")
     return parser
 
 
 def harness_fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any] | None:
     """The fields of HarnessOptions; None without --harness. Raises ConfigError for what contradicts it."""
-    given = {name: value for name in HARNESS_OPTIONS if (value := getattr(arguments, name)) not in (None, False)}
+    given = {name: value for name in HARNESS_OPTIONS if (value := getattr(arguments, name)) is not None}
     if arguments.harness is None:
         if given:
             raise ConfigError(f"--{next(iter(given))}: goes with --harness TASKS")

@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness (the package lm_eval, the extra `harness`) on a checkpoint, with tasks that the user names.
+"""EleutherAI's lm-evaluation-harness (the package lm_eval, the extra `harness`) on a checkpoint, with tasks by name.
 
 A checkpoint is a Hugging Face folder, so lm_eval's own model class opens it and its numbers are those that it gives elsewhere.
 """
@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 RESULTS_FOLDER = "evaluations"
 """Of a run's folder."""
 INSTALL = "`EXTRAS=harness launch/setup.sh`, or `pip install lm_eval accelerate`"
+OFFLINE = (
+    ". The Hub cannot be reached: bring the task's data into the local cache (HF_HOME) on a machine that reaches it, or name "
+    "tasks of your own with data in local files (--harness_tasks)"
+)
 AUTOCAST = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 """lm_eval's names of number formats."""
 
@@ -96,6 +100,7 @@ def find_tasks(options: HarnessOptions, manager_class: Any) -> tuple[Any, list[s
         raise ConfigError(f"--harness_tasks: {options.tasks_folder} is no folder; give one that holds tasks as YAML files")
     folder = None if options.tasks_folder is None else str(options.tasks_folder)
     manager = manager_class(include_path=folder, include_defaults=False)
+    own = manager.all_tasks
     of_others = {*manager.all_groups, *manager.all_tags}  # may name tasks of lm_eval's
     names, unknown = known_names(options.tasks, manager)
     if unknown or of_others & set(names):
@@ -103,7 +108,10 @@ def find_tasks(options: HarnessOptions, manager_class: Any) -> tuple[Any, list[s
         manager = manager_class(include_path=folder)
         names, unknown = known_names(options.tasks, manager)
     if unknown:
-        raise ConfigError("--harness: " + "\n  ".join(_no_such_task(name, manager.all_tasks) for name in unknown))
+        problems = [_no_such_task(name, manager.all_tasks) for name in unknown]
+        if folder is not None:
+            problems.append(f"{folder} has {', '.join(own) or 'none'} (lm_eval passes over files that are no valid task)")
+        raise ConfigError("--harness: " + "\n  ".join(problems))
     return manager, names
 
 
@@ -122,8 +130,8 @@ def known_names(wanted: tuple[str, ...], manager: Any) -> tuple[list[str], list[
 
 def _no_such_task(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {', '.join(near)}?" if near else "`python -m lm_eval ls tasks` lists them."
-    return f"there is no task {name!r}; {hint} Tasks of your own are found with --harness_tasks FOLDER"
+    hint = f"did you mean {', '.join(near)}?" if near else "`python -m lm_eval ls tasks` lists them;"
+    return f"there is no task {name!r}; {hint} tasks of your own are found with --harness_tasks FOLDER"
 
 
 def load_tasks(manager: Any, names: list[str], *, online: bool) -> Any:
@@ -132,11 +140,9 @@ def load_tasks(manager: Any, names: list[str], *, online: bool) -> Any:
         loaded = manager.load(names)
     except Exception as error:  # lm_eval and the data sets' library raise many kinds; each ends in one message
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        offline = "" if online else (
-            ". The Hub cannot be reached: data sets that are not in the local cache (HF_HOME) can be fetched on a machine that "
-            "reaches it; tasks of your own (--harness_tasks) with local files need no network"
-        )
-        raise ConfigError(f"--harness: {', '.join(names)} cannot be loaded: {reason}{offline}") from error
+        is_missing = isinstance(error, ConnectionError) or any(word in reason for word in ("Hub", "cache"))
+        hint = OFFLINE if is_missing and not online else ""
+        raise ConfigError(f"--harness: {', '.join(names)} cannot be loaded: {reason}{hint}") from error
     unsafe = [name for name, task in loaded["tasks"].items() if getattr(task, "UNSAFE_CODE", False)]
     if unsafe:
         raise ConfigError(
@@ -175,7 +181,7 @@ def open_for_harness(
 
 
 def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:
-    """Keep `results` of the checkpoint `folder` in the run's folder; the file. Raises ConfigError where it cannot be written."""
+    """Keep `results` of the checkpoint `folder` in the run's folder; the file. Raises ConfigError where the disk refuses."""
     to = run / RESULTS_FOLDER
     file = to / f"{folder.resolve().name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     if to.is_symlink():

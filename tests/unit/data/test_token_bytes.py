@@ -114,9 +114,7 @@ def that_does_not_know_all_characters(novels):
     """As Llama 2's, without its bytes."""
     description = json.loads(llama2(novels).backend_tokenizer.to_str())
     description["model"]["byte_fallback"] = False
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(description)), eos_token=END, unk_token="<unk>"
-    )
+    return wrapped(Tokenizer.from_str(json.dumps(description)), unk_token="<unk>")
 
 
 @pytest.mark.parametrize("kind", [tokenizers_by_name.of_word_pieces, in_lower_case, that_does_not_know_all_characters])
