@@ -56,7 +56,9 @@ def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes | None:
     tokenizers bring text to.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    size_of = None if backend is None else _size_by_decoder(json.loads(backend.to_str())["decoder"])
+    if backend is None or backend.decoder is None:
+        return None
+    size_of = _size_by_decoder(json.loads(backend.decoder.__getstate__()))
     if size_of is None:
         return None
     table = _table(tokenizer, size_of)
@@ -81,7 +83,8 @@ def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _table(tokenizer: Tokenizer, size_of: SizeOf) -> TokenBytes | None:
     """What `size_of` makes of all entries; None where one that was added to them swallows the spaces beside it."""
-    sizes, leads, borders = (np.zeros(vocabulary_size(tokenizer), dtype=kind) for kind in (np.int64, bool, bool))
+    num_tokens = vocabulary_size(tokenizer)
+    sizes, leads, borders = (np.zeros(num_tokens, dtype=kind) for kind in (np.int64, bool, bool))
     puts_space = _begins_with_space(tokenizer, "a")
     for piece, token in tokenizer.get_vocab().items():
         sizes[token] = size_of(piece, False)
@@ -107,9 +110,9 @@ def _begins_with_space(tokenizer: Tokenizer, text: str, *, part: int = 0) -> boo
     return len(ids) > part and tokenizer.convert_ids_to_tokens(ids[part]).startswith(SPACES)
 
 
-def _size_by_decoder(decoder: dict[str, Any] | None) -> SizeOf | None:
+def _size_by_decoder(decoder: dict[str, Any]) -> SizeOf | None:
     """How entries spell bytes, by the `decoder` of a tokenizer.json; None for those that don't say it of each by itself."""
-    steps = [] if decoder is None else decoder.get("decoders", [decoder])
+    steps = decoder.get("decoders", [decoder])
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:  # GPT-2's: a character a byte
         return lambda piece, is_added: len(piece.encode()) if is_added else len(piece)
