@@ -204,7 +204,7 @@ def evaluate_tasks(asked: Asked) -> dict[str, Any]:
 
     configure_logging(None, rank=0)
     found = run_harness(asked.path, HarnessOptions(**(asked.harness or {})), asked.config.precision)
-    folder = locate_weights(asked.path)
+    folder = locate_weights(asked.path).resolve()
     run = run_folder_of(asked.path, is_run=_is_run)
     file = None if run is None else str(write_results(run, folder, found))
     return {"model": str(folder), "results": found["results"], "file": file}

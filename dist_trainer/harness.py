@@ -72,7 +72,7 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError(f"--harness: {error.name} is not installed; install what is missing with {INSTALL}") from error
+        raise ConfigError(f"--harness: lm_eval cannot be imported ({error}); install it with {INSTALL}") from error
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result alone
         manager, names = find_tasks(options, TaskManager)
         loaded = load_tasks(manager, names, online=online)
@@ -183,7 +183,7 @@ def open_for_harness(
 def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:
     """Keep `results` of the checkpoint `folder` in the run's folder; the file. Raises ConfigError where the disk refuses."""
     to = run / RESULTS_FOLDER
-    file = to / f"{folder.resolve().name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    file = to / f"{folder.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     if to.is_symlink():
         raise ConfigError(f"{to} is a symbolic link, and no link is followed inside a run's folder; remove it")
     try:

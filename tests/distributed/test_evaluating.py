@@ -103,5 +103,5 @@ def test_of_answers_alone_only_their_bytes_count(measured, tmp_path):
 def test_without_lm_eval_a_sentence_says_how_to_install_it(reader, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert evaluate.main([str(folder(reader[1])), "--harness", "letters"]) == 2
-    assert "lm_eval is not installed; install what is missing with `EXTRAS=harness" in capsys.readouterr().err
+    assert "install it with `EXTRAS=harness launch/setup.sh`" in capsys.readouterr().err
     assert not (folder(reader[1]) / "evaluations").exists()
