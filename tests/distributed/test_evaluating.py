@@ -15,6 +15,7 @@ from dist_trainer import evaluate
 from dist_trainer.data.tokenization import load_tokenizer
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import changed, folder, metrics, run, small_config
+from tests.unit.data.test_tokenising import of_word_pieces
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "evaluating.md").read_text("utf-8")
 TEXTS = ["It was a truth – acknowledged by all. " * 30, "Emma, naïve as ever: “Indeed!” " * 20]
@@ -98,6 +99,14 @@ def test_of_answers_alone_only_their_bytes_count(measured, tmp_path):
     data.write_text("".join(json.dumps({"q": f"Who is {n}?", "a": " Nobody but you."}) + "\n" for n in range(20)))
     found = measured(data, data__template="{q}", data__completion_template="{a}")
     assert found["bytes"] == 20 * len(" Nobody but you.")
+
+
+def test_where_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentence_says_why(measured, tmp_path, capfd):
+    of_word_pieces(TEXTS).save_pretrained(tmp_path)
+    found = measured(data__tokenizer=str(tmp_path))
+    assert (found["bits_per_byte"], found["bytes"]) == (None, None)
+    assert found["loss"] > 0
+    assert "bits per byte are null: this tokenizer's tokens do not spell" in capfd.readouterr().err
 
 
 def test_without_lm_eval_a_sentence_says_how_to_install_it(reader, monkeypatch, capsys):
