@@ -13,6 +13,7 @@ import pytest
 
 from dist_trainer import evaluate
 from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.errors import ConfigError
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import changed, folder, metrics, run, small_config
 from tests.unit.data.test_tokenising import of_word_pieces
@@ -109,8 +110,9 @@ def test_where_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentenc
     assert "bits per byte are null: this tokenizer's tokens do not spell" in capfd.readouterr().err
 
 
-def test_without_lm_eval_a_sentence_says_how_to_install_it(reader, monkeypatch, capsys):
+def test_without_lm_eval_a_sentence_says_how_to_install_it(reader, monkeypatch):
+    _, config = reader
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert evaluate.main([str(folder(reader[1])), "--harness", "letters"]) == 2
-    assert "install it with `EXTRAS=harness launch/setup.sh`" in capsys.readouterr().err
-    assert not (folder(reader[1]) / "evaluations").exists()
+    with pytest.raises(ConfigError, match="install it with `EXTRAS=harness launch/setup.sh`"):
+        evaluate.run(evaluate.Asked(folder(config), config, {"tasks": ("letters",)}))
+    assert not (folder(config) / "evaluations").exists()
