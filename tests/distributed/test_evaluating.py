@@ -113,6 +113,6 @@ def test_where_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentenc
 def test_without_lm_eval_a_sentence_says_how_to_install_it(reader, monkeypatch):
     _, config = reader
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ConfigError, match="install it with `EXTRAS=harness launch/setup.sh`"):
+    with pytest.raises(ConfigError, match=r"install it with `EXTRAS=harness launch/setup\.sh`"):
         evaluate.run(evaluate.Asked(folder(config), config, {"tasks": ("letters",)}))
     assert not (folder(config) / "evaluations").exists()
