@@ -21,6 +21,7 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import accumulation_steps
+from dist_trainer.data.token_bytes import token_bytes_of
 from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
 from dist_trainer.distributed.guard import Guard
@@ -196,6 +197,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         precision=build_precision(config.precision, world.device),
         checkpoints=checkpoints,
         sample=sample,
+        token_bytes=token_bytes_of(tokenizer),
         flops_per_token=per_token,
         facts=facts,
     )

@@ -1,4 +1,5 @@
-"""`python -m dist_trainer.evaluate RUN`: the loss of a run's best checkpoint on its validation data, or on other data.
+"""`python -m dist_trainer.evaluate RUN`: loss, perplexity and bits per byte of a run's best checkpoint, or of any model, on its
+validation data, or on other data. With --harness: what EleutherAI's lm_eval finds on tasks by name.
 
 Any number of ranks, started as for training, gives the same number.
 """
@@ -7,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dist_trainer.config.loading import keys_given, load_config
 from dist_trainer.config.schema import TrainingConfig
@@ -18,35 +21,45 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import model_folders
+from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.run_history import run_folder_of
 
-DESCRIPTION = "Loss and perplexity of a model on its run's validation data, or on any other data."
+log = logging.getLogger(__name__)
+
+DESCRIPTION = "Loss, perplexity and bits per byte of a model on its run's validation data, or on any other data."
+EPILOG = "Other arguments are those of training and change the run's config (with --harness: those of precision alone)."
+FLAGS = {"--help", "--apply_chat_template"}
+HARNESS_OPTIONS = ("harness_tasks", "limit", "num_fewshot", "batch_size", "apply_chat_template")
+OWN_OPTIONS = {"--data", "--harness", *(f"--{name}" for name in HARNESS_OPTIONS)} | FLAGS
+"""The others are training's keys."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be evaluated, and on what."""
+
+    path: Path
+    """Of the model."""
+    config: TrainingConfig
+    """The run's own, changed by `--section.key VALUE`."""
+    harness: dict[str, Any] | None = None
+    """The fields of HarnessOptions; None: loss on the config's data."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
-    return exit_code_of(lambda: evaluate_model(*parse_arguments(argv)))
+    return exit_code_of(lambda: run(parse_arguments(argv)))
 
 
-def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
-    """The model's folder, and the config to evaluate it by: the run's own, changed by `--section.key VALUE`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_trainer.evaluate",
-        usage="%(prog)s RUN [--data NAME] [--section.key VALUE]...",
-        description=DESCRIPTION,
-        epilog="Other arguments are those of training and change the run's config.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
-    parser.add_argument(
-        "--data", help="other data, named as data.dataset is: its validation split, or all of it where it has none"
-    )
+def parse_arguments(argv: Sequence[str] | None) -> Asked:
+    """The command line. Raises ConfigError."""
     # Values of training's keys must not be taken for RUN: they are split off before argparse sees them.
     own_words, rest = split_off_keys(sys.argv[1:] if argv is None else argv)
-    arguments = parser.parse_args(own_words)
+    arguments = argument_parser().parse_args(own_words)
     path: Path = arguments.path
     if not path.exists():
         raise ConfigError(f"{path} does not exist; give a run's folder, such as runs/default")
+    harness = harness_fields(arguments, rest)
     run = run_folder_of(path, is_run=_is_run)
     if run is not None:
         given = ["--config", str(run / "config.yaml")]
@@ -61,7 +74,59 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
     config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest])
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))
-    return path, config
+    return Asked(path, config, harness)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Of the words that are this command's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_trainer.evaluate",
+        usage="%(prog)s RUN [--data NAME | --harness TASKS [options]] [--section.key VALUE]...",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
+    parser.add_argument(
+        "--data", help="other data, named as data.dataset is: its validation split, or all of it where it has none"
+    )
+    harness = parser.add_argument_group("EleutherAI's lm_eval (the extra `harness`; one process)")
+    harness.add_argument(
+        "--harness", metavar="TASKS", help="tasks, groups or YAML files, with commas between: lambada_openai,arc_easy"
+    )
+    harness.add_argument("--harness_tasks", metavar="FOLDER", type=Path, help="where tasks of your own are, as YAML files")
+    harness.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task (default: all)")
+    harness.add_argument("--num_fewshot", metavar="N", type=int, help="examples before each (default: the task's own number)")
+    harness.add_argument("--batch_size", metavar="N", type=int, help="texts at a time (default: 8)")
+    harness.add_argument("--apply_chat_template", action="store_const", const=True, help="ask by the tokenizer's chat template")
+    return parser
+
+
+def harness_fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any] | None:
+    """The fields of HarnessOptions; None without --harness. Raises ConfigError for what contradicts it."""
+    given = {name: value for name in HARNESS_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if arguments.harness is None:
+        if given:
+            raise ConfigError(f"--{next(iter(given))}: goes with --harness TASKS")
+        return None
+    tasks = tuple(name for word in arguments.harness.split(",") if (name := word.strip()))
+    if not tasks:
+        raise ConfigError("--harness: names no task; give some, such as --harness lambada_openai,arc_easy")
+    if arguments.data is not None:
+        raise ConfigError("--data and --harness: give one of them; a task has data of its own")
+    without_effect = sorted(key for key in keys_given(rest) if not key.startswith("precision."))
+    if without_effect:
+        raise ConfigError(f"{without_effect[0]}: has no effect with --harness; leave it out")
+    for name, smallest in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
+        if name in given and given[name] < smallest:
+            raise ConfigError(f"--{name}: {given[name]} must be {smallest} or more")
+    ranks = place_of_this_process().world_size
+    if ranks > 1:
+        raise ConfigError(
+            f"--harness: runs in one process, but there are {ranks} ranks; start it without torchrun. On several GPUs lm_eval "
+            "itself takes a checkpoint: `accelerate launch -m lm_eval --model hf --model_args pretrained=RUN/checkpoints/best`"
+        )
+    return {"tasks": tasks, "tasks_folder": given.pop("harness_tasks", None), **given}
 
 
 def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -70,10 +135,10 @@ def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     while words:
         word = words.pop(0)
         name, equals, _ = word.partition("=")
-        is_own = not word.startswith("--") or name in ("--data", "--help")
+        is_own = not word.startswith("--") or name in OWN_OPTIONS
         mine = own if is_own else others
         mine.append(word)
-        takes_value = name == "--data" or not (is_own or name == "--print_config")
+        takes_value = name.startswith("--") and name not in FLAGS and name != "--print_config"
         if takes_value and not equals and words and not words[0].startswith("--"):
             mine.append(words.pop(0))
     return own, others
@@ -90,9 +155,20 @@ def _is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
-def evaluate_model(path: Path, config: TrainingConfig) -> int:
-    """Print loss, perplexity and tokens as one JSON object, on rank 0."""
+def run(asked: Asked) -> int:
+    """Do what is asked for; print what was found as one JSON object, on rank 0."""
+    found = evaluate_model(asked.path, asked.config) if asked.harness is None else evaluate_tasks(asked)
+    if found is not None:
+        print(json.dumps(found))
+    return EXIT_FINISHED
+
+
+def evaluate_model(path: Path, config: TrainingConfig) -> dict[str, Any] | None:
+    """Loss, perplexity, bits per byte, and on how much; on rank 0."""
     from dist_trainer.data.loader import create_validation_loader
+    from dist_trainer.data.token_bytes import token_bytes_of
+    from dist_trainer.data.tokenization import tokenizer_of
+    from dist_trainer.distributed.collectives import first_on_each_node
     from dist_trainer.distributed.world import World
     from dist_trainer.evaluation import evaluate
     from dist_trainer.models.loss import model_loss
@@ -102,7 +178,8 @@ def evaluate_model(path: Path, config: TrainingConfig) -> int:
 
     with World.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
-        loader = create_validation_loader(config, world)
+        tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data))
+        loader = create_validation_loader(config, world, tokenizer=tokenizer)
         result = evaluate(
             open_model(path, device=world.device),
             loader,
@@ -110,11 +187,27 @@ def evaluate_model(path: Path, config: TrainingConfig) -> int:
             world=world,
             precision=build_precision(config.precision, world.device),
             loss_function=model_loss,
+            token_bytes=token_bytes_of(tokenizer),
         )
-        if world.is_main and result is not None:
-            found = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}
-            print(json.dumps({"data": config.data.validation_dataset or config.data.dataset, **found}))
-    return EXIT_FINISHED
+        if not world.is_main or result is None:
+            return None
+        if result.bytes is None:
+            log.info("bits per byte are null: this tokenizer's tokens do not spell exactly the text that they were made of")
+        return {"data": config.data.validation_dataset or config.data.dataset, **result.facts()}
+
+
+def evaluate_tasks(asked: Asked) -> dict[str, Any]:
+    """lm_eval's results by task and metric; all that it tells of them is kept in the run's folder."""
+    from dist_trainer.harness import HarnessOptions, run_harness, write_results
+    from dist_trainer.models.hf_format import locate_weights
+    from dist_trainer.tracking.run_log import configure_logging
+
+    configure_logging(None, rank=0)
+    found = run_harness(asked.path, HarnessOptions(**(asked.harness or {})), asked.config.precision)
+    folder = locate_weights(asked.path).resolve()
+    run = run_folder_of(asked.path, is_run=_is_run)
+    file = None if run is None else str(write_results(run, folder, found))
+    return {"model": str(folder), "results": found["results"], "file": file}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_trainer.config.schema import ValidationConfig
 from dist_trainer.data.batch import Batch
+from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.collectives import all_reduce_sum
 from dist_trainer.distributed.world import World
 from dist_trainer.precision import Precision
@@ -29,12 +30,31 @@ class ValidationResult:
     """Nats per target token."""
     tokens: int
     """Target tokens it was measured on."""
+    bytes: int | None
+    """Of the UTF-8 text that these tokens stand for; None where the tokenizer does not tell."""
     seconds: float
 
     @property
     def perplexity(self) -> float:
         """exp(loss); infinity where that overflows."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """loss * tokens / ln 2 / bytes; None where there are no bytes, or none are known.
+
+        The measure of The Pile (Gao et al. 2020, https://arxiv.org/abs/2101.00027, section 3.1: L_T / L_B * log2(e^loss) for
+        text of L_T tokens and L_B bytes), which depends on no tokenizer. Both sums are over the same tokens, those that
+        carry loss: a text's first token, where nothing comes before it to tell it from, prompts, padding and what is cut off
+        at the end of a row count neither above nor below. Ends of texts and other tokens without text count above alone: to
+        say where a text ends takes bits too. (lm-eval's bits_per_byte has each text's first token, and not its end.)
+        """
+        return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
+
+    def facts(self) -> dict[str, float | int | None]:
+        """What was found, by its names in metrics.jsonl and in the output of `evaluate`."""
+        measures = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        return {**measures, "tokens": self.tokens, "bytes": self.bytes}
 
 
 def validation_is_due(config: ValidationConfig, step: int, *, max_steps: int, epoch_of: Callable[[int], float]) -> bool:
@@ -53,32 +73,35 @@ def evaluate(
     world: World,
     precision: Precision,
     loss_function: LossFunction,
+    token_bytes: TokenBytes | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> ValidationResult | None:
     """Validation loss of `model` (the module itself, not its data-parallel wrapper) on `batches`.
 
     `batches` are this rank's blocks of rows: block i of this rank is block `rank + i * world_size` of `num_blocks`. Losses
     are kept by block and added up in one fixed, exactly rounded order, so the sum depends neither on the number of ranks
-    nor on who computed what. None, on all ranks, where `interrupted` cut it short on one of them.
+    nor on who computed what. `token_bytes` are those of the batches' tokenizer, if it has such a table. None, on all ranks,
+    where `interrupted` cut it short on one of them.
     """
     started = time.perf_counter()
     losses = torch.zeros(num_blocks, dtype=torch.float64, device=world.device)
-    target_tokens, cut_short = 0, False
+    target_tokens, text_bytes, cut_short = 0, 0, False
     was_training = model.training
     model.eval()
     for index, batch in enumerate(batches):
         if cut_short := interrupted():
             break
         target_tokens += batch.num_targets()
+        text_bytes += 0 if token_bytes is None else token_bytes.count(batch)
         with precision.autocast():
             losses[world.rank + index * world.world_size] = loss_function(model, batch.to(world.device))
     model.train(was_training)
 
     # Other ranks' blocks are exact zeros here, so the reduction only collects.
-    facts = torch.tensor([target_tokens, int(cut_short)], dtype=torch.float64, device=world.device)
-    block_losses = all_reduce_sum(torch.cat([losses, facts]), world).tolist()
-    *block_losses, all_target_tokens, ranks_cut_short = block_losses
+    facts = torch.tensor([target_tokens, text_bytes, int(cut_short)], dtype=torch.float64, device=world.device)
+    *block_losses, all_targets, all_bytes, ranks_cut_short = all_reduce_sum(torch.cat([losses, facts]), world).tolist()
     if ranks_cut_short:
         return None
-    loss = math.fsum(block_losses) / max(1, int(all_target_tokens))
-    return ValidationResult(loss, int(all_target_tokens), time.perf_counter() - started)
+    loss = math.fsum(block_losses) / max(1, int(all_targets))
+    known_bytes = None if token_bytes is None else int(all_bytes)
+    return ValidationResult(loss, int(all_targets), known_bytes, time.perf_counter() - started)

@@ -23,6 +23,7 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
+from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, gather_objects, on_main
 from dist_trainer.distributed.heartbeat import Phase
 from dist_trainer.distributed.world import World
@@ -61,25 +62,25 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         tracker: Tracker | None = None,
         sample: Sample | None = None,
+        token_bytes: TokenBytes | None = None,
         flops_per_token: float | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         """`model` is on world.device, wrapped by `parallelize`; `optimizer` is over its parameters.
 
-        `loss_function(model, batch)` gives the sum of the batch's token losses. `flops_per_token` is for the utilisation
-        (MFU); `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
+        `loss_function(model, batch)` gives the sum of the batch's token losses. `flops_per_token` is for MFU, `token_bytes` for
+        bits per byte; `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
         """
         self.config = validated(config)
         self.world = world
         self.model = model
         self.optimizer = optimizer
-        self.train_data = train_data
-        self.validation_data = validation_data
+        self.train_data, self.validation_data = train_data, validation_data
         self.precision = precision or Precision("fp32", world.device)
         self.loss_function = loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
         self.tracker = tracker if tracker is not None and world.is_main else NullTracker()
-        self.sample = sample
+        self.sample, self.token_bytes = sample, token_bytes
         self.facts = facts or {}
         self.progress = Progress()
 
@@ -296,15 +297,15 @@ class Trainer:
             world=self.world,
             precision=self.precision,
             loss_function=self.loss_function,
+            token_bytes=self.token_bytes,
             interrupted=self._validation_is_interrupted,
         )
         if result is None:
             self._stopped = True
             return False
         is_best = self.progress.note_validation(result.loss)
-        facts = {"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens, "best": is_best}
-        timing = {"seconds": result.seconds, "time": time.time()}
-        self.tracker.log({"kind": "validation", "step": step, **facts, **timing})
+        facts = {**result.facts(), "best": is_best, "seconds": result.seconds, "time": time.time()}
+        self.tracker.log({"kind": "validation", "step": step, **facts})
         return is_best
 
     def _sample_if_due(self, *, validated: bool) -> None:

@@ -2,7 +2,7 @@
 # Makes .venv/ with everything that training and the tests need. `make setup` calls this; once is enough.
 #
 #   PYTHON=python3.12 launch/setup.sh      with another Python (3.11 or newer)
-#   EXTRAS=bench launch/setup.sh         with more of pyproject.toml's optional dependencies
+#   EXTRAS=harness launch/setup.sh        with more of pyproject.toml's optional dependencies
 #   TORCH=gpu|cpu|auto launch/setup.sh     which build of torch (auto: looks for a GPU on this machine; say gpu on a
 #                                          cluster's login node, where there is none)
 #

@@ -17,7 +17,7 @@ FLOORS = [
     {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},
     {"warm_up", "training_result"},
     {"trainer", "starting_point"},
-    {"profiling", "out_of_memory"},
+    {"profiling", "out_of_memory", "harness"},
     {"run_record"},
     {"assembly"},
     {"train", "evaluate", "generate", "report"},
@@ -39,6 +39,7 @@ DOORS = {
     "transformers": {"data/tokenization.py", "data/packing.py", "data/chat.py", "models/transformers_lm.py"},
     "tokenizers": {"data/tokenization.py"},
     "gigatoken": {"data/encoding.py"},
+    "lm_eval": {"harness.py"},
 }
 
 

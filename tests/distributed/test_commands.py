@@ -42,18 +42,19 @@ def test_report_takes_a_checkpoint_for_its_run(trained, capsys):
 def test_values_of_keys_are_not_taken_for_the_run(trained, order):
     keys = ["--batch.global_batch_size", "4", "--seed=7", "--data", "other"]
     argv = [*keys, str(trained)] if order else [str(trained), *keys]
-    path, config = evaluate.parse_arguments(argv)
-    assert path == trained
+    asked = evaluate.parse_arguments(argv)
+    config = asked.config
+    assert asked.path == trained
     assert (config.batch.global_batch_size, config.seed, config.data.dataset) == (4, 7, "other")
 
 
 def test_a_model_without_its_run_is_evaluated_at_its_own_context(trained, tmp_path):
     alone = tmp_path / "alone"
     shutil.copytree(trained / "checkpoints" / "latest", alone, symlinks=False)
-    assert evaluate.parse_arguments([str(alone)])[1].data.sequence_length == 32
-    assert evaluate.parse_arguments([str(alone), "--data.sequence_length", "16"])[1].data.sequence_length == 16
+    assert evaluate.parse_arguments([str(alone)]).config.data.sequence_length == 32
+    assert evaluate.parse_arguments([str(alone), "--data.sequence_length", "16"]).config.data.sequence_length == 16
     (tmp_path / "mine.yaml").write_text("data: {sequence_length: 8}\n")
-    assert evaluate.parse_arguments([str(alone), "--config", str(tmp_path / "mine.yaml")])[1].data.sequence_length == 8
+    assert evaluate.parse_arguments([str(alone), "--config", str(tmp_path / "mine.yaml")]).config.data.sequence_length == 8
 
 
 @pytest.mark.parametrize(

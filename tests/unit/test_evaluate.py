@@ -1,9 +1,13 @@
 """What a command line of dist_trainer.evaluate means."""
 
 from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from dist_trainer.config.loading import dump_config
 from dist_trainer.config.schema import DataConfig, TrainingConfig
+from dist_trainer.errors import ConfigError
 from dist_trainer.evaluate import parse_arguments
 
 
@@ -11,16 +15,47 @@ def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     config = TrainingConfig(data=DataConfig(dataset="squad", dataset_config="plain_text"))
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert parse_arguments([str(tmp_path)])[1].data.dataset_config == "plain_text"
+    assert parse_arguments([str(tmp_path)]).config.data.dataset_config == "plain_text"
     words = [str(tmp_path), "--data", "./other.jsonl"]
-    assert parse_arguments(words)[1].data.dataset_config is None
-    assert parse_arguments([*words, "--data.dataset_config", "b"])[1].data.dataset_config == "b"
+    assert parse_arguments(words).config.data.dataset_config is None
+    assert parse_arguments([*words, "--data.dataset_config", "b"]).config.data.dataset_config == "b"
 
 
 def test_conversations_are_written_by_the_template_that_was_saved_with_the_model(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     config = TrainingConfig(data=DataConfig(messages_column="messages", chat_template="gone.jinja"))
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    evaluated = parse_arguments([str(tmp_path)])[1].data
+    evaluated = parse_arguments([str(tmp_path)]).config.data
     assert evaluated == replace(config.data, chat_template=None, tokenizer=str(tmp_path))
-    assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"])[1].data.chat_template == "other.jinja"
+    assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"]).config.data.chat_template == "other.jinja"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--harness", " ,"], "--harness: names no task"),
+        (["--limit", "3"], "--limit: goes with --harness"),
+        (["--harness", "a", "--limit", "0"], "--limit: 0 must be 1 or more"),
+        (["--harness", "a", "--data", "b"], "--data and --harness: give one of them"),
+        (["--harness=a", "--data.sequence_length", "8"], "data.sequence_length: has no effect with --harness"),
+    ],
+)
+def test_what_makes_no_sense_with_lm_eval_or_without_it_is_refused(tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_arguments([*words, str(tmp_path)])
+
+
+def test_tasks_are_for_one_process(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="there are 2 ranks; start it without torchrun"):
+        parse_arguments([str(tmp_path), "--harness", "a"])
+
+
+def test_options_of_lm_eval_do_not_take_the_run_and_leave_precision_to_be_set(tmp_path):
+    words = ["--apply_chat_template", str(tmp_path), "--harness", "a, b,", "--harness_tasks", "mine", "--num_fewshot=0"]
+    asked = parse_arguments([*words, "--precision.dtype", "fp32"])
+    assert asked.path == tmp_path
+    given = {"tasks_folder": Path("mine"), "num_fewshot": 0, "apply_chat_template": True}
+    assert asked.harness == {"tasks": ("a", "b"), **given}
+    assert asked.config.precision.dtype == "fp32"
