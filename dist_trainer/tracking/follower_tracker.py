@@ -1,8 +1,9 @@
-"""Weights & Biases, from a process of its own that follows metrics.jsonl: nothing it does can hold up or end training.
+"""W&B, TensorBoard and trackio, each from a process of its own that follows metrics.jsonl: nothing it does can hold up or
+end training.
 
-Not a thread, because W&B hooks into its process (exception hook, exit hooks that wait for its server), and holds the
-interpreter while it imports and while it writes rows. The other process shares nothing with training but a pipe. It reads
-the lines from metrics.jsonl, so there is no queue to overflow, and what W&B missed while it was away is sent later.
+Not a thread, because W&B hooks into its process (exception hook, exit hooks that wait for its server), and all of them hold
+the interpreter while they import (seconds) and while they write rows. The other process shares nothing with training but a
+pipe. It reads the lines from metrics.jsonl, so there is no queue to overflow, and what it missed is sent later.
 """
 
 from __future__ import annotations
@@ -21,40 +22,60 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.schema import TrackingConfig
+from dist_trainer.errors import ConfigError
 from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.wandb_position import Position
 
 log = logging.getLogger(__name__)
 
-FOLLOWER = "dist_trainer.tracking.wandb_follower"
+FOLLOWER = "dist_trainer.tracking.follower"
+LABELS = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio"}
+"""By row of TRACKERS, which is the name of the package too, and of the key."""
 SECONDS_TO_FINISH = 20.0
 SECONDS_TO_STOP = 6.0
 """Where a signal or an error ended the run: who sent it waits for all of us to leave."""
-OUTPUT_FILE = "logs/wandb.log"
-"""What W&B itself prints."""
 
 
-class WandbTracker:
+def is_on(row: str, tracking: TrackingConfig) -> bool:
+    """Whether the config, or WANDB_MODE, asks for this row."""
+    return {"wandb": _wandb_mode(tracking) != "disabled", "tensorboard": tracking.tensorboard, "trackio": tracking.trackio}[row]
+
+
+def refuse_missing_packages(tracking: TrackingConfig) -> None:
+    """Raises ConfigError where a row was asked for whose package is optional, and is not there."""
+    for row in ("tensorboard", "trackio"):
+        if is_on(row, tracking) and importlib.util.find_spec(row) is None:
+            raise ConfigError(
+                f"tracking.{row}: true needs the package {row}, which is not installed; "
+                f"install it (`{sys.executable} -m pip install {row}`), or set it to false"
+            )
+
+
+class FollowerTracker:
     """Starts the follower, tells it when there is news, and passes on what it has to say."""
 
-    def __init__(self, context: RunContext) -> None:
+    def __init__(self, context: RunContext, row: str) -> None:
         """Start the follower; one warning where the package is missing or the process cannot start."""
-        self._folder = context.folder
+        self._label = LABELS[row]
         self._process: subprocess.Popen[bytes] | None = None
-        if importlib.util.find_spec("wandb") is None:
-            log.warning("tracking.wandb: the package wandb is not installed; going on without W&B")
+        if importlib.util.find_spec(row) is None:
+            log.warning("tracking.%s: the package %s is not installed; going on without %s", row, row, self._label)
             return
+        output = f"logs/{row}.log"  # what the package itself prints
         try:
-            self._process = _start_follower(context)
+            self._process = _start_follower(context.folder / output)
         except OSError as error:
-            log.warning("tracking.wandb: its process could not be started (%s); going on without W&B", error.strerror)
+            log.warning(
+                "tracking.%s: its process could not be started (%s); going on without %s", row, error.strerror, self._label
+            )
             return
         assert self._process.stdin is not None
         self._pipe = self._process.stdin.fileno()
-        self._tell(json.dumps(_description(context)).encode() + b"\n")
+        self._tell(json.dumps(_description(context, row)).encode() + b"\n")
         # From here on a follower that is slow to read never blocks: a full pipe holds news enough.
         os.set_blocking(self._pipe, False)
-        self._ear = threading.Thread(target=_pass_on_messages, args=(self._process,), name="wandb messages", daemon=True)
+        words = (self._process, self._label, output)
+        self._ear = threading.Thread(target=_pass_on_messages, args=words, name=f"{row} messages", daemon=True)
         self._ear.start()
 
     def log(self, line: dict[str, Any]) -> None:
@@ -80,9 +101,8 @@ class WandbTracker:
         except subprocess.TimeoutExpired:
             _end(process)
             log.warning(
-                "W&B did not finish within %.0f s and was ended; it has %s, metrics.jsonl has all, and starting this run "
-                "again sends the rest",
-                *(patience, Position.read(self._folder).in_words()),
+                "%s did not finish within %.0f s and was ended; metrics.jsonl has all, and the next start adds the rest",
+                *(self._label, patience),
             )
         self._ear.join(1.0)
         self._process = None
@@ -95,10 +115,9 @@ class WandbTracker:
             os.write(self._pipe, message)
 
 
-def _start_follower(context: RunContext) -> subprocess.Popen[bytes]:
+def _start_follower(output: Path) -> subprocess.Popen[bytes]:
     package_parent = str(Path(__file__).parents[2])
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
-    output = context.folder / OUTPUT_FILE
     output.parent.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     with output.open("ab") as stderr:
@@ -113,13 +132,17 @@ def _start_follower(context: RunContext) -> subprocess.Popen[bytes]:
         )
 
 
-def _description(context: RunContext) -> dict[str, Any]:
+def _description(context: RunContext, row: str) -> dict[str, Any]:
     tracking = context.config.tracking
     return {
+        "sink": row,
+        "label": LABELS[row],
         "folder": str(context.folder.resolve()),
-        "mode": tracking.wandb,
-        "project": tracking.wandb_project,
+        "mode": _wandb_mode(tracking),
+        "project": tracking.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_trainer",
         "entity": tracking.wandb_entity,
+        "group": tracking.wandb_group or os.environ.get("WANDB_RUN_GROUP"),
+        "tags": [tag.strip() for tag in (tracking.wandb_tags or "").split(",") if tag.strip()] or None,
         "name": context.config.run_name,
         "trainer_pid": os.getpid(),
         "config": {
@@ -131,7 +154,12 @@ def _description(context: RunContext) -> dict[str, Any]:
     }
 
 
-def _pass_on_messages(process: subprocess.Popen[bytes]) -> None:
+def _wandb_mode(tracking: TrackingConfig) -> str:
+    mode = os.environ.get("WANDB_MODE")
+    return mode if mode in ("online", "offline", "disabled") else tracking.wandb
+
+
+def _pass_on_messages(process: subprocess.Popen[bytes], label: str, output: str) -> None:
     """Log what the follower says, and once if it ends without having said that it would."""
     assert process.stdout is not None
     said_goodbye = False
@@ -145,7 +173,7 @@ def _pass_on_messages(process: subprocess.Popen[bytes]) -> None:
             log.log(level, "%s", words)
     code = process.wait()
     if not said_goodbye and code != -signal.SIGKILL:
-        log.warning("W&B's process ended by itself (exit code %d, see %s); training goes on", code, OUTPUT_FILE)
+        log.warning("%s: its process ended by itself (exit code %d, see %s); training goes on", label, code, output)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
