@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class FollowerTracker:
         """Start the follower; one warning where the package is missing or the process cannot start."""
         self._label = LABELS[row]
         self._process: subprocess.Popen[bytes] | None = None
+        self._patience_ends: float | None = None
         if importlib.util.find_spec(row) is None:
             log.warning("tracking.%s: the package %s is not installed; going on without %s", row, row, self._label)
             return
@@ -85,34 +87,45 @@ class FollowerTracker:
     def sync(self) -> None:
         """Nothing: metrics.jsonl is what must be durable."""
 
-    def close(self, *, state: str, reason: str | None) -> None:
-        """Let the follower finish for some seconds; say what it left undone."""
-        process = self._process
-        if process is None or process.stdin is None:
+    def ask_to_finish(self, state: str) -> None:
+        """Tell the follower how the run ended, and wait for nothing: `close` does, when all followers have been told."""
+        if self._process is None or self._process.stdin is None or self._patience_ends is not None:
             return
-        patience = SECONDS_TO_FINISH if state == "finished" else SECONDS_TO_STOP
+        patience = _patience(state)
+        self._patience_ends = time.monotonic() + patience
         # A follower that reads nothing any more must not block this either.
         select.select([], [self._pipe], [], patience)
         self._tell(b"\n" + json.dumps({"state": state}).encode() + b"\n")
         with contextlib.suppress(OSError):
-            process.stdin.close()
+            self._process.stdin.close()
+
+    def close(self, *, state: str, reason: str | None) -> None:
+        """Let the follower finish for some seconds; say what it left undone."""
+        self.ask_to_finish(state)
+        process, ends = self._process, self._patience_ends
+        if process is None or ends is None:
+            return
         try:
-            process.wait(patience)
+            process.wait(max(0.0, ends - time.monotonic()))
         except subprocess.TimeoutExpired:
             _end(process)
             log.warning(
                 "%s did not finish within %.0f s and was ended; metrics.jsonl has all, and the next start adds the rest",
-                *(self._label, patience),
+                *(self._label, _patience(state)),
             )
         self._ear.join(1.0)
         self._process = None
 
     def _tell(self, message: bytes) -> None:
-        if self._process is None:
+        if self._process is None or self._process.stdin is None or self._process.stdin.closed:
             return
         # Where this fails it has news enough to read already, or it has gone, and the ear passes on why.
         with contextlib.suppress(OSError):
             os.write(self._pipe, message)
+
+
+def _patience(state: str) -> float:
+    return SECONDS_TO_FINISH if state == "finished" else SECONDS_TO_STOP
 
 
 def _start_follower(output: Path) -> subprocess.Popen[bytes]:

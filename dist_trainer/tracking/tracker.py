@@ -88,6 +88,8 @@ class FanOut:
     def close(self, *, state: str, reason: str | None) -> None:
         """Close every sink, once."""
         sinks, self._sinks = self._sinks, {}
+        for follower in (sink for sink in sinks.values() if isinstance(sink, FollowerTracker)):
+            follower.ask_to_finish(state)
         for name, sink in sinks.items():
             try:
                 sink.close(state=state, reason=reason)

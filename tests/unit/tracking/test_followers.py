@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.tracking.follower_tracker import _description, is_on, refuse_missing_packages
+from dist_trainer.tracking.follower_tracker import FollowerTracker, _description, is_on, refuse_missing_packages
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.tracker import TRACKERS, FanOut
 from dist_trainer.tracking.wandb_sink import run_id
@@ -112,6 +114,7 @@ def test_tensorboard_has_each_step_once_in_one_file_also_after_a_restart(tmp_pat
     assert b"learning_rate: 0.005" in read.Tensors("config")[0].tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a_namesake(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
@@ -132,6 +135,20 @@ def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a
         assert [row["step"] for row in logs if "train/loss" in row] == STEPS
         assert [row["train/loss"] for row in logs if "train/loss" in row][2:] == [2.7, 2.6, 2.5]
         assert [row["sample"]["_value"] for row in logs if "sample" in row] == ["**Once** upon 2", "**Once** upon 5"]
+
+
+def test_followers_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("dist_trainer.tracking.follower_tracker.SECONDS_TO_STOP", 0.5)
+    trackers = {str(number): FollowerTracker(context(tmp_path), "wandb") for number in range(3)}
+    processes = [tracker._process for tracker in trackers.values()]
+    for process in processes:
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    FanOut(trackers).close(state="preempted", reason="SIGTERM")
+    assert time.monotonic() - began < 1.4, "not 0.5 s after one another"
+    assert [process.returncode for process in processes if process is not None] == [-signal.SIGKILL] * 3
+    assert caplog.text.count("W&B did not finish within 0 s and was ended") == 3
 
 
 @pytest.mark.parametrize("row", ["tensorboard", "trackio"])
