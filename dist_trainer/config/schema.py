@@ -216,6 +216,8 @@ class TrackingConfig:
     """Group of runs that belong together, in W&B and trackio; null: WANDB_RUN_GROUP, else none."""
     wandb_tags: str | None = None
     """Tags of the run in W&B, separated by commas; null: WANDB_TAGS, else none."""
+    wandb_code: bool = False
+    """Send this package's Python files to W&B as the run's code; without it, the commit and whether it was changed."""
     tensorboard: bool = False
     """TensorBoard's event files, under the run folder's tensorboard/; needs the package tensorboard."""
     trackio: bool = False

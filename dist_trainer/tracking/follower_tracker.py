@@ -157,6 +157,7 @@ def _description(context: RunContext, row: str) -> dict[str, Any]:
         "group": tracking.wandb_group or os.environ.get("WANDB_RUN_GROUP"),
         "tags": [tag.strip() for tag in (tracking.wandb_tags or "").split(",") if tag.strip()] or None,
         "name": context.config.run_name,
+        "code": str(Path(__file__).parents[1]) if tracking.wandb_code else None,
         "trainer_pid": os.getpid(),
         "config": {
             **dataclasses.asdict(context.config),

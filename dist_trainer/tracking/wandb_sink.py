@@ -40,6 +40,8 @@ class WandbSink:
         self._run, self._is_online = _open_run(description, run_id(self._folder), say)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("validation/loss", step_metric="step", summary="min")
+        if description["code"] is not None:
+            self._run.log_code(description["code"], name=f"source-{self._run.id}", include_fn=lambda path: path.endswith(".py"))
 
     def take(self, line: dict[str, Any]) -> None:
         """Log it, if no earlier life of the run has; the best loss and the samples come from all lines."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import dist_trainer
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking.follower_tracker import FollowerTracker, _description, is_on, refuse_missing_packages
@@ -67,7 +68,7 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.timeout(200)
 def test_offline_wandb_files_are_one_run_with_each_step_once_also_after_a_restart(tmp_path):
-    run_with_a_restart(tmp_path, "wandb", wandb_tags="small, first", wandb_group="tries")
+    run_with_a_restart(tmp_path, "wandb", wandb_tags="small, first", wandb_group="tries", wandb_code=True)
     records = offline_records(tmp_path)
     rows = [history["item"] for history in of_kind(records, "history")]
     assert [row["step"] for row in rows if "train/loss" in row] == STEPS
@@ -88,6 +89,10 @@ def test_offline_wandb_files_are_one_run_with_each_step_once_also_after_a_restar
     for summary in of_kind(records, "summary"):
         last |= summary["update"]
     assert (last["best_validation_loss"], last["best_step"], last["state"]) == (2.02, 2, "finished")
+    code = next(artifact for artifact in of_kind(records, "artifact") if artifact["type"] == "code")
+    package = Path(dist_trainer.__file__).parent
+    sent = {entry["path"] for entry in code["manifest"]["contents"]}
+    assert sent == {file.relative_to(package).as_posix() for file in package.rglob("*.py")}
     newest = max(tmp_path.glob("wandb/offline-run-*/files/media/table/samples_5_*.json"))
     assert json.loads(newest.read_text())["data"] == [[2, "Once", "upon 2"], [5, "Once", "upon 5"]]
 
