@@ -63,12 +63,15 @@ def test_kubeflow_s_manifest_is_what_its_schema_says() -> None:
 def test_kubeflow_s_job_fits_its_runtime() -> None:
     assert JOB["spec"]["runtimeRef"] == {"kind": RUNTIME["kind"], "name": RUNTIME["metadata"]["name"]}
     (container,) = pod()["containers"]
-    timeout = next(int(v["value"]) for v in container["env"] if v["name"] == "SHUTDOWN_TIMEOUT")
-    assert timeout < pod()["terminationGracePeriodSeconds"], "ranks may save until torchrun ends them, and it until SIGKILL"
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert int(variables["SHUTDOWN_TIMEOUT"]) < pod()["terminationGracePeriodSeconds"], (
+        "ranks may save until torchrun ends them, and it until SIGKILL"
+    )
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert mounts.keys() == {volume["name"] for volume in pod()["volumes"]}
     config = load_config(JOB["spec"]["trainer"]["args"])
-    assert config.output_dir == mounts["runs"], "what is written elsewhere goes with the pod"
+    places = [config.output_dir, variables["DIST_TRAINER_CACHE"], variables["HF_HOME"]]
+    assert all(Path(place).is_relative_to(mounts["runs"]) for place in places), "what is written elsewhere goes with the pod"
 
 
 def test_kubeflow_s_pods_meet_at_the_first_one(stand_in: Path) -> None:
@@ -92,7 +95,7 @@ def test_skypilot_s_file_is_what_its_schema_says() -> None:
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_skypilot_starts_one_machine_or_several(stand_in: Path, nodes: int) -> None:
     given = {"SKYPILOT_NUM_NODES": str(nodes), "SKYPILOT_NODE_RANK": str(nodes - 1), "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    run = bash(["bash", "-c", SKYPILOT["run"]], stand_in, **SKYPILOT["envs"], **given, NPROC="8")
+    run = bash(["bash", "-c", SKYPILOT["run"]], stand_in, **{**SKYPILOT["envs"], **given, "NPROC": "8"})
     meeting = "--standalone" if nodes == 1 else "--rdzv-endpoint=10.0.0.1:29501 --rdzv-conf=is_host=0"
     words = "--config configs/gpt2_124m.yaml --run_name gpt2 --output_dir /runs"
     assert run.endswith(f"{meeting} -m dist_trainer.train {words}")
