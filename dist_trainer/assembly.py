@@ -19,6 +19,7 @@ from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
+from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
 from dist_trainer.distributed.collectives import agree, first_on_each_node, on_main
@@ -189,7 +190,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
             strategy=config.distributed.strategy,
             compile=config.precision.compile,
             flops=flops_of_the_run(config, loaders, per_token),
-            varying_length=not config.data.packing,
+            varying_length=varies_in_length(loaders.train.dataset),
         ),
         optimizer=build_optimizer(config.optim, model),
         train_data=loaders.train,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
@@ -57,7 +58,7 @@ def warm_up(
     if compiles:
         agree(world, lambda: rehearse(exchange=False))
         agree(world, rehearse_validation)
-        if getattr(train_data.dataset, "varies_in_length", False):  # another length, so that any is compiled for
+        if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
             agree(world, lambda: rehearse(exchange=False, shorter_by=1))
             agree(world, lambda: rehearse_validation(shorter_by=1))
     if world.world_size > 2:

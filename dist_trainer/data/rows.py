@@ -38,6 +38,11 @@ class Rows(NamedTuple):
     """What the user should know of them, if anything."""
 
 
+def varies_in_length(dataset: Dataset) -> bool:
+    """Whether batches of these rows are as long as their longest row, not all alike."""
+    return getattr(dataset, "varies_in_length", False)
+
+
 class Documents(NamedTuple):
     """Some documents of a token store."""
 

@@ -13,6 +13,7 @@ from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.errors import DataError
 from dist_trainer.hub_access import hub_is_reachable
+from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import TOKENIZER_FILES, model_folders
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,21 @@ def _from_folder(folder: Path) -> Tokenizer:
     try:
         if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        if _is_what_its_files_say(folder):
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds; each ends in one message
         raise DataError(f"data.tokenizer: the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def _is_what_its_files_say(folder: Path) -> bool:
+    """Whether AutoTokenizer would build the tokenizer of tokenizer.json and nothing else, as for each checkpoint of ours: to
+    learn that, it imports the model's code, two seconds of it.
+    """
+    said = read_json(folder / "tokenizer_config.json")
+    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    plain = said.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in said
+    return plain and model_type in (None, "llama") and (folder / "tokenizer.json").is_file()
 
 
 def _from_hub(name: str) -> Tokenizer:

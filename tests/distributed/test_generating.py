@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dist_trainer import generate
 from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.models import generation
 from dist_trainer.models.registry import open_model
 from tests.distributed.small_runs import folder, run, small_config
 
@@ -116,20 +116,25 @@ def test_a_character_that_was_never_finished_is_not_shown(trained, monkeypatch, 
     assert said(capsys, trained, "--prompt", "a") == "a x\n"
 
 
-def test_text_appears_as_it_is_made(trained):
-    """Not only at the end: the first piece is read while the command still runs."""
-    script = (
-        "import time, dist_trainer.models.generation as g\nold = g.choose\n"
-        "def slow(*a, **k):\n    time.sleep(0.2)\n    return old(*a, **k)\n"
-        "g.choose = slow\nfrom dist_trainer import generate\ngenerate.main()\n"
-    )
-    words = [sys.executable, "-c", script, str(trained), "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "20"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        beginning = process.stdout.read(len(PROMPT) + 3)
-        assert process.poll() is None
-        assert beginning.startswith(PROMPT)
-        assert len(process.stdout.read()) > 10
+def test_text_appears_as_it_is_made(trained, monkeypatch):
+    """Not only at the end: each piece is shown before the model chooses the token after next."""
+    shown = []
+
+    class Terminal(io.StringIO):
+        def flush(self):
+            shown.append(self.getvalue())
+
+    def choose_and_note(*arguments, **options):
+        shown_before.append(shown[-1])
+        return choose(*arguments, **options)
+
+    shown_before, choose = [], generation.choose
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(generation, "choose", choose_and_note)
+    generate.main([str(trained), "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "20"])
+    assert shown_before[0] == PROMPT
+    assert len(set(shown_before)) > 10
+    assert all(shown[-1].startswith(text) for text in shown_before)
 
 
 def test_an_empty_prompt_begins_with_what_stands_before_a_text(trained, elsewhere, tmp_path, capsys):

@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,8 @@ import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from dist_trainer.data.datasets import CORPUS
-from tests.end_to_end.commands import ROOT, environment
+from tests.end_to_end.commands import ROOT
+from tests.end_to_end.forked_commands import quick_command
 
 PAGE = (ROOT / "docs" / "fine_tuning.md").read_text("utf-8")
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -43,44 +42,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=folder,
-        env=environment(),
-        input="",
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+def run(words: list[str], folder: Path) -> None:
+    module, *arguments = words
+    done = quick_command(*arguments, module=module, cwd=folder)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 def test_every_command_runs(folder: Path) -> None:
     for command in commands():
         words = shlex.split(command, comments=True)
         assert words[:2] == ["python", "-m"]
-        words = ["model" if "/" in word and word.startswith("HuggingFaceTB") else word for word in words[1:]]
-        run([*words, *(CHEAP if words[1] == "dist_trainer.train" else ["--max_new_tokens", "4"])], folder)
+        words = ["model" if "/" in word and word.startswith("HuggingFaceTB") else word for word in words[2:]]
+        run([*words, *(CHEAP if words[0] == "dist_trainer.train" else ["--max_new_tokens", "4"])], folder)
     assert json.loads((folder / "texts.jsonl").read_text())["id"] == 1
 
 
 @pytest.mark.slow
-def test_a_model_that_was_given_more_tokens_is_one_to_start_from(folder: Path) -> None:
+def test_a_model_that_was_given_more_tokens_is_one_to_start_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (snippet,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-    run(["-c", snippet], folder)
-    words = [
-        "--run_name",
-        "larger",
-        "--model.init_from",
-        "larger",
-        "--data.dataset",
-        "my_texts/",
-        "--data.sequence_length",
-        "64",
-    ]
-    run(["-m", "dist_trainer.train", *words, *CHEAP], folder)
+    monkeypatch.chdir(folder)
+    exec(snippet, {})
+    words = shlex.split("--run_name larger --model.init_from larger --data.dataset my_texts/ --data.sequence_length 64")
+    run(["dist_trainer.train", *words, *CHEAP], folder)
     saved = json.loads((folder / "runs" / "larger" / "checkpoints" / "best" / "config.json").read_text())
     assert saved["vocab_size"] == 4098

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from tests.end_to_end.commands import ROOT, SMALL, command, environment, lines
+from tests.end_to_end.commands import ROOT, SMALL, lines
+from tests.end_to_end.forked_commands import quick_command
 
 PAGE = (ROOT / "docs" / "fine_tuning_data.md").read_text("utf-8")
 SAYS = ["Indeed.", "By no means!", "It is a truth universally acknowledged."]
@@ -42,12 +41,12 @@ def keys_of(shown: str, data: Path) -> list[str]:
     return [str(data) if word == data.name else word for word in words]
 
 
-def test_a_run_on_conversations_from_a_file_to_samples_and_measures(tmp_path):
+def test_a_run_on_conversations_from_a_file_to_samples_and_measures(tmp_path, monkeypatch, capsys):
     asked = [{"role": "user", "content": f"Is {number} a number?"} for number in range(200)]
     conversations = [[question, {"role": "assistant", "content": SAYS[number % 3]}] for number, question in enumerate(asked)]
     records = [json.loads(RECORD), *({"messages": messages} for messages in conversations)]
     data = write(tmp_path / "chats.jsonl", records)
-    done = command(*SMALL, *keys_of(CHAT, data), "--output_dir", tmp_path)
+    done = quick_command(*SMALL, *keys_of(CHAT, data), "--output_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "chat"
     losses = [line["loss"] for line in lines(run)]
@@ -57,7 +56,7 @@ def test_a_run_on_conversations_from_a_file_to_samples_and_measures(tmp_path):
     assert sample["prompt"].endswith(" a number?\n\n### Assistant\n")
 
     # From another folder, where the template's file is not: it was saved with the model.
-    measured = command(run, module="dist_trainer.evaluate", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    measured = quick_command(run, module="dist_trainer.evaluate", cwd=tmp_path)
     assert measured.returncode == 0, measured.stderr
     found = json.loads(measured.stdout)
     last = lines(run, "validation")[-1]
@@ -67,16 +66,14 @@ def test_a_run_on_conversations_from_a_file_to_samples_and_measures(tmp_path):
     assert prompt == "### User\nIs 0 a number?\n\n### Assistant\n"
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "chat").symlink_to(run)
-    answered = subprocess.run(
-        [sys.executable, "-c", ASKING], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100
-    )
-    assert answered.returncode == 0, answered.stderr
-    assert answered.stdout.strip(), "a few steps teach no sense, but some words"
+    monkeypatch.chdir(tmp_path)
+    exec(ASKING, {})
+    assert capsys.readouterr().out.strip(), "a few steps teach no sense, but some words"
 
 
 def test_pairs_of_a_prompt_and_a_completion(tmp_path):
     pairs = [{"prompt": f"{number} + 1 =", "completion": f" {number + 1}"} for number in range(150)]
-    done = command(
+    done = quick_command(
         *SMALL,
         *keys_of(PAIRS, write(tmp_path / "pairs.jsonl", pairs)),
         *("--output_dir", tmp_path, "--train.max_steps", "2", "--data.packing", "false"),
@@ -94,7 +91,7 @@ def test_squad_s_config_with_loss_on_the_answers_alone(tmp_path):
     ]
     data = write(tmp_path / "squad.jsonl", rows)
     (tmp_path / "answers.yaml").write_text(SQUAD)
-    done = command(
+    done = quick_command(
         *("--config", ROOT / "configs" / "squad.yaml", *SMALL, "--config", tmp_path / "answers.yaml"),
         *("--data.dataset", data, "--data.dataset_config", "null", "--data.tokenizer", "austen"),
         *("--output_dir", tmp_path, "--run_name", "squad", "--train.max_steps", "2"),

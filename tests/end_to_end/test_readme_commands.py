@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.forked_commands import quick_command
+
 REPOSITORY = Path(__file__).parents[2]
 NEEDS = {"needs GPUs", "needs SLURM", "needs a network"}
 SMALL = shlex.split(
@@ -57,13 +59,17 @@ def cheap(command: str, folder: Path) -> list[str]:
             data = ["--data.dataset", "austen", "--data.dataset_config", "null"]  # the preset's is on the Hub
             return [*here, *small, *data, "--run_name", "launched"]
         case ["python", "-m", "dist_trainer.train", *_]:
-            return [sys.executable, *here[1:], *small]
+            return [*here, *small]
         case ["python", "-m", "dist_trainer.evaluate" | "dist_trainer.generate" | "dist_trainer.report", *_]:
-            return [sys.executable, *here[1:]]
+            return here
     raise AssertionError(f"how is `{command}` run cheaply? Say it here, or mark it with one of {NEEDS}")
 
 
 def run(words: list[str]) -> str:
+    if words[:2] == ["python", "-m"]:
+        quick = quick_command(*words[3:], module=words[2])
+        assert quick.returncode == 0, f"{shlex.join(words)}\n{quick.stdout}\n{quick.stderr}"
+        return quick.stdout
     not_from_make = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "ARGS"))}
     done = subprocess.run(
         words,

@@ -9,7 +9,8 @@ from html import unescape
 import pytest
 
 from dist_trainer import report
-from tests.end_to_end.commands import SMALL, command
+from tests.end_to_end.commands import SMALL
+from tests.end_to_end.forked_commands import quick_command
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
@@ -37,7 +38,7 @@ addEventListener('load', () => {
 def page(tmp_path_factory):
     """The report that the `report` command makes of a short run."""
     output = tmp_path_factory.mktemp("runs")
-    done = command(*SMALL, "--output_dir", output)
+    done = quick_command(*SMALL, "--output_dir", output)
     assert done.returncode == 0, done.stderr
     assert report.main([str(output / "debug")]) == 0
     return (output / "debug" / "report.html").read_text()

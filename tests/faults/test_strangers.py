@@ -159,7 +159,7 @@ def test_a_link_in_place_of_a_file_or_folder_of_the_run_is_refused_and_not_follo
 
 
 def test_links_among_the_checkpoints_are_not_followed(run, undisturbed, outside, text, tmp_path):
-    assert run.start(kill(at_step=8)).was_killed
+    assert run.start(do(lambda trainer: trainer.checkpoints.wait(), at_step=8), kill(at_step=8)).was_killed
     stranger = a_run(text, tmp_path / "strangers")
     stranger.finish()
     stranger.newest().rename(outside / "step-00000012")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -429,3 +430,21 @@ def test_without_a_terminal_the_log_tells_how_far_it_is(tmp_path, monkeypatch, c
 def test_the_bundled_tokenizer_keeps_its_digest():
     """Stores are named after it: another one would have every user tokenise anew."""
     assert tokenizer_digest(load_tokenizer("austen")).startswith("38b2d3e0e8497a8d")
+
+
+@pytest.mark.parametrize(("model_type", "asks"), [("llama", False), (None, False), ("qwen2", True)])
+def test_a_checkpoint_s_tokenizer_is_that_of_transformers_without_the_model_s_code(tmp_path, monkeypatch, model_type, asks):
+    saved = load_tokenizer("austen")
+    saved.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    saved.chat_template = "{{ messages }}"
+    saved.save_pretrained(tmp_path)
+    if model_type is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    calls = []
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: calls.append(1) or theirs)
+    ours = load_tokenizer(str(tmp_path))
+    assert bool(calls) is asks
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert (ours.special_tokens_map, ours.chat_template) == (theirs.special_tokens_map, theirs.chat_template)
