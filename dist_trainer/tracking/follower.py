@@ -90,6 +90,7 @@ def main() -> None:
     """Follow one run to its end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # this process ends when training does
+    os.nice(10)  # where cores are few, imports that take seconds of one must not slow the first steps
     say = _messenger()
     # Unbuffered: what follows the first line is read from the descriptor itself.
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
