@@ -49,6 +49,7 @@ from dist_trainer.run_record import (
 from dist_trainer.sampling import sample_of
 from dist_trainer.starting_point import StartingPoint, find_starting_point, tell_of_other_ranks
 from dist_trainer.tracking.run_log import configure_logging
+from dist_trainer.tracking.tracker import refuse_missing_packages
 from dist_trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def run(
         configure_logging(None, rank=world.rank)
         accumulation_steps(config.batch, world.world_size)
         agree(world, lambda: check_rows(config))
+        agree(world, lambda: refuse_missing_packages(config.tracking), acts=world.is_main)
         try:
             with open_run_folder(config, world) as folder:
                 return run_in(folder, config, world, began=began)

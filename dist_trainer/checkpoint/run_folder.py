@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 FILES = (CONFIG_FILE, "metrics.jsonl", "status.json", "report.html")
-FOLDERS = ("checkpoints", "logs", "wandb")
+FOLDERS = ("checkpoints", "logs", "wandb", "tensorboard", "trackio")
 WANDB_FILES = ("run_id", "logged.json", "wandb", "wandb/logs", "artifacts")
 """Of wandb/, what is opened again at the next start; W&B's own links to its newest files are not."""
 REPLACED_PREFIX = "replaced-"

@@ -24,6 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from dist_trainer.config.initial_model import keys_in_use, keys_that_follow
 from dist_trainer.config.rules import broken_rules
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.sweep_run import in_folder_of_its_own
 from dist_trainer.config.yaml_lines import Assignment, read_assignments
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.place import place_of_this_process
@@ -125,8 +126,20 @@ def _take_apart(argv: Sequence[str]) -> Arguments:
         if key == "config":
             arguments.configs.append(value)
         else:
-            arguments.assignments.append(Assignment(key, value, COMMAND_LINE))
+            arguments.assignments.extend(_of_section(key, value))
     return arguments
+
+
+def _of_section(key: str, value: str) -> list[Assignment]:
+    """One assignment; or those of a section's keys, where a W&B sweep of nested parameters gives them as one dictionary."""
+    if key in sections() and value.startswith("{"):
+        try:
+            nested = yaml.safe_load(value)
+        except yaml.YAMLError:
+            nested = None
+        if isinstance(nested, dict):
+            return [Assignment(f"{key}.{name}", inner, COMMAND_LINE) for name, inner in nested.items()]
+    return [Assignment(key, value, COMMAND_LINE)]
 
 
 def _resolve(arguments: Arguments) -> TrainingConfig:
@@ -157,6 +170,7 @@ def _resolve(arguments: Arguments) -> TrainingConfig:
         (nested.setdefault(section, {}) if section else nested)[name] = value
     config = _parser().instantiate(_parser().parse_object(nested))
     resolved = TrainingConfig(**{f.name: getattr(config, f.name) for f in dataclasses.fields(TrainingConfig)})
+    resolved = in_folder_of_its_own(resolved)
     broken = broken_rules(resolved, world_size=_ranks(problems))
     _raise_all(problems + [_with_place(problem, places) for problem in broken])
     return resolved
@@ -178,7 +192,7 @@ def _checked(assignment: Assignment) -> Any:
     if key not in types:
         raise ConfigError(f"{where}: {key}: {_no_such_key(key)}")
     may_be_null = type(None) in get_args(types[key])
-    if value is None or (value == "null" and may_be_null):
+    if value is None or (value in ("null", "None") and may_be_null):  # as YAML, and as Python (W&B's sweeps) write it
         if may_be_null:
             return None
         raise ConfigError(f"{where}: {key}: must not be null; it is {_in_words(types[key])}")

@@ -207,11 +207,21 @@ class TrackingConfig:
     log_every_steps: int = 10
     """Steps between training lines: in metrics.jsonl, in the log file, and on a console that is no terminal."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    """Weights & Biases: offline files under the run folder, online, or none."""
-    wandb_project: str = "dist_trainer"
-    """W&B project."""
+    """Weights & Biases: offline files under the run folder, online, or none. WANDB_MODE, where set, wins."""
+    wandb_project: str | None = None
+    """W&B project, and trackio's; null: WANDB_PROJECT, else dist_trainer."""
     wandb_entity: str | None = None
-    """W&B team or user; null: the account's default."""
+    """W&B team or user; null: WANDB_ENTITY, else the account's default."""
+    wandb_group: str | None = None
+    """Group of runs that belong together, in W&B and trackio; null: WANDB_RUN_GROUP, else none."""
+    wandb_tags: str | None = None
+    """Tags of the run in W&B, separated by commas; null: WANDB_TAGS, else none."""
+    wandb_code: bool = False
+    """Send this package's Python files to W&B as the run's code; without it, the commit and whether it was changed."""
+    tensorboard: bool = False
+    """TensorBoard's event files, under the run folder's tensorboard/; needs the package tensorboard."""
+    trackio: bool = False
+    """trackio's dashboard, in its own folder or where TRACKIO_SPACE_ID says; needs the package trackio."""
     sample_every_steps: int | None = None
     """Steps between samples of text, beside one after the last step; null: one after each validation; 0: none."""
     sample_prompt: str | None = None

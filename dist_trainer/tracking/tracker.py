@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_trainer.tracking.console_tracker import ConsoleTracker
+from dist_trainer.tracking.follower_tracker import LABELS, FollowerTracker, is_on, refuse_missing_packages
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.report_tracker import ReportTracker
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.status import StatusTracker
-from dist_trainer.tracking.wandb_tracker import WandbTracker
 
 if TYPE_CHECKING:
     from dist_trainer.distributed.world import World
 
-__all__ = ["TRACKERS", "NullTracker", "RunContext", "Tracker", "build_tracker"]
+__all__ = ["TRACKERS", "NullTracker", "RunContext", "Tracker", "build_tracker", "refuse_missing_packages"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ class Tracker(Protocol):
 TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
     "jsonl": JsonlTracker,
     "console": ConsoleTracker,
-    "wandb": WandbTracker,
+    "wandb": partial(FollowerTracker, row="wandb"),
+    "tensorboard": partial(FollowerTracker, row="tensorboard"),
+    "trackio": partial(FollowerTracker, row="trackio"),
     "report": ReportTracker,
     "status": StatusTracker,
 }
@@ -85,6 +88,8 @@ class FanOut:
     def close(self, *, state: str, reason: str | None) -> None:
         """Close every sink, once."""
         sinks, self._sinks = self._sinks, {}
+        for follower in (sink for sink in sinks.values() if isinstance(sink, FollowerTracker)):
+            follower.ask_to_finish(state)
         for name, sink in sinks.items():
             try:
                 sink.close(state=state, reason=reason)
@@ -98,7 +103,7 @@ class FanOut:
 
 
 def build_tracker(world: World, context: RunContext) -> Tracker:
-    """Every row of TRACKERS on rank 0, but W&B where it is disabled; nothing on other ranks.
+    """Every row of TRACKERS on rank 0, of the followers those that the config asks for; nothing on other ranks.
 
     A sink that cannot begin costs a warning.
     """
@@ -106,7 +111,7 @@ def build_tracker(world: World, context: RunContext) -> Tracker:
         return NullTracker()
     sinks: dict[str, Tracker] = {}
     for name, build in TRACKERS.items():
-        if name == "wandb" and context.config.tracking.wandb == "disabled":
+        if name in LABELS and not is_on(name, context.config.tracking):
             continue
         try:
             sinks[name] = build(context)

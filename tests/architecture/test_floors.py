@@ -32,7 +32,9 @@ WITHOUT_TORCH = (
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "wandb", "numpy", "safetensors"}
 # The only files that may import these, and only inside functions: who does not use them does not wait for them.
 DOORS = {
-    "wandb": {"tracking/wandb_follower.py"},
+    "wandb": {"tracking/wandb_sink.py"},
+    "tensorboard": {"tracking/tensorboard_sink.py"},
+    "trackio": {"tracking/trackio_sink.py"},
     "datasets": {"data/hub.py"},
     "huggingface_hub": {"hub_access.py"},
     "pyarrow": {"data/records.py"},

@@ -31,6 +31,10 @@ esac
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
+    return stand_in_under(tmp_path)
+
+
+def stand_in_under(tmp_path: Path) -> Path:
     """A folder for PATH, with a `python` in it."""
     folder = tmp_path / "bin"
     folder.mkdir()

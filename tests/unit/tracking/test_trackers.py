@@ -3,8 +3,6 @@
 import json
 import logging
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,43 +82,6 @@ def test_only_the_main_rank_tracks(tmp_path):
     assert isinstance(build_tracker(World(rank=1, world_size=2), context(tmp_path)), NullTracker)
     assert list(tmp_path.iterdir()) == []
     assert next(iter(TRACKERS)) == "jsonl"
-
-
-def offline_steps(folder: Path) -> list[int]:
-    """Steps of the history in all W&B files of a run, read back by wandb's own tool."""
-    found = []
-    for log in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, done.stderr
-        for line in done.stdout.splitlines():
-            record = json.loads(line)
-            text = json.dumps(record)
-            if record.get("type") == "history" and "train/loss" in text:
-                found.append(int(json.loads(str(record["history"]["item"]["step"]))))
-    return found
-
-
-@pytest.mark.timeout(200)
-def test_offline_wandb_files_have_each_step_once_and_a_table_of_samples_also_after_a_restart(tmp_path):
-    for start, stop in ((0, 3), (2, 5)):
-        run = context(tmp_path, start_step=start, wandb="offline")
-        trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", "wandb")})
-        for step in range(start + 1, stop + 1):
-            trackers.log(train_line(step))
-            if step in (1, 4):
-                trackers.log(sample_line(step, "a truth"))
-        trackers.log(validation_line(stop))
-        trackers.close(state="finished", reason=None)
-    assert (tmp_path / "wandb" / "run_id").is_file()
-    assert offline_steps(tmp_path) == [1, 2, 3, 4, 5]
-    tables = [json.loads(file.read_text()) for file in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
-    assert {(tuple(table["columns"]), len(table["data"])) for table in tables} == {
-        (("step", "prompt", "text"), n) for n in (1, 2)
-    }
-    assert [[1, "It was", "a truth"], [4, "It was", "a truth"]] in [table["data"] for table in tables], (
-        "also those of the life before"
-    )
 
 
 def test_throughput_leaves_out_what_is_paused():

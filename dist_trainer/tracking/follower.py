@@ -1,0 +1,117 @@
+"""The process that brings a run's lines somewhere else: follows metrics.jsonl. Started by follower_tracker.
+
+On stdin: one line of JSON that describes the run and names a row of SINKS, an empty line for each piece of news, one line of
+JSON with the state in which the run ended. End of file without that line means that training was killed. On stdout: messages
+for the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.tracking.run_context import METRICS_FILE
+from dist_trainer.tracking.run_history import whole_lines
+from dist_trainer.tracking.sink import Say, Sink, in_one_line
+from dist_trainer.tracking.tensorboard_sink import TensorBoardSink
+from dist_trainer.tracking.trackio_sink import TrackioSink
+from dist_trainer.tracking.wandb_sink import WandbSink
+
+SINKS: dict[str, Callable[[dict[str, Any], Say], Sink]] = {
+    "wandb": WandbSink,
+    "tensorboard": TensorBoardSink,
+    "trackio": TrackioSink,
+}
+"""From a description of the run (that of follower_tracker)."""
+
+
+class Follower:
+    """Hands on the lines that have been added."""
+
+    def __init__(self, sink: Sink, folder: Path) -> None:
+        self._sink = sink
+        self._path = folder / METRICS_FILE
+        self._read_bytes = 0
+
+    def catch_up(self) -> None:
+        """Read to the end of the file as it is now."""
+        for text, end in whole_lines(self._path, start=self._read_bytes):
+            self._read_bytes = end
+            line = read_line(text)
+            if line is not None:
+                self._sink.take(line)
+
+
+def read_line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None where it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
+    return line if good and line["step"] >= 0 else None
+
+
+def _messenger() -> Say:
+    """A function that sends messages to the trainer; stdout itself goes to stderr from here on, with all a sink prints."""
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(text: str, level: int = logging.INFO, *, last: bool = False) -> None:
+        try:
+            channel.write(json.dumps({"text": text, "level": level, "last": last}) + "\n")
+            channel.flush()
+        except OSError:
+            pass  # training has gone
+
+    return say
+
+
+def _listen(stdin: int) -> Iterator[dict[str, Any] | None]:
+    """None for news, as often as there may be some; at the end how the run ended, {} where it was killed."""
+    buffer = b""
+    while block := os.read(stdin, 1 << 16):
+        *lines, buffer = (buffer + block).split(b"\n")
+        told = [line for line in lines if line]
+        if told:
+            yield json.loads(told[-1])
+            return
+        yield None
+    yield {}
+
+
+def main() -> None:
+    """Follow one run to its end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # this process ends when training does
+    os.nice(10)  # where cores are few, imports that take seconds of one must not slow the first steps
+    say = _messenger()
+    # Unbuffered: what follows the first line is read from the descriptor itself.
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
+        description = json.loads(unbuffered.readline())
+    try:
+        sink = SINKS[description["sink"]](description, say)
+        follower = Follower(sink, Path(description["folder"]))
+        follower.catch_up()
+        for closing in _listen(sys.stdin.fileno()):
+            follower.catch_up()
+            if closing is not None:
+                sink.finish(closing.get("state") or "killed")
+    except Exception as error:
+        say(
+            f"{description['label']} has stopped ({in_one_line(error)}); training goes on without it",
+            logging.WARNING,
+            last=True,
+        )
+        raise
+    say(f"{description['label']}: {sink.goodbye()}", last=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""W&B, TensorBoard and trackio, each from a process of its own that follows metrics.jsonl: nothing it does can hold up or
+end training.
+
+Not a thread, because W&B hooks into its process (exception hook, exit hooks that wait for its server), and all of them hold
+the interpreter while they import (seconds) and while they write rows. The other process shares nothing with training but a
+pipe. It reads the lines from metrics.jsonl, so there is no queue to overflow, and what it missed is sent later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.config.schema import TrackingConfig
+from dist_trainer.errors import ConfigError
+from dist_trainer.tracking.run_context import RunContext
+
+log = logging.getLogger(__name__)
+
+FOLLOWER = "dist_trainer.tracking.follower"
+LABELS = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio"}
+"""By row of TRACKERS, which is the name of the package too, and of the key."""
+SECONDS_TO_FINISH = 20.0
+SECONDS_TO_STOP = 6.0
+"""Where a signal or an error ended the run: who sent it waits for all of us to leave."""
+
+
+def is_on(row: str, tracking: TrackingConfig) -> bool:
+    """Whether the config, or WANDB_MODE, asks for this row."""
+    return {"wandb": _wandb_mode(tracking) != "disabled", "tensorboard": tracking.tensorboard, "trackio": tracking.trackio}[row]
+
+
+def refuse_missing_packages(tracking: TrackingConfig) -> None:
+    """Raises ConfigError where a row was asked for whose package is optional, and is not there."""
+    for row in ("tensorboard", "trackio"):
+        if is_on(row, tracking) and importlib.util.find_spec(row) is None:
+            raise ConfigError(
+                f"tracking.{row}: true needs the package {row}, which is not installed; "
+                f"install it (`{sys.executable} -m pip install {row}`), or set it to false"
+            )
+
+
+class FollowerTracker:
+    """Starts the follower, tells it when there is news, and passes on what it has to say."""
+
+    def __init__(self, context: RunContext, row: str) -> None:
+        """Start the follower; one warning where the package is missing or the process cannot start."""
+        self._label = LABELS[row]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._patience_ends: float | None = None
+        if importlib.util.find_spec(row) is None:
+            log.warning("tracking.%s: the package %s is not installed; going on without %s", row, row, self._label)
+            return
+        output = f"logs/{row}.log"  # what the package itself prints
+        try:
+            self._process = _start_follower(context.folder / output)
+        except OSError as error:
+            log.warning(
+                "tracking.%s: its process could not be started (%s); going on without %s", row, error.strerror, self._label
+            )
+            return
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin.fileno()
+        self._tell(json.dumps(_description(context, row)).encode() + b"\n")
+        # From here on a follower that is slow to read never blocks: a full pipe holds news enough.
+        os.set_blocking(self._pipe, False)
+        words = (self._process, self._label, output)
+        self._ear = threading.Thread(target=_pass_on_messages, args=words, name=f"{row} messages", daemon=True)
+        self._ear.start()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Say that metrics.jsonl has grown."""
+        self._tell(b"\n")
+
+    def sync(self) -> None:
+        """Nothing: metrics.jsonl is what must be durable."""
+
+    def ask_to_finish(self, state: str) -> None:
+        """Tell the follower how the run ended, and wait for nothing: `close` does, when all followers have been told."""
+        if self._process is None or self._process.stdin is None or self._patience_ends is not None:
+            return
+        patience = _patience(state)
+        self._patience_ends = time.monotonic() + patience
+        # A follower that reads nothing any more must not block this either.
+        select.select([], [self._pipe], [], patience)
+        self._tell(b"\n" + json.dumps({"state": state}).encode() + b"\n")
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+    def close(self, *, state: str, reason: str | None) -> None:
+        """Let the follower finish for some seconds; say what it left undone."""
+        self.ask_to_finish(state)
+        process, ends = self._process, self._patience_ends
+        if process is None or ends is None:
+            return
+        try:
+            process.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _end(process)
+            log.warning(
+                "%s did not finish within %.0f s and was ended; metrics.jsonl has all, and the next start adds the rest",
+                *(self._label, _patience(state)),
+            )
+        self._ear.join(1.0)
+        self._process = None
+
+    def _tell(self, message: bytes) -> None:
+        if self._process is None or self._process.stdin is None or self._process.stdin.closed:
+            return
+        # Where this fails it has news enough to read already, or it has gone, and the ear passes on why.
+        with contextlib.suppress(OSError):
+            os.write(self._pipe, message)
+
+
+def _patience(state: str) -> float:
+    return SECONDS_TO_FINISH if state == "finished" else SECONDS_TO_STOP
+
+
+def _start_follower(output: Path) -> subprocess.Popen[bytes]:
+    package_parent = str(Path(__file__).parents[2])
+    paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    with output.open("ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", FOLLOWER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+            # Out of reach of Ctrl-C and of signals to the job's process group: it ends when this process does.
+            start_new_session=True,
+        )
+
+
+def _description(context: RunContext, row: str) -> dict[str, Any]:
+    tracking = context.config.tracking
+    return {
+        "sink": row,
+        "label": LABELS[row],
+        "folder": str(context.folder.resolve()),
+        "mode": _wandb_mode(tracking),
+        "project": tracking.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_trainer",
+        "entity": tracking.wandb_entity,
+        "group": tracking.wandb_group or os.environ.get("WANDB_RUN_GROUP"),
+        "tags": [tag.strip() for tag in (tracking.wandb_tags or "").split(",") if tag.strip()] or None,
+        "name": context.config.run_name,
+        "code": str(Path(__file__).parents[1]) if tracking.wandb_code else None,
+        "trainer_pid": os.getpid(),
+        "config": {
+            **dataclasses.asdict(context.config),
+            "parameters": context.parameters,
+            "max_steps": context.max_steps,
+            "environment": context.environment,
+        },
+    }
+
+
+def _wandb_mode(tracking: TrackingConfig) -> str:
+    mode = os.environ.get("WANDB_MODE")
+    return mode if mode in ("online", "offline", "disabled") else tracking.wandb
+
+
+def _pass_on_messages(process: subprocess.Popen[bytes], label: str, output: str) -> None:
+    """Log what the follower says, and once if it ends without having said that it would."""
+    assert process.stdout is not None
+    said_goodbye = False
+    with process.stdout as messages:
+        for text in messages:
+            try:
+                message = json.loads(text)
+                level, words, said_goodbye = int(message["level"]), str(message["text"]), bool(message["last"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            log.log(level, "%s", words)
+    code = process.wait()
+    if not said_goodbye and code != -signal.SIGKILL:
+        log.warning("%s: its process ended by itself (exit code %d, see %s); training goes on", label, code, output)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the follower and what it started."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,76 @@
+"""trackio: a local dashboard, or a Hugging Face Space where TRACKIO_SPACE_ID names one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.tracking.lenient_json import text_of
+from dist_trainer.tracking.position import Position
+from dist_trainer.tracking.sink import Say, metrics_of
+
+FOLDER = "trackio"
+
+
+class TrackioSink:
+    """One run in trackio, also over restarts: the run folder's trackio/ keeps its id, and how far it has come there."""
+
+    def __init__(self, description: dict[str, Any], say: Say) -> None:
+        """Open the run: the one there was, or a new one, which then gets everything. Raises whatever trackio raises."""
+        self._folder = Path(description["folder"])
+        self._project = description["project"]
+        (self._folder / FOLDER).mkdir(exist_ok=True)
+        kept_id = text_of(self._folder / FOLDER / "run_id").strip()
+        self._run = self._open(description, resume="allow" if kept_id else "never")
+        if kept_id and self._run.id != kept_id:
+            # trackio finds runs by name alone, and gives the latest.
+            say(
+                f"trackio has another run named {self._run.name} by now, or lost this one; it gets all of this one anew",
+                logging.INFO,
+            )
+            self._run.finish()
+            self._run = self._open(description, resume="never")
+        is_new = self._run.id != kept_id
+        self._position = Position.read(self._folder, FOLDER) if not is_new else Position()
+        if is_new:
+            replace_file(self._folder / FOLDER / "run_id", [self._run.id.encode() + b"\n"], durable=True)
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Its numbers, and a sample as text."""
+        if self._position.passes(line):
+            return
+        self._position.advance(line, self._folder, FOLDER)
+        row = metrics_of(line)
+        if line["kind"] == "sample":
+            row["sample"] = _markdown(line)
+        self._run.log(row, step=line["step"])
+
+    def finish(self, state: str) -> None:
+        """Wait until everything is written."""
+        self._run.finish()
+
+    def goodbye(self) -> str:
+        """How to look at it."""
+        return f"`trackio show --project {self._project}` shows it"
+
+    @staticmethod
+    def _open(description: dict[str, Any], *, resume: str) -> Any:
+        import trackio
+
+        return trackio.init(
+            project=description["project"],
+            name=description["name"],
+            group=description["group"],
+            config=description["config"],
+            resume=resume,
+            embed=False,
+            auto_log_cpu=False,
+        )
+
+
+def _markdown(line: dict[str, Any]) -> Any:
+    import trackio
+
+    return trackio.Markdown(f"**{line.get('prompt')}** {line.get('text')}")

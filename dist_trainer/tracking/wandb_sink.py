@@ -1,0 +1,160 @@
+"""Weights & Biases: a run online, or files that `wandb sync` sends later."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import socket
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.tracking.lenient_json import number
+from dist_trainer.tracking.position import Position
+from dist_trainer.tracking.sink import Say, in_one_line, metrics_of
+
+FOLDER = "wandb"
+INIT_TIMEOUT_SECONDS = 30.0
+PROBE_TIMEOUT_SECONDS = 5.0
+MOST_SAMPLES = 500
+"""Rows of the table of samples, which is sent anew with each: the newest ones."""
+_GOOD_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class WandbSink:
+    """One run in W&B."""
+
+    def __init__(self, description: dict[str, Any], say: Say) -> None:
+        """Open the run, online if asked for and possible; raises whatever W&B raises where not even offline works."""
+        self._folder = Path(description["folder"])
+        # Without this, tables would be kept under the user's home until they are sent.
+        os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(self._folder / FOLDER)
+        self._position = Position.read(self._folder, FOLDER)
+        self._best: tuple[float, int] | None = None
+        self._samples: list[Any] = []
+        self._run, self._is_online = _open_run(description, run_id(self._folder), say)
+        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric("validation/loss", step_metric="step", summary="min")
+        if description["code"] is not None:
+            self._run.log_code(description["code"], name=f"source-{self._run.id}", include_fn=lambda path: path.endswith(".py"))
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Log it, if no earlier life of the run has; the best loss and the samples come from all lines."""
+        self._note(line)
+        if self._position.passes(line):
+            return
+        self._position.advance(line, self._folder, FOLDER)
+        # The step is given twice: as W&B's own counter it keeps a resumed run in order and joins what belongs to one step
+        # in one row, as a metric it is the axis of every chart.
+        self._run.log(self._row(line), step=line["step"])
+
+    def finish(self, state: str) -> None:
+        """Close the run with the state it ended in."""
+        self._run.summary["state"] = state
+        if state == "preempted":
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if state == "finished" else 1)
+
+    def goodbye(self) -> str:
+        """Where everything is, or how it gets there."""
+        if self._is_online:
+            return "has everything"
+        return f"recorded offline; `wandb sync {self._folder}/wandb/offline-run-*` sends it"
+
+    def _row(self, line: dict[str, Any]) -> dict[str, Any]:
+        row = {"step": line["step"], **metrics_of(line)}
+        if line["kind"] == "sample":
+            row["samples"] = _table(self._samples)
+        if line["kind"] == "validation" and self._best is not None:
+            row["validation/best_loss"] = self._best[0]  # a plain number, for sweeps
+        return row
+
+    def _note(self, line: dict[str, Any]) -> None:
+        if line["kind"] == "sample":
+            self._samples.append([line["step"], str(line.get("prompt")), str(line.get("text"))])
+            del self._samples[:-MOST_SAMPLES]
+        loss = number(line.get("loss"))
+        if line["kind"] == "validation" and loss == loss and (self._best is None or loss < self._best[0]):
+            self._best = (loss, line["step"])
+            self._run.summary.update({"best_validation_loss": loss, "best_step": line["step"]})
+
+
+def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
+    """The W&B id of the run in `folder`: WANDB_RUN_ID, as sweeps set it, or made up; from then on always the same."""
+    path = folder / FOLDER / "run_id"
+    try:
+        kept = path.read_text(encoding="utf-8").strip()
+        if _GOOD_ID.fullmatch(kept):  # W&B makes names of folders of it
+            return kept
+    except (OSError, ValueError):
+        pass
+    chosen = environment.get("WANDB_RUN_ID", "")
+    if not _GOOD_ID.fullmatch(chosen):
+        chosen = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, [chosen.encode() + b"\n"], durable=True)
+    return chosen
+
+
+def _table(rows: list[Any]) -> Any:
+    import wandb
+
+    columns: list[Any] = ["step", "prompt", "text"]
+    return wandb.Table(columns=columns, data=rows)
+
+
+def _open_run(description: dict[str, Any], identity: str, say: Say) -> tuple[Any, bool]:
+    """The W&B run, and whether it is online."""
+    import wandb
+
+    wanted: dict[str, Any] = {
+        "silent": True,
+        "console": "off",
+        "init_timeout": INIT_TIMEOUT_SECONDS,
+        "x_stats_pid": description["trainer_pid"],
+        # What the run ran on stands in its config; W&B's own search would add the repository's address and the user.
+        "disable_git": True,
+        "disable_code": True,
+        "disable_job_creation": True,
+        "x_disable_meta": True,
+        "x_save_requirements": False,
+    }
+    settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields})
+
+    def init(mode: Any, **more: Any) -> Any:
+        return wandb.init(
+            dir=description["folder"],
+            id=identity,
+            project=description["project"],
+            entity=description["entity"],
+            # What is None here W&B takes from its own variables (WANDB_NOTES and WANDB_JOB_TYPE among them).
+            name=None if os.environ.get("WANDB_NAME") else description["name"],
+            group=description["group"],
+            tags=description["tags"],
+            config=description["config"],
+            settings=settings,
+            mode=mode,
+            **more,
+        )
+
+    if description["mode"] == "online":
+        try:
+            _reach(wandb.setup().settings.base_url)
+            return init("online", resume="allow"), True
+        except Exception as error:
+            say(f"W&B cannot be used online ({in_one_line(error)}); recording offline instead", logging.WARNING)
+            wandb.teardown()
+    return init("offline"), False
+
+
+def _reach(base_url: str) -> None:
+    """Raise OSError where W&B's server does not answer in seconds: `wandb.init` alone would try for minutes."""
+    address = urlsplit(base_url)
+    if address.hostname and not any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy")):
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname, port), PROBE_TIMEOUT_SECONDS).close()

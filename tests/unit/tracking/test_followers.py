@@ -1,0 +1,182 @@
+"""W&B, TensorBoard and trackio: what a run with a restart leaves there, read back by each package's own means."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dist_trainer
+from dist_trainer.config.schema import TrackingConfig, TrainingConfig
+from dist_trainer.errors import ConfigError
+from dist_trainer.tracking.follower_tracker import FollowerTracker, _description, is_on, refuse_missing_packages
+from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.tracker import TRACKERS, FanOut
+from dist_trainer.tracking.wandb_sink import run_id
+from tests.unit.tracking.test_trackers import train_line, validation_line
+
+STEPS = [1, 2, 3, 4, 5]
+LOSS = {1: 2.9, 2: math.nan, 3: 2.7, 4: 2.6, 5: 2.5}
+
+
+def context(folder: Path, *, start_step: int = 0, **tracking: Any) -> RunContext:
+    config = TrainingConfig(tracking=TrackingConfig(**tracking))
+    commit = {"git_commit": "0123abc", "git_dirty": True}
+    return RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment=commit)
+
+
+def sample_line(step: int) -> dict[str, Any]:
+    return {"kind": "sample", "step": step, "prompt": "Once", "text": f"upon {step}", "time": 1e9 + step}
+
+
+def run_with_a_restart(folder: Path, row: str, **tracking: Any) -> None:
+    """Steps 1 to 3, killed there after the checkpoint of step 2, then 3 to 5."""
+    for start, stop in ((0, 3), (2, 5)):
+        run = context(folder, start_step=start, **tracking)
+        trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", row)})
+        for step in range(start + 1, stop + 1):
+            trackers.log(train_line(step, LOSS[step]))
+            if step in (2, 5):
+                trackers.log(validation_line(step, 2.0 + step / 100))
+                trackers.log(sample_line(step))
+        trackers.close(state="finished", reason=None)
+
+
+def offline_records(folder: Path) -> list[dict[str, Any]]:
+    """All W&B files of a run, in order, by wandb's own tool."""
+    logs = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert len(logs) == 2, "one for each life"
+    found: list[dict[str, Any]] = []
+    for log in logs:
+        words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        found += [json.loads(line) for line in done.stdout.splitlines()]
+    return found
+
+
+def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+@pytest.mark.timeout(200)
+def test_offline_wandb_files_are_one_run_with_each_step_once_also_after_a_restart(tmp_path):
+    run_with_a_restart(tmp_path, "wandb", wandb_tags="small, first", wandb_group="tries", wandb_code=True)
+    records = offline_records(tmp_path)
+    rows = [history["item"] for history in of_kind(records, "history")]
+    assert [row["step"] for row in rows if "train/loss" in row] == STEPS
+    assert [row["_step"] for row in rows] == STEPS, "what W&B counts by is the step too"
+    assert [row["validation/best_loss"] for row in rows if "validation/loss" in row] == [2.02, 2.02]
+    runs = of_kind(records, "run")
+    assert {run["run_id"] for run in runs} == {(tmp_path / "wandb/run_id").read_text().strip()}
+    assert {(run["project"], run["display_name"], run["run_group"], tuple(run["tags"])) for run in runs} == {
+        ("dist_trainer", "default", "tries", ("small", "first"))
+    }
+    config = runs[0]["config"]["update"]
+    assert config["optim"]["learning_rate"] == 0.005
+    assert config["environment"] == {"git_commit": "0123abc", "git_dirty": True}
+    metrics = of_kind(records, "metric")
+    assert {metric.get("step_metric") for metric in metrics} == {"step"}
+    assert [metric["summary"] for metric in metrics if metric.get("name") == "validation/loss"] == [{"min": True}] * 2
+    last: dict[str, Any] = {}
+    for summary in of_kind(records, "summary"):
+        last |= summary["update"]
+    assert (last["best_validation_loss"], last["best_step"], last["state"]) == (2.02, 2, "finished")
+    code = next(artifact for artifact in of_kind(records, "artifact") if artifact["type"] == "code")
+    package = Path(dist_trainer.__file__).parent
+    sent = {entry["path"] for entry in code["manifest"]["contents"]}
+    assert sent == {file.relative_to(package).as_posix() for file in package.rglob("*.py")}
+    newest = max(tmp_path.glob("wandb/offline-run-*/files/media/table/samples_5_*.json"))
+    assert json.loads(newest.read_text())["data"] == [[2, "Once", "upon 2"], [5, "Once", "upon 5"]]
+
+
+@pytest.mark.timeout(200)
+def test_tensorboard_has_each_step_once_in_one_file_also_after_a_restart(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_with_a_restart(tmp_path, "tensorboard")
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    loss = {event.step: event.value for event in read.Scalars("train/loss")}
+    assert loss == pytest.approx(LOSS, nan_ok=True)
+    assert [event.step for event in read.Scalars("train/loss")] == STEPS
+    assert [event.wall_time for event in read.Scalars("train/loss")] == [1e9 + step for step in STEPS]
+    assert [(event.step, event.value) for event in read.Scalars("validation/loss")] == [
+        (2, pytest.approx(2.02)),
+        (5, pytest.approx(2.05)),
+    ]
+    samples = [(event.step, event.tensor_proto.string_val[0].decode()) for event in read.Tensors("sample")]
+    assert samples == [(2, "**Once** upon 2"), (5, "**Once** upon 5")]
+    assert b"learning_rate: 0.005" in read.Tensors("config")[0].tensor_proto.string_val[0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a_namesake(tmp_path, monkeypatch):
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "home"))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        run_with_a_restart(tmp_path / name, "trackio", wandb_project="books", wandb_group="tries")
+    read = """if True:
+        import json, trackio
+        from trackio.sqlite_storage import SQLiteStorage
+        runs = [(run.id, run.name) for run in trackio.Api().runs("books")]
+        print(json.dumps([[name, SQLiteStorage.get_logs("books", run_id=i)] for i, name in runs]))"""
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout.splitlines()[-1])
+    assert [name for name, _ in runs] == ["default", "default"]
+    for _, logs in runs:
+        assert [row["step"] for row in logs if "train/loss" in row] == STEPS
+        assert [row["train/loss"] for row in logs if "train/loss" in row][2:] == [2.7, 2.6, 2.5]
+        assert [row["sample"]["_value"] for row in logs if "sample" in row] == ["**Once** upon 2", "**Once** upon 5"]
+
+
+def test_followers_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("dist_trainer.tracking.follower_tracker.SECONDS_TO_STOP", 0.5)
+    trackers = {str(number): FollowerTracker(context(tmp_path), "wandb") for number in range(3)}
+    processes = [tracker._process for tracker in trackers.values()]
+    for process in processes:
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    FanOut(trackers).close(state="preempted", reason="SIGTERM")
+    assert time.monotonic() - began < 1.4, "not 0.5 s after one another"
+    assert [process.returncode for process in processes if process is not None] == [-signal.SIGKILL] * 3
+    assert caplog.text.count("W&B did not finish within 0 s and was ended") == 3
+
+
+@pytest.mark.parametrize("row", ["tensorboard", "trackio"])
+def test_a_row_whose_package_is_missing_is_refused_with_the_command_that_installs_it(monkeypatch, row):
+    monkeypatch.setitem(sys.modules, row, None)
+    with pytest.raises(ConfigError, match=rf"tracking.{row}: true needs the package {row}, .* -m pip install {row}`"):
+        refuse_missing_packages(TrackingConfig(**{row: True}))
+    refuse_missing_packages(TrackingConfig())
+
+
+def test_what_the_config_leaves_open_comes_from_wandb_s_own_variables(tmp_path, monkeypatch):
+    names = {"WANDB_PROJECT": "theirs", "WANDB_RUN_GROUP": "them", "WANDB_MODE": "disabled"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    description = _description(context(tmp_path), "wandb")
+    assert (description["project"], description["group"], description["mode"]) == ("theirs", "them", "disabled")
+    assert not is_on("wandb", TrackingConfig(wandb="online"))
+    given = _description(context(tmp_path, wandb_project="mine", wandb_group="us"), "wandb")
+    assert (given["project"], given["group"]) == ("mine", "us")
+
+
+def test_a_run_keeps_the_id_that_wandb_s_variable_gave_it_first(tmp_path):
+    assert run_id(tmp_path, {"WANDB_RUN_ID": "sw33p-1"}) == "sw33p-1"
+    assert run_id(tmp_path, {"WANDB_RUN_ID": "other"}) == "sw33p-1"
+    assert run_id(tmp_path, {}) == "sw33p-1"
+    assert len(run_id(tmp_path / "new", {"WANDB_RUN_ID": "../x"})) == 8
