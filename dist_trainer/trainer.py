@@ -127,7 +127,7 @@ class Trainer:
         with self.world.stop_request.listen():
             try:
                 self._at("warming up")
-                self._warm_up()
+                self.warm_up()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
             self._make_up_for_validation()
@@ -237,7 +237,8 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------- between the steps
 
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
+        """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         compiles = is_compiled(unwrap(self.model))
         data = (self.train_data, self.validation_data)
         warm_up(self.model, *data, self.world, self.precision, self.loss_function, compiles=compiles)

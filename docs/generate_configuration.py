@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import yaml
 
+from dist_trainer.config.keys import sentences
 from dist_trainer.config.schema import TrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,12 +28,6 @@ over files. `--print_config` shows the result. All problems of a config come in 
 YAML_HEAD = """# The default config, whole: a small DecoderLM on six novels by Jane Austen, both inside the package.
 # Made by `python docs/generate_configuration.py`; copy it and change what you like, or name only what differs.
 """
-
-
-def sentences(section: type) -> dict[str, str]:
-    """The sentence under each key."""
-    found = docstring_parser.parse_from_object(section).params
-    return {param.arg_name: " ".join((param.description or "").split()) for param in found}
 
 
 def sections(config: TrainingConfig) -> Iterator[tuple[str, Any]]:
