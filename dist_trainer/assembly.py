@@ -30,8 +30,15 @@ from dist_trainer.errors import AnotherRunError, CheckpointError, RefusedError, 
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.hub_access import is_hub_name
 from dist_trainer.models.loss import refuse_model_without_documents
-from dist_trainer.models.registry import MODELS, ModelContext, build_model, fetch_initial_model, weights_writer
-from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
+from dist_trainer.models.registry import (
+    MODELS,
+    ModelContext,
+    begins_trained,
+    build_model,
+    fetch_initial_model,
+    weights_writer,
+)
+from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer, warn_of_default_learning_rate
 from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinished_warmup
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
@@ -204,6 +211,9 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         depend = drops_out and config.batch.micro_batch_size is None
         warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
+        if start.checkpoint is None and config.model.init_from is not None and begins_trained(config.model):
+            size = sum(parameter.numel() for parameter in trainer.parameters)
+            warn_of_default_learning_rate(config.optim, parameters=size, init_from=config.model.init_from)
         tell_of_other_ranks(start, world.world_size, masks_depend_on_ranks=depend)
     return trainer
 

@@ -204,8 +204,9 @@ def memory_in_words(cost: Cost, trainer: Trainer) -> str:
     total = total_memory(device)
     ranks = f" on rank {cost.peak_bytes.index(most)}, {memory(least)} at least" if most > least else ""
     if device.type == "cuda":
-        return f"{memory(most)} of a GPU's {memory(total)} at the peak{ranks} ({most / total:.0%})"
-    return f"{memory(most)} of the machine's {memory(total)} at the peak of a process{ranks}; {len(cost.peak_bytes)} in all"
+        return f"at most {memory(most)} ({most / total:.0%}) of a GPU's {memory(total)}{ranks}"
+    processes = f"; {len(cost.peak_bytes)} processes" if len(cost.peak_bytes) > 1 else ""
+    return f"at most {memory(most)} of the machine's {memory(total)} in a process{ranks}{processes}"
 
 
 def disk_in_words(trainer: Trainer, folder: Path) -> str:
@@ -214,4 +215,4 @@ def disk_in_words(trainer: Trainer, folder: Path) -> str:
     size = state["weights"] + state["optimizer"]
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(place).free
-    return f"a checkpoint has {memory(size)}, up to {kept} at a time {memory(kept * size)}; {memory(free)} are free"
+    return f"{memory(size)} a checkpoint, at most {kept} at a time: {memory(kept * size)}, of {memory(free)} that are free"

@@ -18,8 +18,10 @@ FLOORS = [
     {"warm_up"},
     {"trainer", "starting_point"},
     {"profiling", "out_of_memory"},
+    {"run_header"},
     {"run_record"},
     {"assembly"},
+    {"dry_run"},
     {"train", "evaluate", "generate", "report"},
     {"__init__"},
 ]
@@ -39,6 +41,8 @@ DOORS = {
     "transformers": {"data/tokenization.py", "data/packing.py", "data/chat.py", "models/transformers_lm.py"},
     "tokenizers": {"data/tokenization.py"},
     "gigatoken": {"data/encoding.py"},
+    "shtab": {"config/completion.py"},
+    "docstring_parser": {"config/keys.py"},
 }
 
 
