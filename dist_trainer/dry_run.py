@@ -210,7 +210,7 @@ def memory_in_words(cost: Cost, trainer: Trainer) -> str:
 
 
 def disk_in_words(trainer: Trainer, folder: Path) -> str:
-    """A checkpoint holds weights and the optimizer's state; beside the newest ones the best is kept, and one is being written."""
+    """A checkpoint has weights and the optimizer's state; beside the newest ones the best is kept, and one is being made."""
     state, kept = state_bytes(trainer), trainer.config.checkpoint.keep_last + 2
     size = state["weights"] + state["optimizer"]
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())

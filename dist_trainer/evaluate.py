@@ -39,7 +39,9 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
     )
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
     parser.add_argument(
-        "--data", help="other data, named as data.dataset is: its validation split, or all of it where it has none"
+        "--data",
+        metavar="NAME",
+        help="other data, named as data.dataset is: its validation split, or all of it where it has none",
     )
     # Values of training's keys must not be taken for RUN: they are split off before argparse sees them.
     own_words, rest = split_off_keys(sys.argv[1:] if argv is None else argv)

@@ -100,7 +100,7 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that a GPU has; of a CPU the machine's, or the limit that was set for this process (ulimit -v) where that is lower."""
+    """Bytes that a GPU has; of a CPU those of the machine, or this process's limit (ulimit -v) where that is lower."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -27,7 +27,9 @@ def write_report(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/default, or a checkpoint in it"
     )
-    parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run's folder)")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="the file to write (default: report.html in the first run's folder)"
+    )
     arguments = parser.parse_args(argv)
     runs = [_run_of(path) for path in arguments.runs]
     output = arguments.output or runs[0] / "report.html"

@@ -23,7 +23,8 @@ MARKDOWN_HEAD = """# Configuration
 
 Every key, its default and its meaning; made from the dataclasses by `python docs/generate_configuration.py`. Keys are set in
 YAML files (`--config FILE`, several of them, later ones win) or on the command line (`--section.key VALUE`), which wins
-over files. `--print_config` shows the result. All problems of a config come in one message, with file and line.
+over files; `--preset NAME` sets a size, and all of these win over it ([commands.md](commands.md)). `--print_config` shows the
+result. All problems of a config come in one message, with file and line.
 """
 YAML_HEAD = """# The default config, whole: a small DecoderLM on six novels by Jane Austen, both inside the package.
 # Made by `python docs/generate_configuration.py`; copy it and change what you like, or name only what differs.

@@ -19,7 +19,7 @@ PATH_KEYS += ("model.init_from", "output_dir", "checkpoint.resume")
 def completion_script(shell: str) -> str:
     """What `shell` must evaluate for `dist-train` to be completed. Raises ConfigError where shtab is not installed."""
     try:
-        import shtab
+        import shtab  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError("--print_completion: needs the package shtab, which is not here; pip install shtab") from error
     parser = completion_parser()
@@ -32,14 +32,16 @@ def completion_script(shell: str) -> str:
 def completion_parser() -> argparse.ArgumentParser:
     """Every option of the training command, with the values it may have where these are few."""
     parser = argparse.ArgumentParser(prog=CONSOLE_SCRIPT, add_help=False)
-    parser.add_argument(*HELP_FLAGS, nargs="?", choices=[*section_classes()][1:] + [ALL], help="how it is used, or a section")
+    parser.add_argument(*HELP_FLAGS, nargs="?", choices=[*filter(None, section_classes()), ALL], help="how it is used")
     parser.add_argument("--config", help="YAML file of keys")
     parser.add_argument("--preset", choices=list(PRESETS), help="a size by name")
     parser.add_argument("--print_completion", choices=SHELLS, help="completion for a shell")
     for flag, said in zip((DRY_RUN, *FLAGS), ("all up to the first step", "the resulting config"), strict=True):
         parser.add_argument(flag, action="store_true", help=said)
     for key, kind in leaf_types().items():
-        parser.add_argument(f"--{key}", choices=values_of(key, kind), help=_first_sentence(sentences_by_key()[key]).replace("%", "%%"))
+        parser.add_argument(
+            f"--{key}", choices=values_of(key, kind), help=_first_sentence(sentences_by_key()[key]).replace("%", "%%")
+        )
     return parser
 
 

@@ -39,7 +39,7 @@ _EXAMPLES = {
 
 
 def help_text(topic: str, program: str, *, coloured: bool = False) -> str:
-    """The first screen for an empty topic, the keys of the section `topic`, or those of `all`; `program` is how it is called."""
+    """The first screen for an empty topic, the keys of the section `topic`, or `all`; `program` is how it is called."""
     bold = _bold if coloured and not os.environ.get("NO_COLOR") else str
     if topic:
         chosen = {name: kind for name, kind in section_classes().items() if topic in (name, ALL)}

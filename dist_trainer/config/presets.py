@@ -43,7 +43,9 @@ class Preset:
     """Tokens of one forward pass, few enough for a GPU of 24 GB in bf16 (1b: 40 GB); None: all of a rank's share."""
 
 
-def _shape(hidden: int, feed_forward: int, layers: int, heads: int, groups: int | None = None, **others: float) -> dict[str, Any]:
+def _shape(
+    hidden: int, feed_forward: int, layers: int, heads: int, groups: int | None = None, **others: float
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": feed_forward,

@@ -83,15 +83,22 @@ class ConsoleTracker:
 
     def _show_training(self, line: dict[str, Any]) -> None:
         self._step, now = line["step"], self._clock()
+        if self._first is None:
+            self._first = (self._step, now)
+            self._start_bar()
         if not self._bar.disable:
             self._bar.set_postfix_str(
                 f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {quantity(line['tokens_per_second'])} tokens/s",
                 refresh=False,
             )
             self._bar.update(self._step - self._bar.n)
-        if self._first is None:
-            self._first = (self._step, now)
         progress.info("%s", self._plain(line, now))
+
+    def _start_bar(self) -> None:
+        """Let the bar's time left follow from what comes after the first line, which has seen compilation."""
+        if not self._bar.disable:
+            self._bar.n = self._bar.initial = self._bar.last_print_n = self._step
+            self._bar.unpause()
 
     def _plain(self, line: dict[str, Any], now: float) -> str:
         parts = [

@@ -25,6 +25,16 @@ def test_a_preset_has_the_parameters_that_it_says_beside_the_embedding(name):
     assert parameters == preset.parameters + 1000 * preset.model["hidden_size"]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_docs_say_the_same(name):
+    preset = PRESETS[name]
+    layers, width, heads = (preset.model[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    row = f"| `{name}` | {layers} x {width} | {heads} | {preset.parameters / 1e6:.3g}M | {preset.learning_rate} | "
+    assert (
+        f"{row}{preset.batch_tokens:,} | {preset.warmup_steps} |" in (DEFAULT.parents[1] / "docs" / "commands.md").read_text()
+    )
+
+
 def test_the_sizes_are_those_that_their_names_say_with_the_vocabulary_they_are_known_by():
     vocabularies = {"124m": 50_257, "350m": 50_257, "1b": 128_256}
     sizes = {n: p.parameters + vocabularies.get(n, 4096) * p.model["hidden_size"] for n, p in PRESETS.items()}
