@@ -59,6 +59,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Path, TrainingConfig]:
     if arguments.data is not None:
         # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
         given += ["--validation.max_batches", "null", "--data.dataset_config", "null"]
+    if any(word.partition("=")[0] == "--preset" for word in rest):
+        raise ConfigError("--preset: is for training; a model that is there has its size already")
     # The tokenizer that was saved with the model has the template of its training.
     config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest])
     if arguments.data is not None:

@@ -58,21 +58,22 @@ def tokens_in_words(trainer: Trainer) -> str:
 
 
 def devices_in_words(trainer: Trainer) -> str:
-    """`8 ranks x NVIDIA H100 (1 machine), bf16, compiled, micro-batches of 2 x 32 rows`."""
+    """`16 ranks x NVIDIA H100 on 2 machines, bf16, compiled, 2 micro-batches of 32 rows a step`."""
     world, steps = trainer.world, trainer.accumulation_steps
     machines = -(-world.world_size // world.local_world_size)
-    ranks = "1 rank" if world.world_size == 1 else f"{world.world_size} ranks"
-    many = f" ({machines} machines)" if machines > 1 else ""
-    threads = f" ({torch.get_num_threads()} threads)" if world.device.type == "cpu" else ""
+    many = f" on {machines} machines" if machines > 1 else ""
+    threads = f" ({_count(torch.get_num_threads(), 'thread')})" if world.device.type == "cpu" else ""
     compiled = "compiled" if is_compiled(unwrap(trainer.model)) else "not compiled"
-    micro = f"micro-batches of {micro_batch_size(trainer.config, world)} rows, {steps} a rank and step"
-    return f"{ranks} x {device_name(world.device)}{threads}{many}, {trainer.precision.name}, {compiled}, {micro}"
+    rows = _count(micro_batch_size(trainer.config, world), "row")
+    micro = f"{_count(steps, 'micro-batch', 'es')} of {rows} a step"
+    ranks = f"{_count(world.world_size, 'rank')} x {device_name(world.device)}{threads}{many}"
+    return f"{ranks}, {trainer.precision.name}, {compiled}, {micro}"
 
 
 def memory_in_words(trainer: Trainer) -> str:
-    """`weights 9.2 MiB + gradients 9.2 MiB + optimizer 18.4 MiB = 36.8 MiB a rank, and activations; ...`."""
+    """`9.2 MiB weights + 9.2 MiB gradients + 18.4 MiB optimizer = 36.8 MiB a rank, and activations; ...`."""
     state = state_bytes(trainer)
-    parts = " + ".join(f"{name} {memory(size)}" for name, size in state.items())
+    parts = " + ".join(f"{memory(size)} {name}" for name, size in state.items())
     device = trainer.world.device
     where = "the machine" if device.type == "cpu" else str(device)
     return f"{parts} = {memory(sum(state.values()))} a rank, and activations; {where} has {memory(total_memory(device))}"
@@ -82,11 +83,15 @@ def results_in_words(trainer: Trainer) -> str:
     """Which files, and where W&B's go."""
     tracking = trainer.config.tracking
     wandb = f"W&B {tracking.wandb}" + ("" if tracking.wandb == "disabled" else f" (project {tracking.wandb_project})")
-    return f"report.html, metrics.jsonl, status.json, logs/ and checkpoints/ there; {wandb}"
+    return f"report.html, metrics.jsonl, checkpoints/ and logs/ there; {wandb}"
 
 
 def resume_in_words(trainer: Trainer) -> str:
     """How to go on after a stop, and from where."""
     every = trainer.config.checkpoint.every_steps
-    saved = f"every {every} steps" if every else "after each best validation and at the end"
-    return f"the same command goes on after a stop or crash; saved {saved}, and on SIGTERM, SIGUSR1 and Ctrl-C"
+    saved = f"every {_count(every, 'step')}" if every else "after each best validation, at the end"
+    return f"the same command goes on after a stop or a crash; saved {saved} and on a signal to stop"
+
+
+def _count(number: int, thing: str, ending: str = "s") -> str:
+    return f"{number} {thing}{'' if number == 1 else ending}"

@@ -75,7 +75,7 @@ class ConsoleTracker:
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
-            log.info("%s", next_commands(context.folder))
+            log.info("what comes next:\n%s", next_commands(context.folder))
 
     def _place(self) -> str:
         most = self._context.max_steps

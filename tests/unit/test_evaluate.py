@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
+
 from dist_trainer.config.loading import dump_config
 from dist_trainer.config.schema import DataConfig, TrainingConfig
+from dist_trainer.errors import ConfigError
 from dist_trainer.evaluate import parse_arguments
 
 
@@ -24,3 +27,11 @@ def test_conversations_are_written_by_the_template_that_was_saved_with_the_model
     evaluated = parse_arguments([str(tmp_path)])[1].data
     assert evaluated == replace(config.data, chat_template=None, tokenizer=str(tmp_path))
     assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"])[1].data.chat_template == "other.jinja"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--preset", "10m"], "--preset: is for training"), (["--dry_run"], "dry_run: no such key")]
+)
+def test_what_is_for_training_alone_is_refused(tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_arguments([str(tmp_path), *words])
