@@ -21,7 +21,7 @@ def completion_script(shell: str) -> str:
     try:
         import shtab  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ConfigError("--print_completion: needs the package shtab, which is not here; pip install shtab") from error
+        raise ConfigError("--print_completion: needs the package shtab, which is not here; pip install 'shtab>=1.9'") from error
     parser = completion_parser()
     for action in parser._actions:
         if action.dest == "config" or action.dest in PATH_KEYS:
@@ -39,9 +39,8 @@ def completion_parser() -> argparse.ArgumentParser:
     for flag, said in zip((DRY_RUN, *FLAGS), ("all up to the first step", "the resulting config"), strict=True):
         parser.add_argument(flag, action="store_true", help=said)
     for key, kind in leaf_types().items():
-        parser.add_argument(
-            f"--{key}", choices=values_of(key, kind), help=_first_sentence(sentences_by_key()[key]).replace("%", "%%")
-        )
+        said = _beginning(sentences_by_key()[key]).replace("%", "%%")
+        parser.add_argument(f"--{key}", choices=values_of(key, kind), help=said)
     return parser
 
 
@@ -56,5 +55,7 @@ def values_of(key: str, kind: Any) -> list[str] | None:
     return values or None
 
 
-def _first_sentence(text: str) -> str:
-    return text.split(". ")[0].split("; ")[0].removesuffix(".")
+def _beginning(text: str) -> str:
+    """Of a sentence, without a bracket that is not closed."""
+    begun = text.split(". ")[0].split("; ")[0].removesuffix(".")
+    return begun if begun.count("(") == begun.count(")") else begun[: begun.rindex("(")].rstrip()
