@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -112,13 +112,24 @@ def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, be
 
 def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> Trainer:
     """Find where to begin, and build all parts of the run."""
-    start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
+    return from_what_is_found(
+        world,
+        find=lambda: find_starting_point(config, _owned(folder)),
+        build=lambda start: prepare_from(start, config, world, folder),
+    )
+
+
+def from_what_is_found(
+    world: World, *, find: Callable[[], StartingPoint], build: Callable[[StartingPoint], Trainer]
+) -> Trainer:
+    """What `build` makes of what rank 0 finds, found once more where that is refused."""
+    start = on_main(world, find)
     while True:
         try:
-            return prepare_from(start, config, world, folder)
+            return build(start)
         except CheckpointError:
-            # What was intact a moment ago may have been damaged since: then there is another one to go on from.
-            refused, start = start, on_main(world, lambda: find_starting_point(config, _owned(folder)))
+            # What was intact a moment ago may have been damaged since, or be gone: then there is another one to go on from.
+            refused, start = start, on_main(world, find)
             if start.checkpoint == refused.checkpoint:
                 raise
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from dist_trainer.assembly import assemble, check_rows, check_visible_everywhere
+from dist_trainer.assembly import assemble, check_rows, check_visible_everywhere, from_what_is_found
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import ValidationSampler, accumulation_steps
-from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects, on_main
+from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
@@ -31,7 +31,7 @@ from dist_trainer.out_of_memory import explaining_out_of_memory, state_bytes, to
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
-from dist_trainer.starting_point import look_for_starting_point
+from dist_trainer.starting_point import StartingPoint, look_for_starting_point
 from dist_trainer.tracking.formatting import duration, memory, quantity, significant
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.throughput import peak_memory_bytes
@@ -67,10 +67,8 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
         agree(world, lambda: check_rows(config))
         agree(world, lambda: refuse_what_cannot_be_written(folder), acts=world.is_main)
         try:
-            start = on_main(world, lambda: look_for_starting_point(config, folder))
-            check_visible_everywhere(start, world)
             with explaining_out_of_memory(config, world):
-                trainer = assemble(config, world, None, start)
+                trainer = prepare_beside(folder, config, world)
             if trainer.has_finished:
                 log.info("dry run: %s", has_finished_in_words(trainer))
                 return EXIT_FINISHED
@@ -84,6 +82,16 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
             world.stop_request.mark_answered()
         log.info("%s", cost_in_words(cost, trainer, folder))
     return EXIT_FINISHED
+
+
+def prepare_beside(folder: Path, config: TrainingConfig, world: World) -> Trainer:
+    """All parts of the run in `folder`, which may be going on and replace its checkpoints, and none of its files."""
+
+    def build(start: StartingPoint) -> Trainer:
+        check_visible_everywhere(start, world)
+        return assemble(config, world, None, start)
+
+    return from_what_is_found(world, find=lambda: look_for_starting_point(config, folder), build=build)
 
 
 def refuse_what_cannot_be_written(folder: Path) -> None:

@@ -12,10 +12,11 @@ import pytest
 from dist_trainer.assembly import assemble
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.distributed.world import World
-from dist_trainer.dry_run import dry_run, largest_step, rehearse
+from dist_trainer.dry_run import dry_run, largest_step, prepare_beside, rehearse
+from dist_trainer.errors import CheckpointError
 from dist_trainer.exit_codes import exit_code_of
 from dist_trainer.run_header import run_header
-from dist_trainer.starting_point import StartingPoint
+from dist_trainer.starting_point import StartingPoint, look_for_starting_point
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
 
@@ -84,6 +85,17 @@ def test_a_folder_that_could_not_be_made_is_refused(stories, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     assert dry(small_config(stories, tmp_path / "file" / "runs")) == [2]
     assert f"{tmp_path / 'file'} cannot be written (Not a directory)" in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_once_more(stories, tmp_path, monkeypatch):
+    config = small_config(stories, tmp_path, train__max_steps=12)
+    run(config, 1, before=stop_after(2))
+    gone = StartingPoint(tmp_path / "gone")
+    found = iter([gone, look_for_starting_point(config, folder(config)), gone, gone])
+    monkeypatch.setattr("dist_trainer.dry_run.look_for_starting_point", lambda *_: next(found))
+    assert prepare_beside(folder(config), config, World.single()).progress.step == 2
+    with pytest.raises(CheckpointError, match="gone"):
+        prepare_beside(folder(config), config, World.single())
 
 
 def trainer_of(config):
