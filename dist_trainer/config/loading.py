@@ -94,8 +94,8 @@ def config_differences(before: TrainingConfig | Mapping[str, Any], now: Training
 
 def _resolve(arguments: Arguments) -> TrainingConfig:
     problems = list(arguments.problems)
-    ranks = _ranks(problems)
     asked = _asked_for(arguments, problems)
+    ranks = _ranks(problems)
     following = _keys_from_elsewhere(arguments.preset, asked, problems, ranks=ranks or 1)
     nested: dict[str, Any] = {}
     for key, value in {**following, **asked.values}.items():
