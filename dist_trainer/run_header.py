@@ -10,6 +10,7 @@ from dist_trainer.out_of_memory import micro_batch_size, state_bytes, total_memo
 from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.tracking.environment import device_name
+from dist_trainer.tracking.follower_tracker import rows_in_words
 from dist_trainer.tracking.formatting import memory, quantity
 from dist_trainer.trainer import Trainer
 
@@ -80,10 +81,8 @@ def memory_in_words(trainer: Trainer) -> str:
 
 
 def results_in_words(trainer: Trainer) -> str:
-    """Which files, and where W&B's go."""
-    tracking = trainer.config.tracking
-    wandb = f"W&B {tracking.wandb}" + ("" if tracking.wandb == "disabled" else f" (project {tracking.wandb_project})")
-    return f"report.html, metrics.jsonl, checkpoints/ and logs/ there; {wandb}"
+    """Which files, and where else lines go."""
+    return f"report.html, metrics.jsonl, checkpoints/ and logs/ there; {rows_in_words(trainer.config.tracking)}"
 
 
 def resume_in_words(trainer: Trainer) -> str:

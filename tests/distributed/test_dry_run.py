@@ -142,5 +142,5 @@ def test_the_header_is_short_aligned_and_true(stories, tmp_path):
     assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 rows a step")
     weights = 4 * parameters / 1024
     assert said["memory"].startswith(f"{weights:.0f} KiB weights + {weights:.0f} KiB gradients")
-    assert "W&B disabled" in said["results"]
+    assert "no W&B" in said["results"]
     assert "saved every 4 steps" in said["resume"]
