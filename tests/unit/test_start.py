@@ -17,11 +17,13 @@ import json, sys, torch
 from dist_trainer.config.schema import ModelConfig, OptimConfig
 from dist_trainer.models.registry import ModelContext, build_model
 from dist_trainer.optim.optimizers import build_optimizer
+from dist_trainer.precision import Precision
 
 model = build_model(ModelConfig(), ModelContext(64, 32, 0, torch.device("cpu")))
 optimizer = build_optimizer(OptimConfig(), model)
-model(torch.arange(8)[None], torch.arange(8)[None]).backward()
-optimizer.step()
+precision = Precision("fp32", torch.device("cpu"))
+precision.backward(model(torch.arange(8)[None], torch.arange(8)[None]), 0.5)
+precision.step(optimizer, torch.ones(()))
 optimizer.load_state_dict(optimizer.state_dict())
 optimizer.zero_grad()
 print(json.dumps(sorted(sys.modules)))
