@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +32,15 @@ from dist_trainer.errors import AnotherRunError, CheckpointError, RefusedError, 
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.hub_access import is_hub_name
 from dist_trainer.models.loss import refuse_model_without_documents
-from dist_trainer.models.registry import MODELS, ModelContext, build_model, fetch_initial_model, weights_writer
-from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer
+from dist_trainer.models.registry import (
+    MODELS,
+    ModelContext,
+    begins_trained,
+    build_model,
+    fetch_initial_model,
+    weights_writer,
+)
+from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer, warn_of_default_learning_rate
 from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinished_warmup
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
@@ -109,13 +116,24 @@ def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, be
 
 def prepare(config: TrainingConfig, world: World, folder: RunFolder | None) -> Trainer:
     """Find where to begin, and build all parts of the run."""
-    start = on_main(world, lambda: find_starting_point(config, _owned(folder)))
+    return from_what_is_found(
+        world,
+        find=lambda: find_starting_point(config, _owned(folder)),
+        build=lambda start: prepare_from(start, config, world, folder),
+    )
+
+
+def from_what_is_found(
+    world: World, *, find: Callable[[], StartingPoint], build: Callable[[StartingPoint], Trainer]
+) -> Trainer:
+    """What `build` makes of what rank 0 finds, found once more where that is refused."""
+    start = on_main(world, find)
     while True:
         try:
-            return prepare_from(start, config, world, folder)
+            return build(start)
         except CheckpointError:
-            # What was intact a moment ago may have been damaged since: then there is another one to go on from.
-            refused, start = start, on_main(world, lambda: find_starting_point(config, _owned(folder)))
+            # What was intact a moment ago may have been damaged since, or be gone: then there is another one to go on from.
+            refused, start = start, on_main(world, find)
             if start.checkpoint == refused.checkpoint:
                 raise
 
@@ -209,6 +227,9 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         depend = drops_out and config.batch.micro_batch_size is None
         warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
+        if start.checkpoint is None and config.model.init_from is not None and begins_trained(config.model):
+            size = sum(parameter.numel() for parameter in trainer.parameters)
+            warn_of_default_learning_rate(config.optim, parameters=size, init_from=config.model.init_from)
         tell_of_other_ranks(start, world.world_size, masks_depend_on_ranks=depend)
     return trainer
 

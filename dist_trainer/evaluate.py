@@ -70,6 +70,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     if arguments.data is not None:
         # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
         given += ["--validation.max_batches", "null", "--data.dataset_config", "null"]
+    if any(word.partition("=")[0] == "--preset" for word in rest):
+        raise ConfigError("--preset: is for training; a model that is there has its size already")
     # The tokenizer that was saved with the model has the template of its training.
     config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest])
     if arguments.data is not None:
@@ -88,7 +90,9 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
     parser.add_argument(
-        "--data", help="other data, named as data.dataset is: its validation split, or all of it where it has none"
+        "--data",
+        metavar="NAME",
+        help="other data, named as data.dataset is: its validation split, or all of it where it has none",
     )
     harness = parser.add_argument_group("EleutherAI's lm_eval (the extra `harness`; one process)")
     harness.add_argument(

@@ -23,6 +23,10 @@ from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.model_folders import model_folders
 
 JSON_LINES = (".jsonl", ".ndjson")
+DESCRIPTION = (
+    "Text from a run's best checkpoint, or from any Hugging Face model's folder. Without --prompt and --prompts_file it asks "
+    "for prompts, or takes the lines of standard input where that is no terminal."
+)
 CONTEXT_TOKENS = 6
 """Tokens of the prompt that are decoded together with the first new one: enough for any character, and for its space."""
 
@@ -45,20 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line. Raises ConfigError for a path that does not exist and numbers that make no sense."""
-    parser = argparse.ArgumentParser(prog="python -m dist_trainer.generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m dist_trainer.generate",
+        usage="%(prog)s RUN [--prompt TEXT | --prompts_file FILE] [--option VALUE]...",
+        description=DESCRIPTION,
+    )
     parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
-    parser.add_argument("--prompt", help='beginning of the text; "": the model begins')
+    parser.add_argument("--prompt", metavar="TEXT", help='beginning of the text; "": the model begins')
     parser.add_argument(
         "--prompts_file",
+        metavar="FILE",
         type=Path,
         help='a text file, one prompt a line; .jsonl: one JSON object a line, with the text under "prompt"',
     )
-    parser.add_argument("--output", type=Path, help="file for JSON lines (default: standard output)")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="at most this many (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: 0.7)")
-    parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens only")
-    parser.add_argument("--top_p", type=float, default=0.8, help="draw from this much probability (default: 0.8)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed and prompt give the same text (default: 0)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="file for JSON lines (default: standard output)")
+    parser.add_argument("--max_new_tokens", metavar="N", type=int, default=200, help="at most this many (default: 200)")
+    parser.add_argument(
+        "--temperature", metavar="NUMBER", type=float, default=0.7, help="0: always the likeliest (default: 0.7)"
+    )
+    parser.add_argument("--top_k", metavar="N", type=int, help="draw from this many likeliest tokens only")
+    parser.add_argument(
+        "--top_p", metavar="NUMBER", type=float, default=0.8, help="draw from this much probability (default: 0.8)"
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="the same seed and prompt give the same text (default: 0)"
+    )
     arguments = parser.parse_args(argv)
     if not arguments.path.exists():
         raise ConfigError(f"{arguments.path} does not exist; give a run's folder, such as runs/default")

@@ -80,20 +80,32 @@ class MemoryNumbers:
 
 def measure(error: BaseException, device: torch.device, trainer: Trainer | None = None) -> MemoryNumbers:
     """The numbers at the moment of `error`, while all that led to it is still held; `device` is the one that had no more."""
-    asked, state = asked_bytes(error), {}
-    if trainer is not None:
-        state = {
-            "weights": _bytes_of([*trainer.model.parameters(), *trainer.model.buffers()]),
-            "gradients": _bytes_of(trainer.parameters),
-            "optimizer": _optimizer_bytes(trainer.optimizer, trainer.parameters),
-        }
+    asked, state = asked_bytes(error), {} if trainer is None else state_bytes(trainer)
     peak = peak_memory_bytes(device)
     if device.type != "cuda":
-        return MemoryNumbers(asked, _host_memory(), _resident_bytes(otherwise=peak), peak, **state)
+        return MemoryNumbers(asked, total_memory(device), _resident_bytes(otherwise=peak), peak, **state)
     free, total = torch.cuda.mem_get_info(device)
     in_use, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     others = max(0, total - free - reserved)
     return MemoryNumbers(asked, total, in_use, peak, **state, unused=reserved - in_use, others=others)
+
+
+def state_bytes(trainer: Trainer) -> dict[str, int]:
+    """What one rank holds whatever the batch, in bytes: `weights`, `gradients`, `optimizer`."""
+    return {
+        "weights": _bytes_of([*trainer.model.parameters(), *trainer.model.buffers()]),
+        "gradients": _bytes_of(trainer.parameters),
+        "optimizer": _optimizer_bytes(trainer.optimizer, trainer.parameters),
+    }
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that a GPU has; of a CPU those of the machine, or this process's limit (ulimit -v) where that is lower."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return installed if limit == resource.RLIM_INFINITY else min(installed, limit)
 
 
 def remedies(config: TrainingConfig, world: World, numbers: MemoryNumbers, *, dtype: str) -> list[str]:
@@ -226,13 +238,6 @@ def _optimizer_bytes(optimizer: Optimizer, parameters: Sequence[Tensor]) -> int:
     if held:
         return _bytes_of(held)
     return 2 * _bytes_of(parameters) if isinstance(optimizer, torch.optim.Adam) else 0
-
-
-def _host_memory() -> int:
-    """The machine's memory, or the limit that was set for this process (ulimit -v) where that is lower."""
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return installed if limit == resource.RLIM_INFINITY else min(installed, limit)
 
 
 def _resident_bytes(*, otherwise: int) -> int:

@@ -28,7 +28,9 @@ def write_report(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/default, or a checkpoint in it"
     )
-    parser.add_argument("--output", type=Path, help="the file to write (default: report.html in the first run's folder)")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="the file to write (default: report.html in the first run's folder)"
+    )
     arguments = parser.parse_args(argv)
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
     if len(runs) > MOST_RUNS:

@@ -27,6 +27,7 @@ from dist_trainer.errors import (
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.profiling.recorder import profiled
+from dist_trainer.run_header import run_header
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import FIRST_CHECKPOINT, append_event
 from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, restarts_of, steps_to_redo
@@ -121,6 +122,7 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, 
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
         environment=environment,
     )
+    log.info("%s", run_header(trainer, folder.path))
     trainer.tracker = build_tracker(trainer.world, context)
 
 

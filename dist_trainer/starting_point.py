@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.checkpoint.manager import find_checkpoint, newest_intact, prepare_to_resume, step_folders
-from dist_trainer.checkpoint.run_folder import RunFolder
+from dist_trainer.checkpoint.run_folder import CHECKPOINTS, RunFolder
 from dist_trainer.checkpoint.state import Progress, read_training_state
 from dist_trainer.checkpoint.storage import sweep
 from dist_trainer.config.loading import config_differences
@@ -52,18 +52,34 @@ def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPo
         return StartingPoint()
     try:
         sweep(folder.checkpoints)
-        start = _own_or_anothers(config, folder)
+        start = _own_or_anothers(config, folder.path, prepares=True)
         folder.progress = start.progress
         return start
     except OSError as error:
-        named = error.filename if isinstance(error.filename, str) else folder.path
-        raise CheckpointError(
-            f"{named} cannot be brought in order ({error.strerror}); see that {folder.path} can be read and written"
-        ) from error
+        raise _out_of_order(error, folder.path) from error
 
 
-def _own_or_anothers(config: TrainingConfig, folder: RunFolder) -> StartingPoint:
-    checkpoint = newest_intact(folder.checkpoints)
+def look_for_starting_point(config: TrainingConfig, folder: Path) -> StartingPoint:
+    """What `find_starting_point` would find in the run folder `folder`, without a lock, and with nothing written, moved or
+    deleted: its run may be going on. Raises as that does.
+    """
+    if config.checkpoint.resume == "never":
+        return StartingPoint()
+    try:
+        return _own_or_anothers(config, folder, prepares=False)
+    except OSError as error:
+        raise _out_of_order(error, folder) from error
+
+
+def _out_of_order(error: OSError, folder: Path) -> CheckpointError:
+    named = error.filename if isinstance(error.filename, str) else folder
+    return CheckpointError(f"{named} cannot be brought in order ({error.strerror}); see that {folder} can be read and written")
+
+
+def _own_or_anothers(config: TrainingConfig, folder: Path, *, prepares: bool) -> StartingPoint:
+    """`prepares`: the folder is brought in line with it."""
+    checkpoints = folder / CHECKPOINTS
+    checkpoint = newest_intact(checkpoints)
     own = checkpoint is not None
     if not own:
         _refuse_to_start_over(folder)
@@ -74,19 +90,20 @@ def _own_or_anothers(config: TrainingConfig, folder: RunFolder) -> StartingPoint
     state = read_training_state(checkpoint)
     _refuse_another_run(config, state.get("config", {}), checkpoint)
     progress: Progress = state["progress"]
-    if own:
-        progress.best_step, progress.best_loss = prepare_to_resume(folder.checkpoints, checkpoint)
-    else:
+    if own and prepares:
+        progress.best_step, progress.best_loss = prepare_to_resume(checkpoints, checkpoint)
+    elif not own:
         progress.best_step = progress.best_loss = None
     return StartingPoint(checkpoint, progress, facts={key: value for key, value in state.items() if key != "progress"})
 
 
-def _refuse_to_start_over(folder: RunFolder) -> None:
+def _refuse_to_start_over(folder: Path) -> None:
     """Where a checkpoint was saved once and there is no trace of any."""
-    status = read_status(folder.path)
-    if is_number(status.get("checkpoint_seconds")) or any(e["event"] == FIRST_CHECKPOINT for e in read_events(folder.path)):
+    if is_number(read_status(folder).get("checkpoint_seconds")) or any(
+        event["event"] == FIRST_CHECKPOINT for event in read_events(folder)
+    ):
         raise CheckpointError(
-            f"{folder.checkpoints} holds no checkpoint, but this run has saved some; bring them back, or begin anew with "
+            f"{folder / CHECKPOINTS} holds no checkpoint, but this run has saved some; bring them back, or begin anew with "
             "--checkpoint.resume never, which sets this run aside"
         )
 

@@ -21,15 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             guard = begin_as_rank()
             # Listening comes before all else that takes time, and a config error before a signal: another rank that found
             # the same error may be gone already, and torchrun's SIGTERM must not keep this one from saying it.
+            from dist_trainer.config.command_line import split_off_dry_run
             from dist_trainer.config.loading import load_config
 
+            words, is_dry_run = split_off_dry_run(argv)
             try:
-                config = load_config(argv)
+                config = load_config(words)
             except ConfigError as error:
                 return leave_with(error)
             with stop_request.breaking_off():
                 # Only now torch: --help and config errors answer at once.
                 from dist_trainer.assembly import run
+                from dist_trainer.dry_run import dry_run
+            if is_dry_run:
+                return dry_run(config, stop_request=stop_request, guard=guard)
             return run(config, began=began, stop_request=stop_request, guard=guard)
 
     return exit_code_of(act)

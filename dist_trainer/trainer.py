@@ -32,7 +32,6 @@ from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, Tr
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.schedules import build_schedule, total_steps
-from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample, log_sample, sample_is_due
@@ -118,7 +117,7 @@ class Trainer:
         with self.world.stop_request.listen():
             try:
                 self._at("warming up")
-                self._warm_up()
+                self.warm_up()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
             self._make_up_for_what_is_owed()
@@ -228,10 +227,10 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------- between the steps
 
-    def _warm_up(self) -> None:
-        compiles = is_compiled(unwrap(self.model))
+    def warm_up(self) -> None:
+        """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         data = (self.train_data, self.validation_data)
-        warm_up(self.model, *data, self.world, self.precision, self.loss_function, compiles=compiles)
+        warm_up(self.model, *data, self.world, self.precision, self.loss_function)
 
     def _at(self, phase: Phase) -> None:
         self.world.heartbeat.at(phase, step=self.progress.step)

@@ -11,6 +11,7 @@ from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
+from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.step import seed_dropout
@@ -23,8 +24,6 @@ def warm_up(
     world: World,
     precision: Precision,
     loss_function: LossFunction,
-    *,
-    compiles: bool,
 ) -> None:
     """Compile where a signal can break it off, and bring DDP into the state it has in a run that never stopped.
 
@@ -55,7 +54,7 @@ def warm_up(
         finally:
             evaluated.train(was_training)
 
-    if compiles:
+    if is_compiled(unwrap(model)):
         agree(world, lambda: rehearse(exchange=False))
         agree(world, rehearse_validation)
         if varies_in_length(train_data.dataset):  # another length, so that any is compiled for

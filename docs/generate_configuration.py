@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import yaml
 
+from dist_trainer.config.keys import sentences
 from dist_trainer.config.schema import TrainingConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,17 +23,12 @@ MARKDOWN_HEAD = """# Configuration
 
 Every key, its default and its meaning; made from the dataclasses by `python docs/generate_configuration.py`. Keys are set in
 YAML files (`--config FILE`, several of them, later ones win) or on the command line (`--section.key VALUE`), which wins
-over files. `--print_config` shows the result. All problems of a config come in one message, with file and line.
+over files; `--preset NAME` sets a size, and all of these win over it ([commands.md](commands.md)). `--print_config` shows the
+result. All problems of a config come in one message, with file and line.
 """
 YAML_HEAD = """# The default config, whole: a small DecoderLM on six novels by Jane Austen, both inside the package.
 # Made by `python docs/generate_configuration.py`; copy it and change what you like, or name only what differs.
 """
-
-
-def sentences(section: type) -> dict[str, str]:
-    """The sentence under each key."""
-    found = docstring_parser.parse_from_object(section).params
-    return {param.arg_name: " ".join((param.description or "").split()) for param in found}
 
 
 def sections(config: TrainingConfig) -> Iterator[tuple[str, Any]]:

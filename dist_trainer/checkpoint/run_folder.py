@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 FILES = (CONFIG_FILE, "metrics.jsonl", "status.json", "report.html")
-FOLDERS = ("checkpoints", "logs", "wandb", "tensorboard", "trackio")
+CHECKPOINTS = "checkpoints"
+FOLDERS = (CHECKPOINTS, "logs", "wandb", "tensorboard", "trackio")
 WANDB_FILES = ("run_id", "logged.json", "wandb", "wandb/logs", "artifacts")
 """Of wandb/, what is opened again at the next start; W&B's own links to its newest files are not."""
 REPLACED_PREFIX = "replaced-"
@@ -63,7 +64,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Where checkpoints are."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def close(self, *, unused: bool = False) -> None:
         """Give the folder free; a new one that stayed `unused` goes."""

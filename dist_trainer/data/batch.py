@@ -42,6 +42,11 @@ class Batch:
         """The same rows without their last `by` positions."""
         return self._each(lambda part: part[:, : part.shape[1] - by].contiguous())
 
+    def widened(self, length: int) -> Batch:
+        """Rows of `length` positions, each repeated from its beginning to fill them."""
+        repeats = -(-length // self.tokens.shape[1])
+        return self if repeats == 1 else self._each(lambda part: part.repeat(1, repeats)[:, :length].contiguous())
+
     def first_rows(self, count: int) -> Batch:
         """The first `count` of its rows."""
         return self._each(lambda part: part[:count])

@@ -131,6 +131,13 @@ def fetch_initial_model(config: ModelConfig) -> None:
         model_folder(config.init_from, weights=True)
 
 
+def begins_trained(config: ModelConfig) -> bool:
+    """Whether config.init_from brings weights, and not a shape alone."""
+    if config.init_from is None or config.name != "hf":
+        return config.init_from is not None
+    return transformers_lm.has_weights(locate_weights(model_folder(config.init_from, weights=True)))
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights that `weights_writer` wrote into `folder` back into `model`."""
     if isinstance(model, DecoderLM):

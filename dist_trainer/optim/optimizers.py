@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,11 @@ from dist_trainer.config.schema import OptimConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.optim.adamw import AdamW
 from dist_trainer.optim.muon import MuonWithAdamW, hidden_matrices
+
+log = logging.getLogger(__name__)
+
+LARGE_MODEL = 50_000_000
+"""Parameters."""
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -29,6 +35,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def warn_of_default_learning_rate(config: OptimConfig, *, parameters: int, init_from: str) -> None:
+    """Log where a model that has been trained before is to go on with the default, which is for random weights.
+
+    2e-5 is usual for models of 0.1 to 10 billion parameters; small ones bear more: a tenth of what they began with.
+    """
+    if config.learning_rate == OptimConfig.learning_rate:
+        log.warning(
+            "optim.learning_rate: %g is the default, made for small models with random weights; for the trained one of %s "
+            "try %s (docs/fine_tuning.md)",
+            *(config.learning_rate, init_from, "2e-5" if parameters >= LARGE_MODEL else f"{config.learning_rate / 10:g}"),
+        )
 
 
 def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:

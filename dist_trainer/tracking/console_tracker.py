@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -46,10 +48,6 @@ class ConsoleTracker:
             **_width(),
             disable=None,
         )
-        log.info(
-            "%s: %s parameters, %s, into %s",
-            *(context.config.run_name, quantity(context.parameters), steps_in_words(context), context.folder),
-        )
 
     def log(self, line: dict[str, Any]) -> None:
         """Show a line in its kind's form."""
@@ -77,7 +75,7 @@ class ConsoleTracker:
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
-            log.info("%s", next_commands(context.folder))
+            log.info("what comes next:\n%s", next_commands(context.folder))
 
     def _place(self) -> str:
         most = self._context.max_steps
@@ -85,15 +83,22 @@ class ConsoleTracker:
 
     def _show_training(self, line: dict[str, Any]) -> None:
         self._step, now = line["step"], self._clock()
+        if self._first is None:
+            self._first = (self._step, now)
+            self._start_bar()
         if not self._bar.disable:
             self._bar.set_postfix_str(
                 f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {quantity(line['tokens_per_second'])} tokens/s",
                 refresh=False,
             )
             self._bar.update(self._step - self._bar.n)
-        if self._first is None:
-            self._first = (self._step, now)
         progress.info("%s", self._plain(line, now))
+
+    def _start_bar(self) -> None:
+        """Let the bar's time left follow from what comes after the first line, which has seen compilation."""
+        if not self._bar.disable:
+            self._bar.n = self._bar.initial = self._bar.last_print_n = self._step
+            self._bar.unpause()
 
     def _plain(self, line: dict[str, Any], now: float) -> str:
         parts = [
@@ -147,25 +152,20 @@ def _width() -> dict[str, Any]:
     return {"dynamic_ncols": True} if known else {"ncols": columns, "nrows": rows}
 
 
-def steps_in_words(context: RunContext) -> str:
-    """`steps 1 to 300`; where max_steps was lowered since, that none is left."""
-    start, most = context.start_step, context.max_steps
-    return f"steps {start + 1} to {most}" if start < most else f"no step left after {start}, the last validation is"
-
-
 def goodput_in_words(spent: Goodput) -> str:
     """`92% of 5 min 20 s went into steps and validation; 2 restarts, 13 steps lost to them`."""
     restarts = f"{spent.restarts} restart{'' if spent.restarts == 1 else 's'}, {spent.lost_steps} steps lost to them"
     return f"{spent.share:.0%} of {duration(spent.wall_seconds)} went into steps and validation; {restarts}"
 
 
-def next_commands(folder: Any) -> str:
-    """What to run on a finished run's folder."""
+def next_commands(folder: Path) -> str:
+    """What to run on a finished run's folder, to be pasted into a shell."""
+    named, report = shlex.quote(str(folder)), shlex.quote(str(folder / "report.html"))
     return "\n".join(
-        f"  python -m dist_trainer.{command} {folder}{note}"
+        f"  python -m dist_trainer.{command} {named}{note}"
         for command, note in (
-            ("generate", "   text from its best checkpoint"),
-            ("evaluate", "   its validation loss once more"),
-            ("report", f"     {folder}/report.html anew"),
+            ("generate", "   # text from its best checkpoint"),
+            ("evaluate", "   # its validation loss once more"),
+            ("report", f"     # {report} anew"),
         )
     )

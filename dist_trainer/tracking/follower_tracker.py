@@ -152,7 +152,7 @@ def _description(context: RunContext, row: str) -> dict[str, Any]:
         "label": LABELS[row],
         "folder": str(context.folder.resolve()),
         "mode": _wandb_mode(tracking),
-        "project": tracking.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_trainer",
+        "project": _project(tracking),
         "entity": tracking.wandb_entity,
         "group": tracking.wandb_group or os.environ.get("WANDB_RUN_GROUP"),
         "tags": [tag.strip() for tag in (tracking.wandb_tags or "").split(",") if tag.strip()] or None,
@@ -166,6 +166,20 @@ def _description(context: RunContext, row: str) -> dict[str, Any]:
             "environment": context.environment,
         },
     }
+
+
+def rows_in_words(tracking: TrackingConfig) -> str:
+    """Which of them are on: `W&B offline (project dist_trainer), TensorBoard`."""
+    details = {
+        "wandb": f" {_wandb_mode(tracking)} (project {_project(tracking)})",
+        "trackio": f" (project {_project(tracking)})",
+    }
+    on = [f"{label}{details.get(row, '')}" for row, label in LABELS.items() if is_on(row, tracking)]
+    return ", ".join(on) or "no W&B"
+
+
+def _project(tracking: TrackingConfig) -> str:
+    return tracking.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_trainer"
 
 
 def _wandb_mode(tracking: TrackingConfig) -> str:

@@ -19,8 +19,10 @@ FLOORS = [
     {"warm_up", "training_result"},
     {"trainer", "starting_point"},
     {"profiling", "out_of_memory", "harness"},
+    {"run_header"},
     {"run_record"},
     {"assembly"},
+    {"dry_run"},
     {"train", "evaluate", "generate", "report"},
     {"__init__"},
 ]
@@ -43,6 +45,8 @@ DOORS = {
     "tokenizers": {"data/tokenization.py"},
     "gigatoken": {"data/encoding.py"},
     "lm_eval": {"harness.py"},
+    "shtab": {"config/completion.py"},
+    "docstring_parser": {"config/keys.py"},
 }
 
 

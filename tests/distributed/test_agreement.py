@@ -217,7 +217,7 @@ def test_a_stop_during_the_last_validation_is_made_up_for(stories, tmp_path):
 
 
 def test_a_warm_up_takes_no_batch_from_worker_processes(stories, tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_trainer.trainer.is_compiled", lambda _: True)  # so that it warms up, but eagerly
+    monkeypatch.setattr("dist_trainer.warm_up.is_compiled", lambda _: True)  # so that it warms up, but eagerly
     configs = [small_config(stories, tmp_path / str(workers), data__num_workers=workers) for workers in (0, 1)]
     for config in configs:
         assert run(config, 1) == [0]

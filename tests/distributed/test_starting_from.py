@@ -128,10 +128,23 @@ def test_a_key_that_contradicts_the_folder_is_refused_with_its_place(stories, tm
     assert f"command line: {said.format(llama=llama)}" in str(refused.value)
 
 
-def test_a_file_of_all_keys_is_refused_with_the_lines_that_contradict(stories, tmp_path, llama):
+def test_a_file_of_all_keys_asks_for_no_shape_and_no_tokenizer_where_it_leaves_the_defaults(tmp_path, llama):
     default = Path(__file__).parents[2] / "configs" / "default.yaml"
-    with pytest.raises(ConfigError, match=r"default\.yaml:\d+: model\.hidden_size: is 192, but the model in"):
-        load_config(["--config", str(default), "--model.init_from", str(llama)])
+    start = ["--model.init_from", str(llama), "--data.sequence_length", "32"]
+    assert load_config(["--config", str(default), *start]) == load_config(start)
+    dropping = tmp_path / "copy.yaml"
+    dropping.write_text(default.read_text().replace("dropout: 0.0", "dropout: 0.5"))
+    assert load_config(["--config", str(dropping), *start]) == load_config([*start, "--model.dropout", "0.5"])
+
+
+def test_a_file_of_all_keys_is_refused_with_the_lines_that_contradict_where_it_changes_one_of_the_shape(tmp_path, llama):
+    default = Path(__file__).parents[2] / "configs" / "default.yaml"
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(default.read_text().replace("num_hidden_layers: 4", "num_hidden_layers: 5"))
+    with pytest.raises(ConfigError, match=r"changed\.yaml:\d+: model\.hidden_size: is 192, but the model in"):
+        load_config(["--config", str(changed), "--model.init_from", str(llama)])
+    with pytest.raises(ConfigError, match=r"command line: model\.hidden_size: is 192, but the model in"):
+        load_config(["--config", str(default), "--model.init_from", str(llama), "--model.hidden_size", "192"])
 
 
 @pytest.mark.parametrize("name", ["decoder_lm", "hf"])

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.commands import ROOT, SMALL, command, environment, lines, status
+from tests.end_to_end.commands import ROOT, SMALL, environment, lines, status
+from tests.end_to_end.forked_commands import quick_command
 from tests.faults.processes import wait_until
 
 OFTEN = ["--checkpoint.every_steps", "3", "--checkpoint.keep_last", "3", "--tracking.sample_tokens", "0"]
@@ -24,7 +25,7 @@ PATIENCE = 110.0
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
-    done = command(*SMALL, *OFTEN, "--output_dir", output)
+    done = quick_command(*SMALL, *OFTEN, "--output_dir", output)
     assert done.returncode == 0, done.stderr
     return output / "debug"
 
@@ -70,7 +71,7 @@ def test_the_command_survives_a_kill_in_its_imports_one_in_a_save_and_a_signal_a
         assert process.wait(60) == 75
     assert status(folder)["state"] == "preempted"
     assert (folder / "checkpoints" / f"step-{status(folder)['step']:08d}").is_dir()
-    assert command(*SMALL, *OFTEN, "--output_dir", tmp_path).returncode == 0
+    assert quick_command(*SMALL, *OFTEN, "--output_dir", tmp_path).returncode == 0
     for kind in ("train", "validation"):
         ours, theirs = ([(line["step"], line["loss"]) for line in lines(path, kind)] for path in (folder, undisturbed))
         assert ours == theirs

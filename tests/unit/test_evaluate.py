@@ -59,3 +59,11 @@ def test_options_of_lm_eval_do_not_take_the_run_and_leave_precision_to_be_set(tm
     given = {"tasks_folder": Path("mine"), "num_fewshot": 0, "apply_chat_template": True}
     assert asked.harness == {"tasks": ("a", "b"), **given}
     assert asked.config.precision.dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--preset", "10m"], "--preset: is for training"), (["--dry_run"], "dry_run: no such key")]
+)
+def test_what_is_for_training_alone_is_refused(tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        parse_arguments([str(tmp_path), *words])

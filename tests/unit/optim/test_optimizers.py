@@ -6,6 +6,7 @@ from torch import nn
 
 from dist_trainer.config.schema import OptimConfig
 from dist_trainer.errors import ConfigError
+from dist_trainer.optim import optimizers
 from dist_trainer.optim.optimizers import build_optimizer, parameter_groups
 
 
@@ -108,3 +109,15 @@ def test_muon_goes_on_from_its_state():
 def test_muon_is_refused_where_it_has_nothing_to_do():
     with pytest.raises(ConfigError, match=r"optim\.name: muon"):
         build_optimizer(OptimConfig(name="muon"), nn.Embedding(3, 3))
+
+
+@pytest.mark.parametrize(("parameters", "fitting"), [(135_000_000, "try 2e-5 ("), (2_400_000, "try 0.0005 (")])
+def test_the_default_rate_for_a_model_that_was_trained_before_is_warned_of(monkeypatch, parameters, fitting):
+    said = []
+    monkeypatch.setattr(optimizers.log, "warning", lambda text, *values: said.append(text % values))
+    optimizers.warn_of_default_learning_rate(OptimConfig(), parameters=parameters, init_from="a/model")
+    optimizers.warn_of_default_learning_rate(OptimConfig(learning_rate=2e-5), parameters=parameters, init_from="a/model")
+    (line,) = said
+    assert line.startswith("optim.learning_rate: 0.005 is the default, made for small models with random weights; ")
+    assert fitting in line
+    assert "a/model" in line

@@ -6,11 +6,12 @@ import logging
 import os
 import pty
 import select
+import shlex
 import sys
 
 import pytest
 
-from dist_trainer.tracking.console_tracker import ConsoleTracker
+from dist_trainer.tracking.console_tracker import ConsoleTracker, next_commands
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
 from tests.unit.tracking.test_trackers import context, train_line, validation_line
@@ -60,6 +61,30 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypa
             assert select.select([reading], [], [], 10)[0], shown
             shown += os.read(reading, 65536)
     os.close(reading)
+
+
+def test_the_bar_s_time_left_follows_from_the_steps_of_this_start_after_the_first(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    reading, writing = pty.openpty()
+    with open(writing, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        tracker = ConsoleTracker(context(tmp_path, start_step=10))
+        now[0] += 300  # it compiles
+        tracker.log(train_line(11))
+        now[0] += 10
+        tracker.log(train_line(12))
+        bar = tracker._bar.format_dict
+        tracker.close(state="preempted", reason=None)
+    os.close(reading)
+    assert (bar["n"], bar["total"], bar["elapsed"]) == (12, 20, 10)
+    assert (bar["total"] - bar["n"]) / bar["rate"] == pytest.approx(80)
+
+
+def test_the_commands_at_the_end_can_be_pasted_whatever_the_folder_s_name(tmp_path):
+    folder = tmp_path / "two words; echo $HOME"
+    for line in next_commands(folder).splitlines():
+        assert shlex.split(line, comments=True)[3:] == [str(folder)]
 
 
 @pytest.mark.parametrize("restarts", [0, 2])

@@ -16,7 +16,13 @@ import pytest
 import dist_trainer
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.tracking.follower_tracker import FollowerTracker, _description, is_on, refuse_missing_packages
+from dist_trainer.tracking.follower_tracker import (
+    FollowerTracker,
+    _description,
+    is_on,
+    refuse_missing_packages,
+    rows_in_words,
+)
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.tracker import TRACKERS, FanOut
 from dist_trainer.tracking.wandb_sink import run_id
@@ -180,3 +186,14 @@ def test_a_run_keeps_the_id_that_wandb_s_variable_gave_it_first(tmp_path):
     assert run_id(tmp_path, {"WANDB_RUN_ID": "other"}) == "sw33p-1"
     assert run_id(tmp_path, {}) == "sw33p-1"
     assert len(run_id(tmp_path / "new", {"WANDB_RUN_ID": "../x"})) == 8
+
+
+def test_the_rows_that_are_on_are_said_with_what_counts(monkeypatch):
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert rows_in_words(TrackingConfig()) == "W&B offline (project dist_trainer)"
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert rows_in_words(TrackingConfig(tensorboard=True)) == "W&B online (project mine), TensorBoard"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert rows_in_words(TrackingConfig()) == "no W&B"

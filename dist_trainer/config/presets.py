@@ -1,0 +1,98 @@
+"""`--preset`: sizes by name, with the learning rate and the batch that follow from them.
+
+Each number has its source beside it:
+
+GPT-3     Brown et al. 2020, arXiv:2005.14165, table 2.1 (layers, width, heads, batch in tokens, learning rate) and appendix B
+          (linear warmup over the first 375 million tokens, cosine decay to a tenth, betas 0.9 and 0.95, weight decay 0.1,
+          gradient norm 1: the last five are this trainer's defaults).
+DeepSeek  Bi et al. 2024, arXiv:2401.02954, section 3.1: of a budget of C floating-point operations, the best learning rate is
+          0.3118 C^-0.1250 and the best batch 0.2920 C^0.3271 tokens. C is here 6 N D with D = 20 N tokens (Hoffmann et al.
+          2022, arXiv:2203.15556) for N parameters outside the embedding. Fitted to C from 1e17 to 2e19; below, extrapolated.
+Llama     Touvron et al. 2023, arXiv:2302.13971, section 2.2: the SwiGLU's width is 2/3 of 4 times the model's, here rounded
+          up to a multiple of 256 as in its code (8 for `1m`).
+nanoGPT   github.com/karpathy/nanoGPT, config/train_shakespeare_char.py: 6 layers of 384 with 6 heads, 100 steps of warmup.
+llama2.c  github.com/karpathy/llama2.c, README, its 42M model: 8 layers of 512 with 8 heads.
+Pythia    Biderman et al. 2023, arXiv:2304.01373, table 1 and appendix E: 1.0B has learning rate 3e-4, 2M tokens a step, warmup
+          over 1% of 143,000 steps.
+Llama 3.2 the config.json of meta-llama/Llama-3.2-1B.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dist_trainer.config.schema import DataConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A size of DecoderLM, and how it is trained from nothing."""
+
+    model: Mapping[str, int | float]
+    """Keys of the model section."""
+    parameters: int
+    """Outside the embedding, which adds vocabulary x hidden_size (tied: the output head is the same matrix)."""
+    learning_rate: float
+    batch_tokens: int
+    """A power of two."""
+    warmup_steps: int
+    micro_batch_tokens: int | None = None
+    """Tokens of one forward pass; None: all of a rank's share.
+
+    Meant for a GPU of 24 GB (1b: 40 GB) in bf16, by 16 bytes a parameter (weights, gradients, AdamW) and 34 x hidden_size bytes
+    a token and layer (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without the attention matrices, which fused kernels
+    do not keep); logits exist in chunks only. An estimate: --dry_run measures.
+    """
+
+
+def _shape(
+    hidden: int, feed_forward: int, layers: int, heads: int, groups: int | None = None, **others: float
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups or heads,
+        **others,
+    }
+
+
+PRESETS: dict[str, Preset] = {
+    # Shape: nobody's, about a million. DeepSeek: C = 1.2e14, so 5.4e-3 and 11.7k tokens. Warmup: nanoGPT.
+    "1m": Preset(_shape(128, 344, 5, 4), 989_568, 5.4e-3, 2**14, 100),
+    # Shape and warmup: nanoGPT, with Llama's feed-forward. DeepSeek: C = 1.4e16, so 3.0e-3 and 55k tokens.
+    "10m": Preset(_shape(384, 1024, 6, 6), 10_621_824, 3.0e-3, 2**16, 100, 2**15),
+    # Shape: llama2.c, with Llama's feed-forward. DeepSeek: C = 8.9e16, so 2.4e-3 and 102k tokens. Warmup: nanoGPT.
+    "30m": Preset(_shape(512, 1536, 8, 8), 27_271_680, 2.4e-3, 2**17, 100, 2**15),
+    # GPT-3 Small: 6.0e-4, 0.5M tokens, 375M tokens of warmup. With GPT-2's 50,257 tokens it has 124M parameters.
+    "124m": Preset(_shape(768, 2048, 12, 12), 84_953_856, 6.0e-4, 2**19, 715, 2**15),
+    # GPT-3 Medium: 3.0e-4, 0.5M tokens, 375M tokens of warmup.
+    "350m": Preset(_shape(1024, 2816, 24, 16), 308_331_520, 3.0e-4, 2**19, 715, 2**14),
+    # Shape: Llama 3.2 1B. Pythia 1.0B: 3.0e-4, 2M tokens, 1430 steps of warmup.
+    "1b": Preset(_shape(2048, 8192, 16, 32, 8, rope_theta=500_000.0), 973_146_112, 3.0e-4, 2**21, 1430, 2**13),
+}
+
+
+def preset_keys(name: str, asked: Mapping[str, Any], *, ranks: int = 1) -> dict[str, Any]:
+    """The dotted keys that the preset `name` sets beside those that were `asked` for.
+
+    A step has the preset's tokens, to the next power of two, whatever data.sequence_length is, and a micro-batch as many rows
+    of the preset's as come out even.
+    """
+    preset = PRESETS[name]
+    length = asked.get("data.sequence_length", DataConfig.sequence_length)
+    keys: dict[str, Any] = {f"model.{key}": value for key, value in preset.model.items()}
+    keys["batch.global_batch_size"] = rows_of(preset.batch_tokens, length)
+    if preset.micro_batch_tokens is not None:
+        rows = asked.get("batch.global_batch_size", keys["batch.global_batch_size"]) // ranks
+        keys["batch.micro_batch_size"] = math.gcd(rows_of(preset.micro_batch_tokens, length), max(1, rows))
+    return keys | {"optim.learning_rate": preset.learning_rate, "schedule.warmup_steps": preset.warmup_steps}
+
+
+def rows_of(tokens: int, sequence_length: int) -> int:
+    """How many rows make `tokens`: a power of two, so that ranks and accumulation divide it; one at least."""
+    return 1 << max(0, (tokens // max(1, sequence_length)).bit_length() - 1)

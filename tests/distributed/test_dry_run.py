@@ -1,0 +1,146 @@
+"""A dry run says what the run would be and what it takes, and leaves no trace of itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_trainer.assembly import assemble
+from dist_trainer.checkpoint.run_folder import RunFolder
+from dist_trainer.distributed.world import World
+from dist_trainer.dry_run import dry_run, largest_step, prepare_beside, rehearse
+from dist_trainer.errors import CheckpointError
+from dist_trainer.exit_codes import exit_code_of
+from dist_trainer.run_header import run_header
+from dist_trainer.starting_point import StartingPoint, look_for_starting_point
+from tests.distributed.ranks import exit_codes
+from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def dry(config, world_size: int = 1) -> list[int | None]:
+    return exit_codes(world_size, lambda: exit_code_of(lambda: dry_run(config)))
+
+
+def everything_in(path: Path) -> dict[str, tuple[bytes | str, int]]:
+    """Each file's and link's content, and when it was written."""
+    found = {}
+    for file in sorted(path.rglob("*")):
+        content = str(file.readlink()) if file.is_symlink() else file.read_bytes() if file.is_file() else ""
+        found[str(file.relative_to(path))] = (content, file.lstat().st_mtime_ns)
+    return found
+
+
+def test_it_says_what_a_step_takes_and_leaves_no_folder(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path / "two words")
+    assert dry(config, 2) == [0, 0]
+    assert not (tmp_path / "two words").exists()
+    said = capfd.readouterr().err
+    assert "dry run of run: steps 1 to 12, into" in said
+    assert "2 ranks x " in said
+    assert re.search(r"time +\S+ s a step \(\S+ tokens/s\): 12 steps and 3 validations of \S+ s take about ", said)
+    assert re.search(r"memory +at most \S+ MiB of the machine's .* on rank [01], \S+ MiB at least; 2 processes", said)
+    assert "Traceback" not in said
+
+
+def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path)
+    run(config, 1, before=stop_after(6))
+    running = RunFolder(folder(config))  # by this process; its forked child does not share the lock
+    try:
+        before = everything_in(folder(config))
+        assert dry(config) == [0]
+        assert everything_in(folder(config)) == before
+    finally:
+        running.close()
+    said = capfd.readouterr().err
+    assert "steps 7 to 12, into" in said
+    assert "going on after step 6" in said
+
+
+def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_are(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path, train__max_steps=1)
+    run(config, 1)
+    assert dry(config) == [0]
+    assert f"dry run: {folder(config)} has finished its 1 steps already" in capfd.readouterr().err
+    assert dry(changed(config, optim__learning_rate=1.0)) == [2]
+    assert "optim.learning_rate: 1.0, but the run began with 0.01" in capfd.readouterr().err
+    (weights,) = (folder(config) / "checkpoints").glob("step-*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    before = everything_in(folder(config))
+    assert dry(config) == [2]
+    refusals = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist_trainer:")]
+    assert len(refusals) == 1
+    assert "holds checkpoints but none of them is intact" in refusals[0]
+    assert dry(changed(config, checkpoint__resume="never")) == [0]
+    assert everything_in(folder(config)) == before
+
+
+def test_a_folder_that_could_not_be_made_is_refused(stories, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    assert dry(small_config(stories, tmp_path / "file" / "runs")) == [2]
+    assert f"{tmp_path / 'file'} cannot be written (Not a directory)" in capfd.readouterr().err
+
+
+def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_once_more(stories, tmp_path, monkeypatch):
+    config = small_config(stories, tmp_path, train__max_steps=12)
+    run(config, 1, before=stop_after(2))
+    gone = StartingPoint(tmp_path / "gone")
+    found = iter([gone, look_for_starting_point(config, folder(config)), gone, gone])
+    monkeypatch.setattr("dist_trainer.dry_run.look_for_starting_point", lambda *_: next(found))
+    assert prepare_beside(folder(config), config, World.single()).progress.step == 2
+    with pytest.raises(CheckpointError, match="gone"):
+        prepare_beside(folder(config), config, World.single())
+
+
+def trainer_of(config):
+    return assemble(config, World.single(), None, StartingPoint())
+
+
+def test_the_batch_is_as_large_as_any_can_be(stories, tmp_path):
+    trainer = trainer_of(small_config(stories, tmp_path, data__packing=False, data__sequence_length=300))
+    assert max(batch.tokens.shape[1] for batch, _ in zip(trainer.train_data, range(20), strict=False)) < 300
+    batches, targets = largest_step(trainer)
+    assert (
+        [tuple(batch.tokens.shape) for batch in batches] == [tuple(batch.targets.shape) for batch in batches] == [(2, 300)] * 4
+    )
+    assert targets == sum(batch.num_targets() for batch in batches)
+    cost = rehearse(trainer)
+    assert (cost.steps, cost.validations) == (12, 3)
+    assert cost.step_seconds > 0
+    assert cost.validation_seconds > 0
+
+
+@pytest.mark.slow  # compiling takes half a minute, and torchrun some seconds
+@pytest.mark.parametrize("launcher", [["-m"], ["-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]])
+def test_a_compiled_run_can_be_tried_by_the_command(tmp_path, launcher):
+    words = ["--config", "configs/debug.yaml", "--dry_run", "--precision.compile", "true", "--output_dir", str(tmp_path / "r")]
+    done = subprocess.run(
+        [sys.executable, *launcher, "dist_trainer.train", *words], capture_output=True, text=True, timeout=300, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr
+    assert ", compiled, " in done.stderr
+    assert " a step (" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_header_is_short_aligned_and_true(stories, tmp_path):
+    trainer = trainer_of(small_config(stories, tmp_path))
+    title, *lines = run_header(trainer, tmp_path / "run").splitlines()
+    assert title == f"run: steps 1 to 12, into {tmp_path / 'run'}"
+    assert len(lines) < 8
+    assert {line[:11].rstrip() for line in lines} == {"  model", "  tokens", "  devices", "  memory", "  results", "  resume"}
+    said = dict(line.split(maxsplit=1) for line in lines)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert said["model"] == f"decoder_lm, {parameters / 1000:.0f}k parameters in 2 layers of 32, random weights"
+    assert said["tokens"].startswith("8 x 32 = 256 a step, 3.07k in all: ")
+    assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 rows a step")
+    weights = 4 * parameters / 1024
+    assert said["memory"].startswith(f"{weights:.0f} KiB weights + {weights:.0f} KiB gradients")
+    assert "no W&B" in said["results"]
+    assert "saved every 4 steps" in said["resume"]
