@@ -62,8 +62,10 @@ def have_runs_of(command: str, folder: Path, origin: Path) -> None:
 
 def cheap(command: str) -> list[str]:
     """The command as a test can afford it: a tiny model, one process."""
-    words = shlex.split(command)
+    words = shlex.split(command.partition(" > ")[0])
     match words:
+        case ["dist-train", *arguments]:
+            return cheap(shlex.join(["python", "-m", "dist_trainer.train", *arguments]))
         case ["make", "train"]:
             return ["launch/local.sh", *SMALL]
         case ["make", *_]:
@@ -73,6 +75,8 @@ def cheap(command: str) -> list[str]:
             return [*words, *SMALL, *data, "--run_name", "launched"]
         case ["torchrun", _, "-m", "dist_trainer.train", *arguments]:  # test_train.py has torchrun itself
             return cheap(shlex.join(["python", "-m", "dist_trainer.train", *arguments]))
+        case ["python", "-m", "dist_trainer.train", *_, "--print_completion", _]:
+            return words
         case ["python", "-m", "dist_trainer.train", *_] if "--profile.steps" in words:
             return [*words, *SMALL, "--train.max_steps", "9"]
         case ["python", "-m", "dist_trainer.train", *_]:
