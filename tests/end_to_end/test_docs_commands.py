@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,15 @@ def test_the_commands_of_the_page_run_one_after_the_other(page: str, origin: Pat
     for command in HERE[page]:
         have_runs_of(command, folder, origin)
         run(cheap(command), folder)
+
+
+def test_what_library_md_takes_back_from_a_run(origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    back = (ROOT / "docs" / "library.md").read_text("utf-8").partition("## Back from a run")[2]
+    [example] = re.findall(r"```python\n(.*?)```", back, re.DOTALL)
+    monkeypatch.chdir(origin.parents[1])
+    found: dict[str, Any] = {}
+    exec(example, found)
+    assert found["model"].vocabulary_size == len(found["tokenizer"]) == 4096
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
