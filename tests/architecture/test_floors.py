@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from tests.architecture.sources import PACKAGE, imports_of_the_package, loaded_by_importing
+from tests.architecture.sources import PACKAGE, REPOSITORY, imports_of_the_package, loaded_by_importing
 
 GROUND = {"version", "errors", "secrets"}
 FLOORS = [
@@ -57,6 +58,12 @@ def part_of(file: Path) -> str:
 def test_every_part_of_the_package_stands_on_a_floor() -> None:
     parts = {part_of(file) for file in PACKAGE.rglob("*.py")}
     assert parts <= FLOOR_OF.keys(), "give these a floor here and in docs/architecture.md"
+
+
+def test_the_page_has_the_same_floors() -> None:
+    page = (REPOSITORY / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| (?:\d+|ground) \| ((?:`\w+` ?)+)\|", page, re.MULTILINE)
+    assert [set(re.findall(r"\w+", row)) for row in reversed(rows)] == [FLOORS[0] | FLOORS[1], *FLOORS[2:-1]]
 
 
 def test_imports_only_point_down() -> None:

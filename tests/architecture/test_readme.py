@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -56,10 +57,32 @@ def test_the_readme_has_less_than_500_words_of_prose() -> None:
     assert len(re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE).split()) < 500
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_that_exist(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
-    assert [t for t in targets if not (page.parent / t).exists()] == []
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the page's headings: lower case, hyphens for spaces, no punctuation; numbered where one repeats."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ +(.*?) *$", text, re.MULTILINE):
+        slug = re.sub(r"[^\w -]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()).replace(" ", "-")
+        numbered = (f"{slug}-{number}" for number in count(1))
+        found.add(slug if slug not in found else next(name for name in numbered if name not in found))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        name, _, anchor = target.partition("#")
+        there = page.parent / name if name else page
+        if re.match(r"[a-z]+:", target) is None and not (there.exists() and (not anchor or anchor in anchors(there))):
+            broken.append(target)
+    assert broken == []
+
+
+def test_the_index_of_the_docs_names_every_page() -> None:
+    for folder in (REPOSITORY / "docs", REPOSITORY / "docs" / "decisions"):
+        index = re.findall(r"\]\(([\w/.]+)\)", (folder / "README.md").read_text("utf-8"))
+        assert [page.name for page in sorted(folder.glob("*.md")) if page.name != "README.md" and page.name not in index] == []
 
 
 # Put together here, so that this file does not name them itself.
