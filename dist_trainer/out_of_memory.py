@@ -128,7 +128,7 @@ def remedies_for_host(config: TrainingConfig, world: World) -> list[str]:
     if config.data.num_workers > 0:
         found.append(f"--data.num_workers 0 (it is {config.data.num_workers}): each is a process, on every rank")
     if world.local_world_size > 1:
-        found.append(f"fewer ranks on a machine (it has {world.local_world_size}): each saves from a copy of its own")
+        found.append(f"fewer ranks on a machine (it has {world.local_world_size}): each is a process with libraries of its own")
     return [*found, "more memory for the job: a save copies weights and optimizer into the machine's memory"]
 
 

@@ -20,6 +20,7 @@ from dist_trainer.tracking.goodput import Goodput, goodput_of
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.run_history import best_validation
 from dist_trainer.tracking.run_log import PROGRESS_LOGGER, configure_logging
+from dist_trainer.tracking.status import read_status
 
 __all__ = ["ConsoleTracker", "configure_logging"]
 
@@ -65,6 +66,7 @@ class ConsoleTracker:
     def close(self, *, state: str, reason: str | None) -> None:
         """Take the bar down; say how the run ended, how good it got, and which commands come next."""
         self._bar.close()
+        self._step = max(self._step, read_status(self._context.folder).get("step", 0))  # lines come every so many steps
         context, took = self._context, duration(self._clock() - self._began)
         best = "no best checkpoint, as nothing was validated"
         if self._best is not None:

@@ -96,7 +96,7 @@ def test_the_machine_s_own_memory_has_other_remedies_than_a_gpu_s():
     config = TrainingConfig(data=DataConfig(num_workers=4))
     assert remedies_for_host(config, GPU)[:2] == [
         "--data.num_workers 0 (it is 4): each is a process, on every rank",
-        "fewer ranks on a machine (it has 4): each saves from a copy of its own",
+        "fewer ranks on a machine (it has 4): each is a process with libraries of its own",
     ]
 
 

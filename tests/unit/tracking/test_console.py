@@ -14,6 +14,7 @@ import pytest
 from dist_trainer.tracking.console_tracker import ConsoleTracker, next_commands
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
+from dist_trainer.tracking.status import write_status
 from tests.unit.tracking.test_trackers import context, train_line, validation_line
 
 
@@ -95,9 +96,10 @@ def test_the_last_line_says_how_it_ended_and_why_its_best_checkpoint_restarts_an
     tracker = ConsoleTracker(context(tmp_path))
     tracker.log(train_line(10))
     tracker.log(validation_line(10, loss=1.5))
+    write_status(tmp_path, "preempted", step=13, max_steps=20)  # the last three have no line of their own
     tracker.close(state="preempted", reason="SIGTERM")
     (line,) = (line for line in (tmp_path / "rank-0.log").read_text().splitlines() if "preempted" in line)
-    assert "preempted at step 10 of 20 after " in line
+    assert "preempted at step 13 of 20 after " in line
     assert "(SIGTERM); best checkpoint step 10, validation loss 1.5000; " in line
     assert "% of " in line
     assert line.endswith(f" went into steps and validation; {restarts} restarts, {3 * restarts} steps lost to them")
