@@ -62,7 +62,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     harness = harness_fields(arguments, rest)
     run = run_folder_of(path, is_run=_is_run)
     if run is not None:
-        given = ["--config", str(run / "config.yaml")]
+        # Where training began does not matter any more, and may have gone.
+        given = ["--config", str(run / "config.yaml"), "--checkpoint.resume", "auto"]
     else:
         context = model_context(path)
         asked = "data.sequence_length" in keys_given(rest)

@@ -97,7 +97,9 @@ def _names(config: TrainingConfig) -> Iterator[str]:
     if not config.output_dir:
         yield "output_dir: must not be empty; use . for the current folder"
     resume = config.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    # A run that has checkpoints of its own goes on from these: the one it began from may have gone since.
+    own = (Path(config.output_dir) / config.run_name / "checkpoints").glob("step-*")
+    if resume not in ("auto", "never") and not Path(resume).is_dir() and not any(own):
         yield f"checkpoint.resume: {resume!r} is neither auto nor never nor a folder that exists"
 
 

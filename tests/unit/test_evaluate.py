@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.config.loading import dump_config
-from dist_trainer.config.schema import DataConfig, TrainingConfig
+from dist_trainer.config.schema import CheckpointConfig, DataConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.evaluate import parse_arguments
 
@@ -28,6 +28,13 @@ def test_conversations_are_written_by_the_template_that_was_saved_with_the_model
     evaluated = parse_arguments([str(tmp_path)]).config.data
     assert evaluated == replace(config.data, chat_template=None, tokenizer=str(tmp_path))
     assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"]).config.data.chat_template == "other.jinja"
+
+
+def test_a_run_is_evaluated_also_where_the_one_that_it_began_from_has_gone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    config = TrainingConfig(checkpoint=CheckpointConfig(resume=str(tmp_path / "gone")))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert parse_arguments([str(tmp_path)]).config.checkpoint.resume == "auto"
 
 
 @pytest.mark.parametrize(
