@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from dist_trainer.assembly import assemble, check_rows, check_visible_everywhere, from_what_is_found
+from dist_trainer.assembly import assemble, check_visible_everywhere, from_what_is_found, refuse_what_cannot_run
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.sampler import ValidationSampler, accumulation_steps
+from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.preemption import StopRequest
@@ -63,8 +63,7 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
     folder = Path(config.output_dir) / config.run_name
     with World.join(config.distributed, stop_request=stop_request, guard=guard) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
-        accumulation_steps(config.batch, world.world_size)
-        agree(world, lambda: check_rows(config))
+        refuse_what_cannot_run(config, world)
         agree(world, lambda: refuse_what_cannot_be_written(folder), acts=world.is_main)
         try:
             with explaining_out_of_memory(config, world):

@@ -87,6 +87,12 @@ def test_a_folder_that_could_not_be_made_is_refused(stories, tmp_path, capfd):
     assert f"{tmp_path / 'file'} cannot be written (Not a directory)" in capfd.readouterr().err
 
 
+def test_a_tracker_whose_package_is_missing_is_refused_as_by_the_run(stories, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert dry(small_config(stories, tmp_path, tracking__trackio=True)) == [2]
+    assert "tracking.trackio: true needs the package trackio" in capfd.readouterr().err
+
+
 def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_once_more(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path, train__max_steps=12)
     run(config, 1, before=stop_after(2))
