@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 
 from dist_trainer.assembly import assemble, check_visible_everywhere, from_what_is_found, refuse_what_cannot_run
+from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.run_folder import CHECKPOINTS
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import ValidationSampler
@@ -185,13 +187,15 @@ def _wait_for(device: torch.device) -> None:
 
 def cost_in_words(cost: Cost, trainer: Trainer, folder: Path) -> str:
     """Time, memory, and the disk."""
+    disk = disk_of(trainer, folder)
     rows = {
         "time": time_in_words(cost, trainer),
         "memory": memory_in_words(cost, trainer),
-        "disk": disk_in_words(trainer, folder),
+        "disk": disk_in_words(disk),
     }
     lines = (f"  {name:<9}{text}" for name, text in rows.items())
-    return "\n".join([f"dry run: nothing is wrong, and nothing was left in {folder}", *lines])
+    wrong = "nothing is wrong" if disk.suffices else "all works, but the disk has too little room for its checkpoints"
+    return "\n".join([f"dry run: {wrong}; nothing was left in {folder}", *lines])
 
 
 def time_in_words(cost: Cost, trainer: Trainer) -> str:
@@ -216,10 +220,37 @@ def memory_in_words(cost: Cost, trainer: Trainer) -> str:
     return f"at most {memory(most)} of the machine's {memory(total)} in a process{ranks}{processes}"
 
 
-def disk_in_words(trainer: Trainer, folder: Path) -> str:
+@dataclass(frozen=True)
+class Disk:
+    """What checkpoints need, in bytes."""
+
+    checkpoint: int
+    kept: int
+    """Checkpoints at a time."""
+    present: int
+    """Of them there already."""
+    free: int
+
+    @property
+    def suffices(self) -> bool:
+        """Whether those that are to come have room."""
+        return (self.kept - min(self.kept, self.present)) * self.checkpoint <= self.free
+
+
+def disk_of(trainer: Trainer, folder: Path) -> Disk:
     """A checkpoint has weights and the optimizer's state; beside the newest ones the best is kept, and one is being made."""
-    state, kept = state_bytes(trainer), trainer.config.checkpoint.keep_last + 2
-    size = state["weights"] + state["optimizer"]
+    state = state_bytes(trainer)
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    return f"{memory(size)} a checkpoint, at most {kept} at a time: {memory(kept * size)}, of {memory(free)} that are free"
+    return Disk(
+        checkpoint=state["weights"] + state["optimizer"],
+        kept=trainer.config.checkpoint.keep_last + 2,
+        present=len(step_folders(folder / CHECKPOINTS)),
+        free=shutil.disk_usage(place).free,
+    )
+
+
+def disk_in_words(disk: Disk) -> str:
+    """How much of it checkpoints take."""
+    present = f", {disk.present} of them there" if disk.present else ""
+    most = f"at most {disk.kept} at a time{present}: {memory(disk.kept * disk.checkpoint)}"
+    return f"{memory(disk.checkpoint)} a checkpoint, {most}; {memory(disk.free)} are free"
