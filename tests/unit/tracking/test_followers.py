@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import dist_trainer
-from dist_trainer.config.schema import TrackingConfig, TrainingConfig
+from dist_trainer.config.schema import ModelConfig, TrackingConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking.follower_tracker import (
     FollowerTracker,
@@ -179,6 +179,12 @@ def test_what_the_config_leaves_open_comes_from_wandb_s_own_variables(tmp_path, 
     assert not is_on("wandb", TrackingConfig(wandb="online"))
     given = _description(context(tmp_path, wandb_project="mine", wandb_group="us"), "wandb")
     assert (given["project"], given["group"]) == ("mine", "us")
+
+
+def test_the_config_that_goes_elsewhere_has_no_keys_without_meaning_for_its_model(tmp_path):
+    config = TrainingConfig(model=ModelConfig(name="hf", init_from="gpt2"))
+    run = RunContext(config, tmp_path, 0, max_steps=20, parameters=1000, environment={})
+    assert _description(run, "wandb")["config"]["model"] == {"name": "hf", "init_from": "gpt2"}
 
 
 def test_a_run_keeps_the_id_that_wandb_s_variable_gave_it_first(tmp_path):
