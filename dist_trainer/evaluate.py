@@ -172,21 +172,25 @@ def evaluate_model(path: Path, config: TrainingConfig) -> dict[str, Any] | None:
     """Loss, perplexity, bits per byte, and on how much; on rank 0."""
     from dist_trainer.data.loader import create_validation_loader
     from dist_trainer.data.token_bytes import token_bytes_of
-    from dist_trainer.data.tokenization import tokenizer_of
+    from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
     from dist_trainer.distributed.collectives import first_on_each_node
     from dist_trainer.distributed.world import World
     from dist_trainer.evaluation import evaluate
+    from dist_trainer.models.hf_format import find_model
     from dist_trainer.models.loss import model_loss
-    from dist_trainer.models.registry import open_model
+    from dist_trainer.models.registry import open_model, refuse_lack_of_room
     from dist_trainer.precision import build_precision
     from dist_trainer.tracking.run_log import configure_logging
 
     with World.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
+        find_model(path)  # before data that may take long
         tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data))
         loader = create_validation_loader(config, world, tokenizer=tokenizer)
+        model = open_model(path, device=world.device)
+        refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
         result = evaluate(
-            open_model(path, device=world.device),
+            model,
             loader,
             num_blocks=loader.sampler.num_blocks,  # type: ignore[attr-defined]
             world=world,
