@@ -169,12 +169,14 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
     """
     folder = locate_weights(Path(path))
     try:
-        read_hf_config(folder)
+        described = read_hf_config(folder)
     except ConfigError:
         if transformers_lm.has_weights(folder):
             return transformers_lm.open_weights(folder).to(device).eval()
         raise
-    return DecoderLM.from_pretrained(folder, device=device)
+    model = DecoderLM.like(described, device=device)
+    model.load_weights(folder)
+    return model.eval()
 
 
 def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:

@@ -187,6 +187,7 @@ def test_the_config_that_goes_elsewhere_has_no_keys_without_meaning_for_its_mode
     assert _description(run, "wandb")["config"]["model"] == {"name": "hf", "init_from": "gpt2"}
 
 
+@pytest.mark.slow  # W&B takes seconds to import
 def test_an_online_run_is_told_with_its_address_at_once_and_at_the_end(tmp_path, monkeypatch):
     import wandb
 
