@@ -34,7 +34,7 @@ from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point
-from dist_trainer.tracking.formatting import duration, memory, quantity, significant
+from dist_trainer.tracking.formatting import counted, duration, memory, quantity, significant
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.throughput import peak_memory_bytes
 from dist_trainer.trainer import Trainer
@@ -201,11 +201,13 @@ def cost_in_words(cost: Cost, trainer: Trainer, folder: Path) -> str:
 def time_in_words(cost: Cost, trainer: Trainer) -> str:
     """How long a step takes, and how long the run will."""
     tokens = trainer.config.batch.global_batch_size * trainer.config.data.sequence_length
+    work = counted(cost.steps, "step")
+    if cost.validations:
+        work += f" and {counted(cost.validations, 'validation')} of {duration(cost.validation_seconds)}"
     total = cost.steps * cost.step_seconds + cost.validations * cost.validation_seconds
-    validated = f" and {cost.validations} validations of {duration(cost.validation_seconds)}" if cost.validations else ""
     return (
-        f"{significant(cost.step_seconds, 3)} s a step ({quantity(tokens / cost.step_seconds)} tokens/s): {cost.steps} steps"
-        f"{validated} take about {duration(total)}, without compiling, samples and saving"
+        f"{significant(cost.step_seconds, 3)} s a step ({quantity(tokens / cost.step_seconds)} tokens/s): "
+        f"{work} take about {duration(total)}, without compiling, samples and saving"
     )
 
 

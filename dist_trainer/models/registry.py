@@ -18,7 +18,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.hf_format import WEIGHTS_FILE, locate_weights, write_hf
+from dist_trainer.models.hf_format import WEIGHTS_FILE, find_model, locate_weights, write_hf
 from dist_trainer.models.meta import materialize, on_meta
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def begins_trained(config: ModelConfig) -> bool:
     """Whether config.init_from brings weights, and not a shape alone."""
     if config.init_from is None or config.name != "hf":
         return config.init_from is not None
-    return transformers_lm.has_weights(locate_weights(model_folder(config.init_from, weights=True)))
+    return transformers_lm.has_weights(find_model(model_folder(config.init_from, weights=True)))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
