@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.command_line import take_apart
 from dist_trainer.config.loading import keys_given, load_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
@@ -32,6 +33,10 @@ FLAGS = {"--help", "--apply_chat_template"}
 HARNESS_OPTIONS = ("harness_tasks", "limit", "num_fewshot", "batch_size", "apply_chat_template")
 OWN_OPTIONS = {"--data", "--harness", *(f"--{name}" for name in HARNESS_OPTIONS)} | FLAGS
 """The others are training's keys."""
+
+
+SECTIONS_OF_TRAINING = ("model", "optim", "schedule", "train", "checkpoint", "tracking", "profile")
+"""Sections of the config that say how a model comes about, not what it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
         raise ConfigError("--preset: is for training; a model that is there has its size already")
     # The tokenizer that was saved with the model has the template of its training.
     config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest])
+    if harness is None:
+        refuse_keys_without_effect(rest)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))
     return Asked(path, config, harness)
@@ -132,6 +139,13 @@ def harness_fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[s
             "itself takes a checkpoint: `accelerate launch -m lm_eval --model hf --model_args pretrained=RUN/checkpoints/best`"
         )
     return {"tasks": tasks, "tasks_folder": given.pop("harness_tasks", None), **given}
+
+
+def refuse_keys_without_effect(rest: Sequence[str]) -> None:
+    """Raises ConfigError for a key that changes nothing here. A --config file may be that of training, and hold such keys."""
+    without_effect = sorted(a.key for a in take_apart(rest).assignments if a.key.split(".")[0] in SECTIONS_OF_TRAINING)
+    if without_effect:
+        raise ConfigError(f"{without_effect[0]}: has no effect on what is measured of a model that is there; leave it out")
 
 
 def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -69,8 +69,21 @@ def test_options_of_lm_eval_do_not_take_the_run_and_leave_precision_to_be_set(tm
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--preset", "10m"], "--preset: is for training"), (["--dry_run"], "dry_run: no such key")]
+    ("words", "said"),
+    [
+        (["--preset", "10m"], "--preset: is for training"),
+        (["--dry_run"], "dry_run: no such key"),
+        (["--model.dropout", "0.1"], "model.dropout: has no effect on what is measured"),
+        (["--data.num_workers=1", "--optim.learning_rate=1"], "optim.learning_rate: has no effect on what is measured"),
+        (["--optim.lr", "1"], "optim.lr: no such key; did you mean optim.learning_rate"),
+    ],
 )
 def test_what_is_for_training_alone_is_refused(tmp_path, words, said):
     with pytest.raises(ConfigError, match=said):
         parse_arguments([str(tmp_path), *words])
+
+
+def test_a_file_may_hold_keys_of_training(tmp_path):
+    file = tmp_path / "training.yaml"
+    file.write_text("data: {num_workers: 1}\noptim: {learning_rate: 1.0}\n")
+    assert parse_arguments([str(tmp_path), "--config", str(file)]).config.data.num_workers == 1
