@@ -76,6 +76,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     if arguments.data is not None:
         # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
         given += ["--validation.max_batches", "null", "--data.dataset_config", "null"]
+    if arguments.data == "":
+        raise ConfigError("--data: must not be empty; name a data set, or leave it out for the run's own validation data")
     if any(word.partition("=")[0] == "--preset" for word in rest):
         raise ConfigError("--preset: is for training; a model that is there has its size already")
     # The tokenizer that was saved with the model has the template of its training.

@@ -42,6 +42,7 @@ def test_a_run_is_evaluated_also_where_the_one_that_it_began_from_has_gone(tmp_p
     [
         (["--harness", " ,"], "--harness: names no task"),
         (["--limit", "3"], "--limit: goes with --harness"),
+        (["--data", ""], "--data: must not be empty"),
         (["--harness", "a", "--limit", "0"], "--limit: 0 must be 1 or more"),
         (["--harness", "a", "--data", "b"], "--data and --harness: give one of them"),
         (["--harness=a", "--data.sequence_length", "8"], "data.sequence_length: has no effect with --harness"),
