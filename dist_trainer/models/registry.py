@@ -148,7 +148,9 @@ def begins_trained(config: ModelConfig) -> bool:
     """Whether config.init_from brings weights, and not a shape alone."""
     if config.init_from is None or config.name != "hf":
         return config.init_from is not None
-    return transformers_lm.has_weights(find_model(model_folder(config.init_from, weights=True)))
+    folder = Path(config.init_from).expanduser()
+    # What comes from the Hub has weights, or `hf` has refused it.
+    return not folder.is_dir() or transformers_lm.has_weights(find_model(folder))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
