@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     if any(word.partition("=")[0] == "--preset" for word in rest):
         raise ConfigError("--preset: is for training; a model that is there has its size already")
     # The tokenizer that was saved with the model has the template of its training.
-    config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest])
+    config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest], trains=False)
     if harness is None:
         refuse_keys_without_effect(rest)
     if arguments.data is not None:

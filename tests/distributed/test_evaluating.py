@@ -72,6 +72,14 @@ def test_the_commands_of_the_page_give_the_same_number_on_any_number_of_ranks(re
     assert {name: in_training[name] for name in alone.keys() - {"data"}} == {n: alone[n] for n in alone.keys() - {"data"}}
 
 
+def test_ranks_that_could_not_share_the_training_batch_evenly_evaluate_all_the_same(reader):
+    _, config = reader
+    assert config.batch.global_batch_size % 3
+    said, *by_others = run_ranks(3, lambda: printed(evaluate.parse_arguments([str(folder(config))])))
+    assert not any(by_others)
+    assert json.loads(said)["loss"] == metrics(config, "validation")[-1]["loss"]
+
+
 @pytest.mark.parametrize(
     ("changes", "without_their_first"),
     [({}, TEXTS[:1]), ({"data__document_mask": True}, TEXTS), ({"data__packing": False}, TEXTS)],
