@@ -23,6 +23,7 @@ from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
+from dist_trainer.tracking.jsonl_tracker import encode_line
 from dist_trainer.tracking.run_history import run_folder_of
 
 log = logging.getLogger(__name__)
@@ -178,9 +179,10 @@ def _is_run(folder: Path) -> bool:
 
 def run(asked: Asked) -> int:
     """Do what is asked for; print what was found as one JSON object, on rank 0."""
-    found = evaluate_model(asked.path, asked.config) if asked.harness is None else evaluate_tasks(asked)
-    if found is not None:
-        print(json.dumps(found))
+    if asked.harness is not None:
+        print(json.dumps(evaluate_tasks(asked)))
+    elif (found := evaluate_model(asked.path, asked.config)) is not None:
+        print(encode_line(found).decode(), end="")
     return EXIT_FINISHED
 
 

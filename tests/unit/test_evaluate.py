@@ -1,5 +1,7 @@
 """What a command line of dist_trainer.evaluate means."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from dist_trainer.config.loading import dump_config
 from dist_trainer.config.schema import CheckpointConfig, DataConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.evaluate import parse_arguments
+from dist_trainer.evaluate import Asked, parse_arguments, run
 
 
 def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
@@ -88,3 +90,14 @@ def test_a_file_may_hold_keys_of_training(tmp_path):
     file = tmp_path / "training.yaml"
     file.write_text("data: {num_workers: 1}\noptim: {learning_rate: 1.0}\n")
     assert parse_arguments([str(tmp_path), "--config", str(file)]).config.data.num_workers == 1
+
+
+def test_what_is_printed_is_json_also_where_a_number_is_not_finite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dist_trainer.evaluate.evaluate_model", lambda *_: {"loss": 800.0, "perplexity": math.inf})
+    assert run(Asked(tmp_path, TrainingConfig())) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found == {"loss": 800.0, "perplexity": None, "non_finite": {"perplexity": "inf"}}
