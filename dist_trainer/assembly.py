@@ -77,9 +77,7 @@ def run(
     began = time.time() if began is None else began
     with World.join(config.distributed, stop_request=stop_request, guard=guard) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
-        accumulation_steps(config.batch, world.world_size)
-        agree(world, lambda: check_rows(config))
-        agree(world, lambda: refuse_missing_packages(config.tracking), acts=world.is_main)
+        refuse_what_cannot_run(config, world)
         try:
             with open_run_folder(config, world) as folder:
                 return run_in(folder, config, world, began=began)
@@ -90,8 +88,17 @@ def run(
             world.stop_request.mark_answered()
 
 
+def refuse_what_cannot_run(config: TrainingConfig, world: World) -> None:
+    """Raises ConfigError, the same one on every rank, for what only ranks and imports can tell: now, not after hours of
+    preparing data.
+    """
+    accumulation_steps(config.batch, world.world_size)
+    agree(world, lambda: check_rows(config))
+    agree(world, lambda: refuse_missing_packages(config.tracking), acts=world.is_main)
+
+
 def check_rows(config: TrainingConfig) -> None:
-    """Raises ConfigError where a function of the user's own cannot be had: now, not after hours of preparing data."""
+    """Raises ConfigError where a function of the user's own cannot be had."""
     resolve(MODELS, config.model.name, "model.name")
     resolve(OPTIMIZERS, config.optim.name, "optim.name")
     resolve(SCHEDULES, config.schedule.name, "schedule.name")

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 
-from dist_trainer.assembly import assemble, check_rows, check_visible_everywhere, from_what_is_found
+from dist_trainer.assembly import assemble, check_visible_everywhere, from_what_is_found, refuse_what_cannot_run
+from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.run_folder import CHECKPOINTS
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.sampler import ValidationSampler, accumulation_steps
+from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.preemption import StopRequest
@@ -32,7 +34,7 @@ from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point
-from dist_trainer.tracking.formatting import duration, memory, quantity, significant
+from dist_trainer.tracking.formatting import counted, duration, memory, quantity, significant
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.throughput import peak_memory_bytes
 from dist_trainer.trainer import Trainer
@@ -63,8 +65,7 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
     folder = Path(config.output_dir) / config.run_name
     with World.join(config.distributed, stop_request=stop_request, guard=guard) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
-        accumulation_steps(config.batch, world.world_size)
-        agree(world, lambda: check_rows(config))
+        refuse_what_cannot_run(config, world)
         agree(world, lambda: refuse_what_cannot_be_written(folder), acts=world.is_main)
         try:
             with explaining_out_of_memory(config, world):
@@ -186,23 +187,27 @@ def _wait_for(device: torch.device) -> None:
 
 def cost_in_words(cost: Cost, trainer: Trainer, folder: Path) -> str:
     """Time, memory, and the disk."""
+    disk = disk_of(trainer, folder)
     rows = {
         "time": time_in_words(cost, trainer),
         "memory": memory_in_words(cost, trainer),
-        "disk": disk_in_words(trainer, folder),
+        "disk": disk_in_words(disk),
     }
     lines = (f"  {name:<9}{text}" for name, text in rows.items())
-    return "\n".join([f"dry run: nothing is wrong, and nothing was left in {folder}", *lines])
+    wrong = "nothing is wrong" if disk.suffices else "all works, but the disk has too little room for its checkpoints"
+    return "\n".join([f"dry run: {wrong}; nothing was left in {folder}", *lines])
 
 
 def time_in_words(cost: Cost, trainer: Trainer) -> str:
     """How long a step takes, and how long the run will."""
     tokens = trainer.config.batch.global_batch_size * trainer.config.data.sequence_length
+    work = counted(cost.steps, "step")
+    if cost.validations:
+        work += f" and {counted(cost.validations, 'validation')} of {duration(cost.validation_seconds)}"
     total = cost.steps * cost.step_seconds + cost.validations * cost.validation_seconds
-    validated = f" and {cost.validations} validations of {duration(cost.validation_seconds)}" if cost.validations else ""
     return (
-        f"{significant(cost.step_seconds, 3)} s a step ({quantity(tokens / cost.step_seconds)} tokens/s): {cost.steps} steps"
-        f"{validated} take about {duration(total)}, without compiling, samples and saving"
+        f"{significant(cost.step_seconds, 3)} s a step ({quantity(tokens / cost.step_seconds)} tokens/s): "
+        f"{work} take about {duration(total)}, without compiling, samples and saving"
     )
 
 
@@ -217,10 +222,37 @@ def memory_in_words(cost: Cost, trainer: Trainer) -> str:
     return f"at most {memory(most)} of the machine's {memory(total)} in a process{ranks}{processes}"
 
 
-def disk_in_words(trainer: Trainer, folder: Path) -> str:
+@dataclass(frozen=True)
+class Disk:
+    """What checkpoints need, in bytes."""
+
+    checkpoint: int
+    kept: int
+    """Checkpoints at a time."""
+    present: int
+    """Of them there already."""
+    free: int
+
+    @property
+    def suffices(self) -> bool:
+        """Whether those that are to come have room."""
+        return (self.kept - min(self.kept, self.present)) * self.checkpoint <= self.free
+
+
+def disk_of(trainer: Trainer, folder: Path) -> Disk:
     """A checkpoint has weights and the optimizer's state; beside the newest ones the best is kept, and one is being made."""
-    state, kept = state_bytes(trainer), trainer.config.checkpoint.keep_last + 2
-    size = state["weights"] + state["optimizer"]
+    state = state_bytes(trainer)
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(place).free
-    return f"{memory(size)} a checkpoint, at most {kept} at a time: {memory(kept * size)}, of {memory(free)} that are free"
+    return Disk(
+        checkpoint=state["weights"] + state["optimizer"],
+        kept=trainer.config.checkpoint.keep_last + 2,
+        present=len(step_folders(folder / CHECKPOINTS)),
+        free=shutil.disk_usage(place).free,
+    )
+
+
+def disk_in_words(disk: Disk) -> str:
+    """How much of it checkpoints take."""
+    present = f", {disk.present} of them there" if disk.present else ""
+    most = f"at most {disk.kept} at a time{present}: {memory(disk.kept * disk.checkpoint)}"
+    return f"{memory(disk.checkpoint)} a checkpoint, {most}; {memory(disk.free)} are free"

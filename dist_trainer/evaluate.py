@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.command_line import take_apart
 from dist_trainer.config.loading import keys_given, load_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
@@ -22,6 +23,7 @@ from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
+from dist_trainer.tracking.jsonl_tracker import encode_line
 from dist_trainer.tracking.run_history import run_folder_of
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,10 @@ FLAGS = {"--help", "--apply_chat_template"}
 HARNESS_OPTIONS = ("harness_tasks", "limit", "num_fewshot", "batch_size", "apply_chat_template")
 OWN_OPTIONS = {"--data", "--harness", *(f"--{name}" for name in HARNESS_OPTIONS)} | FLAGS
 """The others are training's keys."""
+
+
+SECTIONS_OF_TRAINING = ("model", "optim", "schedule", "train", "checkpoint", "tracking", "profile")
+"""Sections of the config that say how a model comes about, not what it is measured on."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     harness = harness_fields(arguments, rest)
     run = run_folder_of(path, is_run=_is_run)
     if run is not None:
-        given = ["--config", str(run / "config.yaml")]
+        # Where training began does not matter any more, and may have gone.
+        given = ["--config", str(run / "config.yaml"), "--checkpoint.resume", "auto"]
     else:
         context = model_context(path)
         asked = "data.sequence_length" in keys_given(rest)
@@ -70,10 +77,14 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     if arguments.data is not None:
         # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
         given += ["--validation.max_batches", "null", "--data.dataset_config", "null"]
+    if arguments.data == "":
+        raise ConfigError("--data: must not be empty; name a data set, or leave it out for the run's own validation data")
     if any(word.partition("=")[0] == "--preset" for word in rest):
         raise ConfigError("--preset: is for training; a model that is there has its size already")
     # The tokenizer that was saved with the model has the template of its training.
-    config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest])
+    config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest], trains=False)
+    if harness is None:
+        refuse_keys_without_effect(rest)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))
     return Asked(path, config, harness)
@@ -133,6 +144,13 @@ def harness_fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[s
     return {"tasks": tasks, "tasks_folder": given.pop("harness_tasks", None), **given}
 
 
+def refuse_keys_without_effect(rest: Sequence[str]) -> None:
+    """Raises ConfigError for a key that changes nothing here. A --config file may be that of training, and hold such keys."""
+    without_effect = sorted(a.key for a in take_apart(rest).assignments if a.key.split(".")[0] in SECTIONS_OF_TRAINING)
+    if without_effect:
+        raise ConfigError(f"{without_effect[0]}: has no effect on what is measured of a model that is there; leave it out")
+
+
 def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of this command (RUN, --data NAME, --help), and those of training (`--section.key VALUE`)."""
     own, others, words = [], [], list(argv)
@@ -161,9 +179,10 @@ def _is_run(folder: Path) -> bool:
 
 def run(asked: Asked) -> int:
     """Do what is asked for; print what was found as one JSON object, on rank 0."""
-    found = evaluate_model(asked.path, asked.config) if asked.harness is None else evaluate_tasks(asked)
-    if found is not None:
-        print(json.dumps(found))
+    if asked.harness is not None:
+        print(json.dumps(evaluate_tasks(asked)))
+    elif (found := evaluate_model(asked.path, asked.config)) is not None:
+        print(encode_line(found).decode(), end="")
     return EXIT_FINISHED
 
 
@@ -171,21 +190,25 @@ def evaluate_model(path: Path, config: TrainingConfig) -> dict[str, Any] | None:
     """Loss, perplexity, bits per byte, and on how much; on rank 0."""
     from dist_trainer.data.loader import create_validation_loader
     from dist_trainer.data.token_bytes import token_bytes_of
-    from dist_trainer.data.tokenization import tokenizer_of
+    from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
     from dist_trainer.distributed.collectives import first_on_each_node
     from dist_trainer.distributed.world import World
     from dist_trainer.evaluation import evaluate
+    from dist_trainer.models.hf_format import find_model
     from dist_trainer.models.loss import model_loss
-    from dist_trainer.models.registry import open_model
+    from dist_trainer.models.registry import open_model, refuse_lack_of_room
     from dist_trainer.precision import build_precision
     from dist_trainer.tracking.run_log import configure_logging
 
     with World.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
+        find_model(path)  # before data that may take long
         tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data))
         loader = create_validation_loader(config, world, tokenizer=tokenizer)
+        model = open_model(path, device=world.device)
+        refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
         result = evaluate(
-            open_model(path, device=world.device),
+            model,
             loader,
             num_blocks=loader.sampler.num_blocks,  # type: ignore[attr-defined]
             world=world,

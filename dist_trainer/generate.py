@@ -258,8 +258,10 @@ def prompts_in(path: Path) -> list[Prompt]:
     """The prompts of a file. Raises ConfigError where it cannot be read, naming every line that holds none."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts_file: {path} cannot be read ({error})") from error
+    except OSError as error:
+        raise ConfigError(f"--prompts_file: {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts_file: {path} is not UTF-8 text ({error})") from error
     numbered = [(f"line {number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise ConfigError(f"--prompts_file: {path} has no prompt in it")

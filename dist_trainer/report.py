@@ -12,6 +12,7 @@ from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.tracking.atomic_file import replace_file
 from dist_trainer.tracking.report.curves import MOST_RUNS
 from dist_trainer.tracking.report.page import html_report
+from dist_trainer.tracking.report_tracker import REPORT_FILE
 from dist_trainer.tracking.run_history import read_run, run_folder_of
 
 DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
@@ -29,7 +30,10 @@ def write_report(argv: Sequence[str] | None) -> int:
         "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/default, or a checkpoint in it"
     )
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="the file to write (default: report.html in the first run's folder)"
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="the file to write (default: the run's report.html; of several, compared.html in the first one's folder)",
     )
     arguments = parser.parse_args(argv)
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
@@ -37,7 +41,8 @@ def write_report(argv: Sequence[str] | None) -> int:
         raise ConfigError(
             f"{len(runs)} runs: one page shows at most {MOST_RUNS}, for no eye tells more lines apart; name fewer"
         )
-    output = arguments.output or runs[0] / "report.html"
+    # Not over the first run's own report.
+    output = arguments.output or runs[0] / (REPORT_FILE if len(runs) == 1 else "compared.html")
     page = html_report([read_run(folder) for folder in runs])
     try:
         replace_file(output, [page.encode()], durable=False)

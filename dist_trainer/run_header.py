@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
+from dist_trainer.models.registry import begins_trained
 from dist_trainer.out_of_memory import micro_batch_size, state_bytes, total_memory
 from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.tracking.environment import device_name
 from dist_trainer.tracking.follower_tracker import rows_in_words
-from dist_trainer.tracking.formatting import memory, quantity
+from dist_trainer.tracking.formatting import counted, memory, quantity
 from dist_trainer.trainer import Trainer
 
 
@@ -43,7 +44,7 @@ def model_in_words(trainer: Trainer) -> str:
     if step:
         origin = f"going on after step {step}"
     else:
-        origin = "random weights" if config.init_from is None else f"weights of {config.init_from}"
+        origin = f"weights of {config.init_from}" if begins_trained(config) else "random weights"
     return f"{config.name}, {size}, {origin}"
 
 
@@ -63,11 +64,11 @@ def devices_in_words(trainer: Trainer) -> str:
     world, steps = trainer.world, trainer.accumulation_steps
     machines = -(-world.world_size // world.local_world_size)
     many = f" on {machines} machines" if machines > 1 else ""
-    threads = f" ({_count(torch.get_num_threads(), 'thread')})" if world.device.type == "cpu" else ""
+    threads = f" ({counted(torch.get_num_threads(), 'thread')})" if world.device.type == "cpu" else ""
     compiled = "compiled" if is_compiled(unwrap(trainer.model)) else "not compiled"
-    rows = _count(micro_batch_size(trainer.config, world), "row")
-    micro = f"{_count(steps, 'micro-batch', 'es')} of {rows} a step"
-    ranks = f"{_count(world.world_size, 'rank')} x {device_name(world.device)}{threads}{many}"
+    rows = counted(micro_batch_size(trainer.config, world), "row")
+    micro = f"{counted(steps, 'micro-batch', 'es')} of {rows} a step"
+    ranks = f"{counted(world.world_size, 'rank')} x {device_name(world.device)}{threads}{many}"
     return f"{ranks}, {trainer.precision.name}, {compiled}, {micro}"
 
 
@@ -88,9 +89,5 @@ def results_in_words(trainer: Trainer) -> str:
 def resume_in_words(trainer: Trainer) -> str:
     """How to go on after a stop, and from where."""
     every = trainer.config.checkpoint.every_steps
-    saved = f"every {_count(every, 'step')}" if every else "after each best validation, at the end"
+    saved = f"every {counted(every, 'step')}" if every else "after each best validation, at the end"
     return f"the same command goes on after a stop or a crash; saved {saved} and on a signal to stop"
-
-
-def _count(number: int, thing: str, ending: str = "s") -> str:
-    return f"{number} {thing}{'' if number == 1 else ending}"

@@ -37,19 +37,29 @@ def sample_is_due(tracking: TrackingConfig, step: int, *, validated: bool, is_la
 def log_sample(
     sample: Sample | None, model: nn.Module, world: World, log_line: Callable[[dict[str, Any]], None], *, step: int
 ) -> bool:
-    """Hand a line to `log_line` on the rank that has a `sample`; False, on all ranks, where a signal broke it off."""
+    """Hand a line to `log_line` on the rank that has a `sample`; False, on all ranks, where a signal broke it off.
+
+    A model of the user's own, or its tokenizer, may fail at what training never asks of it: that costs a warning, not the run.
+    """
 
     def interrupted() -> bool:
         world.heartbeat.at("sampling", step=step)
         return bool(world.stop_request)
 
-    began = time.perf_counter()
-    text = sample(model, interrupted) if sample is not None else None
-    if text is not None:
-        log_line({"kind": "sample", "step": step, **text, "seconds": time.perf_counter() - began, "time": time.time()})
+    began, broken_off = time.perf_counter(), False
+    if sample is not None:
+        try:
+            text = sample(model, interrupted)
+        except Exception as error:
+            log.warning("step %d: no sample of text (%s: %s); training goes on", step, type(error).__name__, error)
+        else:
+            broken_off = text is None
+            if text is not None:
+                seconds = time.perf_counter() - began
+                log_line({"kind": "sample", "step": step, **text, "seconds": seconds, "time": time.time()})
     world.heartbeat.at("waiting for others", step=step)
-    [broken_off] = PendingSum([int(sample is not None and text is None)], world).wait()
-    return not broken_off
+    [ranks_broken_off] = PendingSum([int(broken_off)], world).wait()
+    return not ranks_broken_off
 
 
 def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset: Any) -> Sample | None:

@@ -14,12 +14,16 @@ train=(-m dist_trainer.train "$@")
 case " $* " in *" --help "* | *" -h "* | *" --print_"*) become "$python" "${train[@]}" ;; esac
 if ((ranks > 1)); then config=$("$python" "${train[@]}" --print_config); fi
 
+# As one of so many ranks the command refuses a batch that they cannot share; a preset's micro-batch follows from their number.
+can_share_batch() {
+  RANK=0 LOCAL_RANK=0 WORLD_SIZE=$1 MASTER_ADDR=localhost MASTER_PORT=1 "$python" "${train[@]}" --print_config &>/dev/null
+}
 if ((ranks > 1)) && [[ -z ${NPROC:-} ]]; then
-  batch_size=$(sed -n 's/^ *global_batch_size: *//p' <<<"$config")
-  micro_batch_size=$(sed -n 's/^ *micro_batch_size: *\([0-9]*\).*/\1/p' <<<"$config")
   all=$ranks
-  while ((batch_size % (ranks * ${micro_batch_size:-1}))); do ranks=$((ranks - 1)); done
+  until ((ranks == 1)) || can_share_batch "$ranks"; do ranks=$((ranks - 1)); done
   if ((ranks < all)); then
+    batch_size=$(sed -n 's/^ *global_batch_size: *//p' <<<"$config")
+    micro_batch_size=$(sed -n 's/^ *micro_batch_size: *\([0-9]*\).*/\1/p' <<<"$config")
     echo "local.sh: training on $ranks of $all GPUs, for $all ranks cannot share batch.global_batch_size $batch_size evenly;" \
       "to use all, make it a multiple of $((all * ${micro_batch_size:-1}))" >&2
     share_out_threads

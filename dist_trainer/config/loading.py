@@ -33,9 +33,10 @@ from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.place import place_of_this_process
 
 
-def load_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> TrainingConfig:
     """The config that the command line `argv` (default: this process's) asks for; later files and arguments win.
 
+    `trains`: whether a run is to come of it, so that the ranks there are must be able to share the global batch evenly.
     `--help`, `--print_config` and `--print_completion` print and raise SystemExit(0). Raises ConfigError with every problem
     found.
     """
@@ -45,7 +46,7 @@ def load_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     if arguments.shell is not None:
         _raise_all(arguments.problems)
         _print_and_leave(completion_script(arguments.shell))
-    config = _resolve(arguments)
+    config = _resolve(arguments, trains=trains)
     if "--print_config" in arguments.flags:
         _print_and_leave(dump_config(config))
     return config
@@ -93,13 +94,13 @@ def config_differences(before: TrainingConfig | Mapping[str, Any], now: Training
 # ------------------------------------------------------------------------------------------------ the parts
 
 
-def _resolve(arguments: Arguments) -> TrainingConfig:
+def _resolve(arguments: Arguments, *, trains: bool) -> TrainingConfig:
     problems = list(arguments.problems)
     asked = _asked_for(arguments, problems)
     ranks = _ranks(problems)
     following = _keys_from_elsewhere(arguments.preset, asked, problems, ranks=ranks or 1)
     resolved = in_folder_of_its_own(_config_of({**following, **asked.values}))
-    broken = broken_rules(resolved, world_size=ranks)
+    broken = broken_rules(resolved, world_size=ranks if trains else None)
     _raise_all(problems + [_with_place(problem, asked.places) for problem in broken])
     return resolved
 

@@ -97,7 +97,9 @@ def _names(config: TrainingConfig) -> Iterator[str]:
     if not config.output_dir:
         yield "output_dir: must not be empty; use . for the current folder"
     resume = config.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    # A run that has checkpoints of its own goes on from these: the one it began from may have gone since.
+    own = (Path(config.output_dir) / config.run_name / "checkpoints").glob("step-*")
+    if resume not in ("auto", "never") and not Path(resume).is_dir() and not any(own):
         yield f"checkpoint.resume: {resume!r} is neither auto nor never nor a folder that exists"
 
 
@@ -117,8 +119,10 @@ def _rows(config: TrainingConfig) -> Iterator[str]:
 def _model(model: ModelConfig) -> Iterator[str]:
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: {model.dropout} must be 0 or more, and less than 1"
-    if model.name == "hf" and model.init_from is None:
-        yield "model.init_from: must name a folder with a config.json, or a model on the Hub, where model.name is hf"
+    if model.name == "hf":  # the other keys have no meaning for it
+        if model.init_from is None:
+            yield "model.init_from: must name a folder with a config.json, or a model on the Hub, where model.name is hf"
+        return
     if model.rope_type == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
         low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
         yield f"model.rope_high_freq_factor: {high} must be more than model.rope_low_freq_factor ({low})"

@@ -70,13 +70,16 @@ def locate_weights(path: Path) -> Path:
 
     Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
     """
-    folder = path if (path / CONFIG_FILE).is_file() else _newest_inside(path)
+    folder = find_model(path)
     if (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file():  # a checkpoint of ours
         verify(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
     return folder
 
 
-def _newest_inside(path: Path) -> Path:
+def find_model(path: Path) -> Path:
+    """As `locate_weights`, without a look at the weights."""
+    if (path / CONFIG_FILE).is_file():
+        return path
     folders = list(model_folders(path))
     for folder in folders:
         if (folder / CONFIG_FILE).is_file():

@@ -18,7 +18,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.hf_format import WEIGHTS_FILE, locate_weights, write_hf
+from dist_trainer.models.hf_format import WEIGHTS_FILE, find_model, locate_weights, write_hf
 from dist_trainer.models.meta import materialize, on_meta
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,9 @@ def _from_folder(folder: Path, config: ModelConfig, context: ModelContext) -> De
     described = read_hf_config(folder)
     asked = {f"model.{name}": getattr(config, name) for name in SHAPE_FIELDS}
     problems = contradictions(asked, described.config, folder)
-    problems += _lack_of_room(described.vocabulary_size, described.max_position_embeddings, context)
+    problems += _lack_of_room(
+        described.vocabulary_size, described.max_position_embeddings, context.vocabulary_size, context.sequence_length
+    )
     if problems:
         raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
     described = replace(described, config=replace(described.config, dropout=config.dropout))
@@ -90,25 +92,36 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
         raise CheckpointError(
             f"model.init_from: {config.init_from!r} has no {WEIGHTS_FILE} on the Hub, or not in the local cache"
         )
-    problems = _lack_of_room(transformers_lm.num_embeddings(model), transformers_lm.context_of(model), context)
-    if problems:
-        raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
+    refuse_lack_of_room(model, context.vocabulary_size, context.sequence_length, name=f"model.init_from: the model in {folder}")
     transformers_lm.make_savable(model)
     return model.to(context.device).train()
 
 
-def _lack_of_room(known_tokens: int, positions: int | None, context: ModelContext) -> list[str]:
+def refuse_lack_of_room(model: nn.Module, vocabulary_size: int, sequence_length: int, *, name: str) -> None:
+    """Raises ConfigError where rows of this length and vocabulary do not fit into the model, which messages call `name`."""
+    if isinstance(model, DecoderLM):
+        known_tokens, positions = model.vocabulary_size, model.max_position_embeddings
+    elif transformers_lm.is_of_transformers(model):
+        known_tokens, positions = transformers_lm.num_embeddings(model), transformers_lm.context_of(model)
+    else:
+        return
+    problems = _lack_of_room(known_tokens, positions, vocabulary_size, sequence_length)
+    if problems:
+        raise ConfigError(f"{name} does not fit this config:\n  " + "\n  ".join(problems))
+
+
+def _lack_of_room(known_tokens: int, positions: int | None, vocabulary_size: int, sequence_length: int) -> list[str]:
     """A sentence for each way in which text would not fit into a model that is there already."""
     problems = []
-    if known_tokens < context.vocabulary_size:
+    if known_tokens < vocabulary_size:
         problems.append(
-            f"data.tokenizer: has {context.vocabulary_size} tokens, the model knows {known_tokens}; use the model's own "
+            f"data.tokenizer: has {vocabulary_size} tokens, the model knows {known_tokens}; use the model's own "
             "tokenizer (--data.tokenizer with its folder or name), or extend the model first (transformers' "
             "resize_token_embeddings, then save_pretrained, tokenizer beside it)"
         )
-    if positions is not None and positions < context.sequence_length:
+    if positions is not None and positions < sequence_length:
         problems.append(
-            f"data.sequence_length: is {context.sequence_length}, but the model was made for at most {positions} positions; "
+            f"data.sequence_length: is {sequence_length}, but the model was made for at most {positions} positions; "
             f"set it to {positions} or less (--data.sequence_length {positions})"
         )
     return problems
@@ -135,7 +148,9 @@ def begins_trained(config: ModelConfig) -> bool:
     """Whether config.init_from brings weights, and not a shape alone."""
     if config.init_from is None or config.name != "hf":
         return config.init_from is not None
-    return transformers_lm.has_weights(locate_weights(model_folder(config.init_from, weights=True)))
+    folder = Path(config.init_from).expanduser()
+    # What comes from the Hub has weights, or `hf` has refused it.
+    return not folder.is_dir() or transformers_lm.has_weights(find_model(folder))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
@@ -156,12 +171,14 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
     """
     folder = locate_weights(Path(path))
     try:
-        read_hf_config(folder)
+        described = read_hf_config(folder)
     except ConfigError:
         if transformers_lm.has_weights(folder):
             return transformers_lm.open_weights(folder).to(device).eval()
         raise
-    return DecoderLM.from_pretrained(folder, device=device)
+    model = DecoderLM.like(described, device=device)
+    model.load_weights(folder)
+    return model.eval()
 
 
 def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dist_trainer.tracking.formatting import duration, printable, quantity, significant
+from dist_trainer.tracking.formatting import counted, duration, printable, quantity, significant
 from dist_trainer.tracking.goodput import Goodput, goodput_of
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.run_history import best_validation
@@ -156,7 +156,7 @@ def _width() -> dict[str, Any]:
 
 def goodput_in_words(spent: Goodput) -> str:
     """`92% of 5 min 20 s went into steps and validation; 2 restarts, 13 steps lost to them`."""
-    restarts = f"{spent.restarts} restart{'' if spent.restarts == 1 else 's'}, {spent.lost_steps} steps lost to them"
+    restarts = f"{counted(spent.restarts, 'restart')}, {counted(spent.lost_steps, 'step')} lost to them"
     return f"{spent.share:.0%} of {duration(spent.wall_seconds)} went into steps and validation; {restarts}"
 
 

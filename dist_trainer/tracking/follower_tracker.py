@@ -9,7 +9,6 @@ pipe. It reads the lines from metrics.jsonl, so there is no queue to overflow, a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking.run_context import RunContext
@@ -160,7 +160,7 @@ def _description(context: RunContext, row: str) -> dict[str, Any]:
         "code": str(Path(__file__).parents[1]) if tracking.wandb_code else None,
         "trainer_pid": os.getpid(),
         "config": {
-            **dataclasses.asdict(context.config),
+            **as_dict(context.config),
             "parameters": context.parameters,
             "max_steps": context.max_steps,
             "environment": context.environment,

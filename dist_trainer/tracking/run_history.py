@@ -31,10 +31,9 @@ TRAIN_COLUMNS = (
     "data_seconds",
     "checkpoint_stall_ms",
     "peak_memory_bytes",
-    "epoch",
     "time",
 )
-VALIDATION_COLUMNS = ("step", "loss", "perplexity", "tokens", "seconds", "time")
+VALIDATION_COLUMNS = ("step", "loss", "perplexity", "seconds", "time")
 
 _MOST_STEPS = 1e15
 _MOST_EVENTS = 10_000

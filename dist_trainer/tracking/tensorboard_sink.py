@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ class TensorBoardSink:
 
     def goodbye(self) -> str:
         """How to look at it."""
-        return f"`tensorboard --logdir {self._folder.parent.parent}` shows it"
+        return f"`tensorboard --logdir {shlex.quote(str(self._folder.parent.parent))}` shows it"
 
     def _write_text(self, tag: str, text: str, step: int, when: float) -> None:
         from tensorboard.plugins.text.summary import text_pb

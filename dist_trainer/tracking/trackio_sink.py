@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class TrackioSink:
 
     def goodbye(self) -> str:
         """How to look at it."""
-        return f"`trackio show --project {self._project}` shows it"
+        return f"`trackio show --project {shlex.quote(self._project)}` shows it"
 
     @staticmethod
     def _open(description: dict[str, Any], *, resume: str) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import socket
 import string
 from collections.abc import Mapping
@@ -63,8 +64,8 @@ class WandbSink:
     def goodbye(self) -> str:
         """Where everything is, or how it gets there."""
         if self._is_online:
-            return "has everything"
-        return f"recorded offline; `wandb sync {self._folder}/wandb/offline-run-*` sends it"
+            return f"has everything: {self._run.url}"
+        return f"recorded offline; `wandb sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
 
     def _row(self, line: dict[str, Any]) -> dict[str, Any]:
         row = {"step": line["step"], **metrics_of(line)}
@@ -145,7 +146,9 @@ def _open_run(description: dict[str, Any], identity: str, say: Say) -> tuple[Any
     if description["mode"] == "online":
         try:
             _reach(wandb.setup().settings.base_url)
-            return init("online", resume="allow"), True
+            run = init("online", resume="allow")
+            say(f"W&B: {run.url}")
+            return run, True
         except Exception as error:
             say(f"W&B cannot be used online ({in_one_line(error)}); recording offline instead", logging.WARNING)
             wandb.teardown()

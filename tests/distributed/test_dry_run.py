@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,16 @@ def test_it_says_what_a_step_takes_and_leaves_no_folder(stories, tmp_path, capfd
     assert re.search(r"time +\S+ s a step \(\S+ tokens/s\): 12 steps and 3 validations of \S+ s take about ", said)
     assert re.search(r"memory +at most \S+ MiB of the machine's .* on rank [01], \S+ MiB at least; 2 processes", said)
     assert "Traceback" not in said
+    assert f"dry run: nothing is wrong; nothing was left in {folder(config)}" in said
+
+
+def test_it_says_where_checkpoints_will_not_have_room(stories, tmp_path, monkeypatch, capfd):
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: disk._replace(free=1024))
+    assert dry(small_config(stories, tmp_path)) == [0]
+    said = capfd.readouterr().err
+    assert "the disk has too little room for its checkpoints" in said
+    assert re.search(r"disk +\S+ MiB a checkpoint, at most 12 at a time: \S+ MiB; 1.00 KiB are free", said)
 
 
 def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, capfd):
@@ -85,6 +96,12 @@ def test_a_folder_that_could_not_be_made_is_refused(stories, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     assert dry(small_config(stories, tmp_path / "file" / "runs")) == [2]
     assert f"{tmp_path / 'file'} cannot be written (Not a directory)" in capfd.readouterr().err
+
+
+def test_a_tracker_whose_package_is_missing_is_refused_as_by_the_run(stories, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert dry(small_config(stories, tmp_path, tracking__trackio=True)) == [2]
+    assert "tracking.trackio: true needs the package trackio" in capfd.readouterr().err
 
 
 def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_once_more(stories, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 
 from dist_trainer import evaluate
 from dist_trainer.data.tokenization import load_tokenizer
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import CheckpointError, ConfigError
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import changed, folder, metrics, run, small_config
 from tests.unit.data.test_tokenising import of_word_pieces
@@ -72,6 +72,14 @@ def test_the_commands_of_the_page_give_the_same_number_on_any_number_of_ranks(re
     assert {name: in_training[name] for name in alone.keys() - {"data"}} == {n: alone[n] for n in alone.keys() - {"data"}}
 
 
+def test_ranks_that_could_not_share_the_training_batch_evenly_evaluate_all_the_same(reader):
+    _, config = reader
+    assert config.batch.global_batch_size % 3
+    said, *by_others = run_ranks(3, lambda: printed(evaluate.parse_arguments([str(folder(config))])))
+    assert not any(by_others)
+    assert json.loads(said)["loss"] == metrics(config, "validation")[-1]["loss"]
+
+
 @pytest.mark.parametrize(
     ("changes", "without_their_first"),
     [({}, TEXTS[:1]), ({"data__document_mask": True}, TEXTS), ({"data__packing": False}, TEXTS)],
@@ -108,6 +116,16 @@ def test_where_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentenc
     assert (found["bits_per_byte"], found["bytes"]) == (None, None)
     assert found["loss"] > 0
     assert "bits per byte are null: this tokenizer's tokens do not spell" in capfd.readouterr().err
+
+
+def test_rows_longer_than_the_model_s_context_are_refused_instead_of_measured(measured):
+    with pytest.raises(ConfigError, match="is 64, but the model was made for at most 32 positions"):
+        measured(data__sequence_length=64)
+
+
+def test_of_a_folder_without_a_model_that_is_said(reader, tmp_path):
+    with pytest.raises(CheckpointError, match="is neither a run folder with checkpoints"):
+        evaluate.run(evaluate.parse_arguments([str(tmp_path)]))
 
 
 def test_without_lm_eval_a_sentence_says_how_to_install_it(reader, monkeypatch):

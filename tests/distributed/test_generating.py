@@ -180,6 +180,11 @@ def test_lines_that_hold_no_prompt_are_all_named(trained, tmp_path, capsys):
     assert generate.main([str(trained), "--prompts_file", str(lines), "--prompt", "x"]) == 2
     assert generate.main([str(trained), "--prompt", "x", "--output", str(tmp_path / "no" / "out")]) == 2
     assert "--output: " in capsys.readouterr().err
+    assert generate.main([str(trained), "--prompts_file", str(tmp_path / "gone")]) == 2
+    assert capsys.readouterr().err.endswith(f"--prompts_file: {tmp_path / 'gone'} cannot be read (No such file or directory)\n")
+    lines.write_bytes("café".encode("latin-1"))
+    assert generate.main([str(trained), "--prompts_file", str(lines)]) == 2
+    assert f"--prompts_file: {lines} is not UTF-8 text" in capsys.readouterr().err
 
 
 def test_lines_from_a_pipe_are_prompts(trained, capsys, monkeypatch, tmp_path):

@@ -65,6 +65,24 @@ def test_training_is_bit_for_bit_the_same_with_samples_and_without_and_their_tim
     assert all(0 < line["seconds"] < 100 for line in metrics(talking, "sample"))
 
 
+def fail_to_sample(trainer: Trainer) -> None:
+    """As a model does that cannot be asked for its next token."""
+
+    def failing(model: Any, interrupted: Callable[[], bool]) -> Any:
+        raise TypeError("forward() got an unexpected keyword argument 'use_cache'")
+
+    trainer.sample = failing if trainer.world.is_main else None
+
+
+def test_a_sample_that_fails_costs_a_warning_and_not_the_run(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path, train__max_steps=2, tracking__sample_every_steps=1, **SAMPLED)
+    assert run(config, 2, before=fail_to_sample) == [0, 0]
+    assert status(config)["state"] == "finished"
+    assert steps_of_samples(config) == []
+    said = capfd.readouterr().err
+    assert said.count("no sample of text (TypeError: forward() got an unexpected keyword argument 'use_cache')") == 2
+
+
 @pytest.mark.parametrize(("every", "steps"), [(None, [4, 8, 12]), pytest.param(5, [5, 10, 12], marks=pytest.mark.slow)])
 def test_samples_follow_validations_or_come_by_steps_and_at_the_end(stories, tmp_path, every, steps):
     config = small_config(stories, tmp_path, validation__every_steps=4, tracking__sample_every_steps=every, **SAMPLED)

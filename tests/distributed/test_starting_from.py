@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -257,11 +258,12 @@ def test_models_of_transformers_train_go_on_exactly_and_open_again(stories, tmp_
     assert measured == pytest.approx(min(losses(config, "validation")), abs=1e-9)
 
 
-def test_a_config_alone_is_drawn_by_the_seed_alike_on_all_ranks(stories, tmp_path, described):
+def test_a_config_alone_is_drawn_by_the_seed_alike_on_all_ranks(stories, tmp_path, described, capfd):
     one, two, other = (tmp_path / name for name in ("one", "two", "other"))
     alone = load_config(words_for(stories, one, described))
     together = load_config(words_for(stories, two, described))
     run(alone, 1)
+    assert re.search(r"model +hf, \S+ parameters, random weights\n", capfd.readouterr().err)
     run(together, 2)
     assert losses(alone) == pytest.approx(losses(together), abs=1e-5)
     seeded = load_config(words_for(stories, other, described, "--seed", "1"))

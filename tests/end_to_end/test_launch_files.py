@@ -20,7 +20,10 @@ SCRIPTS = [*sorted((REPOSITORY / "launch").glob("*.sh")), REPOSITORY / "slurm/tr
 STAND_IN = """#!/bin/bash
 case "$*" in
   *--reject*) echo bad >&2; exit 2 ;;
-  *--print_config*) printf 'run_name: demo\\noutput_dir: {runs}\\ncheckpoint: {{resume: %s}}\\n' "${{RESUME:-auto}}"
+  *--preset*--print_config*) exec {python} "$@" ;;
+  *--print_config*) micro=${{MICRO:-null}}
+    ((16 % (${{WORLD_SIZE:-1}} * ${{micro/null/1}}))) && exit 2
+    printf 'run_name: demo\\noutput_dir: {runs}\\ncheckpoint: {{resume: %s}}\\n' "${{RESUME:-auto}}"
     printf 'batch:\\n  global_batch_size: 16\\n  micro_batch_size: %s\\n' "${{MICRO:-null}}" ;;
   *torch.cuda.device_count*) echo "${{GPUS:-0}}" ;;
   "-m torch.distributed.run"* | "-m dist_trainer.train"*) echo "RUN OMP_NUM_THREADS=$OMP_NUM_THREADS $*" ;;
@@ -113,6 +116,12 @@ def test_gpus_that_cannot_share_the_global_batch_evenly_are_left_alone(
     done = launch("launch/local.sh", stand_in=stand_in, GPUS=gpus, MICRO=micro)
     assert f"--nproc-per-node={ranks} --standalone" in done.stdout, done.stderr
     assert (f"training on {ranks} of {gpus} GPUs" in done.stderr) == (ranks < int(gpus))
+
+
+def test_all_gpus_train_a_preset_whose_micro_batch_follows_from_their_number(stand_in: Path) -> None:
+    write_program(stand_in / "nvidia-smi", "#!/bin/bash\n")
+    done = launch("launch/local.sh", "--preset", "10m", stand_in=stand_in, GPUS="8")
+    assert "--nproc-per-node=8 --standalone" in done.stdout, done.stderr
 
 
 def test_a_number_of_ranks_that_was_asked_for_is_not_changed(stand_in: Path) -> None:

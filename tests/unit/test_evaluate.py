@@ -1,14 +1,16 @@
 """What a command line of dist_trainer.evaluate means."""
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dist_trainer.config.loading import dump_config
-from dist_trainer.config.schema import DataConfig, TrainingConfig
+from dist_trainer.config.schema import CheckpointConfig, DataConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.evaluate import parse_arguments
+from dist_trainer.evaluate import Asked, parse_arguments, run
 
 
 def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
@@ -30,11 +32,19 @@ def test_conversations_are_written_by_the_template_that_was_saved_with_the_model
     assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"]).config.data.chat_template == "other.jinja"
 
 
+def test_a_run_is_evaluated_also_where_the_one_that_it_began_from_has_gone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    config = TrainingConfig(checkpoint=CheckpointConfig(resume=str(tmp_path / "gone")))
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert parse_arguments([str(tmp_path)]).config.checkpoint.resume == "auto"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--harness", " ,"], "--harness: names no task"),
         (["--limit", "3"], "--limit: goes with --harness"),
+        (["--data", ""], "--data: must not be empty"),
         (["--harness", "a", "--limit", "0"], "--limit: 0 must be 1 or more"),
         (["--harness", "a", "--data", "b"], "--data and --harness: give one of them"),
         (["--harness=a", "--data.sequence_length", "8"], "data.sequence_length: has no effect with --harness"),
@@ -62,8 +72,32 @@ def test_options_of_lm_eval_do_not_take_the_run_and_leave_precision_to_be_set(tm
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [(["--preset", "10m"], "--preset: is for training"), (["--dry_run"], "dry_run: no such key")]
+    ("words", "said"),
+    [
+        (["--preset", "10m"], "--preset: is for training"),
+        (["--dry_run"], "dry_run: no such key"),
+        (["--model.dropout", "0.1"], "model.dropout: has no effect on what is measured"),
+        (["--data.num_workers=1", "--optim.learning_rate=1"], "optim.learning_rate: has no effect on what is measured"),
+        (["--optim.lr", "1"], "optim.lr: no such key; did you mean optim.learning_rate"),
+    ],
 )
 def test_what_is_for_training_alone_is_refused(tmp_path, words, said):
     with pytest.raises(ConfigError, match=said):
         parse_arguments([str(tmp_path), *words])
+
+
+def test_a_file_may_hold_keys_of_training(tmp_path):
+    file = tmp_path / "training.yaml"
+    file.write_text("data: {num_workers: 1}\noptim: {learning_rate: 1.0}\n")
+    assert parse_arguments([str(tmp_path), "--config", str(file)]).config.data.num_workers == 1
+
+
+def test_what_is_printed_is_json_also_where_a_number_is_not_finite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dist_trainer.evaluate.evaluate_model", lambda *_: {"loss": 800.0, "perplexity": math.inf})
+    assert run(Asked(tmp_path, TrainingConfig())) == 0
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found == {"loss": 800.0, "perplexity": None, "non_finite": {"perplexity": "inf"}}

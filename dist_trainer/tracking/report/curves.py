@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any
 
-from dist_trainer.tracking.formatting import duration
+from dist_trainer.tracking.formatting import counted, duration
 from dist_trainer.tracking.goodput import END_EVENTS, START_EVENTS
 from dist_trainer.tracking.report.svg_charts import Chart, Line, Mark
 from dist_trainer.tracking.run_history import RunHistory
@@ -157,7 +157,7 @@ def _restart_in_words(end: dict[str, Any] | None, start: dict[str, Any]) -> str:
     wait = began - end["time"] if end is not None and isinstance(began, int | float) else math.nan
     later = f" {duration(wait)} later" if wait >= 0 else ""
     lost = start.get("lost_steps")
-    again = f", {lost} step{'' if lost == 1 else 's'} done again" if isinstance(lost, int) and lost > 0 else ""
+    again = f", {counted(lost, 'step')} done again" if isinstance(lost, int) and lost > 0 else ""
     return f"{_end_in_words(end)}; started again{later}, from step {start['step']}{again}"
 
 

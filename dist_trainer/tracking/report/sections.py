@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-from dist_trainer.tracking.formatting import duration, memory, quantity
+from dist_trainer.tracking.formatting import counted, duration, memory, quantity
 from dist_trainer.tracking.goodput import Goodput
 from dist_trainer.tracking.report.curves import numbered_marks, skipped_steps, style_of
 from dist_trainer.tracking.report.markup import folded, section, table
@@ -121,8 +121,7 @@ def time_spent(spent: Sequence[Goodput], labels: Sequence[str]) -> str:
 
 
 def _restarts_in_words(spent: Goodput) -> str:
-    steps = "1 step" if spent.lost_steps == 1 else f"{spent.lost_steps} steps"
-    again = f" <small>{steps} done again</small>" if spent.lost_steps else ""
+    again = f" <small>{counted(spent.lost_steps, 'step')} done again</small>" if spent.lost_steps else ""
     return f"{spent.restarts}{again}" if spent.restarts else "none"
 
 

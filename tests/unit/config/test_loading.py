@@ -268,3 +268,18 @@ def test_the_contract_s_keys_are_there():
     expected += " optim.betas schedule.min_lr_ratio train.epochs precision.compile validation.max_batches checkpoint.resume"
     expected += " tracking.wandb_project distributed.timeout_minutes"
     assert set(expected.split()) <= set(leaf_types())
+
+
+def test_the_run_that_another_began_from_may_be_gone_once_that_one_has_checkpoints(tmp_path):
+    words = ["--output_dir", str(tmp_path), "--run_name", "second", "--checkpoint.resume", str(tmp_path / "first")]
+    assert "checkpoint.resume" in refused(*words)
+    (tmp_path / "second" / "checkpoints" / "step-00000010").mkdir(parents=True)
+    assert load_config(words).checkpoint.resume == str(tmp_path / "first")
+
+
+def test_of_keys_that_have_no_meaning_for_the_model_only_that_is_said(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    message = refused("--model.name", "hf", "--model.init_from", str(tmp_path), "--model.hidden_size", "100")
+    assert message == (
+        "command line: model.hidden_size: has no meaning for model.name hf, whose config.json says it; leave the key out"
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import dist_trainer
-from dist_trainer.config.schema import TrackingConfig, TrainingConfig
+from dist_trainer.config.schema import ModelConfig, TrackingConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking.follower_tracker import (
     FollowerTracker,
@@ -25,7 +25,7 @@ from dist_trainer.tracking.follower_tracker import (
 )
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.tracker import TRACKERS, FanOut
-from dist_trainer.tracking.wandb_sink import run_id
+from dist_trainer.tracking.wandb_sink import WandbSink, run_id
 from tests.unit.tracking.test_trackers import train_line, validation_line
 
 STEPS = [1, 2, 3, 4, 5]
@@ -179,6 +179,37 @@ def test_what_the_config_leaves_open_comes_from_wandb_s_own_variables(tmp_path, 
     assert not is_on("wandb", TrackingConfig(wandb="online"))
     given = _description(context(tmp_path, wandb_project="mine", wandb_group="us"), "wandb")
     assert (given["project"], given["group"]) == ("mine", "us")
+
+
+def test_the_config_that_goes_elsewhere_has_no_keys_without_meaning_for_its_model(tmp_path):
+    config = TrainingConfig(model=ModelConfig(name="hf", init_from="gpt2"))
+    run = RunContext(config, tmp_path, 0, max_steps=20, parameters=1000, environment={})
+    assert _description(run, "wandb")["config"]["model"] == {"name": "hf", "init_from": "gpt2"}
+
+
+@pytest.mark.slow  # W&B takes seconds to import
+def test_an_online_run_is_told_with_its_address_at_once_and_at_the_end(tmp_path, monkeypatch):
+    import wandb
+
+    class Online(wandb.Run):
+        url = "https://wandb.example/us/mine/runs/1a2b3c4d"
+
+    def init_without_server(**asked: Any) -> Any:
+        run: Any = really(**{**asked, "mode": "offline"})
+        run.__class__ = Online
+        return run
+
+    really = wandb.init
+    monkeypatch.setattr(wandb, "init", init_without_server)
+    monkeypatch.setattr("dist_trainer.tracking.wandb_sink._reach", lambda address: None)
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))  # the sink sets them; so they are set back
+    said: list[str] = []
+    sink = WandbSink(_description(context(tmp_path, wandb="online"), "wandb"), lambda text, *_: said.append(text))
+    sink.finish("finished")
+    wandb.teardown()
+    assert said == [f"W&B: {Online.url}"]
+    assert sink.goodbye() == f"has everything: {Online.url}"
 
 
 def test_a_run_keeps_the_id_that_wandb_s_variable_gave_it_first(tmp_path):

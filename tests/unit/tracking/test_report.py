@@ -125,6 +125,18 @@ def test_several_runs_lie_over_one_another_and_what_differs_stands_side_by_side(
     assert "9 runs: one page shows at most 8" in capsys.readouterr().err
 
 
+def test_runs_over_one_another_leave_each_run_its_own_report(tmp_path, capsys):
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+        assert report.main([str(tmp_path / name)]) == 0
+    own = (tmp_path / "one" / "report.html").read_text()
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'one' / 'compared.html'}\n"
+    assert "<h1>2 runs</h1>" in (tmp_path / "one" / "compared.html").read_text()
+    assert (tmp_path / "one" / "report.html").read_text() == own
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders():
     paths = ["/x/a/run", "/y/a/run", "/y/b/run", "/y/other"]
     assert labels_of([RunHistory(Path(path)) for path in paths]) == ["x/a/run", "y/a/run", "b/run", "other"]
