@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 
 def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> TrainingResult:
     """Train, and leave the truth in the run's folder however it ends. `began` (unix seconds): when the command did."""
-    trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason)
+    trainer.world.heartbeat.last_words = lambda reason: note_sudden_end(trainer, reason, began=began)
     if folder is None:
-        return _train_beside_main(trainer)
+        return _train_beside_main(trainer, began=began)
     with closing(StepCounter(folder.path)) as counter:
         begin_run_folder(trainer, folder, counter, began=began)
         return _train_in(folder, trainer)
@@ -74,7 +74,7 @@ def fit(trainer: Trainer) -> TrainingResult:
         return trainer.fit()
 
 
-def _train_beside_main(trainer: Trainer) -> TrainingResult:
+def _train_beside_main(trainer: Trainer, *, began: float) -> TrainingResult:
     """On ranks without the folder: where rank 0 is gone, another one must say so."""
     try:
         return fit(trainer)
@@ -82,7 +82,7 @@ def _train_beside_main(trainer: Trainer) -> TrainingResult:
         raise
     except Exception:
         if (lost := trainer.world.heartbeat.lost_peers()) and trainer.world.heartbeat.speaks_for_main():
-            note_sudden_end(trainer, lost)
+            note_sudden_end(trainer, lost, began=began)
         raise
 
 
@@ -225,9 +225,15 @@ def write_ending(
     )
 
 
-def note_sudden_end(trainer: Trainer, reason: str) -> None:
-    """This process is about to end, from another thread: the run has lost a rank, or its launcher."""
+def note_sudden_end(trainer: Trainer, reason: str, *, began: float) -> None:
+    """This process, which `began` then, is about to end: the run has lost a rank, or its launcher.
+
+    The first rank to say why knows best: what the others see is that it has left.
+    """
     folder = Path(trainer.config.output_dir) / trainer.config.run_name
+    status = read_status(folder)
+    if status.get("state") == "failed" and is_number(status.get("time")) and status["time"] >= began:
+        return
     ending = Ending("failed", reason, EXIT_CRASHED)
     write_ending(folder, ending, trainer.progress, max_steps=trainer.max_steps, is_last=True)
     append_event(folder, "failed", step=trainer.progress.step, reason=reason)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 from dist_trainer import run_record
+from dist_trainer.checkpoint.state import Progress
+from dist_trainer.tracking.status import write_status
 from tests.distributed.small_runs import folder, metrics, run, small_config, status, stop_after
+from tests.faults.processes import Process
 
 
 def test_a_run_that_begins_from_anothers_checkpoint_counts_its_own_steps(stories, tmp_path):
@@ -55,3 +59,19 @@ def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capf
         assert run(shorter, 1) == [0]
         assert f"has done {reached} steps, more than the 6 that it is to do now" in capfd.readouterr().err
     assert status(shorter) == ended
+
+
+def test_of_several_ranks_the_first_to_say_why_the_run_ends_is_not_contradicted(stories, tmp_path):
+    config = small_config(stories, tmp_path)
+    run(config, 1, before=stop_after(6))
+    write_status(folder(config), "failed", step=6, max_steps=12, reason="rank 0 hangs")
+    told = status(config)
+
+    def note(began: float) -> int:
+        run_record.note_sudden_end(SimpleNamespace(config=config, progress=Progress(step=6), max_steps=12), "gone", began=began)
+        return 0
+
+    assert Process(lambda: note(told["time"] - 1)).wait().code == 0
+    assert status(config) == told
+    assert Process(lambda: note(told["time"] + 1)).wait().code == 0, "of an earlier life"
+    assert status(config)["reason"] == "gone"
