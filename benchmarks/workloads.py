@@ -134,6 +134,8 @@ def config_of(workload: Workload) -> dict[str, Any]:
         "train": {"max_steps": workload.total_steps},
         "precision": {"dtype": workload.dtype},
         "checkpoint": {"every_steps": workload.save_at},
+        # The other trainers send their lines nowhere either; importing wandb beside the first steps takes a core for seconds.
+        "tracking": {"wandb": "disabled"},
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.model_folders import model_folders
+from dist_trainer.tracking.formatting import printable
 
 JSON_LINES = (".jsonl", ".ndjson")
 DESCRIPTION = (
@@ -129,16 +130,17 @@ def write_json_lines(writer: Writer, prompts: Iterator[Prompt] | list[Prompt], t
 def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
     """Each prompt, and what continues it piece by piece as it is made."""
     asks = arguments.prompt is None and sys.stdin.isatty()
+    shown = printable if sys.stdout.isatty() else str  # a terminal would obey control characters; a file wants them
     for prompt in asked_for(arguments):
         problem = writer.lack_of_room(prompt.text)
         if problem and arguments.prompt is None:  # who types prompts can type another one
             print(f"dist_trainer: {problem}", file=sys.stderr, flush=True)
             continue
-        print(prompt.text, end="", flush=True)
+        print(shown(prompt.text), end="", flush=True)
         written = writer.continuation(prompt.text)
         try:
             for piece in written:
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
         except KeyboardInterrupt:
             if not asks:
                 raise

@@ -116,6 +116,18 @@ def test_a_character_that_was_never_finished_is_not_shown(trained, monkeypatch, 
     assert said(capsys, trained, "--prompt", "a") == "a x\n"
 
 
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_a_terminal_gets_no_control_characters(trained, monkeypatch, on_a_terminal):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return on_a_terminal
+
+    FromAList(monkeypatch, load_tokenizer(str(trained)).encode(" x\x1b[2J"))
+    monkeypatch.setattr(sys, "stdout", Stream())
+    generate.main([str(trained), "--prompt", "a"])
+    assert ("\x1b" in sys.stdout.getvalue()) is not on_a_terminal
+
+
 def test_text_appears_as_it_is_made(trained, monkeypatch):
     """Not only at the end: each piece is shown before the model chooses the token after next."""
     shown = []
