@@ -62,7 +62,7 @@ SAME_LOSS = 5e-3
 
 
 def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, Any]:
-    """One run of all its ranks; rank 0's result, with the largest memory of any."""
+    """One run of all its ranks; rank 0's result, with the largest memory of any, and the mean of their losses."""
     environment = {
         **os.environ,
         FOLDER: str(workload.folder),
@@ -91,7 +91,9 @@ def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, A
     if any([process.wait() for process in processes]):
         raise SystemExit(f"{' '.join(command)} failed:\n{logs[0].read_text()[-3000:]}")
     results = [json.loads((workload.folder / f"result-{rank}.json").read_text()) for rank in range(workload.ranks)]
+    losses = [result["loss"] for result in results if result["loss"] is not None]
     return results[0] | {
+        "loss": statistics.fmean(losses) if losses else None,
         "peak_bytes": max(result["peak_bytes"] for result in results),
         "cpu_seconds": sum(result["cpu_seconds"] for result in results),
     }
