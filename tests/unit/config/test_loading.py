@@ -19,6 +19,7 @@ from dist_trainer.models.registry import MODELS
 from dist_trainer.optim.optimizers import OPTIMIZERS
 from dist_trainer.optim.schedules import SCHEDULES
 from dist_trainer.parallel.registry import STRATEGIES
+from tests.unit.config.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -26,12 +27,6 @@ ROOT = Path(__file__).resolve().parents[3]
 def write(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
-
-
-def refused(*argv: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load_config(argv)
-    return str(caught.value)
 
 
 def test_without_arguments_it_is_the_default():
