@@ -34,7 +34,7 @@ from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point
-from dist_trainer.tracking.formatting import counted, duration, memory, quantity, significant
+from dist_trainer.tracking.formatting import aligned, counted, duration, memory, quantity, significant
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.throughput import peak_memory_bytes
 from dist_trainer.trainer import Trainer
@@ -193,9 +193,8 @@ def cost_in_words(cost: Cost, trainer: Trainer, folder: Path) -> str:
         "memory": memory_in_words(cost, trainer),
         "disk": disk_in_words(disk),
     }
-    lines = (f"  {name:<9}{text}" for name, text in rows.items())
     wrong = "nothing is wrong" if disk.suffices else "all works, but the disk has too little room for its checkpoints"
-    return "\n".join([f"dry run: {wrong}; nothing was left in {folder}", *lines])
+    return "\n".join([f"dry run: {wrong}; nothing was left in {folder}", *aligned(rows)])
 
 
 def time_in_words(cost: Cost, trainer: Trainer) -> str:

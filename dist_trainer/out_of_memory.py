@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.data.sampler import rows_per_micro_batch
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import DoesNotFitError, OutOfMemoryError
 from dist_trainer.parallel.registry import unwrap
@@ -132,13 +133,8 @@ def remedies_for_host(config: TrainingConfig, world: World) -> list[str]:
     return [*found, "more memory for the job: a save copies weights and optimizer into the machine's memory"]
 
 
-def micro_batch_size(config: TrainingConfig, world: World) -> int:
-    """Sequences of one forward pass."""
-    return config.batch.micro_batch_size or config.batch.global_batch_size // world.world_size
-
-
 def _smaller_batches(config: TrainingConfig, world: World, *, dtype: str) -> Iterator[str]:
-    micro = micro_batch_size(config, world)
+    micro = rows_per_micro_batch(config.batch, world.world_size)
     if micro > 1:
         fewer = max(size for size in range(1, micro // 2 + 1) if micro % size == 0)
         same = "the losses stay the same" if config.model.dropout == 0 else "the losses stay the same but for dropout's masks"
@@ -223,7 +219,7 @@ def state_in_words(numbers: MemoryNumbers, trainer: Trainer) -> str:
     words, length = getattr(unwrap(trainer.model), "vocabulary_size", None), trainer.config.data.sequence_length
     if not isinstance(words, int):
         return state
-    rows = micro_batch_size(trainer.config, trainer.world)
+    rows = trainer.sampler.micro_batch_size
     logits = memory(4 * rows * length * words)
     return f"{state}: its logits in float32, {rows} x {length} tokens x {words} words, would be {logits} all at once"
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
+from dist_trainer.data.rows import varies_in_length
 from dist_trainer.models.registry import begins_trained
-from dist_trainer.out_of_memory import micro_batch_size, state_bytes, total_memory
+from dist_trainer.out_of_memory import state_bytes, total_memory
 from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.tracking.environment import device_name
 from dist_trainer.tracking.follower_tracker import rows_in_words
-from dist_trainer.tracking.formatting import counted, memory, quantity
+from dist_trainer.tracking.formatting import aligned, counted, memory, quantity
 from dist_trainer.trainer import Trainer
 
 
@@ -27,7 +28,7 @@ def run_header(trainer: Trainer, folder: Path) -> str:
         "resume": resume_in_words(trainer),
     }
     title = f"{trainer.config.run_name}: {steps_in_words(trainer.progress.step, trainer.max_steps)}, into {folder}"
-    return "\n".join([title, *(f"  {name:<9}{text}" for name, text in rows.items())])
+    return "\n".join([title, *aligned(rows)])
 
 
 def steps_in_words(start: int, most: int) -> str:
@@ -52,7 +53,7 @@ def tokens_in_words(trainer: Trainer) -> str:
     """`16 x 256 = 4.1k a step, 1.43M in all: 1.57 epochs of austen (3562 rows)`."""
     config, sampler = trainer.config, trainer.sampler
     rows, length = config.batch.global_batch_size, config.data.sequence_length
-    at_most = "at most " if getattr(trainer.train_data.dataset, "varies_in_length", False) else ""
+    at_most = "at most " if varies_in_length(trainer.train_data.dataset) else ""
     return (
         f"{rows} x {at_most}{length} = {quantity(rows * length)} a step, {quantity(trainer.max_steps * rows * length)} in all: "
         f"{sampler.epoch_of(trainer.max_steps):.3g} epochs of {config.data.dataset} ({sampler.num_rows} rows)"
@@ -66,7 +67,7 @@ def devices_in_words(trainer: Trainer) -> str:
     many = f" on {machines} machines" if machines > 1 else ""
     threads = f" ({counted(torch.get_num_threads(), 'thread')})" if world.device.type == "cpu" else ""
     compiled = "compiled" if is_compiled(unwrap(trainer.model)) else "not compiled"
-    rows = counted(micro_batch_size(trainer.config, world), "row")
+    rows = counted(trainer.sampler.micro_batch_size, "row")
     micro = f"{counted(steps, 'micro-batch', 'es')} of {rows} a step"
     ranks = f"{counted(world.world_size, 'rank')} x {device_name(world.device)}{threads}{many}"
     return f"{ranks}, {trainer.precision.name}, {compiled}, {micro}"

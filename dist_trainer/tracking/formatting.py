@@ -1,8 +1,9 @@
-"""Numbers as people read them: 12.3k, 4.51, 2e-05, 5 min 20 s."""
+"""Numbers as people read them: 12.3k, 4.51, 2e-05, 5 min 20 s; and lines of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 _THOUSANDS = ("", "k", "M", "G", "T", "P")
 
@@ -42,6 +43,11 @@ def memory(num_bytes: float) -> str:
             return f"{significant(num_bytes, 3)} {unit}"
         num_bytes /= 1024
     return f"{significant(num_bytes, 3)} TiB"
+
+
+def aligned(rows: Mapping[str, str]) -> Iterator[str]:
+    """A line for each text, indented, after its name."""
+    return (f"  {name:<9}{text}" for name, text in rows.items())
 
 
 def counted(number: int, thing: str, ending: str = "s") -> str:
