@@ -2,7 +2,7 @@
 
     make bench                                           7M parameters, one process, fp32
     make bench ARGS="--size overhead --dtype bf16"       see SIZES in workloads.py
-    make bench ARGS="--ranks 2 --only bare,ours"
+    make bench ARGS="--ranks 2 --only 'bare;ours'"
     make bench ARGS="--size 124m --save --out benchmarks/results/2030-01-01-124m.md"
 
 Each contestant runs in a process of its own (with --ranks, as many), round by round; what is printed is the median over the
@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,23 +74,23 @@ def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, A
     }
     (workload.folder / "runs").exists() and _remove(workload.folder / "runs")
     command = [sys.executable, "-m", f"benchmarks.contestants.{contestant.module}", *contestant.arguments]
-    port = _free_port()
     logs = [workload.folder / f"log-{rank}.txt" for rank in range(workload.ranks)]
-    processes = []
-    for rank, log in enumerate(logs):
-        place = {} if workload.ranks == 1 else _place(rank, workload.ranks, port)
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                command,
-                env={**environment, **place, STARTED: repr(time.time())},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                cwd=ROOT,
-            )
-        processes.append(process)
-    if any([process.wait() for process in processes]):
-        raise SystemExit(f"{' '.join(command)} failed:\n{logs[0].read_text()[-3000:]}")
+    with _reserved_port() as port:
+        processes = []
+        for rank, log in enumerate(logs):
+            place = {} if workload.ranks == 1 else _place(rank, workload.ranks, port)
+            with log.open("w") as file:
+                process = subprocess.Popen(
+                    command,
+                    env={**environment, **place, STARTED: repr(time.time())},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    cwd=ROOT,
+                )
+            processes.append(process)
+        if any([process.wait() for process in processes]):
+            raise SystemExit(f"{' '.join(command)} failed:\n{logs[0].read_text()[-3000:]}")
     results = [json.loads((workload.folder / f"result-{rank}.json").read_text()) for rank in range(workload.ranks)]
     losses = [result["loss"] for result in results if result["loss"] is not None]
     return results[0] | {
@@ -107,10 +108,13 @@ def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Bound but not listened at, so that rank 0 can take it and nothing else of this machine can."""
+    with socket.socket() as reserving:
+        reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserving.bind(("127.0.0.1", 0))
+        yield reserving.getsockname()[1]
 
 
 def _remove(folder: Path) -> None:

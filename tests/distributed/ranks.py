@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 TIMEOUT_SECONDS = 90
@@ -14,15 +15,18 @@ TIMEOUT_SECONDS = 90
 
 def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
     """What `function()` returns on each rank, by rank. One rank's exception is raised here, with its traceback."""
-    pipes, processes = _start(world_size, function)
-    try:
-        outcomes = [pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else ("hung", f"rank {r} hangs") for r, pipe in enumerate(pipes)]
-    except EOFError:
-        outcomes = [("died", "a rank died without a word")]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
+    with _reserved_port() as port:
+        pipes, processes = _start(world_size, port, function)
+        try:
+            outcomes = [
+                pipe.recv() if pipe.poll(TIMEOUT_SECONDS) else ("hung", f"rank {r} hangs") for r, pipe in enumerate(pipes)
+            ]
+        except EOFError:
+            outcomes = [("died", "a rank died without a word")]
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
     for kind, outcome in outcomes:
         if kind != "result":
             raise AssertionError(outcome)
@@ -31,9 +35,10 @@ def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
 
 def exit_codes(world_size: int, command: Callable[[], int]) -> list[int | None]:
     """What each rank's process ends with where `command()` gives its exit code; minus a signal's number where one killed it."""
-    _, processes = _start(world_size, lambda: os._exit(command()))
-    for process in processes:
-        process.join(TIMEOUT_SECONDS)
+    with _reserved_port() as port:
+        _, processes = _start(world_size, port, lambda: os._exit(command()))
+        for process in processes:
+            process.join(TIMEOUT_SECONDS)
     still_alive = [process for process in processes if process.is_alive()]
     for process in still_alive:
         process.kill()
@@ -41,10 +46,17 @@ def exit_codes(world_size: int, command: Callable[[], int]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _start(world_size: int, function: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """Bound but not listened at, so that the ranks' store can take it and nothing else of this machine can."""
+    with socket.socket() as reserving:
+        reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserving.bind(("127.0.0.1", 0))
+        yield reserving.getsockname()[1]
+
+
+def _start(world_size: int, port: int, function: Callable[[], Any]) -> tuple[list[Any], list[Any]]:
     context = multiprocessing.get_context("fork")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     pipes, processes = [], []
     for rank in range(world_size):
         receiving, sending = context.Pipe(duplex=False)
