@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.cpu_memory import keep_freed_memory
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.heartbeat import Heartbeat
 from dist_trainer.distributed.launch import begin_as_rank, is_launched, living_launcher
@@ -69,6 +70,8 @@ class World(Place):
         device = _device_of(place, config.backend)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
         heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.timeout_minutes)
         stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
         guard = guard or begin_as_rank()

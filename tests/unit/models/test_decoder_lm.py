@@ -169,6 +169,14 @@ def test_the_loss_never_holds_the_logits_of_the_whole_batch():
     assert sum(kept) <= hidden.numel() + weight.numel()
 
 
+def test_a_second_backward_pass_through_the_loss_is_refused_and_not_wrong():
+    hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(VOCABULARY, 8, requires_grad=True)
+    loss = linear_cross_entropy_sum(hidden, weight, torch.zeros(64, dtype=torch.long), logit_loss=LogitLoss(), chunk_tokens=8)
+    (3 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_initialisation_follows_its_table_and_its_seed():
     config = small(hidden_size=128, intermediate_size=256, num_hidden_layers=3)
     models = []
