@@ -36,7 +36,6 @@ class ConsoleTracker:
     def __init__(self, context: RunContext, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
         self._clock = clock
-        self._began = clock()
         self._first: tuple[int, float] | None = None
         self._step = context.start_step
         self._best = best_validation(context.folder) if context.start_step else None
@@ -67,13 +66,13 @@ class ConsoleTracker:
         """Take the bar down; say how the run ended, how good it got, and which commands come next."""
         self._bar.close()
         self._step = max(self._step, read_status(self._context.folder).get("step", 0))  # lines come every so many steps
-        context, took = self._context, duration(self._clock() - self._began)
+        context = self._context
         best = "no best checkpoint, as nothing was validated"
         if self._best is not None:
             best = f"best checkpoint step {self._best[0]}, validation loss {self._best[1]:.4f}"
         because = f" ({reason})" if reason else ""
         spent = goodput_in_words(goodput_of(context.folder, now=time.time()))
-        log.info("%s at %s after %s%s; %s; %s", state, self._place(), took, because, best, spent)
+        log.info("%s at %s%s; %s; %s", state, self._place(), because, best, spent)
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
@@ -131,10 +130,12 @@ class ConsoleTracker:
         is_best = bool(line.get("best"))
         if is_best:
             self._best = (line["step"], line["loss"])
-        log.info(
-            "step %d  validation loss %.4f, perplexity %s%s",
-            *(line["step"], line["loss"], significant(line["perplexity"]), ", the best so far" if is_best else ""),
-        )
+        parts = [f"validation loss {line['loss']:.4f}", f"perplexity {significant(line['perplexity'])}"]
+        if line.get("bits_per_byte") is not None:
+            parts.append(f"{line['bits_per_byte']:.3f} bits per byte")
+        if is_best:
+            parts.append("the best so far")
+        log.info("step %d  %s", line["step"], ", ".join(parts))
 
     def _show_sample(self, line: dict[str, Any]) -> None:
         prompt, text = printable(str(line.get("prompt", ""))), printable(str(line.get("text", "")))
@@ -155,9 +156,9 @@ def _width() -> dict[str, Any]:
 
 
 def goodput_in_words(spent: Goodput) -> str:
-    """`92% of 5 min 20 s went into steps and validation; 2 restarts, 13 steps lost to them`."""
+    """`92% of its 5 min 20 s went into steps and validation; 2 restarts, 13 steps lost to them`: of all its lives together."""
     restarts = f"{counted(spent.restarts, 'restart')}, {counted(spent.lost_steps, 'step')} lost to them"
-    return f"{spent.share:.0%} of {duration(spent.wall_seconds)} went into steps and validation; {restarts}"
+    return f"{spent.share:.0%} of its {duration(spent.wall_seconds)} went into steps and validation; {restarts}"
 
 
 def next_commands(folder: Path) -> str:

@@ -33,7 +33,7 @@ TRAIN_COLUMNS = (
     "peak_memory_bytes",
     "time",
 )
-VALIDATION_COLUMNS = ("step", "loss", "perplexity", "seconds", "time")
+VALIDATION_COLUMNS = ("step", "loss", "perplexity", "bits_per_byte", "seconds", "time")
 
 _MOST_STEPS = 1e15
 _MOST_EVENTS = 10_000
@@ -115,7 +115,7 @@ def read_run(folder: Path) -> RunHistory:
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a run has left something to read in `folder`."""
-    return any((folder / name).is_file() for name in (METRICS_FILE, "config.yaml", EVENTS_FILE))
+    return any((folder / name).is_file() for name in (METRICS_FILE, EVENTS_FILE))
 
 
 def run_folder_of(path: Path, *, is_run: Callable[[Path], bool] = is_run_folder) -> Path | None:

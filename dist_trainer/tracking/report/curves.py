@@ -149,6 +149,8 @@ def _end_in_words(end: dict[str, Any] | None) -> str:
         return f"stopped by {reason or 'a signal'} at step {end['step']}, saved"
     if end["event"] == "finished":
         return f"finished its {end['step']} steps"
+    if f"step {end['step']}:" in reason:
+        return f"failed, {reason}"
     return f"failed at step {end['step']}{': ' if reason else ''}{reason}"
 
 

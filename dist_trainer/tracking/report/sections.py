@@ -72,6 +72,8 @@ def facts_of(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
         yield "best validation loss", f"{validation['loss'][best]:.4f}"
         yield "at step", f"{validation['step'][best]:.0f}"
         yield "perplexity there", short(validation["perplexity"][best])
+        if math.isfinite(bits := validation["bits_per_byte"][best]):
+            yield "bits per byte there", f"{bits:.3f}"
     if len(train["loss"]):
         yield "last training loss", f"{train['loss'][-1]:.4f}"
         yield "tokens", quantity(train["tokens"][-1])

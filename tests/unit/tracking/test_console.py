@@ -99,8 +99,7 @@ def test_the_last_line_says_how_it_ended_and_why_its_best_checkpoint_restarts_an
     write_status(tmp_path, "preempted", step=13, max_steps=20)  # the last three have no line of their own
     tracker.close(state="preempted", reason="SIGTERM")
     (line,) = (line for line in (tmp_path / "rank-0.log").read_text().splitlines() if "preempted" in line)
-    assert "preempted at step 13 of 20 after " in line
-    assert "(SIGTERM); best checkpoint step 10, validation loss 1.5000; " in line
+    assert "preempted at step 13 of 20 (SIGTERM); best checkpoint step 10, validation loss 1.5000; " in line
     assert "% of " in line
     assert line.endswith(f" went into steps and validation; {restarts} restarts, {3 * restarts} steps lost to them")
 
