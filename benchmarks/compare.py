@@ -147,7 +147,7 @@ def table(results: dict[str, list[dict[str, Any]]], workload: Workload) -> str:
         f"{median['seconds_to_first_step']:.1f} s to the first step.",
     ]
     own_cost = _own_cost(results)
-    return "\n".join(lines + ([own_cost] if own_cost else []))
+    return "\n".join([*lines, *([own_cost] if own_cost else []), *_against_others(results)])
 
 
 _KEYS = ("cpu_seconds", "peak_bytes", "seconds_to_first_step")
@@ -162,6 +162,23 @@ def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
     cpu = [own["cpu_seconds"] / bare["cpu_seconds"] for own, bare in pairs]
     spread = f"{min(more):+.3f} to {max(more):+.3f}"
     return f"Ours against 'bare, lean': {statistics.median(more):+.3f} ms a step ({spread}), CPU time {_spread(cpu)}."
+
+
+def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Ours beside each other trainer, round by round: the bare loop's noise is in neither."""
+    ours = [name for name in results if name.startswith(OURS)]
+    others = [name for name in results if not name.startswith((OURS, BASE))]
+    if not ours or not others:
+        return
+    yield "\n| tokens/s (memory) of | " + " | ".join(f"against {other}" for other in others) + " |"
+    yield "|---" * (len(others) + 1) + "|"
+    for name in ours:
+        cells = []
+        for other in others:
+            pairs = list(zip(results[name], results[other], strict=True))
+            memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
+            cells.append(f"{_spread([its['step_seconds'] / own['step_seconds'] for own, its in pairs])}, {memory:.2f}")
+        yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def _spread(values: list[float]) -> str:

@@ -21,12 +21,12 @@ def build(workload: Workload, device: torch.device) -> DecoderLM:
     return model
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """torch's, fused, with decay of matrices alone, as ours decays."""
+def adamw(model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
+    """torch's, with decay of matrices alone, as ours decays."""
     return torch.optim.AdamW(
         parameter_groups(model, workloads.WEIGHT_DECAY),
         lr=workloads.LEARNING_RATE,
         betas=workloads.BETAS,
         eps=workloads.EPS,
-        fused=True,
+        fused=fused,
     )
