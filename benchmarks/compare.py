@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -62,8 +63,11 @@ SAME_LOSS = 5e-3
 """Relative; bf16 rounds to 4e-3."""
 
 
-def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, Any]:
-    """One run of all its ranks; rank 0's result, with the largest memory of any, and the mean of their losses."""
+def run(contestant: Contestant, workload: Workload, threads: int, *, goes_on: bool = False) -> dict[str, Any]:
+    """One run of all its ranks; rank 0's result, with the largest memory of any, and the mean of their losses.
+
+    Anew, unless it `goes_on`: then what the run before left in the workload's folder is there.
+    """
     environment = {
         **os.environ,
         FOLDER: str(workload.folder),
@@ -72,7 +76,8 @@ def run(contestant: Contestant, workload: Workload, threads: int) -> dict[str, A
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),
     }
-    (workload.folder / "runs").exists() and _remove(workload.folder / "runs")
+    if not goes_on:
+        shutil.rmtree(workload.folder / "runs", ignore_errors=True)
     command = [sys.executable, "-m", f"benchmarks.contestants.{contestant.module}", *contestant.arguments]
     logs = [workload.folder / f"log-{rank}.txt" for rank in range(workload.ranks)]
     with _reserved_port() as port:
@@ -115,10 +120,6 @@ def _reserved_port() -> Iterator[int]:
         reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserving.bind(("127.0.0.1", 0))
         yield reserving.getsockname()[1]
-
-
-def _remove(folder: Path) -> None:
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
 # -------------------------------------------------------------------------------------------------- the table

@@ -1,7 +1,7 @@
 """A training loop as one writes it by hand, with nothing around it.
 
-Three flags, joined by commas: `compiled` (torch.compile of the whole model), `per-block` (of each block), `lean` (the loss of
-DecoderLM itself, which never holds all logits; without it F.cross_entropy of float32 logits).
+Flags, joined by commas: `compiled` (torch.compile of the whole model), `per-block` (of each block), `lean` (the loss of
+DecoderLM itself, which never holds all logits; without it F.cross_entropy of float32 logits), `goes-on` (from what it saved).
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def main(flags: set[str]) -> None:
         dist.init_process_group()
         model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
     optimizer = adamw(raw)
+    saved = workload.folder / f"bare-{rank}.pt"
+    if "goes-on" in flags:
+        state = torch.load(saved, map_location=device)
+        raw.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
     stopwatch = Stopwatch(workload)
     stopwatch.watch(optimizer)
     autocast = contextlib.nullcontext
@@ -61,7 +66,7 @@ def main(flags: set[str]) -> None:
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if step == workload.save_at:
-            torch.save({"model": raw.state_dict(), "optimizer": optimizer.state_dict()}, workload.folder / f"bare-{rank}.pt")
+            torch.save({"model": raw.state_dict(), "optimizer": optimizer.state_dict()}, saved)
     write_result(stopwatch, float(loss.detach()))
     if workload.ranks > 1:
         dist.barrier()

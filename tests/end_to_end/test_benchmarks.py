@@ -54,3 +54,8 @@ def test_the_gpu_script_runs_in_its_smallest_size_on_whatever_is_here(tmp_path):
 @pytest.mark.slow
 def test_saving_is_measured_beside_torch_save():
     assert "| ours: training stands still |" in bench("benchmarks.saving_speed", "--size", "overhead", "--rounds", "1")
+
+
+@pytest.mark.slow
+def test_going_on_is_measured_beside_a_script_that_loads():
+    assert "ours against the script: " in bench("benchmarks.restarting", "--size", "overhead", "--rounds", "1")
