@@ -340,10 +340,6 @@ class Trainer:
         self._saved_step = self.progress.step
 
     def _take_snapshot(self) -> Snapshot:
-        return take_snapshot(
-            unwrap(self.model),
-            self.optimizer,
-            scaler=self.precision.state_dict(),
-            progress=self.progress,
-            facts=self.facts,
-        )
+        goes_on = not self._stopped and self.progress.step < self.max_steps
+        parts = {"scaler": self.precision.state_dict(), "progress": self.progress, "facts": self.facts}
+        return take_snapshot(unwrap(self.model), self.optimizer, **parts, training_goes_on=goes_on)

@@ -66,7 +66,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of a run's state in host memory, which training no longer changes."""
+    """A run's state in host memory, which training no longer changes."""
 
     weights: dict[str, Tensor]
     optimizer_tensors: dict[str, Tensor]
@@ -91,8 +91,13 @@ def take_snapshot(
     scaler: dict[str, Any],
     progress: Progress,
     facts: Mapping[str, Any],
+    training_goes_on: bool = True,
 ) -> Snapshot:
-    """Copy everything to host memory: all that training has to wait for when a checkpoint is saved."""
+    """Everything in host memory: all that training has to wait for when a checkpoint is saved.
+
+    Copied, unless no step will change it any more (`training_goes_on`): then what lies in host memory is taken as it is, and
+    a run's end needs no second state's memory.
+    """
     tensors, values = {}, {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -101,8 +106,8 @@ def take_snapshot(
             else:
                 values[f"{name}{_SEPARATOR}{key}"] = value
     return Snapshot(
-        weights=_to_host(model.state_dict()),
-        optimizer_tensors=_to_host(tensors),
+        weights=_to_host(model.state_dict(), copies=training_goes_on),
+        optimizer_tensors=_to_host(tensors, copies=training_goes_on),
         optimizer_values=values,
         scaler=scaler,
         progress=Progress(**asdict(progress)),
@@ -181,12 +186,20 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> N
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
-def _to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory; copies from a GPU run side by side and are awaited once."""
-    copies = {name: _host_copy(tensor.detach()) for name, tensor in tensors.items()}
+def _to_host(tensors: Mapping[str, Tensor], *, copies: bool) -> dict[str, Tensor]:
+    """In host memory, each apart from the others; copies from a GPU run side by side and are awaited once."""
+    taken: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        # Files hold whole tensors: one that is a part of another, or the same under a second name, needs memory of its own.
+        is_apart = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
+        storages.add(storage.data_ptr())
+        as_it_is = not copies and is_apart and not tensor.is_cuda and tensor.is_contiguous()
+        taken[name] = tensor.detach() if as_it_is else _host_copy(tensor.detach())
     if any(tensor.is_cuda for tensor in tensors.values()):
         torch.cuda.synchronize()
-    return copies
+    return taken
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""A snapshot is apart from what training changes; where nothing changes any more, it takes no memory of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
+
+
+class Tied(nn.Module):
+    """Two names for one matrix, a vector, and a part of a larger buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 8)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("part", torch.zeros(10)[:5])
+
+
+def snapshot(model: nn.Module, *, training_goes_on: bool) -> Snapshot:
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return take_snapshot(model, optimizer, scaler={}, progress=Progress(step=1), facts={}, training_goes_on=training_goes_on)
+
+
+def addresses(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
+
+
+def test_while_training_goes_on_everything_is_a_copy():
+    model = Tied()
+    taken = snapshot(model, training_goes_on=True)
+    assert not {*addresses(taken.weights).values()} & {*addresses(model.state_dict()).values()}
+    before = {name: tensor.clone() for name, tensor in taken.weights.items()}
+    with torch.no_grad():
+        model.embedding.weight.zero_()
+    assert all(torch.equal(taken.weights[name], before[name]) for name in before)
+
+
+def test_the_last_one_copies_only_what_could_not_be_written_as_it_is():
+    model = Tied()
+    taken = snapshot(model, training_goes_on=False)
+    own, theirs = addresses(taken.weights), addresses(model.state_dict())
+    assert {name for name in own if own[name] != theirs[name]} == {"head.weight", "part"}
+    assert len({*own.values()}) == len(own)
+    assert all(torch.equal(taken.weights[name], tensor) for name, tensor in model.state_dict().items())
+    assert taken.optimizer_tensors["embedding.weight::exp_avg"].abs().sum() > 0
