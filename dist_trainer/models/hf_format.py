@@ -71,7 +71,10 @@ def locate_weights(path: Path) -> Path:
     Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
     """
     folder = find_model(path)
-    if (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file():  # a checkpoint of ours
+    is_ours = (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file()
+    if (
+        is_ours and not (folder / MANIFEST).is_symlink()
+    ):  # as in the Hub's cache, where files are links, and checked on their way
         verify(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
     return folder
 
