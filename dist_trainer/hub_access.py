@@ -53,6 +53,14 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and not name.startswith((".", "~"))
 
 
+def is_in_hub_cache(folder: Path) -> bool:
+    """Whether `folder` is a model as the Hub's library keeps it: its files are links to others outside, as in no checkpoint
+    that is written here, and were checked on their way.
+    """
+    snapshots = folder.absolute().parent
+    return snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+
+
 def model_from_hub(name: str, *, weights: bool, key: str) -> Path:
     """The folder of the Hub model `name` in the local cache, brought there where the Hub can be reached.
 

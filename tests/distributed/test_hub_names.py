@@ -106,3 +106,11 @@ def test_what_is_neither_a_folder_nor_a_model_of_the_hub_is_refused_with_both_re
     for path in ("./nowhere", str(tmp_path / "gone")):
         assert command.main([path]) == 2
         assert "is not a folder; give a run, a checkpoint" in capsys.readouterr().err
+
+
+def test_a_checkpoint_outside_of_the_cache_that_is_made_of_links_is_refused(models, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    for file in models["checkpoint"].iterdir():
+        (tmp_path / "model" / file.name).symlink_to(file)
+    assert generate.main([str(tmp_path / "model"), "--prompt", "a"]) == 2
+    assert "behind a link out of it" in capsys.readouterr().err
