@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.command_line import take_apart
+from dist_trainer.config.initial_model import model_folder
 from dist_trainer.config.loading import keys_given, load_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
@@ -25,12 +26,13 @@ from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.jsonl_tracker import encode_line
 from dist_trainer.tracking.run_history import run_folder_of
+from dist_trainer.version import VERSION_LINE
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION = "Loss, perplexity and bits per byte of a model on its run's validation data, or on any other data."
 EPILOG = "Other arguments are those of training and change the run's config (with --harness: those of precision alone)."
-FLAGS = {"--help", "--apply_chat_template"}
+FLAGS = {"--help", "--version", "--apply_chat_template"}
 HARNESS_OPTIONS = ("harness_tasks", "limit", "num_fewshot", "batch_size", "apply_chat_template")
 OWN_OPTIONS = {"--data", "--harness", *(f"--{name}" for name in HARNESS_OPTIONS)} | FLAGS
 """The others are training's keys."""
@@ -45,7 +47,7 @@ class Asked:
     """What is to be evaluated, and on what."""
 
     path: Path
-    """Of the model."""
+    """Of the model: a folder, or a name on the Hub."""
     config: TrainingConfig
     """The run's own, changed by `--section.key VALUE`."""
     harness: dict[str, Any] | None = None
@@ -62,16 +64,14 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     # Values of training's keys must not be taken for RUN: they are split off before argparse sees them.
     own_words, rest = split_off_keys(sys.argv[1:] if argv is None else argv)
     arguments = argument_parser().parse_args(own_words)
-    path: Path = arguments.path
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist; give a run's folder, such as runs/default")
     harness = harness_fields(arguments, rest)
-    run = run_folder_of(path, is_run=_is_run)
+    folder = model_folder(arguments.path, weights=False, key="RUN")
+    run = run_folder_of(folder, is_run=_is_run)
     if run is not None:
         # Where training began does not matter any more, and may have gone.
         given = ["--config", str(run / "config.yaml"), "--checkpoint.resume", "auto"]
     else:
-        context = model_context(path)
+        context = model_context(folder)
         asked = "data.sequence_length" in keys_given(rest)
         given = [] if context is None or asked else ["--data.sequence_length", str(context)]
     if arguments.data is not None:
@@ -82,12 +82,12 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     if any(word.partition("=")[0] == "--preset" for word in rest):
         raise ConfigError("--preset: is for training; a model that is there has its size already")
     # The tokenizer that was saved with the model has the template of its training.
-    config = load_config([*given, "--data.tokenizer", str(path), "--data.chat_template", "null", *rest], trains=False)
+    config = load_config([*given, "--data.tokenizer", str(folder), "--data.chat_template", "null", *rest], trains=False)
     if harness is None:
         refuse_keys_without_effect(rest)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))
-    return Asked(path, config, harness)
+    return Asked(Path(arguments.path).expanduser(), config, harness)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -99,7 +99,8 @@ def argument_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
+    parser.add_argument("path", metavar="RUN", help="a run's folder, a checkpoint, a model's folder, or its name on the Hub")
+    parser.add_argument("--version", action="version", version=VERSION_LINE)
     parser.add_argument(
         "--data",
         metavar="NAME",
@@ -202,10 +203,12 @@ def evaluate_model(path: Path, config: TrainingConfig) -> dict[str, Any] | None:
 
     with World.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
-        find_model(path)  # before data that may take long
+        # Before data, which may take long; a model of the Hub so far without its weights.
+        folder = first_on_each_node(world, lambda: model_folder(str(path), weights=True, key="RUN"))
+        find_model(folder)
         tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data))
         loader = create_validation_loader(config, world, tokenizer=tokenizer)
-        model = open_model(path, device=world.device)
+        model = open_model(folder, device=world.device)
         refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
         result = evaluate(
             model,
@@ -230,9 +233,10 @@ def evaluate_tasks(asked: Asked) -> dict[str, Any]:
     from dist_trainer.tracking.run_log import configure_logging
 
     configure_logging(None, rank=0)
-    found = run_harness(asked.path, HarnessOptions(**(asked.harness or {})), asked.config.precision)
-    folder = locate_weights(asked.path).resolve()
-    run = run_folder_of(asked.path, is_run=_is_run)
+    path = model_folder(str(asked.path), weights=True, key="RUN")
+    found = run_harness(path, HarnessOptions(**(asked.harness or {})), asked.config.precision)
+    folder = locate_weights(path).resolve()
+    run = run_folder_of(path, is_run=_is_run)
     file = None if run is None else str(write_results(run, folder, found))
     return {"model": str(folder), "results": found["results"], "file": file}
 

@@ -1,7 +1,8 @@
-"""`python -m dist_trainer.generate RUN`: text from a run's best checkpoint, or from any Hugging Face model's folder.
+"""`python -m dist_trainer.generate RUN`: text from a run's best checkpoint, or from any Hugging Face model, also of the Hub.
 
 One prompt is continued on the terminal as the text is made. Without --prompt and --prompts_file it asks for prompts, or takes
-the lines of standard input where that is no terminal. --prompts_file and --output write JSON lines.
+the lines of standard input where that is no terminal. --prompts_file and --output write JSON lines. With --chat prompts are
+answered, by the tokenizer's chat template.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from dist_trainer.config.initial_model import model_folder
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.model_folders import model_folders
+from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.formatting import printable
+from dist_trainer.version import VERSION_LINE
+
+if TYPE_CHECKING:
+    from dist_trainer.continuation import Writer
 
 JSON_LINES = (".jsonl", ".ndjson")
 DESCRIPTION = (
-    "Text from a run's best checkpoint, or from any Hugging Face model's folder. Without --prompt and --prompts_file it asks "
-    "for prompts, or takes the lines of standard input where that is no terminal."
+    "Text from a run's best checkpoint, or from any Hugging Face model, also of the Hub. Without --prompt and --prompts_file "
+    "it asks for prompts, or takes the lines of standard input where that is no terminal."
 )
-CONTEXT_TOKENS = 6
-"""Tokens of the prompt that are decoded together with the first new one: enough for any character, and for its space."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line. Raises ConfigError for a path that does not exist and numbers that make no sense."""
+    """The command line. Raises ConfigError for numbers that make no sense, and for several ranks."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_trainer.generate",
         usage="%(prog)s RUN [--prompt TEXT | --prompts_file FILE] [--option VALUE]...",
         description=DESCRIPTION,
     )
-    parser.add_argument("path", metavar="RUN", type=Path, help="a run's folder, a checkpoint, or a model's folder")
+    parser.add_argument("path", metavar="RUN", help="a run's folder, a checkpoint, a model's folder, or its name on the Hub")
+    parser.add_argument("--version", action="version", version=VERSION_LINE)
     parser.add_argument("--prompt", metavar="TEXT", help='beginning of the text; "": the model begins')
     parser.add_argument(
         "--prompts_file",
@@ -64,6 +70,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help='a text file, one prompt a line; .jsonl: one JSON object a line, with the text under "prompt"',
     )
     parser.add_argument("--output", metavar="FILE", type=Path, help="file for JSON lines (default: standard output)")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer prompts by the tokenizer's chat template; those typed at a terminal form one conversation",
+    )
     parser.add_argument("--max_new_tokens", metavar="N", type=int, default=200, help="at most this many (default: 200)")
     parser.add_argument(
         "--temperature", metavar="NUMBER", type=float, default=0.7, help="0: always the likeliest (default: 0.7)"
@@ -76,8 +87,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seed", metavar="N", type=int, default=0, help="the same seed and prompt give the same text (default: 0)"
     )
     arguments = parser.parse_args(argv)
-    if not arguments.path.exists():
-        raise ConfigError(f"{arguments.path} does not exist; give a run's folder, such as runs/default")
+    ranks = place_of_this_process().world_size
+    if ranks > 1:
+        raise ConfigError(f"generate runs in one process, but there are {ranks} ranks; start it without torchrun")
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise ConfigError("--prompt and --prompts_file: give one of them")
     for name, smallest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
@@ -93,20 +105,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def generate_text(arguments: argparse.Namespace) -> int:
     """Continue each prompt."""
+    in_file = None if arguments.prompts_file is None else prompts_in(arguments.prompts_file)
+    folder = model_folder(arguments.path, weights=True, key="RUN")
+
     import torch
 
+    from dist_trainer.continuation import Writer, chat_template
     from dist_trainer.data.tokenization import load_tokenizer
+    from dist_trainer.models.hf_format import find_model
     from dist_trainer.models.registry import open_model
 
-    in_file = None if arguments.prompts_file is None else prompts_in(arguments.prompts_file)
-    model = open_model(arguments.path, device="cuda" if torch.cuda.is_available() else "cpu")
-    writer = Writer(model, load_tokenizer(str(arguments.path)), arguments, begins_anew=not _is_checkpoint(arguments.path))
+    find_model(folder)  # who gives a wrong folder wants to hear of that first, not of the tokenizer it lacks
+    tokenizer = load_tokenizer(str(folder))
+    chat = chat_template(tokenizer, folder) if arguments.chat else None
+    model = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    writer = Writer(model, tokenizer, arguments, begins_anew=not _is_checkpoint(folder), chat=chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
     try:
         with ExitStack() as open_files:
             if in_file is not None and arguments.prompts_file is not None:
-                writer.refuse_prompts_without_room(in_file, arguments.prompts_file)
+                refuse_prompts_without_room(writer, in_file, arguments.prompts_file)
             if in_file is not None or arguments.output is not None:
                 to = sys.stdout if arguments.output is None else open_files.enter_context(_opened(arguments.output))
                 write_json_lines(writer, asked_for(arguments) if in_file is None else in_file, to)
@@ -128,23 +147,35 @@ def write_json_lines(writer: Writer, prompts: Iterator[Prompt] | list[Prompt], t
 
 
 def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
-    """Each prompt, and what continues it piece by piece as it is made."""
+    """Each prompt, and what continues it piece by piece as it is made; of a chat the answers alone."""
     asks = arguments.prompt is None and sys.stdin.isatty()
     shown = printable if sys.stdout.isatty() else str  # a terminal would obey control characters; a file wants them
     for prompt in asked_for(arguments):
+        if writer.earlier and writer.lack_of_room(prompt.text):
+            writer.earlier.clear()
+            print(
+                f"dist_trainer: the conversation fills the model's context of {writer.context}; a new one begins here",
+                file=sys.stderr,
+                flush=True,
+            )
         problem = writer.lack_of_room(prompt.text)
         if problem and arguments.prompt is None:  # who types prompts can type another one
             print(f"dist_trainer: {problem}", file=sys.stderr, flush=True)
             continue
-        print(shown(prompt.text), end="", flush=True)
+        if writer.chat is None:
+            print(shown(prompt.text), end="", flush=True)
         written = writer.continuation(prompt.text)
+        pieces = []
         try:
             for piece in written:
+                pieces.append(piece)
                 print(shown(piece), end="", flush=True)
         except KeyboardInterrupt:
             if not asks:
                 raise
         print(flush=True)
+        if asks and writer.chat is not None:
+            writer.keep(prompt.text, "".join(pieces))
         if written.ended_by == "context":
             print(
                 f"dist_trainer: stopped after {len(written.tokens)} new tokens, "
@@ -153,93 +184,11 @@ def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
             )
 
 
-class Writer:
-    """A model, its tokenizer, and how tokens are to be drawn."""
-
-    def __init__(self, model: Any, tokenizer: Any, arguments: argparse.Namespace, *, begins_anew: bool) -> None:
-        """`begins_anew`: texts begin as the tokenizer begins them, such as with BOS; a run's own do not."""
-        from dist_trainer.models.generation import context_of, end_tokens
-
-        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
-        self.begins_anew = begins_anew
-        self.context = context_of(model)
-        """Positions; None: without limit."""
-        self.ends = {tokenizer.eos_token_id, *end_tokens(model)}
-
-    def prompt_tokens(self, text: str) -> list[int]:
-        """Ids of `text`. Of an empty one what stands before a text: BOS in a model from elsewhere, in a run's own rows the
-        EOS of the text before.
-        """
-        tokens = self.tokenizer.encode(text, add_special_tokens=self.begins_anew)
-        while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id and self.begins_anew:
-            tokens.pop()  # some tokenizers end every text
-        first = self.tokenizer.bos_token_id if self.begins_anew else None
-        return tokens or [self.tokenizer.eos_token_id if first is None else first]
-
-    def lack_of_room(self, text: str) -> str | None:
-        """Why nothing can follow `text`; None where something can."""
-        length = len(self.prompt_tokens(text))
-        if self.context is None or length < self.context:
-            return None
-        return f"the prompt has {length} tokens; the model's context is {self.context}: shorten it"
-
-    def refuse_prompts_without_room(self, prompts: list[Prompt], path: Path) -> None:
-        """Raises ConfigError naming every line that cannot be continued, before any other is."""
-        problems = [f"{prompt.place}: {problem}" for prompt in prompts if (problem := self.lack_of_room(prompt.text))]
-        if problems:
-            raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
-
-    def continuation(self, text: str) -> Continuation:
-        """What follows `text`."""
-        return Continuation(self, self.prompt_tokens(text))
-
-
-class Continuation:
-    """Pieces of text as they become whole: a character may need several tokens. To be iterated once."""
-
-    def __init__(self, writer: Writer, prompt_tokens: list[int]) -> None:
-        self.writer, self.prompt_tokens = writer, prompt_tokens
-        self.tokens: list[int] = []
-        """New ones so far."""
-        self.ended_by = "interrupted"
-        """end_token, max_new_tokens or context, once it has ended."""
-
-    def __iter__(self) -> Iterator[str]:
-        from dist_trainer.models.generation import generate
-        from dist_trainer.sampling import BROKEN
-
-        arguments, ids = self.writer.arguments, list(self.prompt_tokens)
-        # Only tokens from `start` on are decoded: those before `known` once more, for what they tell of spaces between.
-        start, known = max(0, len(ids) - CONTEXT_TOKENS), len(ids)
-        for token in generate(
-            self.writer.model,
-            self.prompt_tokens,
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-            eos_token_id=self.writer.ends,
-        ):
-            self.tokens.append(token)
-            ids.append(token)
-            before, now = self._decoded(ids[start:known]), self._decoded(ids[start:])
-            if len(now) > len(before) and not now.endswith(BROKEN):
-                yield now[len(before) :]
-                start, known = known, len(ids)
-        # What is left is no whole character, or more of them that end in one.
-        if rest := self._decoded(ids[start:])[len(self._decoded(ids[start:known])) :].rstrip(BROKEN):
-            yield rest
-        self.ended_by = self._reason()
-
-    def _decoded(self, tokens: list[int]) -> str:
-        return self.writer.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _reason(self) -> str:
-        if len(self.tokens) == self.writer.arguments.max_new_tokens:
-            return "max_new_tokens"
-        room = None if self.writer.context is None else self.writer.context - len(self.prompt_tokens)
-        return "context" if len(self.tokens) == room else "end_token"
+def refuse_prompts_without_room(writer: Writer, prompts: list[Prompt], path: Path) -> None:
+    """Raises ConfigError naming every line that cannot be continued, before any other is."""
+    problems = [f"{prompt.place}: {problem}" for prompt in prompts if (problem := writer.lack_of_room(prompt.text))]
+    if problems:
+        raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
 
 
 def asked_for(arguments: argparse.Namespace) -> Iterator[Prompt]:

@@ -53,10 +53,19 @@ def is_hub_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and not name.startswith((".", "~"))
 
 
-def model_from_hub(name: str, *, weights: bool) -> Path:
+def is_in_hub_cache(folder: Path) -> bool:
+    """Whether `folder` is a model as the Hub's library keeps it: its files are links to others outside, as in no checkpoint
+    that is written here, and were checked on their way.
+    """
+    snapshots = folder.absolute().parent
+    return snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+
+
+def model_from_hub(name: str, *, weights: bool, key: str) -> Path:
     """The folder of the Hub model `name` in the local cache, brought there where the Hub can be reached.
 
-    Without `weights` only what describes it. Never code, and no pickles. Raises ConfigError naming what helps.
+    Without `weights` only what describes it. Never code, and no pickles. Raises ConfigError naming `key`, where the name was
+    given, and what helps.
     """
     reachable = hub_is_reachable()
     import huggingface_hub
@@ -68,9 +77,9 @@ def model_from_hub(name: str, *, weights: bool) -> Path:
     except Exception as error:  # the library raises many kinds; each ends in one message
         if not reachable:
             raise ConfigError(
-                f"model.init_from: {name!r} is no local folder, the Hub cannot be reached, and the model is not in the local "
+                f"{key}: {name!r} is no local folder, the Hub cannot be reached, and the model is not in the local "
                 f"cache. On a machine that reaches it, run `hf download {name}` with the same HF_HOME, or give a folder"
             ) from error
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model.init_from: {name!r} cannot be loaded from the Hub: {first_line}") from error
+        raise ConfigError(f"{key}: {name!r} is no local folder, and cannot be loaded from the Hub: {first_line}") from error
     return Path(found)

@@ -14,6 +14,7 @@ from dist_trainer.tracking.report.curves import MOST_RUNS
 from dist_trainer.tracking.report.page import html_report
 from dist_trainer.tracking.report_tracker import REPORT_FILE
 from dist_trainer.tracking.run_history import read_run, run_folder_of
+from dist_trainer.version import VERSION_LINE
 
 DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
 
@@ -35,6 +36,7 @@ def write_report(argv: Sequence[str] | None) -> int:
         type=Path,
         help="the file to write (default: the run's report.html; of several, compared.html in the first one's folder)",
     )
+    parser.add_argument("--version", action="version", version=VERSION_LINE)
     arguments = parser.parse_args(argv)
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
     if len(runs) > MOST_RUNS:

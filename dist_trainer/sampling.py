@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from dist_trainer.config.schema import TrackingConfig, TrainingConfig
+from dist_trainer.config.schema import DataConfig, TrackingConfig, TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
+from dist_trainer.data.chat import ChatTemplate, messages_of
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
@@ -23,6 +26,7 @@ SAMPLE_TOP_P = 0.8
 PROMPT_TOKENS = 16
 BROKEN = "\ufffd"
 """What a tokenizer gives for bytes that are no whole character."""
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 
 Sample = Callable[[Any, Callable[[], bool]], dict[str, Any] | None]
 """Gives `prompt` and `text` of a model; None where what is asked before each token says that it is interrupted."""
@@ -74,12 +78,11 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
         return None
     context = context_of(model) or config.data.sequence_length
     if tracking.sample_prompt is not None:
-        prompt = tracking.sample_prompt
-        prompt_tokens = tokenizer.encode(prompt, add_special_tokens=False)
+        prompt, prompt_tokens = given_prompt(tracking.sample_prompt, config.data, tokenizer)
         if not 0 < len(prompt_tokens) < context:
             raise ConfigError(
-                f"tracking.sample_prompt: {prompt!r} has {len(prompt_tokens)} tokens; the model's context has {context}, "
-                'and one must be left to generate. Give another prompt, or "" for no samples'
+                f"tracking.sample_prompt: {tracking.sample_prompt!r} has {len(prompt_tokens)} tokens; the model's context has "
+                f'{context}, and one must be left to generate. Give another prompt, or "" for no samples'
             )
     else:
         first = dataset[0]
@@ -95,6 +98,25 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
     return build_sample(
         tokenizer, prompt=prompt, prompt_tokens=prompt_tokens, max_new_tokens=tracking.sample_tokens, seed=config.seed
     )
+
+
+def given_prompt(given: str, data: DataConfig, tokenizer: Any) -> tuple[str, list[int]]:
+    """A prompt of the user's own as samples show it, and its tokens: text, or where the data are conversations a JSON list of
+    messages, written by their template to be answered. Raises ConfigError, DataError.
+    """
+    if data.messages_column is None or not _LIST_OF_OBJECTS.match(given):
+        return given, tokenizer.encode(given, add_special_tokens=False)
+    key = "tracking.sample_prompt"
+    try:
+        messages = messages_of(key, {"messages": json.loads(given)}, "messages")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{key}: {given!r} begins as a list of messages does, but is no JSON ({error}); write it as "
+            '[{"role": "user", "content": "Hi"}]'
+        ) from error
+    text = ChatTemplate(data, tokenizer).prompt(key, messages)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.decode(tokens, skip_special_tokens=True), tokens
 
 
 def prompt_before_answer(row: Any, *, most: int) -> list[int]:

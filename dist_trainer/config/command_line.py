@@ -17,7 +17,8 @@ CONSOLE_SCRIPT, MODULE = "dist-train", "python -m dist_trainer.train"
 COMMAND_LINE = "command line"
 HELP_FLAGS = ("--help", "-h")
 DRY_RUN = "--dry_run"
-FLAGS = ("--print_config",)
+VERSION = "--version"
+FLAGS = ("--print_config", VERSION)
 ALL = "all"
 SHELLS = ("bash", "zsh", "fish")
 

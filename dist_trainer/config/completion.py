@@ -36,7 +36,8 @@ def completion_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file of keys")
     parser.add_argument("--preset", choices=list(PRESETS), help="a size by name")
     parser.add_argument("--print_completion", choices=SHELLS, help="completion for a shell")
-    for flag, said in zip((DRY_RUN, *FLAGS), ("all up to the first step", "the resulting config"), strict=True):
+    of_flags = ("all up to the first step", "the resulting config", "the package's version")
+    for flag, said in zip((DRY_RUN, *FLAGS), of_flags, strict=True):
         parser.add_argument(flag, action="store_true", help=said)
     for key, kind in leaf_types().items():
         said = _beginning(sentences_by_key()[key]).replace("%", "%%")

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from dist_trainer.config.command_line import ALL, DRY_RUN, SHELLS
+from dist_trainer.config.command_line import ALL, DRY_RUN, SHELLS, VERSION
 from dist_trainer.config.keys import keys_of, leaf_types, may_be_null, options_of, section_classes, sentences_by_key
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.schema import TrainingConfig
@@ -74,6 +74,7 @@ def _options() -> dict[str, str]:
         DRY_RUN: "everything up to the first step, the largest batch once, then memory and time; leaves no run",
         "--print_config": "print the resulting config as YAML",
         "--print_completion SHELL": f"print what completes keys and values at a TAB ({', '.join(SHELLS)})",
+        VERSION: "print the package's version",
         "--help, -h [SECTION]": "this, or the keys of a section",
     }
 

@@ -59,17 +59,18 @@ def keys_that_follow(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in wanted if key in found}
 
 
-def model_folder(init_from: str, *, weights: bool) -> Path:
-    """The folder that model.init_from means, fetched from the Hub where it is a name there; `weights`: with them.
+def model_folder(named: str, *, weights: bool, key: str = "model.init_from") -> Path:
+    """The folder that model.init_from means, or RUN of a command (`key`, for messages), fetched from the Hub where it is a name
+    there; `weights`: with them.
 
     Raises ConfigError.
     """
-    path = Path(init_from).expanduser()
+    path = Path(named).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not is_hub_name(init_from):
-        raise ConfigError(f"model.init_from: {path} {_NO_FOLDER}")
-    return model_from_hub(init_from, weights=weights)
+    if path.exists() or not is_hub_name(named):
+        raise ConfigError(f"{key}: {path} {_NO_FOLDER}")
+    return model_from_hub(named, weights=weights, key=key)
 
 
 def described_in(folder: Path) -> Path | None:

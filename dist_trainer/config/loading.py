@@ -19,7 +19,7 @@ from typing import Any, NoReturn, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from dist_trainer.config.command_line import COMMAND_LINE, Arguments, program, take_apart
+from dist_trainer.config.command_line import COMMAND_LINE, VERSION, Arguments, program, take_apart
 from dist_trainer.config.completion import completion_script
 from dist_trainer.config.help import help_text
 from dist_trainer.config.initial_model import SHAPE_FIELDS, keys_in_use, keys_that_follow
@@ -31,18 +31,21 @@ from dist_trainer.config.sweep_run import in_folder_of_its_own
 from dist_trainer.config.yaml_lines import Assignment, read_assignments
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.place import place_of_this_process
+from dist_trainer.version import VERSION_LINE
 
 
 def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> TrainingConfig:
     """The config that the command line `argv` (default: this process's) asks for; later files and arguments win.
 
     `trains`: whether a run is to come of it, so that the ranks there are must be able to share the global batch evenly.
-    `--help`, `--print_config` and `--print_completion` print and raise SystemExit(0). Raises ConfigError with every problem
-    found.
+    `--help`, `--version`, `--print_config` and `--print_completion` print and raise SystemExit(0). Raises ConfigError with
+    every problem found.
     """
     arguments = take_apart(sys.argv[1:] if argv is None else argv)
     if arguments.help_on is not None:
         _print_and_leave(help_text(arguments.help_on, program(), coloured=sys.stdout.isatty()))
+    if VERSION in arguments.flags:
+        _print_and_leave(f"{VERSION_LINE}\n")
     if arguments.shell is not None:
         _raise_all(arguments.problems)
         _print_and_leave(completion_script(arguments.shell))

@@ -225,7 +225,8 @@ class TrackingConfig:
     sample_every_steps: int | None = None
     """Steps between samples of text, beside one after the last step; null: one after each validation; 0: none."""
     sample_prompt: str | None = None
-    """Beginning of the sample text; null: the first words of a validation document; "": no samples."""
+    """Beginning of the sample text, or, where data.messages_column is set, a JSON list of messages to answer; null: the first
+    words of a validation document, or what comes before its first answer; "": no samples."""
     sample_tokens: int = 96
     """Tokens of a sample; 0: no samples."""
 

@@ -53,6 +53,10 @@ class ChatTemplate:
             self._warn_of_other_end(text[slice(*spans[-1])])
         return MarkedText(text, spans, is_complete=True)
 
+    def prompt(self, where: str, messages: list[Message]) -> str:
+        """The conversation so far, and what begins the assistant's answer. Raises DataError naming `where`."""
+        return self._rendered(where, messages, add_generation_prompt=True)
+
     def _spans(self, where: str, messages: list[Message], whole: str) -> list[tuple[int, int]]:
         spans = []
         for number, message in enumerate(messages):
@@ -129,19 +133,25 @@ class ChatTemplate:
         roles = ", ".join(str(message["role"]) for message in messages[:8]) + (", ..." if len(messages) > 8 else "")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return DataError(
-            f"{where}: {self._name} refuses the messages (roles {roles}): {reason}; change the record, or name another "
-            "data.chat_template"
+            f"{where}: {self._name} refuses the messages (roles {roles}): {reason}; change the messages, or name "
+            "another template (data.chat_template)"
         )
 
 
-def _own_template(config: DataConfig, tokenizer: Tokenizer) -> str:
+def own_template(tokenizer: Tokenizer) -> str | None:
+    """The chat template that came with `tokenizer`, of several the default one; None where there is none."""
     templates = getattr(tokenizer, "chat_template", None)
-    template = templates.get("default") if isinstance(templates, dict) else templates
-    if not template:
+    return (templates.get("default") if isinstance(templates, dict) else templates) or None
+
+
+def _own_template(config: DataConfig, tokenizer: Tokenizer) -> str:
+    template = own_template(tokenizer)
+    if template is None:
+        which = "default " if getattr(tokenizer, "chat_template", None) else ""
         raise DataError(
-            f"data.messages_column: {config.messages_column!r} is set, but the tokenizer {config.tokenizer} has no "
-            f"{'default ' if templates else ''}chat template to write conversations with; name a file with one by "
-            "data.chat_template (such as configs/plain_chat.jinja), or the tokenizer of a chat model"
+            f"data.messages_column: {config.messages_column!r} is set, but the tokenizer {config.tokenizer} has no {which}"
+            "chat template to write conversations with; name a file with one by data.chat_template (such as "
+            "configs/plain_chat.jinja), or the tokenizer of a chat model"
         )
     return template
 

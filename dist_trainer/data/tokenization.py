@@ -91,8 +91,9 @@ def _is_what_its_files_say(folder: Path) -> bool:
     """Whether AutoTokenizer would build the tokenizer of tokenizer.json and nothing else, as for each checkpoint of ours: to
     learn that, it imports the model's code, two seconds of it.
     """
-    said = read_json(folder / "tokenizer_config.json")
-    model_type = read_json(folder / "config.json").get("model_type") if (folder / "config.json").is_file() else None
+    config = folder / "config.json"
+    said = read_json((folder / "tokenizer_config.json").resolve())  # the Hub's cache is made of links
+    model_type = read_json(config.resolve()).get("model_type") if config.is_file() else None
     plain = said.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in said
     return plain and model_type in (None, "llama") and (folder / "tokenizer.json").is_file()
 

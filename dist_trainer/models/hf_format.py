@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_trainer.config.llama_json import CONFIG_FILE, TOKEN_IDS
 from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.hub_access import is_in_hub_cache
 from dist_trainer.manifest import MANIFEST, read_json, verify
 from dist_trainer.model_folders import model_folders
 
@@ -71,7 +72,8 @@ def locate_weights(path: Path) -> Path:
     Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
     """
     folder = find_model(path)
-    if (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file():  # a checkpoint of ours
+    is_ours = (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file()
+    if is_ours and not is_in_hub_cache(folder):
         verify(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
     return folder
 

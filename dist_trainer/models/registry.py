@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_trainer.config.initial_model import SHAPE_FIELDS, contradictions, model_folder
-from dist_trainer.config.llama_json import read_hf_config
+from dist_trainer.config.llama_json import CONFIG_FILE, read_hf_config
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.hf_format import WEIGHTS_FILE, find_model, locate_weights, write_hf
@@ -175,10 +175,26 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
     except ConfigError:
         if transformers_lm.has_weights(folder):
             return transformers_lm.open_weights(folder).to(device).eval()
-        raise
+        raise CheckpointError(
+            f"{folder} holds no weights ({WEIGHTS_FILE}) beside its {CONFIG_FILE}; give a folder with them, or fetch them from "
+            "the Hub anew"
+        ) from None
     model = DecoderLM.like(described, device=device)
     model.load_weights(folder)
     return model.eval()
+
+
+def can_open(path: Path) -> bool:
+    """Whether `open_model` knows the kind of the model at `path`; its weights are not looked at."""
+    try:
+        folder = find_model(path)
+    except RefusedError:
+        return False
+    try:
+        read_hf_config(folder)
+    except RefusedError:
+        return transformers_lm.is_known(folder)
+    return True
 
 
 def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:

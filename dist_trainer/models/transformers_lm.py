@@ -44,6 +44,18 @@ def has_weights(folder: Path) -> bool:
     return False
 
 
+def is_known(folder: Path) -> bool:
+    """Whether transformers itself has a causal language model of the kind that `folder`/config.json names."""
+    import transformers
+
+    with _quietly():
+        try:
+            config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except Exception:  # the library raises many kinds
+            return False
+    return type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def open_weights(folder: Path) -> Any:
     """The causal language model in `folder`, in float32 on the CPU.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dist_trainer.models.registry import can_open
 from dist_trainer.tracking.formatting import counted, duration, printable, quantity, significant
 from dist_trainer.tracking.goodput import Goodput, goodput_of
 from dist_trainer.tracking.run_context import RunContext
@@ -162,13 +163,10 @@ def goodput_in_words(spent: Goodput) -> str:
 
 
 def next_commands(folder: Path) -> str:
-    """What to run on a finished run's folder, to be pasted into a shell."""
+    """What to run on a finished run's folder, to be pasted into a shell: nothing that its model, one of the user's own perhaps,
+    would be refused for.
+    """
     named, report = shlex.quote(str(folder)), shlex.quote(str(folder / "report.html"))
-    return "\n".join(
-        f"  python -m dist_trainer.{command} {named}{note}"
-        for command, note in (
-            ("generate", "   # text from its best checkpoint"),
-            ("evaluate", "   # its validation loss once more"),
-            ("report", f"     # {report} anew"),
-        )
-    )
+    of_the_model = {"generate": "   # text from its best checkpoint", "evaluate": "   # its validation loss once more"}
+    notes = {**(of_the_model if can_open(folder) else {}), "report": f"     # {report} anew"}
+    return "\n".join(f"  python -m dist_trainer.{command} {named}{note}" for command, note in notes.items())

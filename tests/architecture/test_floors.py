@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},
     {"warm_up", "training_result"},
     {"trainer", "starting_point"},
-    {"profiling", "out_of_memory", "harness"},
+    {"profiling", "out_of_memory", "harness", "continuation"},
     {"run_header"},
     {"run_record"},
     {"assembly"},

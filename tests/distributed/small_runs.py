@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,17 @@ def write_conversations(path: Path) -> Path:
         lines.append(json.dumps({"messages": messages}) + "\n")
     path.write_text("".join(lines))
     return path
+
+
+def put_into_hub_cache(cache: Path, name: str, files: Iterable[Path]) -> None:
+    """As the Hub's library keeps them: links to blobs, under one commit."""
+    cached = cache / f"models--{name.replace('/', '--')}"
+    for part in ("blobs", "refs", "snapshots/0123"):
+        (cached / part).mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123")
+    for file in files:
+        shutil.copy(file, cached / "blobs" / file.name)
+        (cached / "snapshots" / "0123" / file.name).symlink_to(f"../../blobs/{file.name}")
 
 
 def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig:

@@ -56,6 +56,9 @@ def test_all_examples_train_and_go_on_from_a_checkpoint_on_another_number_of_ran
     assert [line["lr"] for line in metrics(whole)] == [1e-3 * square_root(step, span) for step in range(12)]
     written = (folder(whole) / "losses.txt").read_text().splitlines()
     assert written == [f"{line['step']} {line['loss']}" for line in metrics(whole)]
+    log = (folder(whole) / "logs" / "rank-0.log").read_text()
+    assert "dist_trainer.report" in log
+    assert "dist_trainer.generate" not in log, "which would refuse this model"
 
     assert run(stopped, 2, before=stop_after(6)) == [0, 0]
     assert run(stopped, 1) == [0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dist_trainer import generate
+from dist_trainer.continuation import Continuation, Writer
+from dist_trainer.data.datasets import CORPUS
 from dist_trainer.data.tokenization import load_tokenizer
 from dist_trainer.models import generation
 from dist_trainer.models.registry import open_model
+from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import folder, run, small_config
 
 PROMPT = "It was a truth"
@@ -87,7 +91,7 @@ class FromAList:
     """Stands in for the model's choice of tokens."""
 
     def __init__(self, monkeypatch, tokens: list[int]) -> None:
-        monkeypatch.setattr("dist_trainer.models.generation.generate", lambda *_, **__: iter(tokens))
+        monkeypatch.setattr("dist_trainer.continuation.generate", lambda *_, **__: iter(tokens))
 
 
 TEXTS = ["naïve café – 孔乙己 👩‍👩‍👧 ok", "plain words only", "   spaces   and\n\nlines\t", "日本語のテキスト。"]
@@ -102,8 +106,8 @@ def test_pieces_are_whole_characters_and_together_the_text(request, monkeypatch,
     new = tokenizer.encode("a b" + text, add_special_tokens=False)[len(prompt) :]
     FromAList(monkeypatch, new)
     arguments = generate.parse_arguments([str(path)])
-    writer = generate.Writer(open_model(path), tokenizer, arguments, begins_anew=False)
-    pieces = list(generate.Continuation(writer, prompt))
+    writer = Writer(open_model(path), tokenizer, arguments, begins_anew=False)
+    pieces = list(Continuation(writer, prompt))
     whole = tokenizer.decode(prompt + new)
     assert whole == tokenizer.decode(prompt) + "".join(pieces)
     assert "\ufffd" not in "".join(pieces)
@@ -159,7 +163,7 @@ def test_an_empty_prompt_begins_with_what_stands_before_a_text(trained, elsewher
         assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] + "\n" == text
         arguments = generate.parse_arguments([str(path), *options])
         tokenizer = load_tokenizer(str(path))
-        writer = generate.Writer(open_model(path), tokenizer, arguments, begins_anew=path == elsewhere)
+        writer = Writer(open_model(path), tokenizer, arguments, begins_anew=path == elsewhere)
         written = writer.continuation("")
         assert "".join(written) + "\n" == text
         assert written.tokens == greedily(where, [begins_with], max_new_tokens=8)
@@ -210,8 +214,6 @@ def test_lines_from_a_pipe_are_prompts(trained, capsys, monkeypatch, tmp_path):
 
 
 def test_each_token_that_ends_a_text_by_the_model_s_config_ends_it(elsewhere, tmp_path, capsys):
-    import shutil
-
     tokenizer = AutoTokenizer.from_pretrained(elsewhere)
     new = greedily(elsewhere, tokenizer("a b")["input_ids"], max_new_tokens=10)
     copy = tmp_path / "model"
@@ -224,3 +226,104 @@ def test_each_token_that_ends_a_text_by_the_model_s_config_ends_it(elsewhere, tm
     found = json.loads((tmp_path / "out.jsonl").read_text())
     assert found["ended_by"] == "end_token"
     assert found["new_tokens"] == new.index(third)
+
+
+# ---------------------------------------------------------------------------------------------------------- chats
+
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory) -> Path:
+    """A model that answers each question otherwise, whose tokenizer has a chat template."""
+    path = tmp_path_factory.mktemp("chatty") / "model"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=4096, max_position_embeddings=64, initializer_range=0.5)
+    LlamaForCausalLM(config).save_pretrained(path)
+    shutil.copytree(CORPUS / "tokenizer", path, dirs_exist_ok=True)
+    (path / "chat_template.jinja").write_text(CHAT)
+    return path
+
+
+def answer(path: Path, *contents: str, max_new_tokens: int) -> str:
+    """What transformers' template and generate make of questions and answers in turn."""
+    tokenizer = load_tokenizer(str(path))
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    new = greedily(path, ids, max_new_tokens=max_new_tokens)
+    text = tokenizer.decode(ids + new, skip_special_tokens=True)
+    return text[len(tokenizer.decode(ids, skip_special_tokens=True)) :].rstrip("\ufffd")
+
+
+def test_a_prompt_of_a_chat_is_a_message_and_the_answer_alone_is_shown(chatty, tmp_path, capsys):
+    expected = answer(chatty, "Who is Emma?", max_new_tokens=12)
+    words = (chatty, "--chat", "--temperature", "0", "--max_new_tokens", "12")
+    assert said(capsys, *words, "--prompt", "Who is Emma?") == expected + "\n"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Who is Emma?\nWho is Emma?\n")
+    lines = [json.loads(line) for line in said(capsys, *words, "--prompts_file", prompts).splitlines()]
+    assert [(line["prompt"], line["completion"]) for line in lines] == [("Who is Emma?", expected)] * 2
+
+
+class Typing(io.StringIO):
+    """A terminal to type at."""
+
+    def isatty(self):
+        return True
+
+
+def typed(monkeypatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", Typing())
+    waiting = iter([*lines, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(waiting))
+
+
+def test_what_is_typed_becomes_one_conversation(chatty, capsys, monkeypatch):
+    typed(monkeypatch, "Who came?", "Why?")
+    first = answer(chatty, "Who came?", max_new_tokens=6)
+    second = answer(chatty, "Who came?", first, "Why?", max_new_tokens=6)
+    assert second != answer(chatty, "Why?", max_new_tokens=6)
+    assert said(capsys, chatty, "--chat", "--temperature", "0", "--max_new_tokens", "6") == f"{first}\n{second}\n"
+
+
+def test_lines_of_a_pipe_are_each_a_conversation_of_their_own(chatty, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who came?\nWhy?\n"))
+    expected = [answer(chatty, question, max_new_tokens=6) for question in ("Who came?", "Why?")]
+    printed = said(capsys, chatty, "--chat", "--temperature", "0", "--max_new_tokens", "6")
+    assert printed == "".join(f"{text}\n" for text in expected)
+
+
+def test_a_conversation_that_fills_the_context_begins_anew_and_a_question_that_does_is_refused(chatty, capsys, monkeypatch):
+    typed(monkeypatch, "Who came to them? " * 6, "Who came to her? " * 6, "Who? " * 99)
+    assert generate.main([str(chatty), "--chat", "--temperature", "0", "--max_new_tokens", "3"]) == 0
+    printed, complaint = capsys.readouterr()
+    assert printed == "".join(answer(chatty, f"Who came to {whom}? " * 6, max_new_tokens=3) + "\n" for whom in ("them", "her"))
+    assert complaint.count("the conversation fills the model's context of 64; a new one begins here") == 2
+    assert complaint.count("the model's context is 64: shorten it") == 1
+
+
+def test_a_chat_without_a_template_is_refused_before_the_model_is_read(trained, capsys, monkeypatch):
+    monkeypatch.setattr("dist_trainer.models.registry.open_model", None)
+    assert generate.main([str(trained), "--chat", "--prompt", "Who?"]) == 2
+    assert "has no chat template to write messages with; leave --chat out, or put a template" in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):
+    path = tmp_path / "model"
+    shutil.copytree(chatty, path)
+    (path / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
+    assert generate.main([str(path), "--chat", "--prompt", "Who?"]) == 2
+    assert "--chat: the chat template of " in (complaint := capsys.readouterr().err)
+    assert "refuses the messages (roles user): no system message; change the messages, or name" in complaint
+
+
+def test_several_ranks_are_refused_and_say_so_once(trained, capfd):
+    assert exit_codes(2, lambda: generate.main([str(trained), "--prompt", PROMPT])) == [2, 2]
+    printed, complaint = capfd.readouterr()
+    assert (printed, complaint.count("there are 2 ranks; start it without torchrun")) == ("", 1)

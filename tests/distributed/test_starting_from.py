@@ -18,7 +18,17 @@ from dist_trainer.config.loading import as_dict, dump_config, load_config
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
-from tests.distributed.small_runs import changed, command, folder, losses, metrics, run, same_weights, stop_after
+from tests.distributed.small_runs import (
+    changed,
+    command,
+    folder,
+    losses,
+    metrics,
+    put_into_hub_cache,
+    run,
+    same_weights,
+    stop_after,
+)
 
 SHAPE = {
     "vocab_size": 4096,
@@ -191,14 +201,7 @@ def test_names_on_the_hub_come_from_the_cache_or_end_in_a_sentence(stories, tmp_
         load_config(arguments(stories, tmp_path, "owner/model"))
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
         load_config(arguments(stories, tmp_path, "./nowhere"))
-    cached = tmp_path / "hub" / "models--owner--model"
-    (cached / "blobs").mkdir(parents=True)
-    (cached / "refs").mkdir()
-    (cached / "refs" / "main").write_text("0123")
-    (cached / "snapshots" / "0123").mkdir(parents=True)
-    for file in llama.iterdir():  # links to blobs, as the library makes them
-        shutil.copy(file, cached / "blobs" / file.name)
-        (cached / "snapshots" / "0123" / file.name).symlink_to(f"../../blobs/{file.name}")
+    put_into_hub_cache(tmp_path / "hub", "owner/model", llama.iterdir())
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     config = load_config(arguments(stories, tmp_path, "owner/model", "--data.tokenizer", str(llama)))
     assert config.model.hidden_size == 48

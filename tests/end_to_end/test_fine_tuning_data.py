@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
-CHAT, PAIRS = blocks("bash")
+CHAT, ASKING_THE_RUN, PAIRS = blocks("bash")
 [SQUAD] = blocks("yaml")
 [RECORD] = blocks("json")
 [ASKING] = blocks("python")
@@ -67,6 +67,11 @@ def test_a_run_on_conversations_from_a_file_to_samples_and_measures(tmp_path, mo
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "chat").symlink_to(run)
     monkeypatch.chdir(tmp_path)
+    _, _, module, *words = shlex.split(ASKING_THE_RUN)
+    answered = quick_command(*words, "--max_new_tokens", "8", module=module, cwd=tmp_path)
+    assert answered.returncode == 0, answered.stderr
+    assert answered.stdout.strip()
+    assert "Emma?" not in answered.stdout, "the answer alone is shown"
     exec(ASKING, {})
     assert capsys.readouterr().out.strip(), "a few steps teach no sense, but some words"
 

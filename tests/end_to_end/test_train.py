@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dist_trainer import DecoderLM, load_config, load_tokenizer
+from dist_trainer import DecoderLM, __version__, load_config, load_tokenizer
 from tests.end_to_end.commands import ROOT, SMALL, command, environment, lines, status, torchrun
 from tests.end_to_end.forked_commands import quick_command
 
@@ -161,3 +161,10 @@ def test_help_and_print_config_answer_without_torch(words):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "learning_rate" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate", "report"])
+def test_each_command_tells_its_version_without_torch(command):
+    code = f"import sys, dist_trainer.{command} as c\ntry: c.main(['--version'])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dist_trainer {__version__}\n", "")

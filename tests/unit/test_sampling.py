@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch
 from dist_trainer.config.schema import DataConfig, ModelConfig, TrackingConfig, TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.tokenization import load_tokenizer, vocabulary_size
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.sampling import BROKEN, beginning_of, prompt_before_answer, sample_of
+from dist_trainer.sampling import BROKEN, beginning_of, given_prompt, prompt_before_answer, sample_of
 
+ROOT = Path(__file__).resolve().parents[2]
 never = bool  # what bool() gives: no signal comes
 CHINESE = "孔乙己是站着喝酒而穿长衫的唯一的人。" * 4
 SMALL = ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -86,6 +88,41 @@ def test_where_answers_alone_carry_loss_the_prompt_before_the_first_is_answered(
     assert prompt_before_answer(rows[0], most=answer - 1) == []
     assert prompt_before_answer(Batch(rows[0].tokens, torch.full_like(targets, IGNORED_TARGET)), most=99) == []
     assert prompt_before_answer(Batch(rows[0].tokens, rows[0].tokens), most=99) == []
+
+
+MESSAGES = '[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is [Emma]?"}]'
+OF_CONVERSATIONS = DataConfig(messages_column="messages", chat_template=str(ROOT / "configs" / "plain_chat.jinja"))
+
+
+def test_a_list_of_messages_is_answered_where_the_data_are_conversations(tokenizer):
+    written = "### System\nBe brief.\n\n### User\nWho is [Emma]?\n\n### Assistant\n"
+    assert given_prompt(MESSAGES, OF_CONVERSATIONS, tokenizer) == (written, tokenizer.encode(written, add_special_tokens=False))
+    config = TrainingConfig(data=OF_CONVERSATIONS, tracking=TrackingConfig(sample_prompt=MESSAGES, sample_tokens=4))
+    model = DecoderLM(SMALL, vocabulary_size(tokenizer), 64)
+    model.init_weights(0)
+    made = sample_of(config, tokenizer, model, [])
+    assert made is not None
+    assert made(model, never)["prompt"] == written
+
+
+@pytest.mark.parametrize(
+    ("prompt", "data"), [(MESSAGES, DataConfig()), ("[INST] Who?", OF_CONVERSATIONS), ('["Who?"]', OF_CONVERSATIONS)]
+)
+def test_other_prompts_are_text_as_they_stand(tokenizer, prompt, data):
+    assert given_prompt(prompt, data, tokenizer) == (prompt, tokenizer.encode(prompt, add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ('[{"role": "user", "content": "Hi"]', "begins as a list of messages does, but is no JSON"),
+        ('[{"role": "user"}]', '"content" of message 1 .* is missing'),
+        ('[{"role": "tool", "content": "Hi"}]', "refuses the messages .roles tool.: roles are system, user and assistant"),
+    ],
+)
+def test_a_list_that_is_no_conversation_is_refused_by_its_key(tokenizer, prompt, said):
+    with pytest.raises(RefusedError, match=rf"tracking\.sample_prompt: .*{said}"):
+        given_prompt(prompt, OF_CONVERSATIONS, tokenizer)
 
 
 def test_a_prompt_of_the_users_own_that_does_not_fit_is_refused(tokenizer):

@@ -35,7 +35,7 @@ def test_the_first_screen_names_examples_sizes_sections_and_what_is_used_most(ca
     assert all(f"{name} (" in " ".join(said.split()) for name in PRESETS)
     assert all(re.search(rf"\b{name}\b", said) for name in section_classes() if name)
     assert {"run_name", "data.dataset", "optim.learning_rate", "train.max_steps"} <= options_in(said)
-    others = {"config", "preset", "dry_run", "print_config", "print_completion", "help"}
+    others = {"config", "preset", "dry_run", "print_config", "print_completion", "version", "help"}
     assert options_in(said) - others <= leaf_types().keys()
     assert others <= options_in(said)
 

@@ -323,7 +323,7 @@ BAD = {
     "roles in an order that the template refuses": (
         [user("Hi"), user("Hi?"), assistant("Ho")],
         r"x\.jsonl:2: the chat template of .* refuses the messages \(roles user, user, assistant\): Conversation roles must"
-        r" alternate.*; change the record",
+        r" alternate.*; change the messages",
     ),
     "half a character": ([user("Hi"), assistant("b\ud83d")], r"x\.jsonl:2: half of a character"),
 }

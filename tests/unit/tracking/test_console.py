@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pty
 import select
 import shlex
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dist_trainer.config.llama_json import HFModel, hf_config
+from dist_trainer.config.schema import ModelConfig
 from dist_trainer.tracking.console_tracker import ConsoleTracker, next_commands
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
@@ -84,8 +89,33 @@ def test_the_bar_s_time_left_follows_from_the_steps_of_this_start_after_the_firs
 
 def test_the_commands_at_the_end_can_be_pasted_whatever_the_folder_s_name(tmp_path):
     folder = tmp_path / "two words; echo $HOME"
-    for line in next_commands(folder).splitlines():
-        assert shlex.split(line, comments=True)[3:] == [str(folder)]
+    described(folder, hf_config(HFModel(ModelConfig(), 4096, 64, {})))
+    words = [shlex.split(line, comments=True) for line in next_commands(folder).splitlines()]
+    assert words == [["python", "-m", f"dist_trainer.{command}", str(folder)] for command in ("generate", "evaluate", "report")]
+
+
+def described(folder: Path, config: dict[str, Any]) -> None:
+    checkpoint = folder / "checkpoints" / "best"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "opens"),
+    [
+        ({"model_type": "gpt2"}, True),
+        ({"model_type": "my_own"}, False),
+        ({"model_type": "clip_vision_model"}, False),
+        (None, False),
+    ],
+    ids=["of transformers", "of no library", "no language model", "none"],
+)
+def test_no_command_is_named_that_the_model_would_be_refused_for(tmp_path, config, opens):
+    if config is not None:
+        described(tmp_path, config)
+    said = next_commands(tmp_path)
+    assert "dist_trainer.report" in said
+    assert [f"dist_trainer.{command}" in said for command in ("generate", "evaluate")] == [opens, opens]
 
 
 @pytest.mark.parametrize("restarts", [0, 2])

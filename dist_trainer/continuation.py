@@ -1,0 +1,130 @@
+"""What a model makes of a prompt: the text that continues it, or of a chat the answer, in pieces as they become whole."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.config.schema import DataConfig
+from dist_trainer.data.chat import ChatTemplate, Message, own_template
+from dist_trainer.data.tokenization import Tokenizer
+from dist_trainer.errors import ConfigError
+from dist_trainer.models.generation import context_of, end_tokens, generate
+from dist_trainer.sampling import BROKEN
+
+CONTEXT_TOKENS = 6
+"""Tokens of the prompt that are decoded together with the first new one: enough for any character, and for its space."""
+
+
+class Writer:
+    """A model, its tokenizer, and how tokens are to be drawn."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        arguments: argparse.Namespace,
+        *,
+        begins_anew: bool,
+        chat: ChatTemplate | None = None,
+    ) -> None:
+        """`begins_anew`: texts begin as the tokenizer begins them, such as with BOS; a run's own do not. `chat`: what writes
+        prompts as messages to be answered.
+        """
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.begins_anew, self.chat = begins_anew, chat
+        self.earlier: list[Message] = []
+        """Messages of a chat before the next prompt."""
+        self.context = context_of(model)
+        """Positions; None: without limit."""
+        self.ends = {tokenizer.eos_token_id, *end_tokens(model)}
+
+    def prompt_tokens(self, text: str) -> list[int]:
+        """Ids of `text`. Of an empty one what stands before a text: BOS in a model from elsewhere, in a run's own rows the
+        EOS of the text before. Of a chat those of the whole conversation, which its template begins.
+        """
+        if self.chat is not None:
+            text = self.chat.prompt("--chat", [*self.earlier, message("user", text)])
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = self.tokenizer.encode(text, add_special_tokens=self.begins_anew)
+        while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id and self.begins_anew:
+            tokens.pop()  # some tokenizers end every text
+        first = self.tokenizer.bos_token_id if self.begins_anew else None
+        return tokens or [self.tokenizer.eos_token_id if first is None else first]
+
+    def lack_of_room(self, text: str) -> str | None:
+        """Why nothing can follow `text`; None where something can."""
+        length = len(self.prompt_tokens(text))
+        if self.context is None or length < self.context:
+            return None
+        return f"the prompt has {length} tokens; the model's context is {self.context}: shorten it"
+
+    def keep(self, question: str, answer: str) -> None:
+        """The chat's next prompt comes after these."""
+        self.earlier += [message("user", question), message("assistant", answer)]
+
+    def continuation(self, text: str) -> Continuation:
+        """What follows `text`."""
+        return Continuation(self, self.prompt_tokens(text))
+
+
+class Continuation:
+    """Pieces of text as they become whole: a character may need several tokens. To be iterated once."""
+
+    def __init__(self, writer: Writer, prompt_tokens: list[int]) -> None:
+        self.writer, self.prompt_tokens = writer, prompt_tokens
+        self.tokens: list[int] = []
+        """New ones so far."""
+        self.ended_by = "interrupted"
+        """end_token, max_new_tokens or context, once it has ended."""
+
+    def __iter__(self) -> Iterator[str]:
+        arguments, ids = self.writer.arguments, list(self.prompt_tokens)
+        # Only tokens from `start` on are decoded: those before `known` once more, for what they tell of spaces between.
+        start, known = max(0, len(ids) - CONTEXT_TOKENS), len(ids)
+        for token in generate(
+            self.writer.model,
+            self.prompt_tokens,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+            eos_token_id=self.writer.ends,
+        ):
+            self.tokens.append(token)
+            ids.append(token)
+            before, now = self._decoded(ids[start:known]), self._decoded(ids[start:])
+            if len(now) > len(before) and not now.endswith(BROKEN):
+                yield now[len(before) :]
+                start, known = known, len(ids)
+        # What is left is no whole character, or more of them that end in one.
+        if rest := self._decoded(ids[start:])[len(self._decoded(ids[start:known])) :].rstrip(BROKEN):
+            yield rest
+        self.ended_by = self._reason()
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return self.writer.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _reason(self) -> str:
+        if len(self.tokens) == self.writer.arguments.max_new_tokens:
+            return "max_new_tokens"
+        room = None if self.writer.context is None else self.writer.context - len(self.prompt_tokens)
+        return "context" if len(self.tokens) == room else "end_token"
+
+
+def chat_template(tokenizer: Tokenizer, folder: Path) -> ChatTemplate:
+    """The tokenizer's own. Raises ConfigError where it has none."""
+    if own_template(tokenizer) is None:
+        raise ConfigError(
+            f"--chat: the tokenizer in {folder} has no chat template to write messages with; leave --chat out, or put a "
+            "template beside the tokenizer as chat_template.jinja"
+        )
+    return ChatTemplate(DataConfig(tokenizer=str(folder)), tokenizer)
+
+
+def message(role: str, content: str) -> Message:
+    """One of a conversation."""
+    return {"role": role, "content": content}
