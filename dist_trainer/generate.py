@@ -100,7 +100,9 @@ def generate_text(arguments: argparse.Namespace) -> int:
 
     in_file = None if arguments.prompts_file is None else prompts_in(arguments.prompts_file)
     model = open_model(arguments.path, device="cuda" if torch.cuda.is_available() else "cpu")
-    writer = Writer(model, load_tokenizer(str(arguments.path)), arguments, begins_anew=not _is_checkpoint(arguments.path))
+    writer = Writer(
+        model, load_tokenizer(str(arguments.path), key="RUN"), arguments, begins_anew=not _is_checkpoint(arguments.path)
+    )
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
     try:
