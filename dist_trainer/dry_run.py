@@ -84,7 +84,8 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
             return exit_code_when_preempted(world)
         finally:
             world.stop_request.mark_answered()
-        log.info("%s", cost_in_words(cost, trainer, folder))
+        if world.is_main:  # which has found the folder good
+            log.info("%s", cost_in_words(cost, trainer, folder))
     return EXIT_FINISHED
 
 
@@ -100,10 +101,15 @@ def prepare_beside(folder: Path, config: TrainingConfig, world: World) -> Traine
 
 def refuse_what_cannot_be_written(folder: Path) -> None:
     """Raises ConfigError where the run could not make its folder, or write in it."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    nearest = nearest_existing(folder)
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         why = "Permission denied" if nearest.is_dir() else "Not a directory"
         raise ConfigError(f"output_dir, run_name: {nearest} cannot be written ({why}); choose another --output_dir")
+
+
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the nearest of those that it is to be in that is there, whatever it is."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
 
 
 def rehearse(trainer: Trainer) -> Cost:
@@ -266,12 +272,11 @@ class Disk:
 def disk_of(trainer: Trainer, folder: Path) -> Disk:
     """A checkpoint has weights and the optimizer's state; beside the newest ones the best is kept, and one is being made."""
     state = state_bytes(trainer)
-    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     return Disk(
         checkpoint=state["weights"] + state["optimizer"],
         kept=trainer.config.checkpoint.keep_last + 2,
         present=len(step_folders(folder / CHECKPOINTS)),
-        free=shutil.disk_usage(place).free,
+        free=shutil.disk_usage(nearest_existing(folder)).free,
     )
 
 
