@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import shutil
 import time
@@ -22,11 +23,11 @@ from dist_trainer.checkpoint.run_folder import CHECKPOINTS
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import ValidationSampler
-from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects
+from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, broadcast_object, gather_objects
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import ConfigError, StoppedError
+from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import evaluate, validation_is_due
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.out_of_memory import explaining_out_of_memory, state_bytes, total_memory
@@ -50,6 +51,8 @@ QUICK_STEPS = 5
 class Cost:
     """What a run takes, over all ranks."""
 
+    first_loss: float
+    """In nats per target token, at the weights that the run begins with."""
     step_seconds: float
     validation_seconds: float
     """Of one validation on all its rows; 0: nothing is validated."""
@@ -81,7 +84,8 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
             return exit_code_when_preempted(world)
         finally:
             world.stop_request.mark_answered()
-        log.info("%s", cost_in_words(cost, trainer, folder))
+        if world.is_main:  # which has found the folder good
+            log.info("%s", cost_in_words(cost, trainer, folder))
     return EXIT_FINISHED
 
 
@@ -97,33 +101,56 @@ def prepare_beside(folder: Path, config: TrainingConfig, world: World) -> Traine
 
 def refuse_what_cannot_be_written(folder: Path) -> None:
     """Raises ConfigError where the run could not make its folder, or write in it."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    nearest = nearest_existing(folder)
     if not (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)):
         why = "Permission denied" if nearest.is_dir() else "Not a directory"
         raise ConfigError(f"output_dir, run_name: {nearest} cannot be written ({why}); choose another --output_dir")
 
 
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the nearest of those that it is to be in that is there, whatever it is."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+
+
 def rehearse(trainer: Trainer) -> Cost:
     """Real steps on batches of the largest shape, and a part of a validation. The trainer is of no use after that.
 
-    For all ranks; raises StoppedError between steps, and within one where there is but one rank.
+    For all ranks; raises StoppedError between steps, and within one where there is but one rank, and TrainingDivergedError
+    where the first loss is not finite.
     """
     world, steps, validations = trainer.world, *left_to_do(trainer)
     trainer.model.train()
     world.heartbeat.at("warming up", step=trainer.progress.step)
     trainer.warm_up()
     micro_batches, target_tokens = largest_step(trainer)
-    first = _seconds_of_steps(trainer, micro_batches, target_tokens, count=1)
+    first, first_loss = _seconds_of_steps(trainer, micro_batches, target_tokens, count=1)
+    refuse_first_loss(trainer, first_loss)
     count = broadcast_object(1 if first > QUICK_STEP_SECONDS else QUICK_STEPS, world)
-    step_seconds = _seconds_of_steps(trainer, micro_batches, target_tokens, count=count) / count
+    seconds, _ = _seconds_of_steps(trainer, micro_batches, target_tokens, count=count)
     validation_seconds = _seconds_of_validation(trainer)
     return Cost(
-        step_seconds=max(gather_objects(step_seconds, world)),
+        first_loss=first_loss,
+        step_seconds=max(gather_objects(seconds, world)) / count,
         validation_seconds=max(gather_objects(validation_seconds, world)),
         peak_bytes=gather_objects(peak_memory_bytes(world.device), world),
         steps=steps,
         validations=validations,
     )
+
+
+def refuse_first_loss(trainer: Trainer, loss: float) -> None:
+    """Raises TrainingDivergedError where `loss` would end the run in its first step; warns where that would be skipped."""
+    if math.isfinite(loss):
+        return
+    step, init_from = trainer.progress.step, trainer.config.model.init_from
+    begins_with = f"the model of model.init_from ({init_from})" if init_from is not None and step <= 1 else "the weights"
+    found = (
+        f"dry run: the loss of step {step} is {loss}, not finite; see that {begins_with} and the data are in order, or compute "
+        "in another type (--precision.dtype fp32)"
+    )
+    if trainer.divergence.policy == "stop":
+        raise TrainingDivergedError(found)
+    log.warning("%s; its update, and those after it, would be skipped", found)
 
 
 def left_to_do(trainer: Trainer) -> tuple[int, int]:
@@ -144,14 +171,16 @@ def largest_step(trainer: Trainer) -> tuple[list[Batch], int]:
     return [batch.to(trainer.world.device) for batch in micro_batches], target_tokens
 
 
-def _seconds_of_steps(trainer: Trainer, micro_batches: list[Batch], target_tokens: int, *, count: int) -> float:
-    began = time.perf_counter()
+def _seconds_of_steps(trainer: Trainer, micro_batches: list[Batch], target_tokens: int, *, count: int) -> tuple[float, float]:
+    """Of so many steps on one and the same batch; and the loss of the last of them, over all ranks."""
+    loss_sum, began = torch.zeros(()), time.perf_counter()
     for _ in range(count):
         agree(trainer.world, lambda: None)  # a signal is heard here
         trainer.world.heartbeat.at("training", step=trainer.progress.step)
-        trainer.train_step(micro_batches, target_tokens)
+        loss_sum = trainer.train_step(micro_batches, target_tokens).loss_sum
     _wait_for(trainer.world.device)
-    return time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    return seconds, float(all_reduce_sum(loss_sum, trainer.world)) / max(1, target_tokens)
 
 
 def _seconds_of_validation(trainer: Trainer) -> float:
@@ -193,7 +222,9 @@ def cost_in_words(cost: Cost, trainer: Trainer, folder: Path) -> str:
         "memory": memory_in_words(cost, trainer),
         "disk": disk_in_words(disk),
     }
-    wrong = "nothing is wrong" if disk.suffices else "all works, but the disk has too little room for its checkpoints"
+    problems = [] if math.isfinite(cost.first_loss) else ["the first loss is not finite"]
+    problems += [] if disk.suffices else ["the disk has too little room for its checkpoints"]
+    wrong = f"all works, but {' and '.join(problems)}" if problems else "nothing is wrong"
     return "\n".join([f"dry run: {wrong}; nothing was left in {folder}", *aligned(rows)])
 
 
@@ -241,12 +272,11 @@ class Disk:
 def disk_of(trainer: Trainer, folder: Path) -> Disk:
     """A checkpoint has weights and the optimizer's state; beside the newest ones the best is kept, and one is being made."""
     state = state_bytes(trainer)
-    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     return Disk(
         checkpoint=state["weights"] + state["optimizer"],
         kept=trainer.config.checkpoint.keep_last + 2,
         present=len(step_folders(folder / CHECKPOINTS)),
-        free=shutil.disk_usage(place).free,
+        free=shutil.disk_usage(nearest_existing(folder)).free,
     )
 
 

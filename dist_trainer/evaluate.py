@@ -10,8 +10,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ OWN_OPTIONS = {"--data", "--harness", *(f"--{name}" for name in HARNESS_OPTIONS)
 """The others are training's keys."""
 
 
+DATA_TOKENIZER, DATA_VALIDATION = "data.tokenizer", "data.validation_dataset"
 SECTIONS_OF_TRAINING = ("model", "optim", "schedule", "train", "checkpoint", "tracking", "profile")
 """Sections of the config that say how a model comes about, not what it is measured on."""
 
@@ -52,6 +53,8 @@ class Asked:
     """The run's own, changed by `--section.key VALUE`."""
     harness: dict[str, Any] | None = None
     """The fields of HarnessOptions; None: loss on the config's data."""
+    typed: Mapping[str, str] = field(default_factory=dict)
+    """What was typed for keys of the config that follow from this command's own arguments: messages name that."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +90,10 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
         refuse_keys_without_effect(rest)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, dataset=arguments.data, validation_dataset=arguments.data))
-    return Asked(Path(arguments.path).expanduser(), config, harness)
+    typed = {} if DATA_TOKENIZER in keys_given(rest) else {DATA_TOKENIZER: "RUN"}
+    if arguments.data is not None:
+        typed[DATA_VALIDATION] = "--data"
+    return Asked(Path(arguments.path).expanduser(), config, harness, typed)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -182,13 +188,13 @@ def run(asked: Asked) -> int:
     """Do what is asked for; print what was found as one JSON object, on rank 0."""
     if asked.harness is not None:
         print(json.dumps(evaluate_tasks(asked)))
-    elif (found := evaluate_model(asked.path, asked.config)) is not None:
+    elif (found := evaluate_model(asked.path, asked.config, asked.typed)) is not None:
         print(encode_line(found).decode(), end="")
     return EXIT_FINISHED
 
 
-def evaluate_model(path: Path, config: TrainingConfig) -> dict[str, Any] | None:
-    """Loss, perplexity, bits per byte, and on how much; on rank 0."""
+def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] | None = None) -> dict[str, Any] | None:
+    """Loss, perplexity, bits per byte, and on how much; on rank 0. `typed`: as in Asked."""
     from dist_trainer.data.loader import create_validation_loader
     from dist_trainer.data.token_bytes import token_bytes_of
     from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
@@ -201,13 +207,14 @@ def evaluate_model(path: Path, config: TrainingConfig) -> dict[str, Any] | None:
     from dist_trainer.precision import build_precision
     from dist_trainer.tracking.run_log import configure_logging
 
+    tokenizer_key, data_key = ((typed or {}).get(key, key) for key in (DATA_TOKENIZER, DATA_VALIDATION))
     with World.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
         # Before data, which may take long; a model of the Hub so far without its weights.
         folder = first_on_each_node(world, lambda: model_folder(str(path), weights=True, key="RUN"))
         find_model(folder)
-        tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data))
-        loader = create_validation_loader(config, world, tokenizer=tokenizer)
+        tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data, key=tokenizer_key))
+        loader = create_validation_loader(config, world, tokenizer=tokenizer, key=data_key)
         model = open_model(folder, device=world.device)
         refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
         result = evaluate(

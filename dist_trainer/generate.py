@@ -116,7 +116,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
     from dist_trainer.models.registry import open_model
 
     find_model(folder)  # who gives a wrong folder wants to hear of that first, not of the tokenizer it lacks
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(folder), key="RUN")
     chat = chat_template(tokenizer, folder) if arguments.chat else None
     model = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     writer = Writer(model, tokenizer, arguments, begins_anew=not _is_checkpoint(folder), chat=chat)

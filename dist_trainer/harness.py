@@ -63,7 +63,7 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
     Raises ConfigError where lm_eval is not installed, a task is not known or cannot be loaded; CheckpointError, DataError.
     """
     folder = locate_weights(path)
-    tokenizer = load_tokenizer(str(path))
+    tokenizer = load_tokenizer(str(path), key="RUN")
     if options.apply_chat_template and not tokenizer.chat_template:
         raise ConfigError(f"--apply_chat_template: the tokenizer in {folder} has none; leave it out")
     online = hub_is_reachable()  # before the import: the data sets' library asks once whether it is to stay offline

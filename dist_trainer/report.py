@@ -21,10 +21,10 @@ DESCRIPTION = "Write the report of a run, or of several over one another, as one
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
-    return exit_code_of(lambda: write_report(argv))
+    return exit_code_of(lambda: run(argv))
 
 
-def write_report(argv: Sequence[str] | None) -> int:
+def run(argv: Sequence[str] | None) -> int:
     """Write the page and print its path."""
     parser = argparse.ArgumentParser(prog="python -m dist_trainer.report", description=DESCRIPTION)
     parser.add_argument(

@@ -106,8 +106,7 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, 
     """From here on the folder is this run's: its status, its events, its steps, its trackers."""
     config, step = trainer.config, trainer.progress.step
     folder.is_new = False  # whatever comes: from now on it holds what must not be lost
-    note_running(trainer, folder.path)
-    environment = describe_environment(trainer.world)
+    environment = describe_environment(trainer.world)  # takes a while: nothing has begun until then
     lost_steps = steps_to_redo(folder.path, start_step=step)
     facts = {"began": began, "lost_steps": lost_steps, "environment": environment}
     append_event(folder.path, "resume" if step else "start", step=step, **facts)

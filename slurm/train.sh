@@ -56,7 +56,7 @@ requeue() { # whether SLURM has taken the job back
   return 1
 }
 
-run_folder='' newest_before='' step='' asked='' left='' told='' ended=''
+run_folder='' output='' newest_before='' step='' asked='' left='' told='' ended=''
 # USR1: the time is nearly up. Ask the ranks to save and leave: TERM to the job's steps, not to the job.
 nearly_up() {
   if [[ -n $asked ]]; then return; fi
@@ -105,6 +105,15 @@ if [[ -n ${SWEEP:-} ]]; then
   set -- "$@" "${arguments[@]}"
 fi
 
+# What is asked of the command alone needs no ranks, and a dry run leaves nothing behind, so its ranks speak into this job's log.
+is_dry_run=''
+for word in "$@"; do
+  case $word in
+    --help | -h | --print_*) exec "$PYTHON" -m dist_trainer.train "$@" ;;
+    --dry_run) is_dry_run=1 ;;
+  esac
+done
+
 # --- which run is this? A config error is refused here, before any rank starts --------------------
 resolved=$("$PYTHON" -m dist_trainer.train "$@" --print_config) || refuse "the config (see above)"
 key() { "$PYTHON" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)$1)" <<<"$resolved"; }
@@ -112,7 +121,8 @@ run_folder=$(key '["output_dir"]')/$(key '["run_name"]')
 # Begin anew once, not after each return from the queue.
 if ((TRY > 0)) && [[ $(key '["checkpoint"]["resume"]') == never ]]; then set -- "$@" --checkpoint.resume auto; fi
 logs=$run_folder/logs
-mkdir -p "$logs" || exit 2
+if [[ -z $is_dry_run ]]; then mkdir -p "$logs" || exit 2; fi
+log_of() { if [[ -z $is_dry_run ]]; then echo "--output=$logs/job-$SLURM_JOB_ID-try-$TRY-$1.log"; fi; }
 # Another life of this run left its last words here.
 status() { cat "$run_folder/status.json" 2>/dev/null; }
 status_before=$(status) newest_before=$(newest)
@@ -165,12 +175,12 @@ say "$run_folder on $SLURM_JOB_NODELIST, $NPROC ranks a node, meeting at $MASTER
 code=143
 if [[ -z $asked$ended ]]; then # else there is nothing to save yet
   if [[ $LAUNCHER == torchrun ]]; then
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N.log" \
-      launch/multinode.sh "$@" &
+    output=$(log_of %N)
+    srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${output:+"$output"} launch/multinode.sh "$@" &
   else
+    output=$(log_of %N-rank-%t)
     srun --ntasks=$((NODES * NPROC)) --ntasks-per-node="$NPROC" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1 \
-      --output="$logs/job-$SLURM_JOB_ID-try-$TRY-%N-rank-%t.log" \
-      "$PYTHON" -m dist_trainer.train "$@" &
+      ${output:+"$output"} "$PYTHON" -m dist_trainer.train "$@" &
   fi
   step=$!
   if [[ -n $asked ]]; then tell_ranks; fi # the signal came between these lines
@@ -179,7 +189,7 @@ if [[ -z $asked$ended ]]; then # else there is nothing to save yet
   wait "$step" # remembers
   code=$?
 fi
-say "srun ended with $code${asked:+, $((SECONDS - asked)) s after it was asked to}; logs are in $logs"
+say "srun ended with $code${asked:+, $((SECONDS - asked)) s after it was asked to}${output:+; logs are in $logs}"
 if [[ -n $left ]]; then check_lead "$left" "so many were left when the signal came"; fi
 
 # --- go on later? -------------------------------------------------------------------------------------------

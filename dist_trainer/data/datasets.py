@@ -26,7 +26,8 @@ TEST_WORDS = ("test", "testing")
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What the `datasets` library writes beside data."""
 BESIDE_DATA = ("readme", "license", "licence", "notice", "citation", "changelog", "requirements")
-"""What people write beside data."""
+"""What people write beside data, as names of files begin."""
+NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,19 @@ def open_source(name: str, config: DataConfig, *, key: str = "data.dataset") -> 
     if name in DATASETS or (":" in name and not Path(name).expanduser().exists()):
         return build(DATASETS, name, key, config, kind=Source)
     try:
-        return _path_or_hub_source(name, config)
+        return _path_or_hub_source(name, config, key)
     except DataError as error:
         raise DataError(f"{key}: {error}") from error
 
 
-def _path_or_hub_source(name: str, config: DataConfig) -> Source:
+def _path_or_hub_source(name: str, config: DataConfig, key: str) -> Source:
     path = Path(name).expanduser()
     if _is_meant_as_path(name) or (path.exists() and config.dataset_config is None):
         if not path.exists():
             raise DataError(f"{name} does not exist; give a file, a folder, a Hub name, or austen")
         if not _is_meant_as_path(name) and _could_be_on_the_hub(name):
-            log.warning("data.dataset: %s is taken as the local path ./%s, not as a Hub data set", name, name)
-        return _local_source(path, config)
+            log.warning("%s: %s is taken as the local path ./%s, not as a Hub data set", key, name, name)
+        return _local_source(path, config, key)
     return _from_splits(name, hub_splits(name, config))
 
 
@@ -79,7 +80,7 @@ def _could_be_on_the_hub(name: str) -> bool:
     return name.count("/") <= 1 and not Path(name).suffix
 
 
-def _local_source(path: Path, config: DataConfig) -> Source:
+def _local_source(path: Path, config: DataConfig, key: str) -> Source:
     is_saved = is_arrow_folder(path)
     declares_configs = not is_saved and _declares_configs(path)
     if not declares_configs:
@@ -88,7 +89,8 @@ def _local_source(path: Path, config: DataConfig) -> Source:
         return Source(str(path), files_split([path], config))
     if is_saved or declares_configs:
         return _from_splits(str(path), arrow_folder_splits(path, config))
-    return _from_splits(str(path), {name: files_split(files, config) for name, files in _files_by_split(path).items()})
+    by_split = _files_by_split(path, key)
+    return _from_splits(str(path), {name: files_split(files, config) for name, files in by_split.items()})
 
 
 def _refuse_config_name(name: str, config: DataConfig) -> None:
@@ -123,26 +125,43 @@ def files_split(files: Iterable[Path], config: DataConfig) -> Split:
     return Split(", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else ""), records, files=paths)
 
 
-def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    """All data files under `folder`, by the split that their name or folder tells; without such a word: train."""
+def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
+    """All data files under `folder`, by the split that their name or folder tells; without such a word: train. Says how many
+    there are, and what was left out.
+    """
     try:
-        found = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(folder))]
+        all_files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+    found = [path for path in all_files if not _is_hidden(path.relative_to(folder))]
     files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _tells_of_the_data(path.name)]
     if not files:
         seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
         raise DataError(f"{folder} has no file of type {', '.join(DATA_SUFFIXES)} (also .gz, .xz){seen}")
-    ignored = [path.name for path in found if path not in files]
-    if ignored:
-        level = logging.WARNING if any(format_suffix(Path(name)) in OTHER_FORMATS for name in ignored) else logging.INFO
-        log.log(level, "data.dataset: not data, so not read: %s", ", ".join(ignored[:8]))
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_word(path.relative_to(folder)), []).append(path)
-    if "test" in by_split and len(by_split) > 1:
-        log.info("data.dataset: %d files of the test split are left alone", len(by_split.pop("test")))
+    of_test = by_split.pop("test") if "test" in by_split and len(by_split) > 1 else []
+    ignored = sorted(set(found) - set(files))
+    left_out = {
+        "not data": _some(ignored, folder),
+        "test split": _some(of_test, folder),
+        "hidden": _files(len(all_files) - len(found)) if len(all_files) > len(found) else "",
+    }
+    told = "".join(f"; left out ({why}): {what}" for why, what in left_out.items() if what)
+    level = logging.WARNING if any(format_suffix(path) in OTHER_FORMATS for path in ignored) else logging.INFO
+    log.log(level, "%s: %s read of %s%s", key, _files(len(files) - len(of_test)), folder, told)
     return by_split
+
+
+def _some(paths: list[Path], folder: Path) -> str:
+    """The first names, and how many there are beside them."""
+    more = f" and {_files(len(paths) - NAMES_SHOWN)} more" if len(paths) > NAMES_SHOWN else ""
+    return ", ".join(str(path.relative_to(folder)) for path in paths[:NAMES_SHOWN]) + more
+
+
+def _files(number: int) -> str:
+    return f"{number} file{'' if number == 1 else 's'}"
 
 
 def _split_word(path: Path) -> str:

@@ -16,7 +16,7 @@ from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.packing import as_it_is
-from dist_trainer.data.rows import Rows, train_and_validation_rows, validation_rows, varies_in_length
+from dist_trainer.data.rows import VALIDATION_KEY, Rows, train_and_validation_rows, validation_rows, varies_in_length
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, rows_per_validation_block
 from dist_trainer.data.tokenization import Tokenizer, tokenizer_of
 from dist_trainer.distributed.collectives import first_on_each_node
@@ -73,15 +73,19 @@ def create_dataloaders(
     return Dataloaders(_train_loader(train, config, world, origin=origin), validation_loader)
 
 
-def create_validation_loader(config: TrainingConfig, world: World, *, tokenizer: Tokenizer | None = None) -> DataLoader:
-    """The validation loader alone, for evaluating a model. Raises DataError where the config names no such data."""
+def create_validation_loader(
+    config: TrainingConfig, world: World, *, tokenizer: Tokenizer | None = None, key: str = VALIDATION_KEY
+) -> DataLoader:
+    """The validation loader alone, for evaluating a model; messages call data of their own `key`. Raises DataError where the
+    config names no such data.
+    """
     chosen = _agreed_tokenizer(config, world, tokenizer)
-    rows = first_on_each_node(world, lambda: validation_rows(config.data, chosen))
+    rows = first_on_each_node(world, lambda: validation_rows(config.data, chosen, key=key))
     if rows is None:
-        raise DataError("data.validation_fraction: is 0, so there is nothing to validate on; name data.validation_dataset")
+        raise DataError(f"data.validation_fraction: is 0, so there is nothing to validate on; name {key}")
     if world.is_main and rows.remark:
         log.warning("data to validate on: %s", rows.remark)
-    return _validation_loader(rows, config, world)
+    return _validation_loader(rows, config, world, key=key)
 
 
 def _agreed_tokenizer(config: TrainingConfig, world: World, tokenizer: Tokenizer | None) -> Tokenizer:
@@ -101,9 +105,9 @@ def _train_loader(rows: Rows, config: TrainingConfig, world: World, *, origin: s
     return _loader(rows, sampler, config, world)
 
 
-def _validation_loader(rows: Rows, config: TrainingConfig, world: World) -> DataLoader:
+def _validation_loader(rows: Rows, config: TrainingConfig, world: World, *, key: str = VALIDATION_KEY) -> DataLoader:
     if len(rows.dataset) == 0:  # type: ignore[arg-type]
-        raise DataError("the text or data set to validate on makes no row; give more of it, or name data.validation_dataset")
+        raise DataError(f"the text or data set to validate on makes no row; give more of it, or name {key}")
     batch, max_batches = config.batch, config.validation.max_batches
     sampler = ValidationSampler(
         rows.dataset,

@@ -25,6 +25,7 @@ from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
 
+VALIDATION_KEY = "data.validation_dataset"
 SPLIT_KEY = (0x5917, 0)
 """Which documents are held out does not depend on the run's seed: runs with other seeds validate on the same text."""
 
@@ -72,10 +73,12 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
     return _rows(train, config, tokenizer), _rows(validation, config, tokenizer) if len(validation.spans) else None
 
 
-def validation_rows(config: DataConfig, tokenizer: Tokenizer) -> Rows | None:
-    """What the config names to validate on; the text to train on is not even tokenised where that is a text of its own."""
+def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALIDATION_KEY) -> Rows | None:
+    """What the config names to validate on; the text to train on is not even tokenised where that is a text of its own, which
+    messages call `key`.
+    """
     if config.validation_dataset is not None:
-        documents = _all_documents(_other_text(config.validation_dataset, config), config, tokenizer)
+        documents = _all_documents(_other_text(config.validation_dataset, config, key=key), config, tokenizer)
     else:
         source = open_source(config.dataset, config)
         documents = _all_documents(source.validation or source.train, config, tokenizer)
@@ -84,9 +87,9 @@ def validation_rows(config: DataConfig, tokenizer: Tokenizer) -> Rows | None:
     return _rows(documents, config, tokenizer) if len(documents.spans) else None
 
 
-def _other_text(name: str, config: DataConfig) -> Split:
+def _other_text(name: str, config: DataConfig, *, key: str = VALIDATION_KEY) -> Split:
     """That of a data set named for validation: its validation split, or all of it."""
-    other = open_source(name, config, key="data.validation_dataset")
+    other = open_source(name, config, key=key)
     return other.validation or other.train
 
 

@@ -21,30 +21,32 @@ log = logging.getLogger(__name__)
 Tokenizer = Any
 """A transformers.PreTrainedTokenizerBase; not imported for the name alone."""
 
+TOKENIZER_KEY = "data.tokenizer"
 END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
     """The tokenizer `austen` (inside the package), in a folder (a run's, a checkpoint's, any), or of a Hub name.
 
-    It has an EOS token (a separator's, if need be) and a padding token. Raises DataError naming the remedy.
+    It has an EOS token (a separator's, if need be) and a padding token. Raises DataError naming the `key` (or argument of a
+    command) that holds the name, and the remedy.
     """
     path = CORPUS / "tokenizer" if name == "austen" else Path(name).expanduser()
     if path.is_file() and path.name == "tokenizer.json":
         path = path.parent
     if path.exists() or name.startswith((".", "/", "~")):
-        tokenizer = _from_folder(_folder_with_tokenizer(path))
+        tokenizer = _from_folder(_folder_with_tokenizer(path, key), key)
     else:
         tokenizer = _from_hub(name)
     return _with_end_and_padding(tokenizer, name)
 
 
-def tokenizer_of(config: DataConfig) -> Tokenizer:
+def tokenizer_of(config: DataConfig, *, key: str = TOKENIZER_KEY) -> Tokenizer:
     """That of data.tokenizer, with the template of data.chat_template where one is named, so that it is saved with it.
 
-    Raises DataError.
+    Raises DataError; it calls the tokenizer's name `key`.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, key=key)
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
     return tokenizer
@@ -65,16 +67,17 @@ def read_chat_template(name: str) -> str:
     return template
 
 
-def _folder_with_tokenizer(path: Path) -> Path:
+def _folder_with_tokenizer(path: Path, key: str) -> Path:
     """`path` itself, or the best, latest or newest checkpoint of the run folder `path`."""
     for folder in model_folders(path):
         if any((folder / file).is_file() for file in TOKENIZER_FILES):
             return folder
     state = "has no tokenizer in it" if path.exists() else "does not exist"
-    raise DataError(f"data.tokenizer: {path} {state}; give a folder with tokenizer.json, a Hub name, or austen")
+    others = ", a Hub name, or austen" if key == TOKENIZER_KEY else ""  # which mean no model
+    raise DataError(f"{key}: {path} {state}; give a folder with tokenizer.json{others}")
 
 
-def _from_folder(folder: Path) -> Tokenizer:
+def _from_folder(folder: Path, key: str) -> Tokenizer:
     import transformers
 
     try:
@@ -84,7 +87,7 @@ def _from_folder(folder: Path) -> Tokenizer:
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds; each ends in one message
-        raise DataError(f"data.tokenizer: the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise DataError(f"{key}: the tokenizer in {folder} cannot be loaded: {error}") from error
 
 
 def _is_what_its_files_say(folder: Path) -> bool:

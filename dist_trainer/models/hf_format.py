@@ -71,15 +71,23 @@ def locate_weights(path: Path) -> Path:
 
     Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
     """
-    folder = find_model(path)
+    return _intact(find_model(path), CONFIG_FILE, WEIGHTS_FILE)
+
+
+def locate_shape(path: Path) -> Path:
+    """As `locate_weights`, where config.json alone will be read."""
+    return _intact(find_model(path), CONFIG_FILE)
+
+
+def _intact(folder: Path, *names: str) -> Path:
     is_ours = (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file()
     if is_ours and not is_in_hub_cache(folder):
-        verify(folder, only=(CONFIG_FILE, WEIGHTS_FILE))
+        verify(folder, only=names)
     return folder
 
 
 def find_model(path: Path) -> Path:
-    """As `locate_weights`, without a look at the weights."""
+    """As `locate_weights`, without a look at the files."""
     if (path / CONFIG_FILE).is_file():
         return path
     folders = list(model_folders(path))

@@ -1,4 +1,4 @@
-"""Modules without memory, and from there onto a device: neither draws weights that others are to replace."""
+"""Modules without memory, from there onto a device, or with memory at once: none draws weights that others are to replace."""
 
 from __future__ import annotations
 
@@ -12,23 +12,30 @@ from torch.overrides import TorchFunctionMode
 
 Module = TypeVar("Module", bound=nn.Module)
 
+FIRST_WEIGHTS = {nn.init.__name__, "transformers.initialization"}
+"""Modules whose functions give weights their first values; transformers puts its own in the place of torch's."""
+
 
 @contextmanager
 def on_meta() -> Iterator[None]:
     """Modules made inside know their shapes alone. torch.nn.init does nothing: on the meta device it would import torch's
     compiler to compute shapes that are known, a second or two of every start.
     """
-    with torch.device("meta"), _NoFirstWeights():
+    with torch.device("meta"), NoFirstWeights():
         yield
 
 
-class _NoFirstWeights(TorchFunctionMode):
+class NoFirstWeights(TorchFunctionMode):
+    """The functions of torch.nn.init by which linear layers and embeddings begin leave parameters made inside as they are."""
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return args[0] if args else kwargs["tensor"]
+        if getattr(func, "__module__", None) in FIRST_WEIGHTS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter):  # what a buffer holds, no file may bring back
+                return tensor
         return func(*args, **kwargs)
 
 

@@ -18,7 +18,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.hf_format import WEIGHTS_FILE, find_model, locate_weights, write_hf
+from dist_trainer.models.hf_format import WEIGHTS_FILE, find_model, locate_shape, locate_weights, write_hf
 from dist_trainer.models.meta import materialize, on_meta
 
 log = logging.getLogger(__name__)
@@ -36,13 +36,13 @@ class ModelContext:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     resumed_from: Path | None = None
-    """Checkpoint whose weights will be loaded: nothing else needs to be read, init_from may be gone."""
+    """Checkpoint that the trainer will bring back: only the shape is read here, from there, and init_from may be gone."""
 
 
 def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     """A DecoderLM, initialised by context.seed or from the folder config.init_from."""
     if config.init_from is not None:
-        return _from_folder(context.resumed_from or model_folder(config.init_from, weights=True), config, context)
+        return _from_folder(config.init_from, config, context)
     with on_meta():
         model = DecoderLM(
             config,
@@ -57,9 +57,9 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     return model
 
 
-def _from_folder(folder: Path, config: ModelConfig, context: ModelContext) -> DecoderLM:
-    """The weights in `folder`; the shape is the folder's, and the config must not contradict it."""
-    folder = locate_weights(folder)
+def _from_folder(init_from: str, config: ModelConfig, context: ModelContext) -> DecoderLM:
+    """The weights in a folder; the shape is the folder's, and the config must not contradict it. No weights on resume."""
+    folder = _folder_to_read(init_from, context)
     described = read_hf_config(folder)
     asked = {f"model.{name}": getattr(config, name) for name in SHAPE_FIELDS}
     problems = contradictions(asked, described.config, folder)
@@ -70,8 +70,16 @@ def _from_folder(folder: Path, config: ModelConfig, context: ModelContext) -> De
         raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
     described = replace(described, config=replace(described.config, dropout=config.dropout))
     model = DecoderLM.like(described, device=context.device)
-    model.load_weights(folder)
+    if context.resumed_from is None:
+        model.load_weights(folder)
     return model
+
+
+def _folder_to_read(init_from: str, context: ModelContext) -> Path:
+    """Whose config.json says the shape: the checkpoint to go on from, else the model to start from, whose weights are whole."""
+    if context.resumed_from is not None:
+        return locate_shape(context.resumed_from)
+    return locate_weights(model_folder(init_from, weights=True))
 
 
 def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
@@ -79,8 +87,10 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
     stands alone in a folder, with random ones, drawn from context.seed.
     """
     assert config.init_from is not None, "a rule of the config"
-    folder = locate_weights(context.resumed_from or model_folder(config.init_from, weights=True))
-    if transformers_lm.has_weights(folder):
+    folder = _folder_to_read(config.init_from, context)
+    if context.resumed_from is not None:
+        model = transformers_lm.make_skeleton(folder)
+    elif transformers_lm.has_weights(folder):
         model = transformers_lm.open_weights(folder)
     elif Path(config.init_from).expanduser().is_dir():
         log.info("model.init_from: %s holds no weights: random ones, drawn from seed %d", folder, context.seed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.models.hf_format import INDEX_FILE, WEIGHTS_FILE
 from dist_trainer.models.loss import takes
+from dist_trainer.models.meta import NoFirstWeights
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def is_known(folder: Path) -> bool:
 
 
 def open_weights(folder: Path) -> Any:
-    """The causal language model in `folder`, in float32 on the CPU.
+    """The causal language model in `folder`, in float32 on the CPU; weights that the files hold in float32 are not read, but
+    mapped.
 
     Raises ConfigError where transformers cannot make one of it, CheckpointError where weights are missing or damaged.
     """
@@ -84,10 +86,36 @@ def make_anew(folder: Path, *, seed: int) -> Any:
 
     Raises ConfigError where transformers cannot make one of it.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _from_config(folder)
+
+
+def make_skeleton(folder: Path) -> Any:
+    """The model that `open_weights` opens, made without a look at the weights: parameters have memory that holds nothing yet,
+    all else (buffers that no file has, settings of generation) is as it is there.
+
+    Raises ConfigError where transformers cannot make one of it, CheckpointError where those settings are damaged.
+    """
     import transformers
 
-    with torch.random.fork_rng(devices=[]), _quietly():
-        torch.manual_seed(seed)
+    # On the CPU, not by way of the meta device, where buffers would lose what the constructor puts into them. Memory that
+    # nobody has written to takes no room.
+    with torch.random.fork_rng(devices=[]), NoFirstWeights():
+        model = _from_config(folder)
+    settings = folder / transformers.utils.GENERATION_CONFIG_NAME
+    if settings.is_file():
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{settings} cannot be read ({error})") from error
+    return model
+
+
+def _from_config(folder: Path) -> Any:
+    import transformers
+
+    with _quietly():
         try:
             config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

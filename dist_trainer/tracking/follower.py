@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.tracking.lenient_json import parse_object
 from dist_trainer.tracking.run_context import METRICS_FILE
 from dist_trainer.tracking.run_history import whole_lines
 from dist_trainer.tracking.sink import Say, Sink, in_one_line
@@ -28,7 +30,7 @@ SINKS: dict[str, Callable[[dict[str, Any], Say], Sink]] = {
     "tensorboard": TensorBoardSink,
     "trackio": TrackioSink,
 }
-"""From a description of the run (that of follower_tracker)."""
+"""By row of follower_tracker's FOLLOWERS, from its description of the run; apart, for this process alone imports them."""
 
 
 class Follower:
@@ -49,13 +51,11 @@ class Follower:
 
 
 def read_line(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None where it is none."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
+    """A line of metrics.jsonl, however long its sample is; None where it is none."""
+    line = parse_object(text, longest=math.inf)
+    if line is None or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
         return None
-    good = isinstance(line, dict) and isinstance(line.get("kind"), str) and type(line.get("step")) is int
-    return line if good and line["step"] >= 0 else None
+    return line if line["step"] >= 0 else None
 
 
 def _messenger() -> Say:

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +32,54 @@ from dist_trainer.tracking.run_context import RunContext
 log = logging.getLogger(__name__)
 
 FOLLOWER = "dist_trainer.tracking.follower"
-LABELS = {"wandb": "W&B", "tensorboard": "TensorBoard", "trackio": "trackio"}
-"""By row of TRACKERS, which is the name of the package too, and of the key."""
 SECONDS_TO_FINISH = 20.0
 SECONDS_TO_STOP = 6.0
 """Where a signal or an error ended the run: who sent it waits for all of us to leave."""
 
 
-def is_on(row: str, tracking: TrackingConfig) -> bool:
-    """Whether the config, or WANDB_MODE, asks for this row."""
-    return {"wandb": _wandb_mode(tracking) != "disabled", "tensorboard": tracking.tensorboard, "trackio": tracking.trackio}[row]
+@dataclass(frozen=True)
+class FollowerRow:
+    """What is particular to one of them."""
+
+    label: str
+    is_on: Callable[[TrackingConfig], bool]
+    """Whether the config, or WANDB_MODE, asks for it."""
+    details: Callable[[TrackingConfig], str]
+    """What follows its label where a run says what is on."""
+    must_be_installed: bool = True
+    """Where it is on; else its package's absence costs a warning."""
+
+
+def _wandb_mode(tracking: TrackingConfig) -> str:
+    mode = os.environ.get("WANDB_MODE")
+    return mode if mode in ("online", "offline", "disabled") else tracking.wandb
+
+
+def _project(tracking: TrackingConfig) -> str:
+    return tracking.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_trainer"
+
+
+FOLLOWERS = {
+    "wandb": FollowerRow(
+        "W&B",
+        is_on=lambda tracking: _wandb_mode(tracking) != "disabled",
+        details=lambda tracking: f" {_wandb_mode(tracking)} (project {_project(tracking)})",
+        must_be_installed=False,
+    ),
+    "tensorboard": FollowerRow("TensorBoard", is_on=lambda tracking: tracking.tensorboard, details=lambda _: ""),
+    "trackio": FollowerRow(
+        "trackio",
+        is_on=lambda tracking: tracking.trackio,
+        details=lambda tracking: f" (project {_project(tracking)})",
+    ),
+}
+"""Of TRACKERS; the name of a row is that of the package too, of the key, and of the row of the follower's SINKS."""
 
 
 def refuse_missing_packages(tracking: TrackingConfig) -> None:
     """Raises ConfigError where a row was asked for whose package is optional, and is not there."""
-    for row in ("tensorboard", "trackio"):
-        if is_on(row, tracking) and importlib.util.find_spec(row) is None:
+    for row, follower in FOLLOWERS.items():
+        if follower.must_be_installed and follower.is_on(tracking) and importlib.util.find_spec(row) is None:
             raise ConfigError(
                 f"tracking.{row}: true needs the package {row}, which is not installed; "
                 f"install it (`{sys.executable} -m pip install {row}`), or set it to false"
@@ -57,7 +91,7 @@ class FollowerTracker:
 
     def __init__(self, context: RunContext, row: str) -> None:
         """Start the follower; one warning where the package is missing or the process cannot start."""
-        self._label = LABELS[row]
+        self._label = FOLLOWERS[row].label
         self._process: subprocess.Popen[bytes] | None = None
         self._patience_ends: float | None = None
         if importlib.util.find_spec(row) is None:
@@ -149,7 +183,7 @@ def _description(context: RunContext, row: str) -> dict[str, Any]:
     tracking = context.config.tracking
     return {
         "sink": row,
-        "label": LABELS[row],
+        "label": FOLLOWERS[row].label,
         "folder": str(context.folder.resolve()),
         "mode": _wandb_mode(tracking),
         "project": _project(tracking),
@@ -170,21 +204,8 @@ def _description(context: RunContext, row: str) -> dict[str, Any]:
 
 def rows_in_words(tracking: TrackingConfig) -> str:
     """Which of them are on: `W&B offline (project dist_trainer), TensorBoard`."""
-    details = {
-        "wandb": f" {_wandb_mode(tracking)} (project {_project(tracking)})",
-        "trackio": f" (project {_project(tracking)})",
-    }
-    on = [f"{label}{details.get(row, '')}" for row, label in LABELS.items() if is_on(row, tracking)]
+    on = [f"{row.label}{row.details(tracking)}" for row in FOLLOWERS.values() if row.is_on(tracking)]
     return ", ".join(on) or "no W&B"
-
-
-def _project(tracking: TrackingConfig) -> str:
-    return tracking.wandb_project or os.environ.get("WANDB_PROJECT") or "dist_trainer"
-
-
-def _wandb_mode(tracking: TrackingConfig) -> str:
-    mode = os.environ.get("WANDB_MODE")
-    return mode if mode in ("online", "offline", "disabled") else tracking.wandb
 
 
 def _pass_on_messages(process: subprocess.Popen[bytes], label: str, output: str) -> None:

@@ -34,6 +34,16 @@ def quantity(value: float) -> str:
     return f"{significant(value, 3)}{_THOUSANDS[power]}"
 
 
+def short(value: float) -> str:
+    """As few digits as tell it, four at most: `1.5k`, `0.0003`, `2M`. For axes, as `short` in report/script.js; where numbers
+    stand alone, those of `quantity` are steadier.
+    """
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
 def memory(num_bytes: float) -> str:
     """Bytes in binary units: `512 MiB`, `71.3 GiB`; `?` where it is not finite."""
     if not math.isfinite(num_bytes):

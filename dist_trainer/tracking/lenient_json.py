@@ -10,9 +10,9 @@ from typing import Any
 _LONGEST = 1 << 20
 
 
-def parse_object(text: bytes | str) -> dict[str, Any] | None:
-    """The JSON object that `text` is; None where it is none."""
-    if len(text) > _LONGEST:
+def parse_object(text: bytes | str, *, longest: float = _LONGEST) -> dict[str, Any] | None:
+    """The JSON object that `text` is; None where it is none, or longer than `longest`."""
+    if len(text) > longest:
         return None
     try:
         value = json.loads(text)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dist_trainer.tracking.console_tracker import ConsoleTracker
-from dist_trainer.tracking.follower_tracker import LABELS, FollowerTracker, is_on, refuse_missing_packages
+from dist_trainer.tracking.follower_tracker import FOLLOWERS, FollowerTracker, refuse_missing_packages
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.report_tracker import ReportTracker
 from dist_trainer.tracking.run_context import RunContext
@@ -41,9 +41,7 @@ class Tracker(Protocol):
 TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
     "jsonl": JsonlTracker,
     "console": ConsoleTracker,
-    "wandb": partial(FollowerTracker, row="wandb"),
-    "tensorboard": partial(FollowerTracker, row="tensorboard"),
-    "trackio": partial(FollowerTracker, row="trackio"),
+    **{row: partial(FollowerTracker, row=row) for row in FOLLOWERS},
     "report": ReportTracker,
     "status": StatusTracker,
 }
@@ -111,7 +109,7 @@ def build_tracker(world: World, context: RunContext) -> Tracker:
         return NullTracker()
     sinks: dict[str, Tracker] = {}
     for name, build in TRACKERS.items():
-        if name in LABELS and not is_on(name, context.config.tracking):
+        if name in FOLLOWERS and not FOLLOWERS[name].is_on(context.config.tracking):
             continue
         try:
             sinks[name] = build(context)

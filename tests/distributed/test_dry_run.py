@@ -20,6 +20,7 @@ from dist_trainer.run_header import run_header
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
+from tests.faults.faults import poison_gradient
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -57,6 +58,26 @@ def test_it_says_where_checkpoints_will_not_have_room(stories, tmp_path, monkeyp
     said = capfd.readouterr().err
     assert "the disk has too little room for its checkpoints" in said
     assert re.search(r"disk +\S+ MiB a checkpoint, at most 12 at a time: \S+ MiB; 1.00 KiB are free", said)
+
+
+def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tmp_path, capfd):
+    config, poison = small_config(stories, tmp_path), poison_gradient(rank=1, at_step=1)
+
+    def poisoned(config) -> int:
+        poison()
+        return exit_code_of(lambda: dry_run(config))
+
+    assert exit_codes(2, lambda: poisoned(config)) == [3, 3]
+    said = capfd.readouterr().err
+    assert (
+        said.count("dist_trainer: dry run: the loss of step 1 is nan, not finite; see that the weights and the data are") == 1
+    )
+    assert "--precision.dtype fp32" in said
+    assert not folder(config).exists()
+    assert exit_codes(2, lambda: poisoned(changed(config, train__on_non_finite="skip"))) == [0, 0]
+    said = capfd.readouterr().err
+    assert "its update, and those after it, would be skipped" in said
+    assert "dry run: all works, but the first loss is not finite; nothing was left in" in said
 
 
 def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, capfd):

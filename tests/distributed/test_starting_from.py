@@ -123,6 +123,17 @@ def test_a_run_goes_on_exactly_even_where_the_folder_has_gone(stories, tmp_path,
     assert same_weights(config, undisturbed)
 
 
+@pytest.mark.parametrize("name", ["decoder_lm", "hf"])
+def test_a_run_that_goes_on_reads_weights_once_and_those_of_its_checkpoint_alone(stories, tmp_path, llama, name, monkeypatch):
+    words = arguments(stories, tmp_path, llama, "--model.name", name)
+    run(load_config(words), 1, before=stop_after(3))
+    monkeypatch.setattr(
+        "dist_trainer.models.registry.locate_weights", lambda path: pytest.fail(f"{path} is opened to be built")
+    )
+    assert run(load_config(words), 1) == [0]
+    assert len(losses(load_config(words))) == 6
+
+
 CONTRADICTIONS = {
     "hidden_size": ("64", "model.hidden_size: is 64, but the model in {llama} has 48; leave the key out"),
     "head_dim": ("12", "model.head_dim: is 12, but the model in {llama} has 20"),

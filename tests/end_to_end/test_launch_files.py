@@ -231,6 +231,30 @@ def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str
     assert "torch.distributed.run" not in done.stdout
 
 
+@pytest.mark.parametrize("word", ["--help", "-h", "--print_config", "--print_completion=bash"])
+def test_sbatch_leaves_nothing_behind_where_no_ranks_are_asked_for(stand_in: Path, slurm: dict[str, str], word: str) -> None:
+    run = Path(slurm["RUN"])
+    run.rmdir()
+    done = launch("slurm/train.sh", "--seed", "1", word, stand_in=stand_in, **slurm)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("run_name: demo" if word == "--print_config" else f"-m dist_trainer.train --seed 1 {word}") in done.stdout
+    assert "SRUN" not in done.stdout
+    assert not run.exists()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_a_dry_run_by_sbatch_speaks_into_the_job_s_log_alone(stand_in: Path, slurm: dict[str, str], launcher: str) -> None:
+    run = Path(slurm["RUN"])
+    run.rmdir()
+    done = launch("slurm/train.sh", "--dry_run", stand_in=stand_in, LAUNCHER=launcher, **{**slurm, "RUN": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (started,) = [line for line in done.stdout.splitlines() if line.startswith("SRUN ")]
+    assert started.endswith(" --dry_run")
+    assert "--output" not in started
+    assert "logs are in" not in done.stdout
+    assert not run.exists()
+
+
 @pytest.mark.parametrize(
     ("environment", "requeued", "code"),
     [

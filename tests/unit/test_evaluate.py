@@ -10,7 +10,7 @@ import pytest
 from dist_trainer.config.loading import dump_config
 from dist_trainer.config.schema import CheckpointConfig, DataConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.evaluate import Asked, parse_arguments, run
+from dist_trainer.evaluate import Asked, main, parse_arguments, run
 
 
 def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
@@ -21,6 +21,21 @@ def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
     words = [str(tmp_path), "--data", "./other.jsonl"]
     assert parse_arguments(words).config.data.dataset_config is None
     assert parse_arguments([*words, "--data.dataset_config", "b"]).config.data.dataset_config == "b"
+
+
+def test_messages_name_what_was_typed_and_not_the_keys_that_follow_from_it(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    tokenizer = ["--data.tokenizer", "austen"]
+    assert main([str(tmp_path)]) == 2
+    assert (
+        f"dist_trainer: RUN: {tmp_path} has no tokenizer in it; give a folder with tokenizer.json\n" in capsys.readouterr().err
+    )
+    assert main([str(tmp_path), "--data.tokenizer", "./gone"]) == 2
+    assert "dist_trainer: data.tokenizer: gone does not exist" in capsys.readouterr().err
+    assert main([str(tmp_path), "--data", "./nowhere.jsonl", *tokenizer]) == 2
+    assert "dist_trainer: --data: ./nowhere.jsonl does not exist" in capsys.readouterr().err
+    assert main([str(tmp_path), "--data.validation_dataset", "./nowhere.jsonl", *tokenizer]) == 2
+    assert "dist_trainer: data.validation_dataset: ./nowhere.jsonl does not exist" in capsys.readouterr().err
 
 
 def test_conversations_are_written_by_the_template_that_was_saved_with_the_model(tmp_path):

@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-from dist_trainer.tracking.formatting import counted, duration, memory, quantity
+from dist_trainer.tracking.formatting import counted, duration, memory, quantity, short
 from dist_trainer.tracking.goodput import Goodput
 from dist_trainer.tracking.report.curves import numbered_marks, skipped_steps, style_of
 from dist_trainer.tracking.report.markup import folded, section, table
-from dist_trainer.tracking.report.svg_charts import key, short
+from dist_trainer.tracking.report.svg_charts import key
 from dist_trainer.tracking.run_history import RunHistory, SampleText
 
 SAMPLES_SHOWN, SAMPLES_OPEN = 12, 3

@@ -110,6 +110,27 @@ def test_folders_with_splits_in_their_file_names_lose_no_file(tmp_path):
     assert texts(tmp_path / "plain") == (STORIES, None)
 
 
+def test_what_is_left_out_of_a_folder_is_told_with_how_many_files_were_read(tmp_path, caplog):
+    folder = tmp_path / "docs"
+    for name in ("guide.md", "more/story.txt", "README.md", "more/License.txt", "picture.png", ".git/HEAD.md", "test/a.txt"):
+        write(folder / name, f"It is {name}.")
+    caplog.set_level("INFO", "dist_trainer")
+    assert texts(folder) == (["It is guide.md.", "It is more/story.txt."], None)
+    assert caplog.messages == [
+        f"data.dataset: 2 files read of {folder}; left out (not data): README.md, more/License.txt, picture.png; "
+        "left out (test split): test/a.txt; left out (hidden): 1 file"
+    ]
+    assert caplog.records[0].levelname == "INFO"
+    for number in range(9):
+        write(folder / f"{number}.pdf", "")
+    texts(folder)
+    assert caplog.records[1].levelname == "WARNING"
+    assert "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf, 5.pdf, 6.pdf, 7.pdf and 4 files more" in caplog.messages[1]
+    write(tmp_path / "one" / "story.txt", "A story.")
+    texts(tmp_path / "one")
+    assert caplog.messages[2] == f"data.dataset: 1 file read of {tmp_path / 'one'}"
+
+
 def test_a_folder_that_declares_its_splits_in_readme(tmp_path):
     write(
         tmp_path / "README.md",
@@ -206,6 +227,11 @@ def test_messages_name_the_key_that_is_wrong(tmp_path):
     here = str(write(tmp_path / "x.jsonl", jsonl()))
     with pytest.raises(DataError, match=r"^data\.validation_dataset: .*nowhere\.jsonl does not exist"):
         create_dataloaders(small(here, tmp_path, validation_dataset=str(tmp_path / "nowhere.jsonl")))
+    with pytest.raises(DataError, match=r"^--data: .*nowhere\.jsonl does not exist"):
+        create_validation_loader(small(here, tmp_path, validation_dataset="./nowhere.jsonl"), World.single(), key="--data")
+    empty = str(write(tmp_path / "none.jsonl", ""))
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        create_validation_loader(small(here, tmp_path, validation_dataset=empty), World.single(), key="--data")
     with pytest.raises(DataError, match=r"^train_dataset makes 1 rows"):
         create_dataloaders(small(here, tmp_path), train_dataset=[([1, 2], [2, 3])])
 

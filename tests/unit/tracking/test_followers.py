@@ -16,10 +16,11 @@ import pytest
 import dist_trainer
 from dist_trainer.config.schema import ModelConfig, TrackingConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
+from dist_trainer.tracking.follower import SINKS, read_line
 from dist_trainer.tracking.follower_tracker import (
+    FOLLOWERS,
     FollowerTracker,
     _description,
-    is_on,
     refuse_missing_packages,
     rows_in_words,
 )
@@ -170,13 +171,25 @@ def test_a_row_whose_package_is_missing_is_refused_with_the_command_that_install
     refuse_missing_packages(TrackingConfig())
 
 
+def test_every_follower_has_a_key_and_a_sink():
+    assert SINKS.keys() == FOLLOWERS.keys() <= vars(TrackingConfig()).keys()
+
+
+def test_a_line_counts_however_long_its_sample_is_and_what_is_none_does_not():
+    line = {"kind": "sample", "step": 3, "text": "x" * (2 << 20)}
+    assert read_line(json.dumps(line).encode()) == line
+    for other in ({**line, "step": -1}, {**line, "step": 1.5}, {"step": 3}, [line]):
+        assert read_line(json.dumps(other).encode()) is None
+    assert read_line(b'{"kind": "train"') is None
+
+
 def test_what_the_config_leaves_open_comes_from_wandb_s_own_variables(tmp_path, monkeypatch):
     names = {"WANDB_PROJECT": "theirs", "WANDB_RUN_GROUP": "them", "WANDB_MODE": "disabled"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     description = _description(context(tmp_path), "wandb")
     assert (description["project"], description["group"], description["mode"]) == ("theirs", "them", "disabled")
-    assert not is_on("wandb", TrackingConfig(wandb="online"))
+    assert not FOLLOWERS["wandb"].is_on(TrackingConfig(wandb="online"))
     given = _description(context(tmp_path, wandb_project="mine", wandb_group="us"), "wandb")
     assert (given["project"], given["group"]) == ("mine", "us")
 
