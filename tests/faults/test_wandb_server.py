@@ -50,7 +50,8 @@ def sync(folder: Path) -> str:
     """What docs/tracking.md says."""
     parts = sorted(map(str, folder.glob("wandb/offline-run-*")))
     assert parts
-    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *parts], capture_output=True, text=True, timeout=60)
+    words = [sys.executable, "-m", "wandb", "sync", *parts]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)  # it makes a wandb/ where it stands
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -108,11 +109,15 @@ def test_rank_0_alone_sends_config_history_summary_and_samples_to_wandb_s_server
     assert f"W&B: has everything: {server.url}/us/books/runs/" in ended.said
 
 
+@pytest.mark.slow  # two followers, one after the other
 def test_a_run_that_was_killed_goes_on_online_as_the_same_run_with_each_step_once(run, server):
     config = run.but(tracking__wandb="online")
+    server.may_answer.clear()  # so that what sends the steps of the first life is not done when that of the second begins
     assert run.start(kill(at_step=7), config=config).was_killed
-    # What sends the steps of the first life has hardly begun by now.
-    ended = run.start(config=config)
+    second = run.begin(config=config)
+    time.sleep(4.0)
+    server.may_answer.set()
+    ended = second.wait()
     assert ended.code == 0, ended.said
     sent = only_run(server)
     assert sent.steps == STEPS
@@ -133,6 +138,7 @@ def test_offline_parts_of_a_run_that_was_killed_are_one_run_with_each_step_once_
     assert only_run(server).steps == STEPS, "to sync once more does no harm"
 
 
+@pytest.mark.slow  # wandb-core sends every 15 seconds
 def test_what_was_handed_to_wandb_but_not_sent_when_the_machine_was_lost_is_sent_by_the_next_start(tmp_path, server):
     first = Trackers(tmp_path)
     first.log(up_to=3)
