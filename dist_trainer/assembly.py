@@ -51,6 +51,7 @@ from dist_trainer.run_record import (
     has_finished_in_words,
     make_up_for_ending,
     noting_early_end,
+    send_the_rest,
     train,
 )
 from dist_trainer.sampling import sample_of
@@ -115,6 +116,7 @@ def run_in(folder: RunFolder | None, config: TrainingConfig, world: World, *, be
             log.info("%s", has_finished_in_words(trainer))
             if folder is not None:
                 make_up_for_ending(trainer, folder)
+                send_the_rest(trainer, folder)
             return EXIT_FINISHED
         agree(world, lambda: _owned(folder).write_config(dump_config(config)), acts=world.is_main)
     result = train(trainer, folder, began=began)

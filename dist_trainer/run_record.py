@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_trainer.checkpoint.manager import step_folders
 from dist_trainer.checkpoint.run_folder import RunFolder
@@ -30,6 +31,7 @@ from dist_trainer.profiling.recorder import profiled
 from dist_trainer.run_header import run_header
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import FIRST_CHECKPOINT, append_event
+from dist_trainer.tracking.follower_tracker import lacks_lines_online, send_lines_online
 from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, restarts_of, steps_to_redo
 from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.report_tracker import write_report
@@ -104,7 +106,7 @@ def reason_of(error: BaseException, world: World) -> str:
 
 def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, *, began: float) -> None:
     """From here on the folder is this run's: its status, its events, its steps, its trackers."""
-    config, step = trainer.config, trainer.progress.step
+    step = trainer.progress.step
     folder.is_new = False  # whatever comes: from now on it holds what must not be lost
     environment = describe_environment(trainer.world)  # takes a while: nothing has begun until then
     lost_steps = steps_to_redo(folder.path, start_step=step)
@@ -113,16 +115,19 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, 
     counter.note(step)  # or the lost ones would be lost once more where this life comes to no step
     trainer.note_step = counter.note
     note_running(trainer, folder.path)
-    context = RunContext(
-        config=config,
+    log.info("%s", run_header(trainer, folder.path))
+    trainer.tracker = build_tracker(trainer.world, _context(trainer, folder, environment))
+
+
+def _context(trainer: Trainer, folder: RunFolder, environment: dict[str, Any]) -> RunContext:
+    return RunContext(
+        config=trainer.config,
         folder=folder.path,
-        start_step=step,
+        start_step=trainer.progress.step,
         max_steps=trainer.max_steps,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
         environment=environment,
     )
-    log.info("%s", run_header(trainer, folder.path))
-    trainer.tracker = build_tracker(trainer.world, context)
 
 
 def note_running(trainer: Trainer, folder: Path) -> None:
@@ -184,6 +189,12 @@ def make_up_for_ending(trainer: Trainer, folder: RunFolder) -> None:
         write_report(RunHistory(folder.path))
     except OSError as error:
         log.warning("%s: its report could not be written: %s", folder.path, error.strerror)
+
+
+def send_the_rest(trainer: Trainer, folder: RunFolder) -> None:
+    """Bring a run that has finished to W&B's server, where it is online now and that has not had all of it."""
+    if step_folders(folder.checkpoints) and lacks_lines_online(folder.path, trainer.config.tracking):
+        send_lines_online(_context(trainer, folder, describe_environment(trainer.world)))
 
 
 @dataclass(frozen=True)

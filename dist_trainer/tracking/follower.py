@@ -20,7 +20,7 @@ from typing import Any
 from dist_trainer.tracking.lenient_json import parse_object
 from dist_trainer.tracking.run_context import METRICS_FILE
 from dist_trainer.tracking.run_history import whole_lines
-from dist_trainer.tracking.sink import Say, Sink, in_one_line
+from dist_trainer.tracking.sink import SECONDS_ALONE, Say, Sink, in_one_line
 from dist_trainer.tracking.tensorboard_sink import TensorBoardSink
 from dist_trainer.tracking.trackio_sink import TrackioSink
 from dist_trainer.tracking.wandb_sink import WandbSink
@@ -102,6 +102,8 @@ def main() -> None:
         for closing in _listen(sys.stdin.fileno()):
             follower.catch_up()
             if closing is not None:
+                if not closing:
+                    signal.alarm(round(SECONDS_ALONE))  # nobody else ends this process where a server does not answer
                 sink.finish(closing.get("state") or "killed")
     except Exception as error:
         say(

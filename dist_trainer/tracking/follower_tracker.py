@@ -27,6 +27,7 @@ from typing import Any
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.errors import ConfigError
+from dist_trainer.tracking.position import Position
 from dist_trainer.tracking.run_context import RunContext
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class FollowerTracker:
     def __init__(self, context: RunContext, row: str) -> None:
         """Start the follower; one warning where the package is missing or the process cannot start."""
         self._label = FOLLOWERS[row].label
+        self._can_catch_up = row == "wandb" and _wandb_mode(context.config.tracking) == "online"
+        """Whether the same command sends what is missing even where the run has finished."""
         self._process: subprocess.Popen[bytes] | None = None
         self._patience_ends: float | None = None
         if importlib.util.find_spec(row) is None:
@@ -144,8 +147,9 @@ class FollowerTracker:
         except subprocess.TimeoutExpired:
             _end(process)
             log.warning(
-                "%s did not finish within %.0f s and was ended; metrics.jsonl has all, and the next start adds the rest",
+                "%s did not finish within %.0f s and was ended; metrics.jsonl has all%s",
                 *(self._label, _patience(state)),
+                ", and the same command adds the rest" if self._can_catch_up or state != "finished" else "",
             )
         self._ear.join(1.0)
         self._process = None
@@ -156,6 +160,16 @@ class FollowerTracker:
         # Where this fails it has news enough to read already, or it has gone, and the ear passes on why.
         with contextlib.suppress(OSError):
             os.write(self._pipe, message)
+
+
+def lacks_lines_online(folder: Path, tracking: TrackingConfig) -> bool:
+    """Whether W&B is online, and its server is not known to have had all of the run in `folder`."""
+    return _wandb_mode(tracking) == "online" and not Position.read(folder, "wandb").has_arrived
+
+
+def send_lines_online(context: RunContext) -> None:
+    """Send what W&B's server lacks of a run that has finished; what goes wrong costs a warning."""
+    FollowerTracker(context, "wandb").close(state="finished", reason=None)
 
 
 def _patience(state: str) -> float:

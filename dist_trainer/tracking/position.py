@@ -19,13 +19,15 @@ class Position:
 
     step: int = -1
     kinds: list[str] = field(default_factory=list)
+    has_arrived: bool = False
+    """Whether all of it is known to be where it was to go. Of a sink that never says so, nothing follows from it."""
 
     @staticmethod
     def read(folder: Path, sink: str) -> Position:
         """That of `sink` in the run in `folder`; the beginning where there is none."""
         try:
             kept = json.loads((folder / sink / POSITION_FILE).read_text(encoding="utf-8"))
-            return Position(int(kept["step"]), [str(kind) for kind in kept["kinds"]])
+            return Position(int(kept["step"]), [str(kind) for kind in kept["kinds"]], kept.get("has_arrived") is True)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return Position()
 
@@ -38,5 +40,14 @@ class Position:
         if line["step"] != self.step:
             self.step, self.kinds = line["step"], []
         self.kinds.append(line["kind"])
-        text = json.dumps({"step": self.step, "kinds": self.kinds})
+        self.has_arrived = False
+        self._write(folder, sink)
+
+    def note_arrival(self, folder: Path, sink: str) -> None:
+        """Note that all that was logged has come to where it was to go."""
+        self.has_arrived = True
+        self._write(folder, sink)
+
+    def _write(self, folder: Path, sink: str) -> None:
+        text = json.dumps({"step": self.step, "kinds": self.kinds, "has_arrived": self.has_arrived})
         replace_file(folder / sink / POSITION_FILE, [text.encode()], durable=False)

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 NOT_METRICS = {"kind", "step", "time", "non_finite", "prompt", "text"}
 
+SECONDS_ALONE = 60.0
+"""How long a follower may go on once training was killed, and nobody waits for it any more."""
+
 Say = Callable[..., None]
 """Says something in the trainer's log: a text, and its level (default: INFO)."""
 

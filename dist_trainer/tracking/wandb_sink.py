@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import logging
 import os
 import re
@@ -9,6 +11,7 @@ import secrets
 import shlex
 import socket
 import string
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,10 @@ from urllib.parse import urlsplit
 from dist_trainer.tracking.atomic_file import replace_file
 from dist_trainer.tracking.lenient_json import number
 from dist_trainer.tracking.position import Position
-from dist_trainer.tracking.sink import Say, in_one_line, metrics_of
+from dist_trainer.tracking.sink import SECONDS_ALONE, Say, in_one_line, metrics_of
 
 FOLDER = "wandb"
+LOCK_FILE = "follower.lock"
 INIT_TIMEOUT_SECONDS = 30.0
 PROBE_TIMEOUT_SECONDS = 5.0
 MOST_SAMPLES = 500
@@ -35,10 +39,16 @@ class WandbSink:
         self._folder = Path(description["folder"])
         # Without this, tables would be kept under the user's home until they are sent.
         os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(self._folder / FOLDER)
+        self._lock = _wait_for_earlier_life(self._folder / FOLDER)
         self._position = Position.read(self._folder, FOLDER)
         self._best: tuple[float, int] | None = None
         self._samples: list[Any] = []
+        self._log = self._folder / "logs" / "wandb.log"
+        self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._run, self._is_online = _open_run(description, run_id(self._folder), say)
+        if self._is_online and not (self._position.has_arrived and self._run.resumed):
+            # What an earlier life noted may have been lost with it, or lie here in files for `wandb sync`: the server knows.
+            self._position = Position(self._run.starting_step)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("validation/loss", step_metric="step", summary="min")
         if description["code"] is not None:
@@ -60,12 +70,27 @@ class WandbSink:
         if state == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if state == "finished" else 1)
+        if self._is_online and not self._gave_up():
+            self._position.note_arrival(self._folder, FOLDER)
+            _mark_as_sent(self._folder / FOLDER, self._run.id)
+        os.close(self._lock)
 
     def goodbye(self) -> str:
         """Where everything is, or how it gets there."""
+        if self._is_online and not self._position.has_arrived:
+            return f"its server refused a part of {self._run.url} (see {self._log}); the same command sends what is missing"
         if self._is_online:
             return f"has everything: {self._run.url}"
         return f"recorded offline; `wandb sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
+
+    def _gave_up(self) -> bool:
+        """Whether W&B stopped sending. Its `finish` returns then as ever, and only what it prints for its user says so."""
+        try:
+            with self._log.open("rb") as file:
+                file.seek(self._log_start)
+                return b"will not be synced" in file.read()
+        except OSError:
+            return False
 
     def _row(self, line: dict[str, Any]) -> dict[str, Any]:
         row = {"step": line["step"], **metrics_of(line)}
@@ -100,6 +125,30 @@ def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, [chosen.encode() + b"\n"], durable=True)
     return chosen
+
+
+def _wait_for_earlier_life(folder: Path) -> int:
+    """A lock until this process ends, so that an earlier life of the run, killed, has sent what it had: two that sent at the
+    same time would overwrite one another's rows. Where the file system has no locks, or it takes too long, no lock at all.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    ends = time.monotonic() + SECONDS_ALONE + 5.0
+    while time.monotonic() < ends:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                break
+        time.sleep(0.1)
+    return file
+
+
+def _mark_as_sent(folder: Path, identity: str) -> None:
+    """Let `wandb sync` pass over what was recorded offline, as it does over what it has sent: the server has it by now."""
+    for recorded in folder.glob(f"offline-run-*/run-{identity}.wandb"):
+        recorded.with_suffix(".wandb.synced").touch()
 
 
 def _table(rows: list[Any]) -> Any:
