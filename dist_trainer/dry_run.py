@@ -116,17 +116,17 @@ def rehearse(trainer: Trainer) -> Cost:
     """Real steps on batches of the largest shape, and a part of a validation. The trainer is of no use after that.
 
     For all ranks; raises StoppedError between steps, and within one where there is but one rank, and TrainingDivergedError
-    where the first loss is not finite.
+    where the first loss or gradient is not finite.
     """
     world, steps, validations = trainer.world, *left_to_do(trainer)
     trainer.model.train()
     world.heartbeat.at("warming up", step=trainer.progress.step)
     trainer.warm_up()
     micro_batches, target_tokens = largest_step(trainer)
-    first, first_loss = _seconds_of_steps(trainer, micro_batches, target_tokens, count=1)
-    refuse_first_loss(trainer, first_loss)
+    first, first_loss, grad_norm = _seconds_of_steps(trainer, micro_batches, target_tokens, count=1)
+    refuse_first_step(trainer, first_loss, grad_norm)
     count = broadcast_object(1 if first > QUICK_STEP_SECONDS else QUICK_STEPS, world)
-    seconds, _ = _seconds_of_steps(trainer, micro_batches, target_tokens, count=count)
+    seconds, *_ = _seconds_of_steps(trainer, micro_batches, target_tokens, count=count)
     validation_seconds = _seconds_of_validation(trainer)
     return Cost(
         first_loss=first_loss,
@@ -138,17 +138,18 @@ def rehearse(trainer: Trainer) -> Cost:
     )
 
 
-def refuse_first_loss(trainer: Trainer, loss: float) -> None:
-    """Raises TrainingDivergedError where `loss` would end the run in its first step; warns where that would be skipped."""
-    if math.isfinite(loss):
+def refuse_first_step(trainer: Trainer, loss: float, grad_norm: float) -> None:
+    """Raises TrainingDivergedError where loss or gradient would end the run; warns of a loss whose update would be skipped."""
+    stops = trainer.divergence.policy == "stop"
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or not stops):
         return
     step, init_from = trainer.progress.step, trainer.config.model.init_from
     begins_with = f"the model of model.init_from ({init_from})" if init_from is not None and step <= 1 else "the weights"
     found = (
-        f"dry run: the loss of step {step} is {loss}, not finite; see that {begins_with} and the data are in order, or compute "
-        "in another type (--precision.dtype fp32)"
+        f"dry run: step {step} has a loss of {loss} and a gradient norm of {grad_norm}, not finite; see that {begins_with} and "
+        "the data are in order, or compute in another type (--precision.dtype fp32)"
     )
-    if trainer.divergence.policy == "stop":
+    if stops:
         raise TrainingDivergedError(found)
     log.warning("%s; its update, and those after it, would be skipped", found)
 
@@ -171,16 +172,17 @@ def largest_step(trainer: Trainer) -> tuple[list[Batch], int]:
     return [batch.to(trainer.world.device) for batch in micro_batches], target_tokens
 
 
-def _seconds_of_steps(trainer: Trainer, micro_batches: list[Batch], target_tokens: int, *, count: int) -> tuple[float, float]:
-    """Of so many steps on one and the same batch; and the loss of the last of them, over all ranks."""
-    loss_sum, began = torch.zeros(()), time.perf_counter()
+def _seconds_of_steps(trainer: Trainer, micro_batches: list[Batch], target_tokens: int, *, count: int) -> tuple[float, ...]:
+    """Of so many steps on one and the same batch; and loss and gradient norm of the last of them, over all ranks."""
+    loss_sum, grad_norm, began = torch.zeros(()), torch.zeros(()), time.perf_counter()
     for _ in range(count):
         agree(trainer.world, lambda: None)  # a signal is heard here
         trainer.world.heartbeat.at("training", step=trainer.progress.step)
-        loss_sum = trainer.train_step(micro_batches, target_tokens).loss_sum
+        result = trainer.train_step(micro_batches, target_tokens)
+        loss_sum, grad_norm = result.loss_sum, result.grad_norm
     _wait_for(trainer.world.device)
     seconds = time.perf_counter() - began
-    return seconds, float(all_reduce_sum(loss_sum, trainer.world)) / max(1, target_tokens)
+    return seconds, float(all_reduce_sum(loss_sum, trainer.world)) / max(1, target_tokens), float(grad_norm)
 
 
 def _seconds_of_validation(trainer: Trainer) -> float:

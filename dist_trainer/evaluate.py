@@ -176,7 +176,13 @@ def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def model_context(path: Path) -> int | None:
     """How many positions the model at `path` was made for, by its config.json; None where that does not say."""
     found = next((folder for folder in model_folders(path) if (folder / "config.json").is_file()), None)
-    length = read_json((found / "config.json").resolve()).get("max_position_embeddings") if found else None
+    if found is None:
+        return None
+    length = read_json((found / "config.json").resolve()).get("max_position_embeddings")
+    if length is None:  # models have other names for it, which only transformers knows
+        from dist_trainer.models.transformers_lm import context_of_folder
+
+        length = context_of_folder(found)
     return length if type(length) is int and length > 0 else None
 
 

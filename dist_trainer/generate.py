@@ -89,7 +89,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     ranks = place_of_this_process().world_size
     if ranks > 1:
-        raise ConfigError(f"generate runs in one process, but there are {ranks} ranks; start it without torchrun")
+        raise ConfigError(
+            f"generate runs in one process, but the environment speaks of {ranks} ranks; start it "
+            "without torchrun or srun, or unset their variables (RANK and WORLD_SIZE, or MASTER_ADDR)"
+        )
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise ConfigError("--prompt and --prompts_file: give one of them")
     for name, smallest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):

@@ -109,7 +109,7 @@ fi
 is_dry_run=''
 for word in "$@"; do
   case $word in
-    --help | -h | --print_*) exec "$PYTHON" -m dist_trainer.train "$@" ;;
+    --help | -h | --version | --print_*) exec "$PYTHON" -m dist_trainer.train "$@" ;;
     --dry_run) is_dry_run=1 ;;
   esac
 done

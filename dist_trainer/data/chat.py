@@ -33,7 +33,7 @@ class ChatTemplate:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         """Raises DataError where there is no template to write them with."""
         self._tokenizer = tokenizer
-        self.text = read_chat_template(config.chat_template) if config.chat_template else _own_template(config, tokenizer)
+        self.text = read_chat_template(config.chat_template) if config.chat_template else _required_template(config, tokenizer)
         self._name = (
             f"data.chat_template {config.chat_template}" if config.chat_template else f"the chat template of {config.tokenizer}"
         )
@@ -133,8 +133,8 @@ class ChatTemplate:
         roles = ", ".join(str(message["role"]) for message in messages[:8]) + (", ..." if len(messages) > 8 else "")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return DataError(
-            f"{where}: {self._name} refuses the messages (roles {roles}): {reason}; change the messages, or name "
-            "another template (data.chat_template)"
+            f"{where}: {self._name} refuses the messages (roles {roles}): {reason}; change the messages, or use "
+            "another template (data.chat_template; of a checkpoint, chat_template.jinja in its folder)"
         )
 
 
@@ -144,7 +144,7 @@ def own_template(tokenizer: Tokenizer) -> str | None:
     return (templates.get("default") if isinstance(templates, dict) else templates) or None
 
 
-def _own_template(config: DataConfig, tokenizer: Tokenizer) -> str:
+def _required_template(config: DataConfig, tokenizer: Tokenizer) -> str:
     template = own_template(tokenizer)
     if template is None:
         which = "default " if getattr(tokenizer, "chat_template", None) else ""

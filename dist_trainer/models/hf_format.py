@@ -71,15 +71,15 @@ def locate_weights(path: Path) -> Path:
 
     Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
     """
-    return _intact(find_model(path), CONFIG_FILE, WEIGHTS_FILE)
+    return _checked(find_model(path), CONFIG_FILE, WEIGHTS_FILE)
 
 
 def locate_shape(path: Path) -> Path:
     """As `locate_weights`, where config.json alone will be read."""
-    return _intact(find_model(path), CONFIG_FILE)
+    return _checked(find_model(path), CONFIG_FILE)
 
 
-def _intact(folder: Path, *names: str) -> Path:
+def _checked(folder: Path, *names: str) -> Path:
     is_ours = (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file()
     if is_ours and not is_in_hub_cache(folder):
         verify(folder, only=names)

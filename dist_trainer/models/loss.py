@@ -15,7 +15,9 @@ IGNORED_TARGET = -100
 FEW_LOGITS = 2**20
 """Up to so many (4 MiB in float32) they are computed all at once, which is faster, by half where they are very few."""
 CHUNK_LOGITS = 2**23
-"""On a CPU at least so many (32 MiB in float32) at once: a tenth faster than 2^21 at 8192 words, and 2^24 no faster still."""
+"""On a CPU about so many (32 MiB in float32) at once, unless 256 tokens, or D, have more: a tenth faster than 2^21 at 8192
+words, and 2^24 no faster still.
+"""
 _FP16_MARGIN = 64
 
 
@@ -74,10 +76,10 @@ def default_chunk_tokens(hidden: Tensor, vocabulary_size: int) -> int:
     """Tokens whose logits exist at once, for `hidden` [N, D].
 
     Each chunk adds its part to the gradient of the head, V * D numbers, and computes chunk * V logits: of about D tokens
-    the two weigh the same. More where the memory allows it: on a CPU CHUNK_LOGITS, on GPUs, where each chunk launches its
+    the two weigh the same. More where the memory allows it: on a CPU about CHUNK_LOGITS, on GPUs, where each chunk launches its
     kernels anew, 4096 tokens.
     """
-    affordable = CHUNK_LOGITS // vocabulary_size if hidden.device.type == "cpu" else 4096
+    affordable = max(256, CHUNK_LOGITS // vocabulary_size) if hidden.device.type == "cpu" else 4096
     return max(affordable, hidden.shape[1])
 
 

@@ -182,13 +182,13 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
     folder = locate_weights(Path(path))
     try:
         described = read_hf_config(folder)
-    except ConfigError:
+    except ConfigError as error:
         if transformers_lm.has_weights(folder):
             return transformers_lm.open_weights(folder).to(device).eval()
         raise CheckpointError(
             f"{folder} holds no weights ({WEIGHTS_FILE}) beside its {CONFIG_FILE}; give a folder with them, or fetch them from "
-            "the Hub anew"
-        ) from None
+            f"the Hub anew (DecoderLM cannot be it: {error})"
+        ) from error
     model = DecoderLM.like(described, device=device)
     model.load_weights(folder)
     return model.eval()

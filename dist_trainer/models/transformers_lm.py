@@ -168,6 +168,17 @@ def context_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def context_of_folder(folder: Path) -> int | None:
+    """The same of the config.json in `folder`; None too where transformers cannot read it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def end_tokens(model: Any) -> set[int]:
     """Ids after which the model says that nothing follows."""
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -7,12 +7,17 @@ for the log.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import math
 import os
+import queue
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +78,52 @@ def _messenger() -> Say:
     return say
 
 
+class Training:
+    """What training says, heard as it comes: also while this process waits for a server, or for an earlier life's follower."""
+
+    def __init__(self, stdin: int) -> None:
+        self.was_killed = threading.Event()
+        self._news: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._hear, args=(stdin,), name="training", daemon=True).start()
+
+    def _hear(self, stdin: int) -> None:
+        for told in _listen(stdin):
+            if told == {}:
+                signal.alarm(round(SECONDS_ALONE))  # nobody else ends this process where a server does not answer
+                self.was_killed.set()
+            self._news.put(told)
+
+    def news(self) -> Iterator[dict[str, Any] | None]:
+        """None for news, as often as there may be some; at the end how the run ended, {} where it was killed."""
+        told = None
+        while told is None:
+            told = self._news.get()
+            while told is None and not self._news.empty():
+                told = self._news.get()
+            yield told
+
+
+def _wait_for_earlier_life(path: Path, training: Training) -> int:
+    """A lock on `path` until this process ends, so that an earlier life of the run, killed, has sent what it had: two that sent
+    at the same time would overwrite one another's rows. Where the file system has no locks, or it takes too long, no lock.
+
+    Leaves where training was killed meanwhile: whoever has the lock, or comes next, reads its lines too.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    ends = time.monotonic() + SECONDS_ALONE + 5.0
+    while time.monotonic() < ends:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                break
+        if training.was_killed.wait(0.1):
+            sys.exit()
+    return file
+
+
 def _listen(stdin: int) -> Iterator[dict[str, Any] | None]:
     """None for news, as often as there may be some; at the end how the run ended, {} where it was killed."""
     buffer = b""
@@ -95,15 +146,15 @@ def main() -> None:
     # Unbuffered: what follows the first line is read from the descriptor itself.
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
         description = json.loads(unbuffered.readline())
+    training, folder = Training(sys.stdin.fileno()), Path(description["folder"])
     try:
+        _wait_for_earlier_life(folder / "logs" / f"{description['sink']}.lock", training)
         sink = SINKS[description["sink"]](description, say)
-        follower = Follower(sink, Path(description["folder"]))
+        follower = Follower(sink, folder)
         follower.catch_up()
-        for closing in _listen(sys.stdin.fileno()):
+        for closing in training.news():
             follower.catch_up()
             if closing is not None:
-                if not closing:
-                    signal.alarm(round(SECONDS_ALONE))  # nobody else ends this process where a server does not answer
                 sink.finish(closing.get("state") or "killed")
     except Exception as error:
         say(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import re
@@ -11,7 +9,6 @@ import secrets
 import shlex
 import socket
 import string
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +17,9 @@ from urllib.parse import urlsplit
 from dist_trainer.tracking.atomic_file import replace_file
 from dist_trainer.tracking.lenient_json import number
 from dist_trainer.tracking.position import Position
-from dist_trainer.tracking.sink import SECONDS_ALONE, Say, in_one_line, metrics_of
+from dist_trainer.tracking.sink import Say, in_one_line, metrics_of
 
 FOLDER = "wandb"
-LOCK_FILE = "follower.lock"
 INIT_TIMEOUT_SECONDS = 30.0
 PROBE_TIMEOUT_SECONDS = 5.0
 MOST_SAMPLES = 500
@@ -39,7 +35,6 @@ class WandbSink:
         self._folder = Path(description["folder"])
         # Without this, tables would be kept under the user's home until they are sent.
         os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(self._folder / FOLDER)
-        self._lock = _wait_for_earlier_life(self._folder / FOLDER)
         self._position = Position.read(self._folder, FOLDER)
         self._best: tuple[float, int] | None = None
         self._samples: list[Any] = []
@@ -73,7 +68,6 @@ class WandbSink:
         if self._is_online and not self._gave_up():
             self._position.note_arrival(self._folder, FOLDER)
             _mark_as_sent(self._folder / FOLDER, self._run.id)
-        os.close(self._lock)
 
     def goodbye(self) -> str:
         """Where everything is, or how it gets there."""
@@ -125,24 +119,6 @@ def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, [chosen.encode() + b"\n"], durable=True)
     return chosen
-
-
-def _wait_for_earlier_life(folder: Path) -> int:
-    """A lock until this process ends, so that an earlier life of the run, killed, has sent what it had: two that sent at the
-    same time would overwrite one another's rows. Where the file system has no locks, or it takes too long, no lock at all.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    ends = time.monotonic() + SECONDS_ALONE + 5.0
-    while time.monotonic() < ends:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                break
-        time.sleep(0.1)
-    return file
 
 
 def _mark_as_sent(folder: Path, identity: str) -> None:

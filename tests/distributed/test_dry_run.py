@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dist_trainer.assembly import assemble
 from dist_trainer.checkpoint.run_folder import RunFolder
@@ -18,6 +19,7 @@ from dist_trainer.errors import CheckpointError
 from dist_trainer.exit_codes import exit_code_of
 from dist_trainer.run_header import run_header
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point
+from dist_trainer.trainer import Trainer
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
 from tests.faults.faults import poison_gradient
@@ -70,7 +72,7 @@ def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tm
     assert exit_codes(2, lambda: poisoned(config)) == [3, 3]
     said = capfd.readouterr().err
     assert (
-        said.count("dist_trainer: dry run: the loss of step 1 is nan, not finite; see that the weights and the data are") == 1
+        said.count("dist_trainer: dry run: step 1 has a loss of nan and a gradient norm of nan, not finite; see that the") == 1
     )
     assert "--precision.dtype fp32" in said
     assert not folder(config).exists()
@@ -78,6 +80,13 @@ def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tm
     said = capfd.readouterr().err
     assert "its update, and those after it, would be skipped" in said
     assert "dry run: all works, but the first loss is not finite; nothing was left in" in said
+
+
+def test_a_first_gradient_that_is_not_finite_does_so_too(stories, tmp_path, capfd, monkeypatch):
+    config = small_config(stories, tmp_path)
+    monkeypatch.setattr(Trainer, "_clip_gradients", lambda self: torch.tensor(float("inf")))
+    assert exit_codes(1, lambda: exit_code_of(lambda: dry_run(config))) == [3]
+    assert re.search(r"step 1 has a loss of 8\.\d+ and a gradient norm of inf, not finite", capfd.readouterr().err)
 
 
 def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, capfd):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
-from dist_trainer import run_record
-from dist_trainer.checkpoint.state import Progress
+import pytest
+
+from dist_trainer import run_record, trainer
+from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.tracking.status import write_status
 from tests.distributed.small_runs import folder, metrics, run, small_config, status, stop_after
 from tests.faults.processes import Process
@@ -40,6 +42,25 @@ def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_th
     assert run(config, 1) == [0]
     events = [json.loads(line)["event"] for line in (folder(config) / "logs" / "events.jsonl").read_text().splitlines()]
     assert events == ["start", "first checkpoint", "finished"], "once is enough"
+
+
+@pytest.mark.parametrize("ends_by", ["its steps", "a signal"])
+def test_only_the_last_state_is_saved_without_a_copy(stories, tmp_path, monkeypatch, ends_by):
+    copied = tmp_path / "copied"
+
+    def noting(*parts, training_goes_on, **others):
+        with copied.open("a") as file:
+            file.write(f"{others['progress'].step} {training_goes_on}\n")
+        return take_snapshot(*parts, training_goes_on=training_goes_on, **others)
+
+    monkeypatch.setattr(trainer, "take_snapshot", noting)
+    config = small_config(stories, tmp_path, checkpoint__every_steps=4, validation__every_steps=0)
+    last = 12 if ends_by == "its steps" else 6
+    run(config, 1, before=stop_after(6) if ends_by == "a signal" else None)
+    saved = [line.split() for line in copied.read_text().splitlines()]
+    assert status(config)["step"] >= last
+    assert [goes_on for _, goes_on in saved] == ["True"] * (len(saved) - 1) + ["False"]
+    assert int(saved[-1][0]) == status(config)["step"]
 
 
 def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capfd):

@@ -320,10 +320,10 @@ def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):
     (path / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
     assert generate.main([str(path), "--chat", "--prompt", "Who?"]) == 2
     assert "--chat: the chat template of " in (complaint := capsys.readouterr().err)
-    assert "refuses the messages (roles user): no system message; change the messages, or name" in complaint
+    assert "refuses the messages (roles user): no system message; change the messages, or use" in complaint
 
 
 def test_several_ranks_are_refused_and_say_so_once(trained, capfd):
     assert exit_codes(2, lambda: generate.main([str(trained), "--prompt", PROMPT])) == [2, 2]
     printed, complaint = capfd.readouterr()
-    assert (printed, complaint.count("there are 2 ranks; start it without torchrun")) == ("", 1)
+    assert (printed, complaint.count("the environment speaks of 2 ranks; start it without torchrun")) == ("", 1)

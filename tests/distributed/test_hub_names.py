@@ -68,6 +68,13 @@ def test_a_name_means_what_its_folder_means(models, cache, tmp_path, kind, capsy
     assert found["tokens"] > 100
 
 
+def test_a_model_from_elsewhere_is_measured_at_its_own_context_whatever_its_config_calls_it(models):
+    said = json.loads((models["gpt2"] / "config.json").read_text())
+    assert "max_position_embeddings" not in said
+    asked = evaluate.parse_arguments([str(models["gpt2"]), "--data", "austen"])
+    assert asked.config.data.sequence_length == said["n_positions"]
+
+
 def test_several_ranks_evaluate_a_name_and_one_speaks(models, cache, tmp_path):
     put_into_hub_cache(cache, "owner/model", models["llama"].iterdir())
     (tmp_path / "text.txt").write_text(TEXT * 30)

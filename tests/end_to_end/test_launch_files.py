@@ -231,7 +231,7 @@ def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str
     assert "torch.distributed.run" not in done.stdout
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "--print_config", "--print_completion=bash"])
+@pytest.mark.parametrize("word", ["--help", "-h", "--version", "--print_config", "--print_completion=bash"])
 def test_sbatch_leaves_nothing_behind_where_no_ranks_are_asked_for(stand_in: Path, slurm: dict[str, str], word: str) -> None:
     run = Path(slurm["RUN"])
     run.rmdir()

@@ -30,7 +30,8 @@ PAGES = 5 * 2**23 * 8 // os.sysconf("SC_PAGE_SIZE")
 
 def said(*, keeping: bool, **environment: str) -> list[str]:
     command = [sys.executable, "-c", COUNT.format(keeping=keeping)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment}).stdout.split()
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env={**own, **environment}).stdout.split()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
