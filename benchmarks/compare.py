@@ -17,19 +17,18 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import ROOT, machine_and_versions
+from benchmarks.ports import reserved_port
 from benchmarks.stopwatch import FOLDER, STARTED
 from benchmarks.workloads import SIZES, Workload, prepare
 
@@ -80,7 +79,7 @@ def run(contestant: Contestant, workload: Workload, threads: int, *, goes_on: bo
         shutil.rmtree(workload.folder / "runs", ignore_errors=True)
     command = [sys.executable, "-m", f"benchmarks.contestants.{contestant.module}", *contestant.arguments]
     logs = [workload.folder / f"log-{rank}.txt" for rank in range(workload.ranks)]
-    with _reserved_port() as port:
+    with reserved_port() as port:
         processes = []
         for rank, log in enumerate(logs):
             place = {} if workload.ranks == 1 else _place(rank, workload.ranks, port)
@@ -111,15 +110,6 @@ def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "benchmark"},
     }
-
-
-@contextmanager
-def _reserved_port() -> Iterator[int]:
-    """Bound but not listened at, so that rank 0 can take it and nothing else of this machine can."""
-    with socket.socket() as reserving:
-        reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserving.bind(("127.0.0.1", 0))
-        yield reserving.getsockname()[1]
 
 
 # -------------------------------------------------------------------------------------------------- the table

@@ -23,7 +23,7 @@ from dist_trainer.checkpoint.run_folder import CHECKPOINTS
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import ValidationSampler
-from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, broadcast_object, gather_objects
+from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
@@ -35,6 +35,7 @@ from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point
+from dist_trainer.step import StepResult
 from dist_trainer.tracking.formatting import aligned, counted, duration, memory, quantity, significant
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.throughput import peak_memory_bytes
@@ -123,10 +124,11 @@ def rehearse(trainer: Trainer) -> Cost:
     world.heartbeat.at("warming up", step=trainer.progress.step)
     trainer.warm_up()
     micro_batches, target_tokens = largest_step(trainer)
-    first, first_loss, grad_norm = _seconds_of_steps(trainer, micro_batches, target_tokens, count=1)
-    refuse_first_step(trainer, first_loss, grad_norm)
+    first, result = _seconds_of_steps(trainer, micro_batches, target_tokens, count=1)
+    first_loss = result.mean_loss(world)
+    refuse_first_step(trainer, first_loss, float(result.grad_norm))
     count = broadcast_object(1 if first > QUICK_STEP_SECONDS else QUICK_STEPS, world)
-    seconds, *_ = _seconds_of_steps(trainer, micro_batches, target_tokens, count=count)
+    seconds, _ = _seconds_of_steps(trainer, micro_batches, target_tokens, count=count)
     validation_seconds = _seconds_of_validation(trainer)
     return Cost(
         first_loss=first_loss,
@@ -172,17 +174,20 @@ def largest_step(trainer: Trainer) -> tuple[list[Batch], int]:
     return [batch.to(trainer.world.device) for batch in micro_batches], target_tokens
 
 
-def _seconds_of_steps(trainer: Trainer, micro_batches: list[Batch], target_tokens: int, *, count: int) -> tuple[float, ...]:
-    """Of so many steps on one and the same batch; and loss and gradient norm of the last of them, over all ranks."""
-    loss_sum, grad_norm, began = torch.zeros(()), torch.zeros(()), time.perf_counter()
-    for _ in range(count):
+def _seconds_of_steps(
+    trainer: Trainer, micro_batches: list[Batch], target_tokens: int, *, count: int
+) -> tuple[float, StepResult]:
+    """Of so many steps on one and the same batch; and what the last of them left."""
+
+    def step() -> StepResult:
         agree(trainer.world, lambda: None)  # a signal is heard here
         trainer.world.heartbeat.at("training", step=trainer.progress.step)
-        result = trainer.train_step(micro_batches, target_tokens)
-        loss_sum, grad_norm = result.loss_sum, result.grad_norm
+        return trainer.train_step(micro_batches, target_tokens)
+
+    began = time.perf_counter()
+    results = [step() for _ in range(count)]
     _wait_for(trainer.world.device)
-    seconds = time.perf_counter() - began
-    return seconds, float(all_reduce_sum(loss_sum, trainer.world)) / max(1, target_tokens), float(grad_norm)
+    return time.perf_counter() - began, results[-1]
 
 
 def _seconds_of_validation(trainer: Trainer) -> float:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dist_trainer.data.batch import Batch
-from dist_trainer.distributed.collectives import PendingSum
+from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum
+from dist_trainer.distributed.world import World
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class StepResult:
     """Over all ranks."""
     target_tokens_so_far: int
     """With those of all steps before."""
+
+    def mean_loss(self, world: World) -> float:
+        """Nats per target token over all ranks, which all must ask; the device is awaited."""
+        return float(all_reduce_sum(self.loss_sum, world)) / max(1, self.target_tokens)
 
 
 def seed_dropout(seed: int, step: int, *, block: int) -> None:

@@ -24,7 +24,7 @@ from dist_trainer.data.batch import Batch
 from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
-from dist_trainer.distributed.collectives import PendingSum, agree, all_reduce_sum, gather_objects, on_main
+from dist_trainer.distributed.collectives import PendingSum, agree, gather_objects, on_main
 from dist_trainer.distributed.heartbeat import Phase
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
@@ -263,13 +263,12 @@ class Trainer:
         """The only place where a step's loss is read, and the device awaited."""
         self._at("logging")
         self._logged_step = result.step
-        loss = float(all_reduce_sum(result.loss_sum, self.world)) / max(1, result.target_tokens)
         grad_norm = float(result.grad_norm)
         self.tracker.log(
             {
                 "kind": "train",
                 "step": result.step,
-                "loss": loss,
+                "loss": result.mean_loss(self.world),
                 "lr": result.learning_rate,
                 "grad_norm": grad_norm,
                 "skipped": not math.isfinite(grad_norm),

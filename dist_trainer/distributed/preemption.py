@@ -1,9 +1,10 @@
 """Signals that ask a run to stop: SIGTERM, SIGUSR1, SIGINT.
 
 The handler only sets a flag, which the trainer shares over all ranks once a step: all stop at the same step. In the long
-preparations before the first step, where nothing can be lost, it raises StoppedError instead. A second signal changes
-nothing; a third one ends the process at once, also while the main thread hangs in a collective, where Python runs no
-handlers: a thread counts them too, by the descriptor that Python writes each signal's number to as it comes. Once the
+preparations before the first step, where nothing can be lost, it raises StoppedError instead, and again where a library
+swallowed it (torch's probe of the C++ compiler takes any exception for its answer). A second signal changes nothing; a
+third one ends the process at once, also while the main thread hangs in a collective, where Python runs no handlers: a
+thread counts them too, by the descriptor that Python writes each signal's number to as it comes. Once the
 outcome stands and the process is about to end, signals change nothing at all.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ from types import FrameType
 from dist_trainer.errors import StoppedError
 from dist_trainer.exit_codes import STOP_SIGNALS
 
+SECONDS_TO_RAISE_AGAIN = 0.5
 PATIENCE = 3
 """The signal of this count ends the process without saving."""
 _GOODBYE = b"\0"
@@ -69,9 +72,10 @@ class StopRequest:
         """
         if self:
             raise StoppedError(self.signal_number)
-        self._breaks_off = True
         try:
-            yield
+            with self._raised_again():
+                self._breaks_off = True
+                yield
         except Exception as error:
             # A library may have wrapped or replaced what the handler raised within it.
             if self and not isinstance(error, StoppedError):
@@ -89,7 +93,27 @@ class StopRequest:
         first = not self
         self.signal_number = number
         if first and self._breaks_off:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RAISE_AGAIN, SECONDS_TO_RAISE_AGAIN)
             raise StoppedError(number)
+
+    @contextmanager
+    def _raised_again(self) -> Iterator[None]:
+        """Within it the timer that `_handle` starts raises StoppedError wherever none is on its way up already."""
+        if not self._listening or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, self._handle_alarm)
+        try:
+            yield
+        finally:
+            self._breaks_off = False
+            if self:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def _handle_alarm(self, number: int, frame: FrameType | None) -> None:
+        if self._breaks_off and not _is_unwinding():
+            raise StoppedError(self.signal_number)
 
     @contextmanager
     def _third_signal_ends_at_once(self) -> Iterator[None]:
@@ -114,6 +138,14 @@ class StopRequest:
             count += len(asked)
             if count >= PATIENCE and not self._is_answered:
                 os._exit(128 + asked[-1])
+
+
+def _is_unwinding() -> bool:
+    """Whether a StoppedError, or what a library made of it, is being handled."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, StoppedError):
+        error = error.__context__
+    return error is not None
 
 
 def _forget_wakeup_descriptor() -> None:

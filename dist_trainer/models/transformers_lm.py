@@ -49,12 +49,18 @@ def is_known(folder: Path) -> bool:
     """Whether transformers itself has a causal language model of the kind that `folder`/config.json names."""
     import transformers
 
+    return type(_config_of(folder)) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _config_of(folder: Path) -> Any:
+    """What transformers reads from `folder`/config.json; None where it cannot."""
+    import transformers
+
     with _quietly():
         try:
-            config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            return transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception:  # the library raises many kinds
-            return False
-    return type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+            return None
 
 
 def open_weights(folder: Path) -> Any:
@@ -165,17 +171,16 @@ def num_embeddings(model: Any) -> int:
 
 def context_of(model: Any) -> int | None:
     """Positions that the model was made for; None where its config.json names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return _positions_of(model.config)
 
 
 def context_of_folder(folder: Path) -> int | None:
     """The same of the config.json in `folder`; None too where transformers cannot read it."""
-    from transformers import AutoConfig
+    config = _config_of(folder)
+    return None if config is None else _positions_of(config)
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        return None
+
+def _positions_of(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
+
+from benchmarks.ports import reserved_port
 
 TIMEOUT_SECONDS = 90
 
 
 def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
     """What `function()` returns on each rank, by rank. One rank's exception is raised here, with its traceback."""
-    with _reserved_port() as port:
+    with reserved_port() as port:
         pipes, processes = _start(world_size, port, function)
         try:
             outcomes = [
@@ -35,7 +35,7 @@ def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
 
 def exit_codes(world_size: int, command: Callable[[], int]) -> list[int | None]:
     """What each rank's process ends with where `command()` gives its exit code; minus a signal's number where one killed it."""
-    with _reserved_port() as port:
+    with reserved_port() as port:
         _, processes = _start(world_size, port, lambda: os._exit(command()))
         for process in processes:
             process.join(TIMEOUT_SECONDS)
@@ -44,15 +44,6 @@ def exit_codes(world_size: int, command: Callable[[], int]) -> list[int | None]:
         process.kill()
     assert not still_alive, f"{len(still_alive)} of {world_size} ranks hang"
     return [process.exitcode for process in processes]
-
-
-@contextmanager
-def _reserved_port() -> Iterator[int]:
-    """Bound but not listened at, so that the ranks' store can take it and nothing else of this machine can."""
-    with socket.socket() as reserving:
-        reserving.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserving.bind(("127.0.0.1", 0))
-        yield reserving.getsockname()[1]
 
 
 def _start(world_size: int, port: int, function: Callable[[], Any]) -> tuple[list[Any], list[Any]]:

@@ -2,10 +2,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from dist_trainer.distributed.preemption import StopRequest, signal_name
+from dist_trainer.distributed.preemption import SECONDS_TO_RAISE_AGAIN, StopRequest, signal_name
 from dist_trainer.errors import StoppedError
 from dist_trainer.exit_codes import STOP_SIGNALS
 
@@ -105,6 +106,43 @@ def test_a_library_that_replaces_the_error_does_not_hide_the_signal():
 
     with StopRequest().listen() as stop, pytest.raises(StoppedError), stop.breaking_off():
         library()
+
+
+def test_a_library_that_swallows_the_error_is_broken_off_all_the_same():
+    """As torch does where it asks what the C++ compiler can do: any exception is its answer, and compilation goes on."""
+    swallowed = []
+
+    def library():
+        for act in (lambda: os.kill(os.getpid(), signal.SIGTERM), compile_for_ever):
+            try:
+                act()
+            except Exception as error:
+                swallowed.append(error)
+        compile_for_ever()
+
+    def compile_for_ever():
+        while True:
+            time.sleep(0.01)
+
+    with StopRequest().listen() as stop, pytest.raises(StoppedError), stop.breaking_off():
+        library()
+    assert [type(error) for error in swallowed] == [StoppedError, StoppedError]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_cleans_up_after_the_signal_is_not_broken_off_in_turn():
+    cleaned = []
+
+    def work():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            time.sleep(3 * SECONDS_TO_RAISE_AGAIN)  # the timer's signals come meanwhile
+            cleaned.append(True)
+
+    with StopRequest().listen() as stop, pytest.raises(StoppedError), stop.breaking_off():
+        work()
+    assert cleaned
 
 
 def test_a_signal_that_came_before_is_seen_at_the_next_preparation():
