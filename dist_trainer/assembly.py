@@ -101,7 +101,8 @@ def refuse_what_cannot_run(config: TrainingConfig, world: World) -> None:
 def check_rows(config: TrainingConfig) -> None:
     """Raises ConfigError where a function of the user's own cannot be had."""
     resolve(MODELS, config.model.name, "model.name")
-    resolve(OPTIMIZERS, config.optim.name, "optim.name")
+    if config.optim.name != "auto":
+        resolve(OPTIMIZERS, config.optim.name, "optim.name")
     resolve(SCHEDULES, config.schedule.name, "schedule.name")
     if config.distributed.strategy != "auto":
         resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")
@@ -220,7 +221,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
             flops=flops_of_the_run(config, loaders, per_token),
             varying_length=varies_in_length(loaders.train.dataset),
         ),
-        optimizer=build_optimizer(config.optim, model),
+        optimizer=build_optimizer(config.optim, model, begins_trained=begins_trained(config.model)),
         train_data=loaders.train,
         validation_data=loaders.validation,
         precision=build_precision(config.precision, world.device),

@@ -18,10 +18,11 @@ from dist_trainer.trainer import Trainer
 
 
 def run_header(trainer: Trainer, folder: Path) -> str:
-    """A line each on steps, model, tokens, devices, memory, where results go and how to go on; `folder` is the run's."""
+    """A line each on steps, model, tokens, updates, devices, memory, where results go and how to go on; `folder` is the run's."""
     rows = {
         "model": model_in_words(trainer),
         "tokens": tokens_in_words(trainer),
+        "updates": updates_in_words(trainer),
         "devices": devices_in_words(trainer),
         "memory": memory_in_words(trainer),
         "results": results_in_words(trainer),
@@ -58,6 +59,13 @@ def tokens_in_words(trainer: Trainer) -> str:
         f"{rows} x {at_most}{length} = {quantity(rows * length)} a step, {quantity(trainer.max_steps * rows * length)} in all: "
         f"{sampler.epoch_of(trainer.max_steps):.3g} epochs of {config.data.dataset} ({sampler.num_rows} rows)"
     )
+
+
+def updates_in_words(trainer: Trainer) -> str:
+    """`MuonWithAdamW, learning rate up to 0.005 over 40 steps, then cosine`."""
+    config, schedule = trainer.config.optim, trainer.config.schedule
+    warmup = f" over {counted(schedule.warmup_steps, 'step')}, then" if schedule.warmup_steps else ","
+    return f"{type(trainer.optimizer).__name__}, learning rate up to {config.learning_rate:g}{warmup} {schedule.name}"
 
 
 def devices_in_words(trainer: Trainer) -> str:

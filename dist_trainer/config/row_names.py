@@ -7,7 +7,7 @@ from __future__ import annotations
 
 ROW_NAMES: dict[str, tuple[str, ...]] = {
     "model.name": ("decoder_lm", "hf"),
-    "optim.name": ("adamw", "muon"),
+    "optim.name": ("auto", "adamw", "muon"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
     "distributed.strategy": ("auto", "single", "ddp"),
 }

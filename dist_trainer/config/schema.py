@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-DEFAULT_MAX_STEPS = 350
+DEFAULT_MAX_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ class BatchConfig:
 class OptimConfig:
     """The optimizer."""
 
-    name: str = "adamw"
-    """Row of the OPTIMIZERS table (adamw; muon, with AdamW for all but the hidden matrices), or "package.module:function"."""
+    name: str = "auto"
+    """Row of the OPTIMIZERS table (adamw; muon, with AdamW for all but the hidden matrices), or "package.module:function";
+    auto: muon from random weights, adamw where model.init_from brings trained ones or there are no such matrices."""
     learning_rate: float = 5e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -151,7 +152,7 @@ class TrainConfig:
     """Length of the run: it ends at whichever of the two comes first."""
 
     max_steps: int | None = None
-    """Optimizer steps; null: as many as train.epochs asks for, or 350 where that is null too."""
+    """Optimizer steps; null: as many as train.epochs asks for, or 300 where that is null too."""
     epochs: float | None = None
     """Passes over the training data; null: no limit but max_steps."""
     on_non_finite: Literal["stop", "skip"] = "stop"

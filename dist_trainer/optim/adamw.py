@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch.optim import Optimizer
+
+from dist_trainer.optim.uncompiled import Uncompiled, plain
 
 
-def _plain(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method` beneath its decorators.
-
-    torch wraps methods of optimizers so that its compiler leaves them alone, and imports the compiler to say so: a second or
-    two of every start, whether or not anything is compiled. Where a later torch wraps them no more, this changes nothing.
-    """
-    return inspect.unwrap(method)
-
-
-class AdamW(torch.optim.AdamW):
+class AdamW(Uncompiled, torch.optim.AdamW):
     """torch.optim.AdamW to the last bit, for steps that are not themselves compiled."""
 
-    add_param_group = _plain(Optimizer.add_param_group)
-    zero_grad = _plain(Optimizer.zero_grad)
-    state_dict = _plain(Optimizer.state_dict)
-    load_state_dict = _plain(Optimizer.load_state_dict)
-    step = torch.no_grad()(_plain(torch.optim.Adam.step))
+    step = torch.no_grad()(plain(torch.optim.Adam.step))

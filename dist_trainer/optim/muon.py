@@ -1,33 +1,124 @@
-"""Muon beside AdamW: two of torch's optimizers that appear as one."""
+"""Muon, many matrices at a time, beside AdamW for all that is no hidden matrix: two optimizers that appear as one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from dist_trainer.optim.adamw import AdamW
+from dist_trainer.optim.uncompiled import Uncompiled
 
 OUTPUT_HEADS = ("lm_head", "output", "head")
 """Names under which models keep the matrix that makes logits."""
+ELEMENTS_AT_ONCE = 2**23
+"""Of matrices that are updated together: what bounds the memory of an update."""
+MATCHING_ADAMW = 0.2
+"""An update's root mean square, about that of AdamW's: so one learning rate, and one decay, suit both (Liu et al. 2025)."""
 
 
-class MuonWithAdamW(Optimizer):
-    """Orthogonalised momentum for some matrices (Jordan 2024, https://kellerjordan.github.io/posts/muon; scaled as in Liu et
-    al. 2025, arXiv:2502.16982), AdamW for all other parameters; groups and state of both in one place.
+class Muon(Uncompiled, torch.optim.Muon):
+    """torch.optim.Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon), its updates scaled as in Liu et al. 2025,
+    arXiv:2502.16982, and with three differences.
+
+    Matrices of one shape are orthogonalised together. Where the attribute `found_inf` is a tensor that is not 0, the step
+    leaves all as it is, without waiting for the device (the protocol between GradScaler and fused optimizers; gradients must
+    have been unscaled). And on a CPU products are in float32, not in bfloat16, which there gains little, and would set runs on
+    different numbers of ranks visibly apart.
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> None:
+        super().__init__(params, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            for matrices in _of_one_shape([matrix for matrix in group["params"] if matrix.grad is not None]):
+                self._update(matrices, group, found_inf)
+
+    def _update(self, matrices: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+        gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
+        kept = [self._momentum_of(matrix) for matrix in matrices]
+        momentum = torch.stack(kept)
+        rows, columns = gradients.shape[-2:]
+        decay: float | Tensor = 1 - group["lr"] * group["weight_decay"]
+        rate: float | Tensor = group["lr"] * MATCHING_ADAMW * math.sqrt(max(rows, columns))
+        if found_inf is not None:
+            skips = found_inf != 0
+            gradients = torch.where(skips, momentum, gradients)  # their mean is what it was
+            decay, rate = torch.where(skips, 1.0, decay), torch.where(skips, 0.0, rate)
+        momentum.lerp_(gradients, 1 - group["momentum"])
+        directions = orthogonalized(
+            gradients.lerp_(momentum, group["momentum"]),  # Nesterov's
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            eps=group["eps"],
+        )
+        for matrix, own, mean, direction in zip(
+            matrices, kept, momentum, directions.to(momentum.dtype).mul_(rate), strict=True
+        ):
+            own.copy_(mean)
+            matrix.mul_(decay).sub_(direction)
+
+    def _momentum_of(self, matrix: Tensor) -> Tensor:
+        state = self.state[matrix]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        return state["momentum_buffer"]
+
+
+def orthogonalized(matrices: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Each of `matrices` [n, rows, columns] with its singular values near 1, by Newton and Schulz's iteration with Jordan's
+    coefficients: float32 on a CPU, bfloat16 elsewhere.
+    """
+    a, b, c = coefficients
+    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    is_tall = x.size(-2) > x.size(-1)
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no singular value is above 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def _of_one_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """`matrices` by shape, no more at a time than have ELEMENTS_AT_ONCE together."""
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for matrix in matrices:
+        by_shape.setdefault(matrix.shape, []).append(matrix)
+    for alike in by_shape.values():
+        count = max(1, ELEMENTS_AT_ONCE // alike[0].numel())
+        yield from (alike[begin : begin + count] for begin in range(0, len(alike), count))
+
+
+class MuonWithAdamW(Uncompiled):
+    """Muon for some matrices, AdamW for all other parameters; groups and state of both in one place."""
+
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self._parts: list[tuple[Optimizer, int]] = [(muon, len(muon.param_groups)), (adamw, len(adamw.param_groups))]
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient, unless `found_inf` says that one is not finite."""
         begin = 0
         for part, count in self._parts:
             # Anew each time: load_state_dict replaces both, and the trainer writes learning rates into the groups.
             part.param_groups = self.param_groups[begin : begin + count]
             part.state = self.state
+            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
             part.step()
             begin += count
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -14,7 +13,7 @@ from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import OptimConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.optim.adamw import AdamW
-from dist_trainer.optim.muon import MuonWithAdamW, hidden_matrices
+from dist_trainer.optim.muon import Muon, MuonWithAdamW, hidden_matrices
 
 log = logging.getLogger(__name__)
 
@@ -22,9 +21,16 @@ LARGE_MODEL = 50_000_000
 """Parameters."""
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """The optimizer that `config.name` names, over all parameters of `model` that want a gradient."""
-    return build(OPTIMIZERS, config.name, "optim.name", config, model, kind=Optimizer)
+def build_optimizer(config: OptimConfig, model: nn.Module, *, begins_trained: bool = False) -> Optimizer:
+    """The optimizer that `config.name` names, over all parameters of `model` that want a gradient.
+
+    `auto` takes Muon for a model that begins with random weights and has hidden matrices, else AdamW: by Muon, models that
+    AdamW has trained before forget more than they learn (Qu et al. 2026, arXiv:2605.10468).
+    """
+    name = config.name
+    if name == "auto":
+        name = "muon" if hidden_matrices(model)[0] and not begins_trained else "adamw"
+    return build(OPTIMIZERS, name, "optim.name", config, model, kind=Optimizer)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -67,14 +73,8 @@ def muon(config: OptimConfig, model: nn.Module) -> Optimizer:
     if not inside:
         raise ConfigError("optim.name: muon updates matrices between embedding and output head, and this model has none")
     return MuonWithAdamW(
-        torch.optim.Muon(
-            inside,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            # An update as large as AdamW's would be: so one rate, and one decay, suit both.
-            adjust_lr_fn="match_rms_adamw",
-        ),
-        torch.optim.AdamW(
+        Muon(inside, lr=config.learning_rate, weight_decay=config.weight_decay),
+        AdamW(
             parameter_groups(nn.ParameterList(outside), config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,

@@ -11,10 +11,10 @@ from tests.distributed.small_runs import changed, command, losses, metrics, run,
         {},
         {"model__dropout": 0.2, "data__packing": False},
         {"precision__dtype": "bf16"},
-        {"optim__name": "muon"},
+        {"optim__name": "adamw"},
         {"data__document_mask": True},
     ],
-    ids=["packed", "dropout and padding", "bf16", "muon", "documents kept apart"],
+    ids=["packed", "dropout and padding", "bf16", "adamw", "documents kept apart"],
 )
 def test_one_process_two_ranks_and_four_have_the_same_loss_curve(stories, tmp_path, changes):
     curves, tokens = {}, {}
@@ -25,11 +25,10 @@ def test_one_process_two_ranks_and_four_have_the_same_loss_curve(stories, tmp_pa
         assert len(curves[world_size]) == 12
         tokens[world_size] = [line["tokens"] for line in metrics(config)]
     assert tokens[1] == tokens[2] == tokens[4]
-    # Muon computes in bf16 whatever the run does.
-    tolerance = 2e-3 if {"precision__dtype", "optim__name"} & changes.keys() else 2e-5
+    tolerance = 2e-3 if "precision__dtype" in changes else 2e-5
     assert curves[2] == pytest.approx(curves[1], abs=tolerance)
     assert curves[4] == pytest.approx(curves[1], abs=tolerance)
-    assert curves[1][-1] < curves[1][0] - 0.3
+    assert curves[1][-1] < curves[1][0] - 0.15
 
 
 def test_the_number_of_accumulation_steps_does_not_matter(stories, tmp_path):
@@ -68,7 +67,7 @@ RESUMED = {
     "fp16": (1, {"precision__dtype": "fp16"}),
     "fp16 on two ranks": (2, {"precision__dtype": "fp16"}),
     "bf16": (1, {"precision__dtype": "bf16"}),
-    "muon": (1, {"optim__name": "muon"}),
+    "adamw": (1, {"optim__name": "adamw"}),
     "two ranks, documents kept apart": (2, {"data__document_mask": True}),
 }
 

@@ -39,10 +39,10 @@ def test_a_step_imports_neither_torch_s_compiler_nor_transformers_models() -> No
 
 def test_adamw_without_the_compiler_is_torch_s_to_the_last_bit() -> None:
     models, optimizers = [], []
-    for make in (lambda c, m: build_optimizer(c, m), torch_s):
+    for make in (build_optimizer, torch_s):
         torch.manual_seed(0)
         models.append(Small())
-        optimizers.append(make(OptimConfig(learning_rate=0.1), models[-1]))
+        optimizers.append(make(OptimConfig(name="adamw", learning_rate=0.1), models[-1]))
     for _ in range(3):
         for model, optimizer in zip(models, optimizers, strict=True):
             optimizer.zero_grad()

@@ -22,7 +22,7 @@ def test_every_key_can_be_completed_with_the_values_it_may_have():
     assert leaf_types().keys() <= actions.keys()
     assert set(completion.PATH_KEYS) <= leaf_types().keys()
     assert actions["precision.dtype"].choices == ["auto", "fp32", "bf16", "fp16"]
-    assert actions["optim.name"].choices == ["adamw", "muon"]
+    assert actions["optim.name"].choices == ["auto", "adamw", "muon"]
     assert actions["data.packing"].choices == ["true", "false"]
     assert actions["preset"].choices[0] == "1m"
     assert actions["optim.learning_rate"].choices is None

@@ -132,7 +132,7 @@ REFUSED = {
     "--optim.lr 1": "optim.lr: no such key; did you mean optim.learning_rate?",
     "--zzz 1": "zzz: no such key; --help all lists them all",
     "stray": "'stray' stands alone",
-    "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are adamw, muon, or your own",
+    "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are auto, adamw, muon,",
     "--schedule.name foo": "schedule.name: no row 'foo'; there are cosine, linear, constant, wsd, or your own",
     "--model.name my_project:": "model.name: 'my_project:' is not of the form package.module:function",
     "--distributed.strategy fsdp --data.template {a!r} --optim.name sgd": "3 problems",
@@ -217,7 +217,7 @@ def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
 def test_the_names_that_are_checked_without_torch_are_the_tables_rows():
     assert {key: set(names) for key, names in ROW_NAMES.items()} == {
         "model.name": set(MODELS),
-        "optim.name": set(OPTIMIZERS),
+        "optim.name": {"auto", *OPTIMIZERS},
         "schedule.name": set(SCHEDULES),
         "distributed.strategy": {"auto", *STRATEGIES},
     }

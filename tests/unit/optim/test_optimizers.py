@@ -6,7 +6,8 @@ from torch import nn
 
 from dist_trainer.config.schema import OptimConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.optim import optimizers
+from dist_trainer.optim import muon, optimizers
+from dist_trainer.optim.muon import MuonWithAdamW, orthogonalized
 from dist_trainer.optim.optimizers import build_optimizer, parameter_groups
 
 
@@ -30,7 +31,7 @@ def test_matrices_decay_vectors_do_not_and_each_parameter_stands_once():
 
 
 def test_adamw_takes_its_numbers_from_the_config():
-    config = OptimConfig(learning_rate=0.5, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.2)
+    config = OptimConfig(name="adamw", learning_rate=0.5, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.2)
     optimizer = build_optimizer(config, Tied())
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["lr"] == 0.5
@@ -55,7 +56,15 @@ def small() -> Small:
     return Small()
 
 
-def test_muon_updates_hidden_matrices_and_adamw_the_rest_as_each_would_alone():
+def a_step_of(module: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
+    module.zero_grad()
+    module(torch.arange(5)).square().sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+def test_muon_updates_hidden_matrices_and_adamw_the_rest_as_torch_does_each(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # to which torch's rounds
     config = OptimConfig(name="muon", learning_rate=0.1)
     model, twin = small(), small()
     optimizer = build_optimizer(config, model)
@@ -76,34 +85,92 @@ def test_muon_updates_hidden_matrices_and_adamw_the_rest_as_each_would_alone():
         for each in (optimizer, *alone):
             for group in each.param_groups:
                 group["lr"] = rate
-        for module in (model, twin):
-            module.zero_grad()
-            module(torch.arange(5)).square().sum().backward()
-        optimizer.step()
-        for each in alone:
-            each.step()
+        a_step_of(model, optimizer)
+        a_step_of(twin, *alone)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 20), (2, 20, 6), (1, 7, 7)])
+def test_matrices_that_are_orthogonalized_together_are_what_torch_makes_of_each_in_float32(shape, monkeypatch):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mine = orthogonalized(matrices, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7)
+    parameters = [nn.Parameter(torch.zeros(shape[1:])) for _ in range(shape[0])]
+    theirs = torch.optim.Muon(parameters, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw")
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # to which torch's rounds
+    for parameter, matrix in zip(parameters, matrices, strict=True):
+        parameter.grad = matrix.clone()
+    theirs.step()
+    size = 0.2 * max(shape[1:]) ** 0.5
+    for parameter, direction in zip(parameters, mine, strict=True):
+        torch.testing.assert_close(parameter.detach(), -size * direction, rtol=1e-5, atol=1e-6)
+
+
+def test_singular_values_come_near_1():
+    matrix = torch.randn(1, 8, 30, generator=torch.Generator().manual_seed(0)) * 1e3
+    direction = orthogonalized(matrix, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7)
+    values = torch.linalg.svdvals(direction[0])
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_matrices_in_parts_are_updated_as_all_at_once(monkeypatch):
+    def after_two_steps():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 4), *(nn.Linear(4, 4) for _ in range(5)), nn.Linear(4, 2))
+        optimizer = build_optimizer(OptimConfig(name="muon", learning_rate=0.1), model)
+        a_step_of(model, optimizer)
+        a_step_of(model, optimizer)
+        return list(model.parameters())
+
+    together = after_two_steps()
+    monkeypatch.setattr(muon, "ELEMENTS_AT_ONCE", 40)  # two of 4 x 4
+    for mine, theirs in zip(after_two_steps(), together, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_of_muon_is_skipped_whole_and_its_state_kept():
+    model = small()
+    optimizer = build_optimizer(OptimConfig(name="muon", learning_rate=0.1), model)
+    a_step_of(model, optimizer)
+    before = [value.clone() for value in (*model.parameters(), *tensors_of(optimizer))]
+    a_step_of(model)  # gradients, no update
+    for parameter in model.parameters():
+        parameter.grad[..., 0] = torch.nan
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    after = (*model.parameters(), *tensors_of(optimizer))
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    optimizer.found_inf = torch.zeros(())
+    a_step_of(model, optimizer)
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=False))
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]
 
 
 def test_muon_goes_on_from_its_state():
     config = OptimConfig(name="muon", learning_rate=0.1)
     model, twin = small(), small()
-
-    def steps(module, optimizer, count):
-        for _ in range(count):
-            module.zero_grad()
-            module(torch.arange(5)).square().sum().backward()
-            optimizer.step()
-
     optimizer = build_optimizer(config, model)
-    steps(model, optimizer, 4)
+    for _ in range(4):
+        a_step_of(model, optimizer)
     first, second = build_optimizer(config, twin), build_optimizer(config, twin)
-    steps(twin, first, 2)
+    a_step_of(twin, first)
+    a_step_of(twin, first)
     second.load_state_dict(first.state_dict())
-    steps(twin, second, 2)
+    a_step_of(twin, second)
+    a_step_of(twin, second)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_auto_takes_muon_for_random_weights_and_adamw_for_trained_ones_or_where_nothing_is_hidden():
+    assert isinstance(build_optimizer(OptimConfig(), small()), MuonWithAdamW)
+    assert isinstance(build_optimizer(OptimConfig(), small(), begins_trained=True), torch.optim.AdamW)
+    assert isinstance(build_optimizer(OptimConfig(), nn.Embedding(3, 3)), torch.optim.AdamW)
+    assert isinstance(build_optimizer(OptimConfig(name="muon"), small(), begins_trained=True), MuonWithAdamW)
 
 
 def test_muon_is_refused_where_it_has_nothing_to_do():
