@@ -18,7 +18,7 @@ from dist_trainer.trainer import Trainer
 
 
 def run_header(trainer: Trainer, folder: Path) -> str:
-    """A line each on steps, model, tokens, updates, devices, memory, where results go and how to go on; `folder` is the run's."""
+    """A line each on steps, model, tokens, updates, devices, memory, results and how to go on; `folder` is the run's."""
     rows = {
         "model": model_in_words(trainer),
         "tokens": tokens_in_words(trainer),

@@ -15,6 +15,9 @@ llama2.c  github.com/karpathy/llama2.c, README, its 42M model: 8 layers of 512 w
 Pythia    Biderman et al. 2023, arXiv:2304.01373, table 1 and appendix E: 1.0B has learning rate 3e-4, 2M tokens a step, warmup
           over 1% of 143,000 steps.
 Llama 3.2 the config.json of meta-llama/Llama-3.2-1B.
+
+The learning rates were found for AdamW. Scaled as in optim/muon.py, Muon's updates suit them too (Liu et al. 2025,
+arXiv:2502.16982).
 """
 
 from __future__ import annotations
