@@ -26,6 +26,7 @@ from benchmarks.workloads import SIZES, Workload
 from dist_trainer.checkpoint.manager import CheckpointManager
 from dist_trainer.checkpoint.state import Progress, restore, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig
+from dist_trainer.cpu_memory import keep_freed_memory
 from dist_trainer.models.registry import weights_writer
 from dist_trainer.precision import Precision
 
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="124m")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
+    keep_freed_memory()  # as a run on a CPU does
     folder = Path(tempfile.mkdtemp(prefix="dist-trainer-saving-"))
     try:
         found = measure(State(given.size, folder), given.rounds)

@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.distributed.world import World
+from dist_trainer.parallel.compilation import is_compiled
+
+_COMPILER = "torch._dynamo"
 
 
 def ddp(model: nn.Module, world: World) -> nn.Module:
     """`model` in torch's DistributedDataParallel; its weights become rank 0's. One process has no one to average with."""
     if world.world_size == 1:
         return model
-    return DistributedDataParallel(
+    kind = DistributedDataParallel if is_compiled(model) or _COMPILER in sys.modules else UncompiledDDP
+    return kind(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+
+
+class UncompiledDDP(DistributedDataParallel):
+    """DistributedDataParallel that does without torch's compiler, for a model of which nothing is compiled.
+
+    To ask it whether it wants graphs cut where buckets end, torch imports it: three seconds of every rank's start.
+    """
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        with _compiler_that_leaves_all_as_it_is():
+            super().__init__(*arguments, **named)
+
+    def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)  # without the note for the compiler of which module runs
+
+
+@contextmanager
+def _compiler_that_leaves_all_as_it_is() -> Iterator[None]:
+    """In place of torch's, which would be imported by the question; a torch that asks otherwise gets the real one."""
+    stand_in = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "no_optimization"))
+    torch._dynamo = stand_in  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if torch._dynamo is stand_in:
+            del torch._dynamo

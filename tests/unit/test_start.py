@@ -57,3 +57,37 @@ def torch_s(config: OptimConfig, model: Small) -> torch.optim.Optimizer:
     others = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+
+
+GRADIENTS = """
+import json, sys, torch, torch.distributed as dist
+from types import SimpleNamespace
+from dist_trainer.parallel.ddp import ddp
+from dist_trainer.parallel.registry import gradient_sync, unwrap
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+torch.manual_seed(0)
+model, rows = torch.nn.Linear(3, 3), torch.randn(2, 3)
+wrapped = ddp(model, SimpleNamespace(world_size=2, device=torch.device("cpu")))
+for last in (False, True):
+    with gradient_sync(wrapped, enabled=last):
+        wrapped(rows).square().sum().backward()
+found = model.weight.grad.tolist()
+model.zero_grad()
+(2 * model(rows).square().sum()).backward()
+modules = sorted(sys.modules)
+graphs = []
+torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)(rows)
+print(json.dumps([modules, unwrap(wrapped) is model, found == model.weight.grad.tolist(), len(graphs)]))
+dist.destroy_process_group()
+"""
+
+
+def test_several_ranks_do_not_import_torch_s_compiler_either_and_it_works_once_it_is_wanted(tmp_path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", GRADIENTS, str(tmp_path / "meeting")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    loaded, is_unwrapped, same_gradients, graphs = json.loads(found.stdout)
+    assert not {"torch._dynamo", "sympy"} & set(loaded)
+    assert is_unwrapped
+    assert same_gradients
+    assert graphs == 1
