@@ -35,6 +35,8 @@ class Writer:
         """
         self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
         self.begins_anew, self.chat = begins_anew, chat
+        self.opening = [] if arguments.system is None else [message("system", arguments.system)]
+        """What every chat begins with."""
         self.earlier: list[Message] = []
         """Messages of a chat before the next prompt."""
         self.context = context_of(model)
@@ -46,7 +48,7 @@ class Writer:
         EOS of the text before. Of a chat those of the whole conversation, which its template begins.
         """
         if self.chat is not None:
-            text = self.chat.prompt("--chat", [*self.earlier, message("user", text)])
+            text = self.chat.prompt("--chat", [*self.opening, *self.earlier, message("user", text)])
             return self.tokenizer.encode(text, add_special_tokens=False)
         tokens = self.tokenizer.encode(text, add_special_tokens=self.begins_anew)
         while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id and self.begins_anew:

@@ -75,6 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="answer prompts by the tokenizer's chat template; those typed at a terminal form one conversation",
     )
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told before the first prompt")
     parser.add_argument("--max_new_tokens", metavar="N", type=int, default=200, help="at most this many (default: 200)")
     parser.add_argument(
         "--temperature", metavar="NUMBER", type=float, default=0.7, help="0: always the likeliest (default: 0.7)"
@@ -95,6 +96,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise ConfigError("--prompt and --prompts_file: give one of them")
+    if arguments.system is not None and not arguments.chat:
+        raise ConfigError("--system: is a message of a chat; add --chat, or put it at the beginning of --prompt")
     for name, smallest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
         value = getattr(arguments, name)
         if value is not None and not smallest <= value < math.inf:

@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.sampler import rows_per_micro_batch
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import DoesNotFitError, OutOfMemoryError
+from dist_trainer.optim.optimizers import bytes_of_averages
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.precision import build_precision
 from dist_trainer.tracking.formatting import memory
@@ -96,7 +97,7 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
     return {
         "weights": _bytes_of([*trainer.model.parameters(), *trainer.model.buffers()]),
         "gradients": _bytes_of(trainer.parameters),
-        "optimizer": _optimizer_bytes(trainer.optimizer, trainer.parameters),
+        "optimizer": _optimizer_bytes(trainer.optimizer),
     }
 
 
@@ -228,12 +229,10 @@ def _bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _optimizer_bytes(optimizer: Optimizer, parameters: Sequence[Tensor]) -> int:
-    """What it holds; before its first step, what Adam will: a running mean and one of squares for each weight."""
+def _optimizer_bytes(optimizer: Optimizer) -> int:
+    """What it holds, or, before its first step, will hold."""
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    if held:
-        return _bytes_of(held)
-    return 2 * _bytes_of(parameters) if isinstance(optimizer, torch.optim.Adam) else 0
+    return _bytes_of(held) if held else bytes_of_averages(optimizer)
 
 
 def _resident_bytes(*, otherwise: int) -> int:

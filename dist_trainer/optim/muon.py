@@ -108,13 +108,14 @@ class MuonWithAdamW(Uncompiled):
     found_inf: Tensor | None = None
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self._parts: list[tuple[Optimizer, int]] = [(muon, len(muon.param_groups)), (adamw, len(adamw.param_groups))]
+        self.parts: list[Optimizer] = [muon, adamw]
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, unless `found_inf` says that one is not finite."""
         begin = 0
-        for part, count in self._parts:
+        for part in self.parts:
+            count = len(part.param_groups)
             # Anew each time: load_state_dict replaces both, and the trainer writes learning rates into the groups.
             part.param_groups = self.param_groups[begin : begin + count]
             part.state = self.state

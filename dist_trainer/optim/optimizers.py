@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 
 LARGE_MODEL = 50_000_000
 """Parameters."""
+AVERAGES = {torch.optim.Adam: 2, torch.optim.Muon: 1}
+"""Running averages of each parameter."""
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module, *, begins_trained: bool = False) -> Optimizer:
@@ -54,6 +57,20 @@ def warn_of_default_learning_rate(config: OptimConfig, *, parameters: int, init_
             "try %s (docs/fine_tuning.md)",
             *(config.learning_rate, init_from, "2e-5" if parameters >= LARGE_MODEL else f"{config.learning_rate / 10:g}"),
         )
+
+
+def bytes_of_averages(optimizer: Optimizer) -> int:
+    """What its running averages will take once it has made a step: one of gradients, and AdamW one of their squares; 0 where
+    it is not one of these.
+    """
+    parts = optimizer.parts if isinstance(optimizer, MuonWithAdamW) else [optimizer]
+    counts = [next((count for kind, count in AVERAGES.items() if isinstance(part, kind)), 0) for part in parts]
+    return sum(
+        count * parameter.nbytes
+        for count, part in zip(counts, parts, strict=True)
+        for group in part.param_groups
+        for parameter in group["params"]
+    )
 
 
 def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:

@@ -250,12 +250,13 @@ def chatty(tmp_path_factory) -> Path:
     return path
 
 
-def answer(path: Path, *contents: str, max_new_tokens: int) -> str:
+def answer(path: Path, *contents: str, max_new_tokens: int, system: str | None = None) -> str:
     """What transformers' template and generate make of questions and answers in turn."""
     tokenizer = load_tokenizer(str(path))
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    ids = tokenizer.apply_chat_template(opening + messages, add_generation_prompt=True, return_dict=False)
     new = greedily(path, ids, max_new_tokens=max_new_tokens)
     text = tokenizer.decode(ids + new, skip_special_tokens=True)
     return text[len(tokenizer.decode(ids, skip_special_tokens=True)) :].rstrip("\ufffd")
@@ -269,6 +270,23 @@ def test_a_prompt_of_a_chat_is_a_message_and_the_answer_alone_is_shown(chatty, t
     prompts.write_text("Who is Emma?\nWho is Emma?\n")
     lines = [json.loads(line) for line in said(capsys, *words, "--prompts_file", prompts).splitlines()]
     assert [(line["prompt"], line["completion"]) for line in lines] == [("Who is Emma?", expected)] * 2
+
+
+def test_a_system_message_stands_before_every_conversation(chatty, capsys, monkeypatch):
+    words = (chatty, "--chat", "--system", "Be brief.", "--temperature", "0", "--max_new_tokens", "6")
+
+    def told(*contents: str) -> str:
+        return answer(chatty, *contents, max_new_tokens=6, system="Be brief.")
+
+    assert told("Who came?") != answer(chatty, "Who came?", max_new_tokens=6)
+    assert said(capsys, *words, "--prompt", "Who came?") == told("Who came?") + "\n"
+    typed(monkeypatch, "Who came?", "Why?")
+    assert said(capsys, *words) == f"{told('Who came?')}\n{told('Who came?', told('Who came?'), 'Why?')}\n"
+
+
+def test_a_system_message_is_refused_where_no_chat_is(trained, capsys):
+    assert generate.main([str(trained), "--system", "Be brief.", "--prompt", "Who?"]) == 2
+    assert "--system: is a message of a chat; add --chat" in capsys.readouterr().err
 
 
 class Typing(io.StringIO):

@@ -8,7 +8,7 @@ from dist_trainer.config.schema import OptimConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.optim import muon, optimizers
 from dist_trainer.optim.muon import MuonWithAdamW, orthogonalized
-from dist_trainer.optim.optimizers import build_optimizer, parameter_groups
+from dist_trainer.optim.optimizers import build_optimizer, bytes_of_averages, parameter_groups
 
 
 class Tied(nn.Module):
@@ -171,6 +171,17 @@ def test_auto_takes_muon_for_random_weights_and_adamw_for_trained_ones_or_where_
     assert isinstance(build_optimizer(OptimConfig(), small(), begins_trained=True), torch.optim.AdamW)
     assert isinstance(build_optimizer(OptimConfig(), nn.Embedding(3, 3)), torch.optim.AdamW)
     assert isinstance(build_optimizer(OptimConfig(name="muon"), small(), begins_trained=True), MuonWithAdamW)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_an_optimizer_will_hold_is_known_before_its_first_step(name):
+    model = small()
+    optimizer = build_optimizer(OptimConfig(name=name), model)
+    told = bytes_of_averages(optimizer)
+    a_step_of(model, optimizer)
+    steps = sum(1 for state in optimizer.state.values() if "step" in state)
+    assert told == sum(value.nbytes for value in tensors_of(optimizer)) - 4 * steps
+    assert bytes_of_averages(torch.optim.SGD(model.parameters())) == 0
 
 
 def test_muon_is_refused_where_it_has_nothing_to_do():
