@@ -78,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told before the first prompt")
     parser.add_argument("--max_new_tokens", metavar="N", type=int, default=200, help="at most this many (default: 200)")
     parser.add_argument(
-        "--temperature", metavar="NUMBER", type=float, default=0.7, help="0: always the likeliest (default: 0.7)"
+        "--temperature", metavar="NUMBER", type=float, default=0.6, help="0: always the likeliest (default: 0.6)"
     )
     parser.add_argument("--top_k", metavar="N", type=int, help="draw from this many likeliest tokens only")
     parser.add_argument(

@@ -21,7 +21,7 @@ from dist_trainer.models.generation import can_generate, context_of, generate
 
 log = logging.getLogger(__name__)
 
-SAMPLE_TEMPERATURE = 0.7
+SAMPLE_TEMPERATURE = 0.6
 SAMPLE_TOP_P = 0.8
 PROMPT_TOKENS = 16
 BROKEN = "\ufffd"

@@ -181,7 +181,15 @@ def test_the_header_is_short_aligned_and_true(stories, tmp_path):
     title, *lines = run_header(trainer, tmp_path / "run").splitlines()
     assert title == f"run: steps 1 to 12, into {tmp_path / 'run'}"
     assert len(lines) < 8
-    assert {line[:11].rstrip() for line in lines} == {"  model", "  tokens", "  devices", "  memory", "  results", "  resume"}
+    assert {line[:11].rstrip() for line in lines} == {
+        "  model",
+        "  tokens",
+        "  updates",
+        "  devices",
+        "  memory",
+        "  results",
+        "  resume",
+    }
     said = dict(line.split(maxsplit=1) for line in lines)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert said["model"] == f"decoder_lm, {parameters / 1000:.0f}k parameters in 2 layers of 32, random weights"
