@@ -178,22 +178,17 @@ def test_a_compiled_run_can_be_tried_by_the_command(tmp_path, launcher):
 
 def test_the_header_is_short_aligned_and_true(stories, tmp_path):
     trainer = trainer_of(small_config(stories, tmp_path))
+    warmup = trainer.config.schedule.warmup_steps
     title, *lines = run_header(trainer, tmp_path / "run").splitlines()
     assert title == f"run: steps 1 to 12, into {tmp_path / 'run'}"
     assert len(lines) < 8
-    assert {line[:11].rstrip() for line in lines} == {
-        "  model",
-        "  tokens",
-        "  updates",
-        "  devices",
-        "  memory",
-        "  results",
-        "  resume",
-    }
+    names = ["model", "tokens", "updates", "devices", "memory", "results", "resume"]
+    assert [line[:11].rstrip() for line in lines] == [f"  {name}" for name in names]
     said = dict(line.split(maxsplit=1) for line in lines)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert said["model"] == f"decoder_lm, {parameters / 1000:.0f}k parameters in 2 layers of 32, random weights"
     assert said["tokens"].startswith("8 x 32 = 256 a step, 3.07k in all: ")
+    assert said["updates"] == f"MuonWithAdamW, learning rate up to 0.01 over {warmup} steps, then cosine"
     assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 rows a step")
     weights = 4 * parameters / 1024
     assert said["memory"].startswith(f"{weights:.0f} KiB weights + {weights:.0f} KiB gradients")
