@@ -40,7 +40,7 @@ from dist_trainer.models.registry import (
     fetch_initial_model,
     weights_writer,
 )
-from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer, warn_of_default_learning_rate
+from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer, warn_of_default_learning_rate, without_auto
 from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_unfinished_warmup
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
@@ -221,7 +221,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
             flops=flops_of_the_run(config, loaders, per_token),
             varying_length=varies_in_length(loaders.train.dataset),
         ),
-        optimizer=build_optimizer(config.optim, model, begins_trained=begins_trained(config.model)),
+        optimizer=build_optimizer(without_auto(config), model),
         train_data=loaders.train,
         validation_data=loaders.validation,
         precision=build_precision(config.precision, world.device),

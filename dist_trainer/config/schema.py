@@ -122,13 +122,13 @@ class OptimConfig:
 
     name: str = "auto"
     """Row of the OPTIMIZERS table (adamw; muon, with AdamW for all but the hidden matrices), or "package.module:function";
-    auto: muon from random weights, adamw where model.init_from brings trained ones or there are no such matrices."""
+    auto: muon for a decoder_lm with random weights, adamw for all other models."""
     learning_rate: float = 5e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the running mean of the gradient and of its square."""
+    """AdamW's decay rates of the running mean of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of AdamW's update."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms and other vectors do not decay."""
     max_grad_norm: float = 1.0

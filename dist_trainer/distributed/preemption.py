@@ -17,11 +17,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from dist_trainer.errors import StoppedError
 from dist_trainer.exit_codes import STOP_SIGNALS
 
 SECONDS_TO_RAISE_AGAIN = 0.5
+TICKS_TO_CLEAN_UP = 10
+"""So often what handles the error is left in peace; then it is broken off too, for it may be a library that goes on."""
 PATIENCE = 3
 """The signal of this count ends the process without saving."""
 _GOODBYE = b"\0"
@@ -37,6 +40,10 @@ class StopRequest:
         self._listening = False
         self._breaks_off = False
         self._is_answered = False
+        self._alarm_before: Any = None
+        """Handler of SIGALRM outside `breaking_off`; None: ours is not there."""
+        self._timer_before = (0.0, 0.0)
+        self._ticks = 0
 
     def __bool__(self) -> bool:
         return self.signal_number != 0
@@ -72,17 +79,21 @@ class StopRequest:
         """
         if self:
             raise StoppedError(self.signal_number)
+        self._take_alarm()
         try:
-            with self._raised_again():
+            try:
                 self._breaks_off = True
                 yield
+            finally:
+                self._breaks_off = False
         except Exception as error:
             # A library may have wrapped or replaced what the handler raised within it.
             if self and not isinstance(error, StoppedError):
                 raise StoppedError(self.signal_number) from error
             raise
         finally:
-            self._breaks_off = False
+            self._breaks_off = False  # once more: the alarm may have raised where it was to become so
+            self._give_alarm_back()
         if self:
             raise StoppedError(self.signal_number)
 
@@ -93,27 +104,29 @@ class StopRequest:
         first = not self
         self.signal_number = number
         if first and self._breaks_off:
-            signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RAISE_AGAIN, SECONDS_TO_RAISE_AGAIN)
+            if self._alarm_before is not None:
+                self._timer_before = signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RAISE_AGAIN, SECONDS_TO_RAISE_AGAIN)
             raise StoppedError(number)
 
-    @contextmanager
-    def _raised_again(self) -> Iterator[None]:
-        """Within it the timer that `_handle` starts raises StoppedError wherever none is on its way up already."""
-        if not self._listening or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGALRM, self._handle_alarm)
-        try:
-            yield
-        finally:
-            self._breaks_off = False
+    def _take_alarm(self) -> None:
+        if self._listening and threading.current_thread() is threading.main_thread():
+            self._alarm_before = signal.signal(signal.SIGALRM, self._handle_alarm) or signal.SIG_DFL
+
+    def _give_alarm_back(self) -> None:
+        if self._alarm_before is not None:
             if self:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+                signal.setitimer(signal.ITIMER_REAL, *self._timer_before)
+            signal.signal(signal.SIGALRM, self._alarm_before)
+            self._alarm_before = None
 
     def _handle_alarm(self, number: int, frame: FrameType | None) -> None:
-        if self._breaks_off and not _is_unwinding():
-            raise StoppedError(self.signal_number)
+        if not self:  # somebody else's
+            if callable(self._alarm_before):
+                self._alarm_before(number, frame)
+        elif self._breaks_off:
+            self._ticks += 1
+            if self._ticks > TICKS_TO_CLEAN_UP or not _is_unwinding():
+                raise StoppedError(self.signal_number)
 
     @contextmanager
     def _third_signal_ends_at_once(self) -> Iterator[None]:

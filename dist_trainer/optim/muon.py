@@ -14,7 +14,9 @@ from dist_trainer.optim.adamw import AdamW
 from dist_trainer.optim.uncompiled import Uncompiled
 
 OUTPUT_HEADS = ("lm_head", "output", "head")
-"""Names under which models keep the matrix that makes logits."""
+"""Names under which models that do not tell (get_output_embeddings) keep the matrix that makes logits."""
+MATRIX_PRODUCTS = ("Linear", "Conv1D")
+"""Classes of modules whose `weight` is a matrix that hidden states are multiplied by; Conv1D is GPT-2's, in transformers."""
 ELEMENTS_AT_ONCE = 2**23
 """Of matrices that are updated together: what bounds the memory of an update."""
 MATCHING_ADAMW = 0.2
@@ -96,7 +98,7 @@ def _of_one_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)
     for alike in by_shape.values():
-        count = max(1, ELEMENTS_AT_ONCE // alike[0].numel())
+        count = max(1, ELEMENTS_AT_ONCE // max(1, alike[0].numel()))
         yield from (alike[begin : begin + count] for begin in range(0, len(alike), count))
 
 
@@ -104,8 +106,6 @@ class MuonWithAdamW(Uncompiled):
     """Muon for some matrices, AdamW for all other parameters; groups and state of both in one place."""
 
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
         self.parts: list[Optimizer] = [muon, adamw]
@@ -119,7 +119,7 @@ class MuonWithAdamW(Uncompiled):
             # Anew each time: load_state_dict replaces both, and the trainer writes learning rates into the groups.
             part.param_groups = self.param_groups[begin : begin + count]
             part.state = self.state
-            part.grad_scale, part.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+            part.grad_scale, part.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # type: ignore[attr-defined]
             part.step()
             begin += count
 
@@ -127,15 +127,25 @@ class MuonWithAdamW(Uncompiled):
 def hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The trainable matrices between embedding and output head, and all other trainable parameters.
 
-    Rows of embeddings and of output heads belong to words, not to directions: Muon does not suit them (Jordan 2024).
+    Rows of embeddings and of output heads belong to words, not to directions: Muon does not suit them (Jordan 2024). Of a
+    mixture's experts in one tensor [experts, rows, columns], none is among the matrices.
     """
-    outside = {
-        id(parameter)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) or name.rpartition(".")[2] in OUTPUT_HEADS
-        for parameter in module.parameters()
-    }
+    products = [module for module in model.modules() if _multiplies_by_a_matrix(module)]
+    words = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    words |= {id(parameter) for head in _output_heads(model) for parameter in head.parameters()}
+    inside = {id(module.weight) for module in products} - words
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    inside = [parameter for parameter in parameters if parameter.ndim == 2 and id(parameter) not in outside]
-    chosen = {id(parameter) for parameter in inside}
-    return inside, [parameter for parameter in parameters if id(parameter) not in chosen]
+    return [p for p in parameters if id(p) in inside], [p for p in parameters if id(p) not in inside]
+
+
+def _multiplies_by_a_matrix(module: nn.Module) -> bool:
+    known = any(kind.__name__ in MATRIX_PRODUCTS for kind in type(module).__mro__)
+    return known and isinstance(weight := getattr(module, "weight", None), Tensor) and weight.ndim == 2
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    tells = getattr(model, "get_output_embeddings", None)
+    told = tells() if callable(tells) else None
+    if isinstance(told, nn.Module):
+        return [told]
+    return [module for name, module in model.named_children() if name in OUTPUT_HEADS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dist_trainer.config.lookup import build
-from dist_trainer.config.schema import OptimConfig
+from dist_trainer.config.schema import OptimConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.optim.adamw import AdamW
 from dist_trainer.optim.muon import Muon, MuonWithAdamW, hidden_matrices
@@ -24,16 +25,24 @@ AVERAGES = {torch.optim.Adam: 2, torch.optim.Muon: 1}
 """Running averages of each parameter."""
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module, *, begins_trained: bool = False) -> Optimizer:
+def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
     """The optimizer that `config.name` names, over all parameters of `model` that want a gradient.
 
-    `auto` takes Muon for a model that begins with random weights and has hidden matrices, else AdamW: by Muon, models that
-    AdamW has trained before forget more than they learn (Qu et al. 2026, arXiv:2605.10468).
+    `auto` is AdamW here, which suits every model; what it is for a run says `without_auto`.
     """
-    name = config.name
-    if name == "auto":
-        name = "muon" if hidden_matrices(model)[0] and not begins_trained else "adamw"
+    name = "adamw" if config.name == "auto" else config.name
     return build(OPTIMIZERS, name, "optim.name", config, model, kind=Optimizer)
+
+
+def without_auto(config: TrainingConfig) -> OptimConfig:
+    """`config.optim` with the row that `auto` means: Muon for a DecoderLM with random weights, AdamW for all other models.
+
+    It follows from the config alone, so it is the same on every rank and at every start.
+    """
+    if config.optim.name != "auto":
+        return config.optim
+    is_new = config.model.name == "decoder_lm" and config.model.init_from is None
+    return replace(config.optim, name="muon" if is_new else "adamw")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -85,12 +94,18 @@ def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:
 
 
 def muon(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """Muon for the matrices inside the model, AdamW for embeddings, output heads and vectors, by one learning rate."""
+    """Muon for the matrices inside the model, AdamW for embeddings, output heads, vectors and all else, by one learning rate.
+
+    betas and eps are AdamW's; Muon's momentum is 0.95, as torch has it.
+    """
     inside, outside = hidden_matrices(model)
     if not inside:
         raise ConfigError("optim.name: muon updates matrices between embedding and output head, and this model has none")
+    hidden = Muon(inside, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if not outside:
+        return hidden
     return MuonWithAdamW(
-        Muon(inside, lr=config.learning_rate, weight_decay=config.weight_decay),
+        hidden,
         AdamW(
             parameter_groups(nn.ParameterList(outside), config.weight_decay),
             lr=config.learning_rate,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,11 +46,23 @@ class UncompiledDDP(DistributedDataParallel):
 
 @contextmanager
 def _compiler_that_leaves_all_as_it_is() -> Iterator[None]:
-    """In place of torch's, which would be imported by the question; a torch that asks otherwise gets the real one."""
-    stand_in = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "no_optimization"))
+    """In place of torch's, which would be imported by the question; who asks anything else gets the real one's answer."""
+    utils = _StandIn(f"{_COMPILER}.utils", get_optimize_ddp_mode=lambda: "no_optimization")
+    stand_in = _StandIn(_COMPILER, utils=utils)
     torch._dynamo = stand_in  # type: ignore[assignment]
     try:
         yield
     finally:
         if torch._dynamo is stand_in:
             del torch._dynamo
+
+
+class _StandIn:
+    """A module, imported once something is asked of it that is not among `answers`."""
+
+    def __init__(self, module: str, **answers: Any) -> None:
+        self._module = module
+        vars(self).update(answers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)

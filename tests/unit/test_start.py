@@ -91,3 +91,20 @@ def test_several_ranks_do_not_import_torch_s_compiler_either_and_it_works_once_i
     assert is_unwrapped
     assert same_gradients
     assert graphs == 1
+
+
+OTHER_QUESTION = """
+import torch
+from dist_trainer.parallel.ddp import _compiler_that_leaves_all_as_it_is
+
+with _compiler_that_leaves_all_as_it_is():
+    assert torch._dynamo.utils.get_optimize_ddp_mode() == "no_optimization"
+    assert torch._dynamo.utils.counters is not None
+    assert torch._dynamo.config.optimize_ddp is True
+    assert isinstance(torch._dynamo, type(torch))
+assert isinstance(torch._dynamo, type(torch))
+"""
+
+
+def test_a_torch_that_asks_its_compiler_anything_else_gets_an_answer() -> None:
+    subprocess.run([sys.executable, "-c", OTHER_QUESTION], check=True)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
-from dist_trainer.config.schema import OptimConfig
+from dist_trainer.config.schema import ModelConfig, OptimConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.optim import muon, optimizers
-from dist_trainer.optim.muon import MuonWithAdamW, orthogonalized
-from dist_trainer.optim.optimizers import build_optimizer, bytes_of_averages, parameter_groups
+from dist_trainer.optim.muon import hidden_matrices, orthogonalized
+from dist_trainer.optim.optimizers import build_optimizer, bytes_of_averages, parameter_groups, without_auto
 
 
 class Tied(nn.Module):
@@ -166,11 +167,59 @@ def test_muon_goes_on_from_its_state():
         assert torch.equal(mine, theirs)
 
 
-def test_auto_takes_muon_for_random_weights_and_adamw_for_trained_ones_or_where_nothing_is_hidden():
-    assert isinstance(build_optimizer(OptimConfig(), small()), MuonWithAdamW)
-    assert isinstance(build_optimizer(OptimConfig(), small(), begins_trained=True), torch.optim.AdamW)
-    assert isinstance(build_optimizer(OptimConfig(), nn.Embedding(3, 3)), torch.optim.AdamW)
-    assert isinstance(build_optimizer(OptimConfig(name="muon"), small(), begins_trained=True), MuonWithAdamW)
+def test_auto_is_muon_for_a_decoder_lm_from_nothing_and_adamw_for_all_other_models():
+    def row(**model) -> str:
+        return without_auto(TrainingConfig(model=ModelConfig(**model))).name
+
+    assert row() == "muon"
+    assert row(init_from="a/run") == row(name="hf", init_from="a/model") == row(name="package:function") == "adamw"
+    chosen = OptimConfig(name="muon", learning_rate=0.5)
+    assert without_auto(TrainingConfig(model=ModelConfig(init_from="a/run"), optim=chosen)) == chosen
+    assert isinstance(build_optimizer(OptimConfig(), small()), torch.optim.AdamW), "in Python, where nobody says what it is"
+
+
+def test_a_model_of_hidden_matrices_alone_is_muons():
+    model = nn.Linear(3, 4, bias=False)
+    optimizer = build_optimizer(OptimConfig(name="muon"), model)
+    model(torch.ones(1, 3)).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, model.weight)
+
+
+def names_of_hidden_matrices(kind: str, **shape) -> set[str]:
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    inside, outside = hidden_matrices(model)
+    assert len({id(parameter) for parameter in inside + outside}) == len(list(model.parameters()))
+    chosen = {id(parameter) for parameter in inside}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
+def test_hidden_matrices_of_transformers_models_are_what_multiplies_hidden_states():
+    llama = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 9}
+    found = names_of_hidden_matrices("Llama", **llama)
+    assert {name.split(".")[-2] for name in found} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    }
+    found = names_of_hidden_matrices("GPT2", n_embd=8, n_head=2, n_layer=1, vocab_size=9)
+    assert {name.partition(".h.0.")[2] for name in found} == {
+        *("attn.c_attn.weight", "attn.c_proj.weight"),
+        *("mlp.c_fc.weight", "mlp.c_proj.weight"),
+    }
+    bert = {"is_decoder": True, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    found = names_of_hidden_matrices("Bert", **bert, vocab_size=9)
+    assert any(name.endswith("attention.output.dense.weight") for name in found)
+    assert not any("decoder" in name or "embeddings" in name for name in found)
+    found = names_of_hidden_matrices(
+        "BioGpt", tie_word_embeddings=False, hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9
+    )
+    assert not any(name.startswith("output_projection") for name in found)
+    found = names_of_hidden_matrices("Mamba", hidden_size=8, state_size=4, num_hidden_layers=1, vocab_size=9)
+    assert found
+    assert not any(name.endswith("A_log") for name in found)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
