@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_trainer.optim.adamw import AdamW
+from dist_trainer.optim.shared_work import num_ranks, on_one_rank_each
 from dist_trainer.optim.uncompiled import Uncompiled
 
 OUTPUT_HEADS = ("lm_head", "output", "head")
@@ -18,7 +19,7 @@ OUTPUT_HEADS = ("lm_head", "output", "head")
 MATRIX_PRODUCTS = ("Linear", "Conv1D")
 """Classes of modules whose `weight` is a matrix that hidden states are multiplied by; Conv1D is GPT-2's, in transformers."""
 ELEMENTS_AT_ONCE = 2**23
-"""Of matrices that are updated together: what bounds the memory of an update."""
+"""Of matrices that a rank orthogonalises together: what bounds the memory of an update."""
 MATCHING_ADAMW = 0.2
 """An update's root mean square, about that of AdamW's: so one learning rate, and one decay, suit both (Liu et al. 2025)."""
 
@@ -27,10 +28,11 @@ class Muon(Uncompiled, torch.optim.Muon):
     """torch.optim.Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon), its updates scaled as in Liu et al. 2025,
     arXiv:2502.16982, and with three differences.
 
-    Matrices of one shape are orthogonalised together. Where the attribute `found_inf` is a tensor that is not 0, the step
-    leaves all as it is, without waiting for the device (the protocol between GradScaler and fused optimizers; gradients must
-    have been unscaled). And on a CPU products are in float32, not in bfloat16, which there gains little, and would set runs on
-    different numbers of ranks visibly apart.
+    Matrices of one shape are orthogonalised together, and each on one rank alone, which hands it to the others. Where the
+    attribute `found_inf` is a tensor that is not 0, the step leaves all as it is, without waiting for the device (the protocol
+    between GradScaler and fused optimizers); gradients must have been unscaled, and they and `found_inf` be the same on all
+    ranks. And on a CPU products are in float32, not in bfloat16, which there gains little, and would set runs on different
+    numbers of ranks visibly apart.
     """
 
     _step_supports_amp_scaling = True
@@ -47,34 +49,30 @@ class Muon(Uncompiled, torch.optim.Muon):
                 self._update(matrices, group, found_inf)
 
     def _update(self, matrices: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        gradients = torch.stack([matrix.grad for matrix in matrices if matrix.grad is not None])
-        kept = [self._momentum_of(matrix) for matrix in matrices]
-        momentum = torch.stack(kept)
-        rows, columns = gradients.shape[-2:]
         decay: float | Tensor = 1 - group["lr"] * group["weight_decay"]
-        rate: float | Tensor = group["lr"] * MATCHING_ADAMW * math.sqrt(max(rows, columns))
-        if found_inf is not None:
-            skips = found_inf != 0
-            gradients = torch.where(skips, momentum, gradients)  # their mean is what it was
+        rate: float | Tensor = group["lr"] * MATCHING_ADAMW * math.sqrt(max(matrices[0].shape))
+        skips = None if found_inf is None else found_inf != 0
+        if skips is not None:
             decay, rate = torch.where(skips, 1.0, decay), torch.where(skips, 0.0, rate)
-        momentum.lerp_(gradients, 1 - group["momentum"])
-        directions = orthogonalized(
-            gradients.lerp_(momentum, group["momentum"]),  # Nesterov's
-            coefficients=group["ns_coefficients"],
-            steps=group["ns_steps"],
-            eps=group["eps"],
+        coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        directions = on_one_rank_each(
+            [self._momentum_ahead(matrix, group["momentum"], skips) for matrix in matrices],
+            lambda ahead: orthogonalized(ahead, coefficients=coefficients, steps=steps, eps=eps),
         )
-        for matrix, own, mean, direction in zip(
-            matrices, kept, momentum, directions.to(momentum.dtype).mul_(rate), strict=True
-        ):
-            own.copy_(mean)
-            matrix.mul_(decay).sub_(direction)
+        for matrix, direction in zip(matrices, directions, strict=True):
+            matrix.mul_(decay).sub_(direction.to(matrix.dtype) * rate)
 
-    def _momentum_of(self, matrix: Tensor) -> Tensor:
-        state = self.state[matrix]
+    def _momentum_ahead(self, matrix: Tensor, momentum: float, skips: Tensor | None) -> Tensor:
+        """Nesterov's: the running mean of the gradients, with the newest of them counted once more."""
+        gradient, state = matrix.grad, self.state[matrix]
+        assert gradient is not None, "only matrices with a gradient are updated"
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
-        return state["momentum_buffer"]
+        mean: Tensor = state["momentum_buffer"]
+        if skips is not None:
+            gradient = torch.where(skips, mean, gradient)  # of which the mean is what it was
+        mean.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(mean, momentum)
 
 
 def orthogonalized(matrices: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -93,12 +91,12 @@ def orthogonalized(matrices: Tensor, *, coefficients: tuple[float, float, float]
 
 
 def _of_one_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """`matrices` by shape, no more at a time than have ELEMENTS_AT_ONCE together."""
+    """`matrices` by shape, no more at a time than give each rank ELEMENTS_AT_ONCE to do."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)
     for alike in by_shape.values():
-        count = max(1, ELEMENTS_AT_ONCE // max(1, alike[0].numel()))
+        count = num_ranks() * max(1, ELEMENTS_AT_ONCE // max(1, alike[0].numel()))
         yield from (alike[begin : begin + count] for begin in range(0, len(alike), count))
 
 

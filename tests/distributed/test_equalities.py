@@ -1,7 +1,10 @@
 """What makes the trainer trustworthy: one loss curve, however the work is shared out, stopped and gone on with."""
 
+import hashlib
+
 import pytest
 
+from dist_trainer.distributed.collectives import gather_objects
 from tests.distributed.small_runs import changed, command, losses, metrics, run, same_weights, small_config, status, stop_after
 
 
@@ -31,6 +34,22 @@ def test_one_process_two_ranks_and_four_have_the_same_loss_curve(stories, tmp_pa
     assert curves[2] == pytest.approx(curves[1], abs=tolerance)
     assert curves[4] == pytest.approx(curves[1], abs=tolerance)
     assert curves[1][-1] < curves[1][0] - (0.3 if "optim__name" in changes else 0.15)
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_weights_stay_the_same_on_every_rank_to_the_last_bit(stories, tmp_path, name):
+    def compare_after_each_step(trainer):
+        note = trainer.note_step
+
+        def note_and_compare(step):
+            note(step)
+            bits = b"".join(parameter.detach().numpy().tobytes() for parameter in trainer.parameters)
+            assert len(set(gather_objects(hashlib.sha256(bits).hexdigest(), trainer.world))) == 1
+
+        trainer.note_step = note_and_compare
+
+    config = small_config(stories, tmp_path, optim__name=name)
+    assert command(config, 4, before=compare_after_each_step) == [0] * 4
 
 
 def test_the_number_of_accumulation_steps_does_not_matter(stories, tmp_path):
