@@ -1,7 +1,7 @@
 """How far optimizers bring the default run, each with its whole schedule: validation loss by tokens and by time.
 
-    python -m benchmarks.optimizers                                      the default run, and Muon over fewer steps
-    python -m benchmarks.optimizers adamw:0.005:350 muon:0.01:245        OPTIMIZER:LEARNING_RATE:STEPS, one after the other
+    python -m benchmarks.optimizers                                      AdamW, the default run (Muon), and less of it
+    python -m benchmarks.optimizers adamw:0.01:350 muon:0.01:245         OPTIMIZER:LEARNING_RATE:STEPS, one after the other
 
 A run of fewer steps is a run of its own, not the beginning of a longer one: its learning rate has come down at its end.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.machine import ROOT, machine_and_versions
 
-DEFAULT_RUNS = ("adamw:0.005:350", "muon:0.005:280", "muon:0.01:280")
+DEFAULT_RUNS = ("adamw:0.005:350", "muon:0.005:300", "muon:0.005:255")
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ class Preset:
     micro_batch_tokens: int | None = None
     """Tokens of one forward pass; None: all of a rank's share.
 
-    Meant for a GPU of 24 GB (1b: 40 GB) in bf16, by 16 bytes a parameter (weights, gradients, AdamW) and 34 x hidden_size bytes
-    a token and layer (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without the attention matrices, which fused kernels
-    do not keep); logits exist in chunks only. An estimate: --dry_run measures.
+    Meant for a GPU of 24 GB (1b: 40 GB) in bf16, by 16 bytes a parameter (weights, gradients, AdamW; Muon takes less) and
+    34 x hidden_size bytes a token and layer (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without the attention
+    matrices, which fused kernels do not keep); logits exist in chunks only. An estimate: --dry_run measures.
     """
 
 

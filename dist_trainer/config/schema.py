@@ -122,7 +122,7 @@ class OptimConfig:
 
     name: str = "auto"
     """Row of the OPTIMIZERS table (adamw; muon, with AdamW for all but the hidden matrices), or "package.module:function";
-    auto: muon for a decoder_lm with random weights, adamw for all other models."""
+    auto: muon for a decoder_lm with random weights, and steps of 16 x hidden_size tokens or more; else adamw."""
     learning_rate: float = 5e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)

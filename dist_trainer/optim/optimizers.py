@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 LARGE_MODEL = 50_000_000
 """Parameters."""
+MUON_TOKENS = 16
+"""Of a step, for each of hidden_size, from which Muon's products are a small part of it: for a matrix of n rows they are about
+3.3 n / tokens of those of its forward and backward pass."""
 AVERAGES = {torch.optim.Adam: 2, torch.optim.Muon: 1}
 """Running averages of each parameter."""
 
@@ -35,14 +38,16 @@ def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
 
 
 def without_auto(config: TrainingConfig) -> OptimConfig:
-    """`config.optim` with the row that `auto` means: Muon for a DecoderLM with random weights, AdamW for all other models.
+    """`config.optim` with the row that `auto` means: Muon for a DecoderLM with random weights and steps of enough tokens, else
+    AdamW (docs/decisions/optimizer.md).
 
     It follows from the config alone, so it is the same on every rank and at every start.
     """
     if config.optim.name != "auto":
         return config.optim
-    is_new = config.model.name == "decoder_lm" and config.model.init_from is None
-    return replace(config.optim, name="muon" if is_new else "adamw")
+    model, tokens = config.model, config.batch.global_batch_size * config.data.sequence_length
+    suits = model.name == "decoder_lm" and model.init_from is None and tokens >= MUON_TOKENS * model.hidden_size
+    return replace(config.optim, name="muon" if suits else "adamw")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -188,7 +188,7 @@ def test_the_header_is_short_aligned_and_true(stories, tmp_path):
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert said["model"] == f"decoder_lm, {parameters / 1000:.0f}k parameters in 2 layers of 32, random weights"
     assert said["tokens"].startswith("8 x 32 = 256 a step, 3.07k in all: ")
-    assert said["updates"] == f"MuonWithAdamW, learning rate up to 0.01 over {warmup} steps, then cosine"
+    assert said["updates"] == f"AdamW, learning rate up to 0.01 over {warmup} steps, then cosine"
     assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 rows a step")
     weights = 4 * parameters / 1024
     assert said["memory"].startswith(f"{weights:.0f} KiB weights + {weights:.0f} KiB gradients")

@@ -29,7 +29,7 @@ def test_conversations_have_one_loss_curve_on_one_rank_two_and_four(conversation
     assert tokens[1] == tokens[2] == tokens[4]
     assert curves[2] == pytest.approx(curves[1], abs=2e-5)
     assert curves[4] == pytest.approx(curves[1], abs=2e-5)
-    assert curves[1][-1] < curves[1][0] - 0.15
+    assert curves[1][-1] < curves[1][0] - 0.3
 
 
 def test_conversations_in_a_row_that_are_kept_apart_have_the_validation_loss_of_one_a_row(conversations, tmp_path):

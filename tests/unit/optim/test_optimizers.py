@@ -167,11 +167,12 @@ def test_muon_goes_on_from_its_state():
         assert torch.equal(mine, theirs)
 
 
-def test_auto_is_muon_for_a_decoder_lm_from_nothing_and_adamw_for_all_other_models():
+def test_auto_is_muon_for_a_decoder_lm_from_nothing_with_large_steps_and_adamw_for_all_else():
     def row(**model) -> str:
         return without_auto(TrainingConfig(model=ModelConfig(**model))).name
 
-    assert row() == "muon"
+    assert row() == row(hidden_size=256) == "muon", "16 x 256 tokens"
+    assert row(hidden_size=258) == "adamw"
     assert row(init_from="a/run") == row(name="hf", init_from="a/model") == row(name="package:function") == "adamw"
     chosen = OptimConfig(name="muon", learning_rate=0.5)
     assert without_auto(TrainingConfig(model=ModelConfig(init_from="a/run"), optim=chosen)) == chosen
