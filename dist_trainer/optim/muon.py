@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,10 +78,10 @@ class Muon(Uncompiled, torch.optim.Muon):
 
 def orthogonalized(matrices: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Each of `matrices` [n, rows, columns] with its singular values near 1, by Newton and Schulz's iteration with Jordan's
-    coefficients: float32 on a CPU, bfloat16 elsewhere.
+    coefficients: in bfloat16 on GPUs that have it, else in float32.
     """
     a, b, c = coefficients
-    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = matrices.bfloat16() if _has_bfloat16(matrices.device) else matrices
     is_tall = x.size(-2) > x.size(-1)
     x = x.mT if is_tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)  # no singular value is above 1
@@ -88,6 +89,12 @@ def orthogonalized(matrices: Tensor, *, coefficients: tuple[float, float, float]
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
+
+
+@cache
+def _has_bfloat16(device: torch.device) -> bool:
+    # including_emulation=False: older GPUs emulate it, slowly.
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _of_one_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,4 +1,4 @@
-"""The README is short, its tree is true, and no page points at nothing or at somebody's machine."""
+"""The README is short, the trees are true, and no page points at nothing or at somebody's machine."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 from tests.architecture.sources import LEFT_OUT, PACKAGE, REPOSITORY, files_under
 
 README = (REPOSITORY / "README.md").read_text("utf-8")
+ARCHITECTURE = (REPOSITORY / "docs" / "architecture.md").read_text("utf-8")
 PAGES = [file for file in files_under(REPOSITORY) if file.suffix == ".md"]
 
 
-def tree() -> dict[str, str]:
-    """Path → description of each line of the README's tree; two spaces of indentation are one level."""
-    block = re.search(r"```text\n(dist_trainer/.*?)```", README, re.DOTALL)
-    assert block, "README.md has no ```text block that begins with dist_trainer/"
+def tree(page: str = ARCHITECTURE) -> dict[str, str]:
+    """Path → description of each line of a page's tree; two spaces of indentation are one level."""
+    block = re.search(r"```text\n(dist_trainer/.*?)```", page, re.DOTALL)
+    assert block, "no ```text block that begins with dist_trainer/"
     entries: dict[str, str] = {}
     parents: list[str] = []
     for line in block[1].splitlines():
@@ -40,20 +41,30 @@ def product_files() -> set[str]:
 
 def test_the_tree_names_exactly_the_product_files() -> None:
     named = {path for path in tree() if not path.endswith("/") and not path.startswith(("docs/", "tests/", "benchmarks/"))}
-    assert product_files() - named == set(), "these exist, but the tree in README.md does not name them"
-    assert named - product_files() == set(), "the tree in README.md names these, but they do not exist"
+    assert product_files() - named == set(), "these exist, but the tree in docs/architecture.md does not name them"
+    assert named - product_files() == set(), "the tree in docs/architecture.md names these, but they do not exist"
 
 
-def test_the_tree_names_every_folder_at_the_top() -> None:
+@pytest.mark.parametrize("page", [README, ARCHITECTURE], ids=["README.md", "docs/architecture.md"])
+def test_the_tree_names_every_folder_at_the_top(page: str) -> None:
     existing = {f"{p.name}/" for p in REPOSITORY.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in LEFT_OUT}
-    assert {path for path in tree() if path.count("/") == 1 and path.endswith("/")} == existing
+    assert {path for path in tree(page) if path.count("/") == 1 and path.endswith("/")} == existing
 
 
-def test_every_line_of_the_tree_says_what_the_file_is_for() -> None:
-    assert [path for path, description in tree().items() if not description] == []
+def test_the_short_tree_of_the_readme_names_every_folder_of_the_package() -> None:
+    folders = {f"dist_trainer/{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    named = {path for path in tree(README) if path.count("/") == 2 and path.endswith("/")}
+    assert named == folders
+    assert [path for path in tree(README) if not (REPOSITORY / path).exists()] == []
 
 
-def test_the_readme_has_less_than_500_words_of_prose() -> None:
+@pytest.mark.parametrize("page", [README, ARCHITECTURE], ids=["README.md", "docs/architecture.md"])
+def test_every_line_of_the_tree_says_what_the_file_is_for(page: str) -> None:
+    assert [path for path, description in tree(page).items() if not description] == []
+
+
+def test_the_readme_has_less_than_900_words_and_500_of_prose() -> None:
+    assert len(README.split()) < 900
     assert len(re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE).split()) < 500
 
 
