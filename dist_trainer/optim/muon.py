@@ -55,25 +55,29 @@ class Muon(Uncompiled, torch.optim.Muon):
         skips = None if found_inf is None else found_inf != 0
         if skips is not None:
             decay, rate = torch.where(skips, 1.0, decay), torch.where(skips, 0.0, rate)
-        coefficients, steps, eps = group["ns_coefficients"], group["ns_steps"], group["eps"]
-        directions = on_one_rank_each(
-            [self._momentum_ahead(matrix, group["momentum"], skips) for matrix in matrices],
-            lambda ahead: orthogonalized(ahead, coefficients=coefficients, steps=steps, eps=eps),
-        )
+        momentum, coefficients, steps, eps = (group[name] for name in ("momentum", "ns_coefficients", "ns_steps", "eps"))
+
+        def directions_of(share: list[Tensor]) -> Tensor:
+            ahead = torch.stack([self._gradient(matrix, skips).lerp(self._mean(matrix), momentum) for matrix in share])
+            return orthogonalized(ahead, coefficients=coefficients, steps=steps, eps=eps)
+
+        for matrix in matrices:
+            self._mean(matrix).lerp_(self._gradient(matrix, skips), 1 - momentum)
+        directions = on_one_rank_each(matrices, directions_of)
         for matrix, direction in zip(matrices, directions, strict=True):
             matrix.mul_(decay).sub_(direction.to(matrix.dtype) * rate)
 
-    def _momentum_ahead(self, matrix: Tensor, momentum: float, skips: Tensor | None) -> Tensor:
-        """Nesterov's: the running mean of the gradients, with the newest of them counted once more."""
-        gradient, state = matrix.grad, self.state[matrix]
-        assert gradient is not None, "only matrices with a gradient are updated"
+    def _mean(self, matrix: Tensor) -> Tensor:
+        """The running mean of its gradients."""
+        state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
-        mean: Tensor = state["momentum_buffer"]
-        if skips is not None:
-            gradient = torch.where(skips, mean, gradient)  # of which the mean is what it was
-        mean.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(mean, momentum)
+        return state["momentum_buffer"]
+
+    def _gradient(self, matrix: Tensor, skips: Tensor | None) -> Tensor:
+        """Where the update is skipped, the mean of those before: it changes nothing of that, and is finite."""
+        assert matrix.grad is not None, "only matrices with a gradient are updated"
+        return matrix.grad if skips is None else torch.where(skips, self._mean(matrix), matrix.grad)
 
 
 def orthogonalized(matrices: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

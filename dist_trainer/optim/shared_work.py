@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,20 +13,19 @@ def num_ranks() -> int:
     return dist.get_world_size() if _is_shared() else 1
 
 
-def on_one_rank_each(tensors: list[Tensor], work: Callable[[Tensor], Tensor]) -> Tensor:
-    """What `work` makes of `tensors`, all of one shape: [n, *shape]. On every rank, which must all ask for the same.
+def on_one_rank_each(tensors: list[Tensor], work: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """What `work` makes of `tensors`, [n, *shape], on every rank; all ranks must ask for the same.
 
-    `work` gets a rank's share of them, stacked, and gives as many of the same shape. The results have the same bits on all
+    `work` gets a rank's share of them, and gives their results, stacked, all of one shape. These have the same bits on all
     ranks, also where one rank's device would round otherwise than another's.
     """
     ranks = num_ranks()
     if ranks == 1:
-        return work(torch.stack(tensors))
+        return work(tensors)
     count = -(-len(tensors) // ranks)  # the last ranks may have less to do, or nothing
     begin = min(len(tensors), count * dist.get_rank())
     # Repeated where there are too few: what all ranks send must be of one size.
-    share = (tensors[begin : begin + count] + [tensors[0]] * count)[:count]
-    own = work(torch.stack(share)).contiguous()
+    own = work((tensors[begin : begin + count] + [tensors[0]] * count)[:count]).contiguous()
     gathered = own.new_empty((ranks * count, *own.shape[1:]))
     dist.all_gather(list(gathered.chunk(ranks)), own)
     return gathered[: len(tensors)]
