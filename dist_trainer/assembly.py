@@ -101,8 +101,7 @@ def refuse_what_cannot_run(config: TrainingConfig, world: World) -> None:
 def check_rows(config: TrainingConfig) -> None:
     """Raises ConfigError where a function of the user's own cannot be had."""
     resolve(MODELS, config.model.name, "model.name")
-    if config.optim.name != "auto":
-        resolve(OPTIMIZERS, config.optim.name, "optim.name")
+    resolve(OPTIMIZERS, without_auto(config).name, "optim.name")
     resolve(SCHEDULES, config.schedule.name, "schedule.name")
     if config.distributed.strategy != "auto":
         resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")

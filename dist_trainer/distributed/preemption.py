@@ -23,6 +23,7 @@ from dist_trainer.errors import StoppedError
 from dist_trainer.exit_codes import STOP_SIGNALS
 
 SECONDS_TO_RAISE_AGAIN = 0.5
+"""A tick: so often StoppedError is raised anew where it was swallowed."""
 TICKS_TO_CLEAN_UP = 10
 """So often what handles the error is left in peace; then it is broken off too, for it may be a library that goes on."""
 PATIENCE = 3

@@ -77,14 +77,10 @@ def bytes_of_averages(optimizer: Optimizer) -> int:
     """What its running averages will take once it has made a step: one of gradients, and AdamW one of their squares; 0 where
     it is not one of these.
     """
-    parts = optimizer.parts if isinstance(optimizer, MuonWithAdamW) else [optimizer]
-    counts = [next((count for kind, count in AVERAGES.items() if isinstance(part, kind)), 0) for part in parts]
-    return sum(
-        count * parameter.nbytes
-        for count, part in zip(counts, parts, strict=True)
-        for group in part.param_groups
-        for parameter in group["params"]
-    )
+    if isinstance(optimizer, MuonWithAdamW):
+        return sum(bytes_of_averages(part) for part in optimizer.parts)
+    averages = next((count for kind, count in AVERAGES.items() if isinstance(optimizer, kind)), 0)
+    return averages * sum(parameter.nbytes for group in optimizer.param_groups for parameter in group["params"])
 
 
 def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 def num_ranks() -> int:
     """How many share the work: those of torch's process group, if there is one."""
-    return dist.get_world_size() if _is_shared() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def on_one_rank_each(tensors: list[Tensor], work: Callable[[list[Tensor]], Tensor]) -> Tensor:
@@ -29,7 +29,3 @@ def on_one_rank_each(tensors: list[Tensor], work: Callable[[list[Tensor]], Tenso
     gathered = own.new_empty((ranks * count, *own.shape[1:]))
     dist.all_gather(list(gathered.chunk(ranks)), own)
     return gathered[: len(tensors)]
-
-
-def _is_shared() -> bool:
-    return dist.is_available() and dist.is_initialized()
