@@ -54,6 +54,8 @@ CONTESTANTS = {
     "ours, compiled": Contestant("ours", ("--precision.compile", "true")),
     "HF Trainer": Contestant("hf_trainer", (), "accelerate"),
     "HF Trainer, compiled": Contestant("hf_trainer", ("compiled",), "accelerate"),
+    "HF Trainer, its Llama": Contestant("hf_trainer", ("llama",), "accelerate"),
+    "HF Trainer, its Llama, compiled": Contestant("hf_trainer", ("llama", "compiled"), "accelerate"),
     "Lightning": Contestant("lightning_trainer", (), "lightning"),
     "Lightning, compiled": Contestant("lightning_trainer", ("compiled",), "lightning"),
 }

@@ -30,6 +30,7 @@ class Stopwatch:
         self.laps: list[float] = []
         self.seconds_to_first_step = 0.0
         self.cpu = [0.0, 0.0]
+        self.peak_bytes = 0
 
     def watch(self, optimizer: Optimizer) -> None:
         """Take the time after every step of `optimizer`."""
@@ -44,6 +45,8 @@ class Stopwatch:
             self.seconds_to_first_step = time.time() - float(os.environ[STARTED])
         if step in (first, last):
             self.cpu[step == last] = _cpu_seconds_of_session()
+            # Here, for what comes after the last step not all of them do: ours saves, say.
+            self.peak_bytes = _peak_bytes()
         self.laps.append(time.perf_counter())
 
     def result(self, loss: float | None) -> dict[str, Any]:
@@ -55,15 +58,20 @@ class Stopwatch:
         on_gpu = torch.cuda.is_available()
         # Laps on a GPU tell when kernels were queued, not when they were done: there only the whole window counts.
         seconds = (timed[-1] - timed[0]) / len(steps) if on_gpu else statistics.median(steps)
-        memory = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "step_seconds": seconds,
             "cpu_seconds": (self.cpu[1] - self.cpu[0]) / len(steps),
-            "peak_bytes": memory,
+            "peak_bytes": self.peak_bytes,
             "seconds_to_first_step": self.seconds_to_first_step,
             "stall_seconds": max(steps) - statistics.median(steps) if workload.save else None,
             "loss": loss,
         }
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_seconds_of_session() -> float:

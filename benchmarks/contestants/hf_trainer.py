@@ -1,8 +1,12 @@
-"""Hugging Face's Trainer with its defaults; `compiled` adds its torch_compile."""
+"""Hugging Face's Trainer with its defaults; `compiled` adds its torch_compile.
+
+On DecoderLM, or (`llama`) on transformers' own Llama with the same weights, which is what its users have.
+"""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from benchmarks import workloads
 from benchmarks.contestants.model import adamw, build
 from benchmarks.contestants.rows import Rows
 from benchmarks.stopwatch import Stopwatch, workload_here, write_result
+from benchmarks.workloads import Workload
 
 
 class WithLoss(nn.Module):
@@ -27,11 +32,29 @@ class WithLoss(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())}
 
 
+def llama(workload: Workload) -> nn.Module:
+    """DecoderLM's weights in LlamaForCausalLM, which has a loss of its own."""
+    from transformers import LlamaForCausalLM
+
+    folder = workload.folder / "llama"
+    build(workload, torch.device("cpu")).save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.use_cache = False
+    return model
+
+
 class InOrder(Trainer):
-    """Without shuffling: the rows lie in the order in which all contestants take them."""
+    """Without shuffling: the rows lie in the order in which all contestants take them. It remembers the last loss."""
+
+    last_loss: Tensor
 
     def _get_train_sampler(self, *_: object) -> Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+    def compute_loss(self, *given: Any, **options: Any) -> Tensor:
+        loss = super().compute_loss(*given, **options)
+        self.last_loss = loss.detach()
+        return loss
 
 
 def main(flags: set[str]) -> None:
@@ -51,15 +74,17 @@ def main(flags: set[str]) -> None:
         save_steps=workload.save_at,
         disable_tqdm=True,
         report_to="none",
+        remove_unused_columns=False,  # it takes shift_labels for one
     )
-    model = WithLoss(build(workload, arguments.device))
+    model = llama(workload) if "llama" in flags else WithLoss(build(workload, arguments.device))
     optimizer = adamw(model)
     stopwatch = Stopwatch(workload)
     stopwatch.watch(optimizer)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    trainer = InOrder(model, arguments, train_dataset=Rows(workload), optimizers=(optimizer, constant))
+    rows = Rows(workload, shifted="llama" in flags)
+    trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, constant))
     trainer.train()
-    write_result(stopwatch, None)
+    write_result(stopwatch, float(trainer.last_loss))
 
 
 if __name__ == "__main__":

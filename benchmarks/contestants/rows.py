@@ -10,7 +10,10 @@ from benchmarks.workloads import Workload
 
 
 class Rows(Dataset):
-    def __init__(self, workload: Workload) -> None:
+    """`shifted`: with the targets as `shift_labels` too, else models of transformers shift the labels once more."""
+
+    def __init__(self, workload: Workload, *, shifted: bool = False) -> None:
+        self.shifted = shifted
         self.rows = workload.all_rows().reshape(-1, workload.size.sequence_length + 1)
 
     def __len__(self) -> int:
@@ -18,4 +21,5 @@ class Rows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = torch.from_numpy(self.rows[index].astype("int64"))
-        return {"input_ids": row[:-1], "labels": row[1:]}
+        labels = {"labels": row[1:], "shift_labels": row[1:]} if self.shifted else {"labels": row[1:]}
+        return {"input_ids": row[:-1], **labels}

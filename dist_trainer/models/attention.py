@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from dist_trainer.models.attention_by_products import causal_attention, is_faster_by_products
+
 DocumentMask = Tensor | BlockMask
 """Who attends to whom: a bool tensor [B, 1, T, T], or what FlexAttention makes of it, which skips blocks with nobody to see."""
 
@@ -60,6 +62,8 @@ def attend(
     if isinstance(mask, BlockMask):
         flex = _compiled_on_gpu(flex_attention, q_BHTK)
         return flex(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=grouped)
+    if mask is None and causal and dropout == 0 and is_faster_by_products(q_BHTK, k_BGTK):
+        return causal_attention(q_BHTK, k_BGTK, v_BGTK)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
     )
