@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dist_trainer.models.attention_by_products import causal_attention, is_faster_by_products
+from dist_trainer.models.cpu_attention import causal_attention, is_faster_by_products
 
 DocumentMask = Tensor | BlockMask
 """Who attends to whom: a bool tensor [B, 1, T, T], or what FlexAttention makes of it, which skips blocks with nobody to see."""

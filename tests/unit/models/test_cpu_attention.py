@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.models.attention import attend
-from dist_trainer.models.attention_by_products import LENGTHS, causal_attention
+from dist_trainer.models.cpu_attention import LENGTHS, causal_attention
 from dist_trainer.models.decoder_lm import Block
 from dist_trainer.models.rotary import rotary_tables
 

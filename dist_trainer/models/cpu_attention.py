@@ -73,11 +73,12 @@ class _CausalAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             mean_NT1 = (dy_NTK.float() * y_NTK.float()).sum(-1, keepdim=True)
             less_mean_NTK, ones_NTK = _with_difference(dy_NTK, v_NTK, mean_NT1)
+            # Twice the queries and half the keys, to the same product bit for bit: of one that the forward pass has computed, and of its
+            # factors in float32, the compiler would keep the results until now, N * T * T numbers.
+            factors = q_NTK.float() * (2 * scale), k_NTK.float() * 0.5
             for block in _blocks(length):
                 seen = slice(0, block.stop)
-                # The keys are scaled, not the queries: of the same product as in the forward pass the compiler would keep the
-                # result, N * T * T numbers.
-                weights_NSU = (_scores(q_NTK.float(), k_NTK.float() * scale, block) - log_sum_NT1[:, block]).exp()
+                weights_NSU = (_scores(*factors, block) - log_sum_NT1[:, block]).exp()
                 dweights_NSU = less_mean_NTK[:, block] @ ones_NTK[:, seen].mT
                 dscores_NSU = (weights_NSU * dweights_NSU.float()).to(dtype)
                 dq.append(dscores_NSU @ k_NTK[:, seen])
