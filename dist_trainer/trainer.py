@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -20,6 +21,7 @@ from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints, resume_p
 from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.cpu_memory import large_blocks_apart
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
@@ -31,6 +33,7 @@ from dist_trainer.divergence import DivergenceWatch
 from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
+from dist_trainer.optim.optimizers import make_averages
 from dist_trainer.optim.schedules import build_schedule, total_steps
 from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
@@ -230,7 +233,9 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         data = (self.train_data, self.validation_data)
-        warm_up(self.model, *data, self.world, self.precision, self.loss_function)
+        with large_blocks_apart() if self.world.device.type == "cpu" else contextlib.nullcontext():
+            warm_up(self.model, *data, self.world, self.precision, self.loss_function)
+        make_averages(self.optimizer)
 
     def _at(self, phase: Phase) -> None:
         self.world.heartbeat.at(phase, step=self.progress.step)

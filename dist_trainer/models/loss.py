@@ -15,7 +15,7 @@ IGNORED_TARGET = -100
 FEW_LOGITS = 2**20
 """Up to so many (4 MiB in float32) they are computed all at once, which is faster, by half where they are very few."""
 CHUNK_LOGITS = 2**23
-"""On a CPU about so many (32 MiB in float32) at once, unless 256 tokens, or D, have more: a tenth faster than 2^21 at 8192
+"""On a CPU about so many (32 MiB in float32) at once, unless 256 tokens have more: a tenth faster than 2^21 at 8192
 words, and 2^24 no faster still.
 """
 CACHED_ROWS = 2048
@@ -81,12 +81,11 @@ def linear_cross_entropy_sum(
 def default_chunk_tokens(hidden: Tensor, vocabulary_size: int) -> int:
     """Tokens whose logits exist at once, for `hidden` [N, D].
 
-    Each chunk adds its part to the gradient of the head, V * D numbers, and computes chunk * V logits: of about D tokens
-    the two weigh the same. More where the memory allows it: on a CPU about CHUNK_LOGITS, on GPUs, where each chunk launches its
-    kernels anew, 4096 tokens.
+    On a CPU about CHUNK_LOGITS, and 256 tokens at least, or products would be slow. On GPUs, where each chunk launches its
+    kernels anew and adds its part to the gradient of the head, V * D numbers, 4096 tokens; D where that is more: then the
+    sum weighs no more than the logits.
     """
-    affordable = max(256, CHUNK_LOGITS // vocabulary_size) if hidden.device.type == "cpu" else 4096
-    return max(affordable, hidden.shape[1])
+    return max(256, CHUNK_LOGITS // vocabulary_size) if hidden.device.type == "cpu" else max(4096, hidden.shape[1])
 
 
 def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:

@@ -83,6 +83,25 @@ def bytes_of_averages(optimizer: Optimizer) -> int:
     return averages * sum(parameter.nbytes for group in optimizer.param_groups for parameter in group["params"])
 
 
+def make_averages(optimizer: Optimizer) -> None:
+    """Make its running averages, zeros to begin with, where it has none: AdamW and Muon else do so in their first step.
+
+    So what lasts lies together in memory, and too little memory is found out before the first step.
+    """
+    for part in optimizer.parts if isinstance(optimizer, MuonWithAdamW) else [optimizer]:
+        for parameter in (parameter for group in part.param_groups for parameter in group["params"]):
+            if parameter in optimizer.state:
+                continue
+            if type(part) is AdamW:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+            elif type(part) is Muon:
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+
+
 def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101), one fused kernel for all parameters."""
     return AdamW(

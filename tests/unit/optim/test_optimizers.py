@@ -9,7 +9,7 @@ from dist_trainer.config.schema import ModelConfig, OptimConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.optim import muon, optimizers
 from dist_trainer.optim.muon import hidden_matrices, orthogonalized
-from dist_trainer.optim.optimizers import build_optimizer, bytes_of_averages, parameter_groups, without_auto
+from dist_trainer.optim.optimizers import build_optimizer, bytes_of_averages, make_averages, parameter_groups, without_auto
 
 
 class Tied(nn.Module):
@@ -232,6 +232,24 @@ def test_what_an_optimizer_will_hold_is_known_before_its_first_step(name):
     steps = sum(1 for state in optimizer.state.values() if "step" in state)
     assert told == sum(value.nbytes for value in tensors_of(optimizer)) - 4 * steps
     assert bytes_of_averages(torch.optim.SGD(model.parameters())) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_averages_made_ahead_are_those_of_the_first_step_and_none_is_made_twice(name):
+    results = []
+    for ahead in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 6), nn.Linear(6, 7))
+        optimizer = build_optimizer(OptimConfig(name=name), model)
+        if ahead:
+            make_averages(optimizer)
+        for _ in range(2):
+            model(torch.arange(7)).square().sum().backward()
+            optimizer.step()
+            if ahead:
+                make_averages(optimizer)
+        results.append((list(model.parameters()), [optimizer.state[parameter] for parameter in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
 
 
 def test_muon_is_refused_where_it_has_nothing_to_do():
