@@ -73,8 +73,8 @@ class _CausalAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             mean_NT1 = (dy_NTK.float() * y_NTK.float()).sum(-1, keepdim=True)
             less_mean_NTK, ones_NTK = _with_difference(dy_NTK, v_NTK, mean_NT1)
-            # Twice the queries and half the keys: the same scores bit for bit, but to the compiler not what the forward pass has
-            # computed. That, N * T * T numbers, it would keep until now.
+            # Twice the queries and half the keys: the same scores bit for bit, but to the compiler not what the forward pass
+            # has computed. That, N * T * T numbers, it would keep until now.
             factors = q_NTK.float() * (2 * scale), k_NTK.float() * 0.5
             for block in _blocks(length):
                 seen = slice(0, block.stop)
