@@ -27,7 +27,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Within, large tensors are mapped by themselves and leave no gaps when they go; then freed memory is kept again.
+    """Within, large tensors that find no room in the heap are mapped by themselves; then freed memory is kept (again).
 
     For what comes before the steps: a compiler's many small objects would lie among a rehearsal's tensors for good, and steps
     find no room for theirs between them.

@@ -5,6 +5,7 @@ On DecoderLM, or (`llama`) on transformers' own Llama with the same weights, whi
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -36,7 +37,7 @@ def llama(workload: Workload) -> nn.Module:
     """DecoderLM's weights in LlamaForCausalLM, which has a loss of its own."""
     from transformers import LlamaForCausalLM
 
-    folder = workload.folder / "llama"
+    folder = workload.folder / f"llama-{os.environ.get('RANK', '0')}"
     build(workload, torch.device("cpu")).save_pretrained(folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False

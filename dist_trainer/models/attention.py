@@ -52,17 +52,25 @@ def block_mask(documents: Tensor) -> BlockMask:
 
 
 def attend(
-    q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: DocumentMask | None, *, causal: bool, dropout: float
+    q_BHTK: Tensor,
+    k_BGTK: Tensor,
+    v_BGTK: Tensor,
+    mask: DocumentMask | None,
+    *,
+    causal: bool,
+    dropout: float,
+    fixed_length: bool = False,
 ) -> Tensor:
     """Attention [B, H, T, K] under `mask`; without one to all, or (`causal`) to what came before.
 
-    `dropout` is the probability of dropping a weight; with a BlockMask it must be 0.
+    `dropout` is the probability of dropping a weight; with a BlockMask it must be 0. `fixed_length`: T is
+    the same in every call, so that code compiled for it alone is worth it.
     """
     grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
     if isinstance(mask, BlockMask):
         flex = _compiled_on_gpu(flex_attention, q_BHTK)
         return flex(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=grouped)
-    if mask is None and causal and dropout == 0 and is_faster_by_products(q_BHTK, k_BGTK):
+    if fixed_length and mask is None and causal and dropout == 0 and is_faster_by_products(q_BHTK, k_BGTK):
         return causal_attention(q_BHTK, k_BGTK, v_BGTK)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped

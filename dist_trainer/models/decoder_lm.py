@@ -63,6 +63,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
 
+    compiled_for_one_length = False
+    """Whether it is to be compiled, and all rows will have one length; who compiles says so."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -93,7 +96,8 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGTK, v_BGTK = cache.extend(block, k_BGTK, v_BGTK)
             causal = T > 1  # a single new token sees everything before it
-        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=dropout, fixed_length=self.compiled_for_one_length)
         return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -86,13 +86,14 @@ def bytes_of_averages(optimizer: Optimizer) -> int:
 def make_averages(optimizer: Optimizer) -> None:
     """Make its running averages, zeros to begin with, where it has none: AdamW and Muon else do so in their first step.
 
-    So what lasts lies together in memory, and too little memory is found out before the first step.
+    So what lasts lies together in memory, and too little memory is found out before the first step. Those of a parameter that
+    never gets a gradient stay zeros.
     """
     for part in optimizer.parts if isinstance(optimizer, MuonWithAdamW) else [optimizer]:
         for parameter in (parameter for group in part.param_groups for parameter in group["params"]):
             if parameter in optimizer.state:
                 continue
-            if type(part) is AdamW:
+            if type(part) is AdamW and part.defaults["fused"] and not part.defaults["amsgrad"]:
                 optimizer.state[parameter] = {
                     "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),

@@ -51,9 +51,13 @@ def cpp_compiler() -> str | None:
 def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
     """Compile each of `model.compiled_parts` in place, or the whole of other models.
 
-    With sequences of varying length, once more for any length when the second one comes.
+    With sequences of varying length, once more for any length when the second one comes. Without, modules that have a
+    `compiled_for_one_length` are told so.
     """
     keep_compiled_code()
+    for module in model.modules():
+        if hasattr(module, "compiled_for_one_length"):
+            module.compiled_for_one_length = not varying_length  # type: ignore[assignment]
     for part in getattr(model, "compiled_parts", [model]):
         part.compile(dynamic=None if varying_length else False)
     _COMPILED.add(model)

@@ -71,9 +71,11 @@ def graph_of(block: Block, x: Tensor, *, with_gradients: bool) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
-def test_it_is_taken_where_a_block_is_compiled_to_be_trained():
+def test_it_is_taken_where_a_block_is_compiled_to_be_trained_with_rows_of_one_length():
     block = Block(CONFIG, 0)
     long, short = torch.randn(2, LENGTHS.start, 64), torch.randn(2, LENGTHS.start - 1, 64)
+    assert "scaled_dot_product_attention" in graph_of(block, long, with_gradients=True)
+    block.self_attn.compiled_for_one_length = True
     assert "scaled_dot_product_attention" not in graph_of(block, long, with_gradients=True)
     assert "scaled_dot_product_attention" in graph_of(block, long, with_gradients=False)
     assert "scaled_dot_product_attention" in graph_of(block, short, with_gradients=True)

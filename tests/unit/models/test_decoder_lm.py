@@ -7,6 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.models import loss
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.generation import generate
 from dist_trainer.models.loss import LogitLoss, cross_entropy_sum, linear_cross_entropy_sum, takes
@@ -125,7 +126,8 @@ def test_with_targets_the_forward_pass_gives_the_sum_of_token_losses():
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 40, None])
-def test_the_loss_in_chunks_has_the_same_value_and_gradients(chunk_tokens):
+def test_the_loss_in_chunks_has_the_same_value_and_gradients(chunk_tokens, monkeypatch):
+    monkeypatch.setattr(loss, "CACHED_ROWS", 16)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 8, generator=generator, requires_grad=True)
     weight = torch.randn(VOCABULARY, 8, generator=generator, requires_grad=True)
@@ -144,7 +146,8 @@ def test_the_loss_in_chunks_has_the_same_value_and_gradients(chunk_tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_in_chunks_rounds_no_more_than_autocast_does(dtype):
+def test_the_loss_in_chunks_rounds_no_more_than_autocast_does(dtype, monkeypatch):
+    monkeypatch.setattr(loss, "CACHED_ROWS", 16)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(600, 64, generator=generator, requires_grad=True)
     weight = torch.randn(VOCABULARY, 64, generator=generator, requires_grad=True)
@@ -157,6 +160,15 @@ def test_the_loss_in_chunks_rounds_no_more_than_autocast_does(dtype):
     for mine, theirs, true in zip(ours, usual, exact, strict=True):
         assert mine.dtype == torch.float32
         assert (mine - true).norm() < 1.05 * (theirs - true).norm()
+
+
+def test_what_a_compiler_is_given_for_the_loss_computes_the_same():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, VOCABULARY, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (40,), generator=generator)
+    targets[3] = -100
+    compiled = torch.compile(LogitLoss(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, targets), LogitLoss()(logits, targets))
 
 
 def test_the_loss_never_holds_the_logits_of_the_whole_batch():
