@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -21,7 +20,7 @@ from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints, resume_p
 from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.cpu_memory import large_blocks_apart
+from dist_trainer.cpu_products import fp32_products
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
@@ -117,7 +116,8 @@ class Trainer:
     def _fit(self) -> TrainingResult:
         self._saved_step = self.progress.step
         self.model.train()  # Hugging Face's from_pretrained leaves it in evaluation mode
-        with self.world.stop_request.listen():
+        products = fp32_products(unwrap(self.model), self.train_data, self.config.data.sequence_length, self.precision)
+        with self.world.stop_request.listen(), products:
             try:
                 self._at("warming up")
                 self.warm_up()
@@ -233,8 +233,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         data = (self.train_data, self.validation_data)
-        with large_blocks_apart() if self.world.device.type == "cpu" else contextlib.nullcontext():
-            warm_up(self.model, *data, self.world, self.precision, self.loss_function)
+        warm_up(self.model, *data, self.world, self.precision, self.loss_function)
         make_averages(self.optimizer)
 
     def _at(self, phase: Phase) -> None:

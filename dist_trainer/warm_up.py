@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dist_trainer.cpu_memory import large_blocks_apart
 from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import agree
@@ -54,14 +57,15 @@ def warm_up(
         finally:
             evaluated.train(was_training)
 
-    if is_compiled(unwrap(model)):
-        agree(world, lambda: rehearse(exchange=False))
-        agree(world, rehearse_validation)
-        if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
-            agree(world, lambda: rehearse(exchange=False, shorter_by=1))
-            agree(world, lambda: rehearse_validation(shorter_by=1))
-    if world.world_size > 2:
-        rehearse(exchange=True)
+    with large_blocks_apart() if world.device.type == "cpu" else nullcontext():
+        if is_compiled(unwrap(model)):
+            agree(world, lambda: rehearse(exchange=False))
+            agree(world, rehearse_validation)
+            if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
+                agree(world, lambda: rehearse(exchange=False, shorter_by=1))
+                agree(world, lambda: rehearse_validation(shorter_by=1))
+        if world.world_size > 2:
+            rehearse(exchange=True)
 
 
 def _rows_of_blocks(validation_data: DataLoader) -> set[int]:

@@ -16,7 +16,7 @@ FLOORS = [
     {"models", "data", "optim", "parallel", "precision"},
     {"step"},
     {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},
-    {"warm_up", "training_result"},
+    {"warm_up", "cpu_products", "training_result"},
     {"trainer", "starting_point"},
     {"profiling", "out_of_memory", "harness", "continuation"},
     {"run_header"},
