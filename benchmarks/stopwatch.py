@@ -45,6 +45,7 @@ class Stopwatch:
             self.seconds_to_first_step = time.time() - float(os.environ[STARTED])
         if step in (first, last):
             self.cpu[step == last] = _cpu_seconds_of_session()
+        if step == last:
             # Here, for what comes after the last step not all of them do: ours saves, say.
             self.peak_bytes = _peak_bytes()
         self.laps.append(time.perf_counter())

@@ -75,14 +75,14 @@ class _CausalAttention(torch.autograd.Function):
         dq, dk, dv = [], _SumsByBlock(length), _SumsByBlock(length)
         with torch.autocast("cpu", enabled=False):
             mean_NT1 = (dy_NTK.float() * y_NTK.float()).sum(-1, keepdim=True)
-            less_mean_NTK, ones_NTK = _with_difference(dy_NTK, v_NTK, mean_NT1)
+            dy_and_mean_NTJ, v_and_ones_NTJ = _factors_of_difference(dy_NTK, v_NTK, mean_NT1)
             # Twice the queries and half the keys: the same scores bit for bit, but to the compiler not what the forward pass
             # has computed. That, N * T * T numbers, it would keep until now.
             factors = q_NTK.float() * (2 * scale), k_NTK.float() * 0.5
             for block in _blocks(length):
                 seen = slice(0, block.stop)
                 weights_NSU = (_scores(*factors, block) - log_sum_NT1[:, block]).exp()
-                dweights_NSU = less_mean_NTK[:, block] @ ones_NTK[:, seen].mT
+                dweights_NSU = dy_and_mean_NTJ[:, block] @ v_and_ones_NTJ[:, seen].mT
                 dscores_NSU = (weights_NSU * dweights_NSU.float()).to(dtype)
                 dq.append(dscores_NSU @ k_NTK[:, seen])
                 dk.add(dscores_NSU.mT @ q_NTK[:, block])
@@ -100,8 +100,8 @@ def _scores(q_NTK: Tensor, k_NTK: Tensor, block: slice) -> Tensor:
     return torch.where(is_seen_SU, scores_NSU, -math.inf)
 
 
-def _with_difference(dy_NTK: Tensor, v_NTK: Tensor, mean_NT1: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors whose product is dy @ vT - mean.
+def _factors_of_difference(dy_NTK: Tensor, v_NTK: Tensor, mean_NT1: Tensor) -> tuple[Tensor, Tensor]:
+    """Two [N, T, J], J = K + 2, whose product is dy @ vT - mean.
 
     The difference is taken inside the product, which sums in float32 and rounds its result: rounded first, terms that nearly
     cancel would leave little but their errors. The mean goes in as two numbers of the inputs' format, for all of its bits.

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dist_trainer.optim.adamw import AdamW
 from dist_trainer.optim.shared_work import num_ranks, on_one_rank_each
@@ -48,6 +47,11 @@ class Muon(Uncompiled, torch.optim.Muon):
         for group in self.param_groups:
             for matrices in _of_one_shape([matrix for matrix in group["params"] if matrix.grad is not None]):
                 self._update(matrices, group, found_inf)
+
+    def make_averages(self) -> None:
+        """State as the first step would make it, for matrices that have none."""
+        for matrix in (matrix for group in self.param_groups for matrix in group["params"]):
+            self._mean(matrix)
 
     def _update(self, matrices: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
         decay: float | Tensor = 1 - group["lr"] * group["weight_decay"]
@@ -117,19 +121,29 @@ class MuonWithAdamW(Uncompiled):
     _step_supports_amp_scaling = True
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self.parts: list[Optimizer] = [muon, adamw]
+        self.parts = (muon, adamw)
         super().__init__([*muon.param_groups, *adamw.param_groups], defaults={})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, unless `found_inf` says that one is not finite."""
+        for part in self._up_to_date_parts():
+            part.grad_scale, part.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # type: ignore[attr-defined]
+            part.step()
+
+    def make_averages(self) -> None:
+        """State as the first step would make it, for parameters that have none."""
+        for part in self._up_to_date_parts():
+            part.make_averages()
+
+    def _up_to_date_parts(self) -> Iterator[Muon | AdamW]:
+        """Both, with the groups and the state that are theirs."""
         begin = 0
         for part in self.parts:
             count = len(part.param_groups)
             # Anew each time: load_state_dict replaces both, and the trainer writes learning rates into the groups.
             part.param_groups = self.param_groups[begin : begin + count]
             part.state = self.state
-            part.grad_scale, part.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # type: ignore[attr-defined]
-            part.step()
+            yield part
             begin += count
 
 

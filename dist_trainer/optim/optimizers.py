@@ -89,18 +89,8 @@ def make_averages(optimizer: Optimizer) -> None:
     So what lasts lies together in memory, and too little memory is found out before the first step. Those of a parameter that
     never gets a gradient stay zeros.
     """
-    for part in optimizer.parts if isinstance(optimizer, MuonWithAdamW) else [optimizer]:
-        for parameter in (parameter for group in part.param_groups for parameter in group["params"]):
-            if parameter in optimizer.state:
-                continue
-            if type(part) is AdamW and part.defaults["fused"] and not part.defaults["amsgrad"]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-            elif type(part) is Muon:
-                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+    if isinstance(optimizer, AdamW | Muon | MuonWithAdamW):
+        optimizer.make_averages()
 
 
 def adamw(config: OptimConfig, model: nn.Module) -> Optimizer:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.optim import Optimizer
 
 from dist_trainer.config.schema import ModelConfig, OptimConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
@@ -250,6 +251,32 @@ def test_averages_made_ahead_are_those_of_the_first_step_and_none_is_made_twice(
                 make_averages(optimizer)
         results.append((list(model.parameters()), [optimizer.state[parameter] for parameter in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_averages_of_a_parameter_without_gradients_are_saved_and_loaded_as_zeros(name):
+    def with_an_unused_layer() -> nn.ModuleList:
+        torch.manual_seed(0)
+        return nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def step(model: nn.ModuleList, optimizer: Optimizer) -> None:
+        model[0](torch.ones(1, 4)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, resumed = with_an_unused_layer(), with_an_unused_layer()
+    optimizer, fresh = (build_optimizer(OptimConfig(name=name), either) for either in (model, resumed))
+    make_averages(optimizer)
+    step(model, optimizer)
+    resumed.load_state_dict(model.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        step(model, optimizer)
+        step(resumed, fresh)
+    torch.testing.assert_close(list(model.parameters()), list(resumed.parameters()), atol=0, rtol=0)
+    of_unused = [value for parameter in resumed[1].parameters() for value in fresh.state[parameter].values()]
+    assert of_unused
+    assert not any(value.any() for value in of_unused)
 
 
 def test_muon_is_refused_where_it_has_nothing_to_do():
