@@ -9,12 +9,15 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
 from benchmarks.workloads import Workload
+
+if TYPE_CHECKING:
+    from benchmarks.in_turn import BareStepsInTurn
 
 STARTED = "BENCHMARK_STARTED"
 """Variable with the time (unix seconds) at which the contestant's command was given."""
@@ -31,10 +34,18 @@ class Stopwatch:
         self.seconds_to_first_step = 0.0
         self.cpu = [0.0, 0.0]
         self.peak_bytes = 0
+        self.in_turn: BareStepsInTurn | None = None
 
     def watch(self, optimizer: Optimizer) -> None:
         """Take the time after every step of `optimizer`."""
         optimizer.register_step_post_hook(lambda *_: self._lap())
+        if self.workload.in_turn:
+            # Here alone: what contestants import is in their time to the first step.
+            from benchmarks.in_turn import BareStepsInTurn
+
+            in_turn = BareStepsInTurn(self.workload)
+            optimizer.register_step_post_hook(lambda *_: in_turn.step())
+            self.in_turn = in_turn
 
     def _lap(self) -> None:
         step = len(self.laps) + 1
@@ -66,6 +77,7 @@ class Stopwatch:
             "seconds_to_first_step": self.seconds_to_first_step,
             "stall_seconds": max(steps) - statistics.median(steps) if workload.save else None,
             "loss": loss,
+            "in_turn": self.in_turn and self.in_turn.seconds[workload.warmup_steps :],
         }
 
 

@@ -68,6 +68,8 @@ class Workload:
     """Steps before the timed ones."""
     save: bool = False
     """Whether a checkpoint is written after the middle one of the timed steps."""
+    in_turn: bool = False
+    """Whether a contestant makes a step of the bare loop after each of its own (see own_cost.py)."""
 
     @property
     def total_steps(self) -> int:

@@ -6,16 +6,14 @@ DecoderLM itself, which never holds all logits; without it F.cross_entropy of fl
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import workloads
+from benchmarks.contestants.bare_loop import BareLoop
 from benchmarks.contestants.model import adamw, build
 from benchmarks.stopwatch import Stopwatch, workload_here, write_result
 
@@ -41,30 +39,10 @@ def main(flags: set[str]) -> None:
         optimizer.load_state_dict(state["optimizer"])
     stopwatch = Stopwatch(workload)
     stopwatch.watch(optimizer)
-    autocast = contextlib.nullcontext
-    if workload.dtype != "fp32":
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[workload.dtype]
-
-        def autocast() -> torch.autocast:
-            return torch.autocast(device.type, dtype=dtype)
-
-    scaler = torch.amp.GradScaler(device.type, enabled=workload.dtype == "fp16")
+    loop = BareLoop(model, optimizer, device, workload.dtype, lean="lean" in flags)
     loss = torch.zeros(())
     for step, rows in enumerate(workload.rows(rank), start=1):
-        rows = torch.from_numpy(rows.astype("int64")).to(device, non_blocking=True)
-        tokens, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        with autocast():
-            if "lean" in flags:
-                loss = model(tokens, targets) / targets.numel()
-            else:
-                logits = model(tokens)
-                loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(raw.parameters(), workloads.MAX_GRAD_NORM)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        loss = loop.step(rows)
         if step == workload.save_at:
             torch.save({"model": raw.state_dict(), "optimizer": optimizer.state_dict()}, saved)
     write_result(stopwatch, float(loss.detach()))

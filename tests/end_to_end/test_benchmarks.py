@@ -59,3 +59,11 @@ def test_saving_is_measured_beside_torch_save():
 @pytest.mark.slow
 def test_going_on_is_measured_beside_a_script_that_loads():
     assert "ours against the script: " in bench("benchmarks.restarting", "--size", "overhead", "--rounds", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300, method="signal")
+def test_own_cost_is_measured_step_by_step_in_turn_with_the_bare_loop():
+    made = bench("benchmarks.own_cost", "--steps", "6", "--rounds", "1", "--only", "bare, lean; ours")
+    assert "| bare, lean | " in made
+    assert "| ours | " in made

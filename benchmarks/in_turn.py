@@ -1,0 +1,35 @@
+"""Steps of the bare loop between those of a contestant."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from benchmarks.contestants.bare_loop import BareLoop
+from benchmarks.contestants.model import adamw, build
+from benchmarks.workloads import Workload
+
+
+class BareStepsInTurn:
+    """After each step of a contestant, one of the bare loop on a model of its own, in the same process: what else goes on in
+    the machine meets both. On a CPU, one rank.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        device = torch.device("cpu")
+        model = build(workload, device)
+        self.loop = BareLoop(model, adamw(model), device, workload.dtype, lean=True)
+        self.rows = workload.rows(rank=0)
+        self.left = 0.0
+        self.seconds: list[tuple[float, float]] = []
+        """Of each pair of steps: the contestant's, the bare loop's."""
+
+    def step(self) -> None:
+        """Make the bare loop's step."""
+        came = time.perf_counter()
+        self.loop.step(self.rows[len(self.seconds)])
+        left = time.perf_counter()
+        # The first one tells from the start of the process on; it is none of the timed ones.
+        self.seconds.append((came - self.left, left - came))
+        self.left = left

@@ -1,0 +1,72 @@
+"""What a trainer costs a step, beyond the step itself: each one's steps in turn with those of a bare loop, in one process.
+
+python -m benchmarks.own_cost [--size overhead] [--dtype fp32] [--rounds 5] [--only 'ours; HF Trainer']
+
+The bare loop has our loss and settings. Two processes one after the other differ by more than a trainer costs, for what else the
+machine does; two steps one after the other do not. Printed is the median over a run's pairs of steps, and their mean, for what
+does not happen in every step, with a hundredth of the pairs left out at each end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.compare import BASE, CONTESTANTS, chosen, header, run
+from benchmarks.workloads import SIZES, Workload, prepare
+
+TRAINERS = "bare, lean; ours; HF Trainer; Lightning"
+"""The bare loop itself tells what this cannot tell apart."""
+
+
+def differences(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Median and trimmed mean of contestant minus bare loop, in seconds."""
+    more = sorted(own - bare for own, bare in pairs)
+    cut = len(more) // 100
+    return statistics.median(more), statistics.fmean(more[cut : len(more) - cut])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="overhead")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="steps that are timed, instead of the size's own number")
+    parser.add_argument("--only", default=TRAINERS, help=f"with semicolons between (default: {TRAINERS})")
+    given = parser.parse_args()
+    size = dataclasses.replace(SIZES[given.size], steps=given.steps) if given.steps else SIZES[given.size]
+    threads = os.cpu_count() or 1
+    names = [name for name in chosen(given.only) if name != BASE]
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    bare: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
+        workload = Workload(size, Path(folder), dtype=given.dtype, in_turn=True)
+        prepare(workload)
+        for number in range(given.rounds):
+            for name in names:
+                pairs = run(CONTESTANTS[name], workload, threads)["in_turn"]
+                found[name].append(differences(pairs))
+                bare.append(statistics.median(seconds for _, seconds in pairs))
+                print(f"round {number + 1}, {name}: {found[name][-1][0] * 1000:+.3f} ms a step", file=sys.stderr, flush=True)
+    print(
+        f"{header(workload, given.size, threads)}\n\n| contestant | more than the bare loop, ms a step | mean |\n|---|---|---|"
+    )
+    for name, rounds in found.items():
+        medians, means = ([value * 1000 for value in values] for values in zip(*rounds, strict=True))
+        print(f"| {name} | {_spread(medians)} | {_spread(means)} |")
+    print(
+        f"\nMedian (smallest to largest) of {given.rounds} rounds. The bare loop: {statistics.median(bare) * 1000:.2f} ms a step."
+    )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
+
+
+if __name__ == "__main__":
+    main()
