@@ -2,8 +2,8 @@
 
 python -m benchmarks.own_cost [--size overhead] [--dtype fp32] [--rounds 5] [--only 'ours; HF Trainer']
 
-The bare loop has our loss and settings. Two processes one after the other differ by more than a trainer costs, for what else the
-machine does; two steps one after the other do not. Printed is the median over a run's pairs of steps, and their mean, for what
+The bare loop has our loss and settings. Two processes one after the other differ by more than a trainer costs, for what else
+the machine does; two steps one after the other do not. Printed is the median over a run's pairs of steps, and their mean, for what
 does not happen in every step, with a hundredth of the pairs left out at each end.
 """
 
@@ -59,9 +59,8 @@ def main() -> None:
     for name, rounds in found.items():
         medians, means = ([value * 1000 for value in values] for values in zip(*rounds, strict=True))
         print(f"| {name} | {_spread(medians)} | {_spread(means)} |")
-    print(
-        f"\nMedian (smallest to largest) of {given.rounds} rounds. The bare loop: {statistics.median(bare) * 1000:.2f} ms a step."
-    )
+    alone = statistics.median(bare) * 1000
+    print(f"\nMedian (smallest to largest) of {given.rounds} rounds. The bare loop: {alone:.2f} ms a step.")
 
 
 def _spread(values: list[float]) -> str:
