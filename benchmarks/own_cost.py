@@ -3,8 +3,8 @@
 python -m benchmarks.own_cost [--size overhead] [--dtype fp32] [--rounds 5] [--only 'ours; HF Trainer']
 
 The bare loop has our loss and settings. Two processes one after the other differ by more than a trainer costs, for what else
-the machine does; two steps one after the other do not. Printed is the median over a run's pairs of steps, and their mean, for what
-does not happen in every step, with a hundredth of the pairs left out at each end.
+the machine does; two steps one after the other do not. Printed is the median over a run's pairs of steps, and their mean, for
+what does not happen in every step, with a hundredth of the pairs left out at each end.
 """
 
 from __future__ import annotations
