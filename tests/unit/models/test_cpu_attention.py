@@ -12,6 +12,7 @@ from dist_trainer.models.attention import attend
 from dist_trainer.models.cpu_attention import LENGTHS, causal_attention
 from dist_trainer.models.decoder_lm import Block
 from dist_trainer.models.rotary import rotary_tables
+from dist_trainer.parallel.compilation import compile_parts
 
 CONFIG = ModelConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 
@@ -79,6 +80,14 @@ def test_it_is_taken_where_a_block_is_compiled_to_be_trained_with_rows_of_one_le
     assert "scaled_dot_product_attention" not in graph_of(block, long, with_gradients=True)
     assert "scaled_dot_product_attention" in graph_of(block, long, with_gradients=False)
     assert "scaled_dot_product_attention" in graph_of(block, short, with_gradients=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler
+def test_who_compiles_says_whether_all_rows_have_one_length():
+    block = Block(CONFIG, 0)
+    for varying_length in (False, True):
+        compile_parts(block, varying_length=varying_length)
+        assert block.self_attn.compiled_for_one_length is not varying_length
 
 
 def test_it_is_not_taken_where_nothing_is_compiled():
