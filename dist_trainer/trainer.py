@@ -23,6 +23,7 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.cpu_products import fp32_products
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.device_copy import DeviceCopy
+from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.collectives import PendingSum, agree, gather_objects, on_main
@@ -91,6 +92,8 @@ class Trainer:
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
         self.sampler = train_data.sampler
         self.device_copy = DeviceCopy(world.device)
+        tokens, varies = self.sampler.micro_batch_size * config.data.sequence_length, varies_in_length(train_data.dataset)
+        self.products = fp32_products(unwrap(model), self.precision, tokens=tokens, varying_length=varies)
         self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
@@ -116,8 +119,7 @@ class Trainer:
     def _fit(self) -> TrainingResult:
         self._saved_step = self.progress.step
         self.model.train()  # Hugging Face's from_pretrained leaves it in evaluation mode
-        products = fp32_products(unwrap(self.model), self.train_data, self.config.data.sequence_length, self.precision)
-        with self.world.stop_request.listen(), products:
+        with self.world.stop_request.listen():
             try:
                 self._at("warming up")
                 self.warm_up()
@@ -192,7 +194,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
             seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
-            with gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
+            with self.products(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
                 with self.precision.autocast():
                     micro_loss_sum = self.loss_function(self.model, batch)
                 # Ranks average their gradients; times their number, the average is the sum again.
@@ -233,7 +235,7 @@ class Trainer:
     def warm_up(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         data = (self.train_data, self.validation_data)
-        warm_up(self.model, *data, self.world, self.precision, self.loss_function)
+        warm_up(self.model, *data, self.world, self.precision, self.loss_function, self.products)
         make_averages(self.optimizer)
 
     def _at(self, phase: Phase) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -27,18 +28,19 @@ def warm_up(
     world: World,
     precision: Precision,
     loss_function: LossFunction,
+    products: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Compile where a signal can break it off, and bring DDP into the state it has in a run that never stopped.
 
-    Training and validation are compiled apart. Leaves gradients of zero. Raises StoppedError. DDP sorts its buckets by the
-    order in which gradients came in its first backward pass; with more than two ranks that changes the order of summation,
-    hence the last bits, of just the first step after a resume.
+    Training, in contexts that `products` makes, and validation are compiled apart. Leaves gradients of zero. Raises
+    StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two
+    ranks that changes the order of summation, hence the last bits, of just the first step after a resume.
     """
 
     def rehearse(*, exchange: bool, shorter_by: int = 0) -> None:
         batch = next(iter(train_data)).shortened(shorter_by).to(world.device)
         seed_dropout(0, 0, block=0)
-        with gradient_sync(model, enabled=exchange):
+        with products(), gradient_sync(model, enabled=exchange):
             with precision.autocast():
                 loss = loss_function(model, batch)
             (loss * 0.0).backward()

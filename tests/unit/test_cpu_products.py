@@ -3,87 +3,177 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
 from dist_trainer import cpu_products
-from dist_trainer.config.schema import BatchConfig, TrainingConfig
-from dist_trainer.cpu_products import MIN_TOKENS, fp32_products, products_by_onednn
+from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig, ValidationConfig
+from dist_trainer.cpu_products import MIN_TOKENS, fp32_products, onednn_multiplies_in_fp32, products_by_onednn
 from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.distributed.world import World
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.models.loss import model_loss
+from dist_trainer.optim.optimizers import build_optimizer
 from dist_trainer.parallel.compilation import compile_parts
 from dist_trainer.precision import Precision
+from dist_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler
 SWITCH = torch.backends.mkldnn.matmul
-LENGTH = MIN_TOKENS // 2
+FP32 = Precision("fp32", torch.device("cpu"))
+BY_ONEDNN, BY_TORCHS_CHOICE = "bf16", "none"
 
 
 @pytest.fixture(autouse=True)
-def torchs_own_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_a_wide_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_products, "mkl_is_narrow_here", lambda: True)
-    before = SWITCH.fp32_precision
-    SWITCH.fp32_precision = "none"
+    monkeypatch.setattr(cpu_products, "onednn_multiplies_in_fp32", lambda: True)
+
+
+@pytest.fixture
+def legacy_switch() -> Iterator[None]:
     yield
-    SWITCH.fp32_precision = before
+    torch.set_float32_matmul_precision("highest")
+    SWITCH.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
 
 
-def loader(*, rows_at_once: int = 2) -> DataLoader:
-    config = TrainingConfig(batch=BatchConfig(global_batch_size=rows_at_once))
-    rows = [(torch.arange(LENGTH), torch.arange(LENGTH)) for _ in range(rows_at_once)]
-    return create_dataloaders(config, World.single(), train_dataset=rows)[0]
-
-
-def compiled() -> nn.Module:
-    model = nn.Linear(8, 8)
-    compile_parts(model)
+def a_model(*, compiled: bool = True) -> DecoderLM:
+    shape = ModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    torch.manual_seed(0)
+    model = DecoderLM(shape, vocabulary_size=64, max_position_embeddings=128)
+    if compiled:
+        compile_parts(model)
     return model
 
 
-def choice(model: nn.Module, data: DataLoader, dtype: str = "fp32", device: str = "cpu") -> str:
-    with fp32_products(model, data, LENGTH, Precision(dtype, torch.device(device))):
+def choice(model: nn.Module, precision: Precision = FP32, *, tokens: int = MIN_TOKENS, varying_length: bool = False) -> str:
+    with fp32_products(model, precision, tokens=tokens, varying_length=varying_length)():
         return SWITCH.fp32_precision
 
 
-def test_compiled_models_in_fp32_on_a_cpu_have_it():
-    assert choice(compiled(), loader()) == "bf16"
-    assert SWITCH.fp32_precision == "none"
+def test_they_are_onednns_for_compiled_blocks_in_fp32_on_a_cpu():
+    assert choice(a_model()) == BY_ONEDNN
+    assert SWITCH.fp32_precision == BY_TORCHS_CHOICE
 
 
-def test_others_do_not(monkeypatch):
-    assert choice(nn.Linear(8, 8), loader()) == "none"
-    assert choice(compiled(), loader(rows_at_once=1)) == "none"  # too few tokens
-    assert choice(compiled(), loader(), dtype="bf16") == "none"
-    assert choice(compiled(), loader(), device="cuda") == "none"
-    monkeypatch.setattr(cpu_products, "varies_in_length", lambda dataset: True)
-    assert choice(compiled(), loader()) == "none"
-    monkeypatch.setattr(cpu_products, "varies_in_length", lambda dataset: False)
-    monkeypatch.setattr(cpu_products, "mkl_is_narrow_here", lambda: False)
-    assert choice(compiled(), loader()) == "none"
+def test_they_are_not_where_that_would_not_pay(monkeypatch):
+    model, whole = a_model(), nn.Linear(1, 1)
+    compile_parts(whole)
+    assert choice(a_model(compiled=False)) == choice(whole) == BY_TORCHS_CHOICE
+    assert choice(model, tokens=MIN_TOKENS - 1) == choice(model, varying_length=True) == BY_TORCHS_CHOICE
+    assert choice(model, Precision("bf16", torch.device("cpu"))) == BY_TORCHS_CHOICE
+    assert choice(model, Precision("fp32", torch.device("cuda"))) == BY_TORCHS_CHOICE
+    for condition in ("mkl_is_narrow_here", "onednn_multiplies_in_fp32"):
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu_products, condition, lambda: False)
+            assert choice(model) == BY_TORCHS_CHOICE
 
 
-def test_what_a_user_has_chosen_stands():
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_what_a_user_has_chosen_for_everything_stands(precision, legacy_switch):
+    torch.set_float32_matmul_precision(precision)
+    chosen = SWITCH.fp32_precision
+    with products_by_onednn():
+        assert (SWITCH.fp32_precision, torch.get_float32_matmul_precision()) == (chosen, precision)
+    assert (SWITCH.fp32_precision, torch.get_float32_matmul_precision()) == (chosen, precision)
+
+
+def test_what_a_user_has_chosen_for_onednn_stands(legacy_switch):
     SWITCH.fp32_precision = "ieee"
-    assert choice(compiled(), loader()) == "ieee"
+    with products_by_onednn():
+        assert SWITCH.fp32_precision == "ieee"
     assert SWITCH.fp32_precision == "ieee"
 
 
-def test_products_are_in_float32_on_every_processor():
-    left, right = (torch.randn(256, 300, dtype=torch.float64) for _ in range(2))
+def test_all_is_as_it_was_even_after_an_error_and_torch_can_tell_its_precision_within():
+    torch.backends.cuda.matmul.allow_tf32 = False  # as build_precision does
+    before = torch.backends.cuda.matmul.fp32_precision
     with products_by_onednn():
-        product = left.float() @ right.float().T
-    torch.testing.assert_close(product, (left @ right.T).float(), rtol=0, atol=1e-4)  # bfloat16's errors are 0.1
+        assert torch.get_float32_matmul_precision() == "medium"
+    with pytest.raises(ZeroDivisionError), products_by_onednn():
+        _ = 1 / 0
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert (SWITCH.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == (BY_TORCHS_CHOICE, before)
 
 
-def test_where_factors_would_be_rounded_torchs_own_products_are_kept(monkeypatch):
-    product = torch.Tensor.__matmul__
+def test_whether_factors_are_rounded_is_found_out(monkeypatch):
+    product = Tensor.__matmul__
 
-    def rounding(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def rounding(left: Tensor, right: Tensor) -> Tensor:
         return product(left.bfloat16().float(), right) if left.dtype is torch.float32 else product(left, right)
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", rounding)
+    def failing(left: Tensor, right: Tensor) -> Tensor:
+        if left.dtype is torch.float32:
+            raise RuntimeError("could not create a primitive")
+        return product(left, right)
+
+    for multiply in (rounding, failing):
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "__matmul__", multiply)
+            assert not onednn_multiplies_in_fp32()
+
+
+@pytest.mark.skipif(not onednn_multiplies_in_fp32(), reason="this processor rounds factors to bfloat16, so MKL stays")
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(512, 256, 512), (256, 2048, 256), (64, 128, 1024)])
+def test_products_are_as_exact_as_float32_is(rows, inner, columns):
+    generator = torch.Generator().manual_seed(inner)
+    left = torch.randn(rows, inner, generator=generator, dtype=torch.float64)
+    right = torch.randn(inner, columns, generator=generator, dtype=torch.float64)
+    exact = left.float().double() @ right.float().double()
     with products_by_onednn():
-        assert SWITCH.fp32_precision == "none"
+        product = left.float() @ right.float()
+    assert (product - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+@pytest.mark.skipif(not onednn_multiplies_in_fp32(), reason="this processor rounds factors to bfloat16, so MKL stays")
+def test_loss_and_gradients_of_a_compiled_model_agree_with_mkls_and_are_the_same_each_time():
+    model, ids = a_model(), torch.randint(0, 64, (MIN_TOKENS // 128, 129), generator=torch.Generator().manual_seed(0))
+
+    def of_a_step(context: AbstractContextManager[None]) -> list[Tensor]:
+        with context:
+            loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    mkls, onednns, again = (of_a_step(context) for context in (nullcontext(), products_by_onednn(), products_by_onednn()))
+    torch.testing.assert_close(onednns, mkls, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again, onednns, rtol=0, atol=0)
+
+
+def test_steps_and_their_rehearsal_have_it_and_validation_does_not(monkeypatch, tmp_path):
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def loss_function(model: Any, batch: Any) -> Tensor:
+        seen[torch.is_grad_enabled()].add(SWITCH.fp32_precision)
+        return model_loss(model, batch)
+
+    monkeypatch.setattr("dist_trainer.warm_up.is_compiled", lambda _: True)
+    monkeypatch.setattr(cpu_products, "is_compiled", lambda _: True)  # but eagerly: quicker
+    config = TrainingConfig(
+        output_dir=str(tmp_path),
+        data=DataConfig(sequence_length=128),
+        batch=BatchConfig(global_batch_size=MIN_TOKENS // 128),
+        train=TrainConfig(max_steps=2),
+        validation=ValidationConfig(every_steps=1),
+    )
+    rows = [(torch.arange(128) % 64, torch.arange(1, 129) % 64) for _ in range(16)]
+    world, model = World.single(), a_model(compiled=False)
+    loaders = create_dataloaders(config, world, train_dataset=rows, validation_dataset=rows)
+    optimizer = build_optimizer(config.optim, model)
+    Trainer(
+        config,
+        world,
+        model=model,
+        optimizer=optimizer,
+        train_data=loaders.train,
+        validation_data=loaders.validation,
+        loss_function=loss_function,
+    ).fit()
+    assert seen == {True: {BY_ONEDNN}, False: {BY_TORCHS_CHOICE}}
+    assert SWITCH.fp32_precision == BY_TORCHS_CHOICE
