@@ -56,9 +56,8 @@ def main() -> None:
                 found[name].append(differences(pairs))
                 bare[name].append(statistics.median(seconds for _, seconds in pairs) * 1000)
                 print(f"round {number + 1}, {name}: {found[name][-1][0] * 1000:+.3f} ms a step", file=sys.stderr, flush=True)
-    print(
-        f"{header(workload, given.size, threads)}\n\n| contestant | ms a step more than the bare loop | mean | the bare loop, ms |\n|---|---|---|---|"
-    )
+    print(header(workload, given.size, threads))
+    print("\n| contestant | ms a step more than the bare loop | mean | the bare loop, ms |\n|---|---|---|---|")
     for name, rounds in found.items():
         medians, means = ([value * 1000 for value in values] for values in zip(*rounds, strict=True))
         print(f"| {name} | {_spread(medians)} | {_spread(means)} | {statistics.median(bare[name]):.2f} |")
