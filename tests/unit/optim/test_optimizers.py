@@ -1,5 +1,7 @@
 """Which optimizer updates what."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -269,7 +271,7 @@ def test_averages_of_a_parameter_without_gradients_are_saved_and_loaded_as_zeros
     make_averages(optimizer)
     step(model, optimizer)
     resumed.load_state_dict(model.state_dict())
-    fresh.load_state_dict(optimizer.state_dict())
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # else both would have the same tensors
     for _ in range(2):
         step(model, optimizer)
         step(resumed, fresh)
