@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -26,11 +26,11 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass."""
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not torch.float32)
+        return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device_type, dtype=self.dtype)
 
     def backward(self, loss: Tensor, factor: float = 1.0) -> None:
         """Gradients of `loss` * `factor`; a loss that is not finite poisons them, so that their exchange tells every rank."""
-        weight = torch.where(loss.detach().isfinite(), factor, torch.nan)
+        weight = (loss.detach().float() * 0.0).add_(factor)  # NaN where the loss is not finite
         # Not as the gradient that `backward` begins with: for that torch imports sympy, two seconds of the first step.
         self.scaler.scale(loss * weight).backward()
 
