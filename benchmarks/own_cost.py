@@ -1,11 +1,11 @@
 """What a trainer costs a step, beyond the step itself: each one's steps in turn with those of a bare loop, in one process.
 
-python -m benchmarks.own_cost [--size overhead] [--dtype fp32] [--rounds 5] [--only 'ours; HF Trainer']
+python -m benchmarks.own_cost [--dtype fp32] [--rounds 5] [--only 'ours; HF Trainer']
 
-The bare loop has our loss, is not compiled, and runs in the contestant's process, hence with its allocator's settings. Two
-processes one after the other differ by more than a trainer costs, for what else the machine does; two steps one after the
-other do not. Printed is the median over a run's pairs of steps, and their mean, for what does not happen in every step, with
-a hundredth of the pairs left out at each end.
+The bare loop has our loss (at this size the same operations as F.cross_entropy), is not compiled, and runs in the
+contestant's process, hence with its allocator's settings. Two processes one after the other differ by more than a trainer
+costs, for what else the machine does; two steps one after the other do not. Printed is the median over a run's pairs of
+steps, and their mean, for what does not happen in every step, with a hundredth of the pairs left out at each end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.compare import BASE, CONTESTANTS, chosen, header, run
 from benchmarks.workloads import SIZES, Workload, prepare
 
+SIZE = "overhead"
 TRAINERS = "bare, lean; ours; HF Trainer; Lightning"
 """The bare loop itself tells what this cannot tell apart."""
 
@@ -34,17 +35,19 @@ def differences(pairs: list[tuple[float, float]]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="overhead")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps that are timed, instead of the size's own number")
     parser.add_argument("--only", default=TRAINERS, help=f"with semicolons between (default: {TRAINERS})")
     given = parser.parse_args()
-    size = dataclasses.replace(SIZES[given.size], steps=given.steps) if given.steps else SIZES[given.size]
+    size = dataclasses.replace(SIZES[SIZE], steps=given.steps) if given.steps else SIZES[SIZE]
     threads = os.cpu_count() or 1
-    names = [name for name in chosen(given.only) if name != BASE]
-    if any("compiled" in name for name in names):
-        parser.error("--only: the bare loop beside them is not compiled, so contestants that are cannot be compared with it")
+    try:
+        names = [name for name in chosen(given.only) if name != BASE]
+    except ValueError as error:
+        parser.error(str(error))
+    if not names or any("compiled" in name or "Llama" in name for name in names):
+        parser.error(f"--only: some of {TRAINERS}; compiled ones and other models do not do the bare loop's work")
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     bare: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
@@ -56,7 +59,7 @@ def main() -> None:
                 found[name].append(differences(pairs))
                 bare[name].append(statistics.median(seconds for _, seconds in pairs) * 1000)
                 print(f"round {number + 1}, {name}: {found[name][-1][0] * 1000:+.3f} ms a step", file=sys.stderr, flush=True)
-    print(header(workload, given.size, threads))
+    print(header(workload, SIZE, threads))
     print("\n| contestant | ms a step more than the bare loop | mean | the bare loop, ms |\n|---|---|---|---|")
     for name, rounds in found.items():
         medians, means = ([value * 1000 for value in values] for values in zip(*rounds, strict=True))

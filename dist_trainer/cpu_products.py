@@ -24,7 +24,7 @@ def fp32_products(
     """Makes the contexts in which steps of `tokens` a micro-batch multiply fastest; `model` is not wrapped.
 
     That is oneDNN's for models of compiled blocks with rows of one length. Not compiled, attention lays its queries out so that
-    oneDNN is slow with them; and it prepares itself for each new shape.
+    oneDNN is slow with them; and oneDNN prepares anew for each shape.
     """
     is_faster = (
         precision.device_type == "cpu"
@@ -34,8 +34,9 @@ def fp32_products(
         and not varying_length
         and tokens >= MIN_TOKENS
         and mkl_is_narrow_here()
+        and onednn_multiplies_in_fp32()
     )
-    return products_by_onednn if is_faster and onednn_multiplies_in_fp32() else nullcontext
+    return products_by_onednn if is_faster else nullcontext
 
 
 def mkl_is_narrow_here() -> bool:
@@ -47,10 +48,10 @@ def mkl_is_narrow_here() -> bool:
 
 @contextmanager
 def products_by_onednn() -> Iterator[None]:
-    """Within, oneDNN multiplies float32 matrices, unless the user has chosen who does.
+    """Within, oneDNN multiplies float32 matrices, of the whole process, unless the user has chosen before who does.
 
     torch hands them to oneDNN only where it allows rounding to bfloat16. Of that it makes use on processors with AMX alone;
-    ask `onednn_multiplies_in_fp32` first.
+    ask `onednn_multiplies_in_fp32` first. On GPUs products may be TF32 meanwhile.
     """
     # torch sets these attributes when it is imported, unseen by type checkers.
     backends: Any = torch.backends

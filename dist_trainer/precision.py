@@ -26,7 +26,11 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass."""
-        return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device_type, dtype=self.dtype)
+        if self.dtype is not torch.float32:
+            return torch.autocast(self.device_type, dtype=self.dtype)
+        if torch.is_autocast_enabled(self.device_type):
+            return torch.autocast(self.device_type, enabled=False)  # that of a caller
+        return nullcontext()
 
     def backward(self, loss: Tensor, factor: float = 1.0) -> None:
         """Gradients of `loss` * `factor`; a loss that is not finite poisons them, so that their exchange tells every rank."""
@@ -69,7 +73,7 @@ def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
 
     Sets whether the process's fp32 products on GPUs may be TF32.
     """
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32 and device.type == "cuda"
     if config.dtype != "auto":
         return Precision(config.dtype, device)
     if device.type != "cuda":

@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BareLoop:
-    """What is between the rows and the update; nothing around it."""
+    """From rows to updated weights, and nothing around it."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device, dtype: str, *, lean: bool) -> None:
         """`model` is DecoderLM, wrapped or not; `lean`: its own loss, which never holds all logits, not F.cross_entropy of

@@ -11,15 +11,29 @@ import torch
 from torch import Tensor, nn
 
 from dist_trainer import cpu_products
-from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig, ValidationConfig
-from dist_trainer.cpu_products import MIN_TOKENS, fp32_products, onednn_multiplies_in_fp32, products_by_onednn
+from dist_trainer.config.schema import (
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    PrecisionConfig,
+    TrainConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from dist_trainer.cpu_products import (
+    MIN_TOKENS,
+    fp32_products,
+    mkl_is_narrow_here,
+    onednn_multiplies_in_fp32,
+    products_by_onednn,
+)
 from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.distributed.world import World
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.optimizers import build_optimizer
 from dist_trainer.parallel.compilation import compile_parts
-from dist_trainer.precision import Precision
+from dist_trainer.precision import Precision, build_precision
 from dist_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler
@@ -53,6 +67,11 @@ def a_model(*, compiled: bool = True) -> DecoderLM:
 def choice(model: nn.Module, precision: Precision = FP32, *, tokens: int = MIN_TOKENS, varying_length: bool = False) -> str:
     with fp32_products(model, precision, tokens=tokens, varying_length=varying_length)():
         return SWITCH.fp32_precision
+
+
+def skip_where_factors_are_rounded() -> None:
+    if not onednn_multiplies_in_fp32():
+        pytest.skip("this processor rounds factors to bfloat16, so MKL stays")
 
 
 def test_they_are_onednns_for_compiled_blocks_in_fp32_on_a_cpu():
@@ -103,23 +122,49 @@ def test_all_is_as_it_was_even_after_an_error_and_torch_can_tell_its_precision_w
 def test_whether_factors_are_rounded_is_found_out(monkeypatch):
     product = Tensor.__matmul__
 
+    def exact(left: Tensor, right: Tensor) -> Tensor:
+        return product(left.double(), right.double()).to(left.dtype)
+
     def rounding(left: Tensor, right: Tensor) -> Tensor:
-        return product(left.bfloat16().float(), right) if left.dtype is torch.float32 else product(left, right)
+        return product(left.bfloat16().float(), right) if SWITCH.fp32_precision == BY_ONEDNN else product(left, right)
 
     def failing(left: Tensor, right: Tensor) -> Tensor:
-        if left.dtype is torch.float32:
+        if SWITCH.fp32_precision == BY_ONEDNN:
             raise RuntimeError("could not create a primitive")
         return product(left, right)
 
-    for multiply in (rounding, failing):
+    for multiply, expected in ((exact, True), (rounding, False), (failing, False)):
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "__matmul__", multiply)
-            assert not onednn_multiplies_in_fp32()
+            assert onednn_multiplies_in_fp32() is expected
 
 
-@pytest.mark.skipif(not onednn_multiplies_in_fp32(), reason="this processor rounds factors to bfloat16, so MKL stays")
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"cpu_name": "AMD EPYC 9654", "avx512_f": True}, True),
+        ({"cpu_name": "AMD EPYC 7763", "avx512_f": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8480+", "avx512_f": True}, False),
+        ({}, False),
+    ],
+)
+def test_which_processors_mkl_is_narrow_on(capabilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(type(torch.backends.mkldnn), "is_available", lambda _: True)
+    assert mkl_is_narrow_here() is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not mkl_is_narrow_here()
+
+
+def test_tf32_is_of_gpus_alone():
+    build_precision(PrecisionConfig(dtype="fp32", tf32=True), torch.device("cpu"))
+    assert choice(a_model()) == BY_ONEDNN
+
+
 @pytest.mark.parametrize(("rows", "inner", "columns"), [(512, 256, 512), (256, 2048, 256), (64, 128, 1024)])
 def test_products_are_as_exact_as_float32_is(rows, inner, columns):
+    skip_where_factors_are_rounded()
     generator = torch.Generator().manual_seed(inner)
     left = torch.randn(rows, inner, generator=generator, dtype=torch.float64)
     right = torch.randn(inner, columns, generator=generator, dtype=torch.float64)
@@ -132,8 +177,8 @@ def test_products_are_as_exact_as_float32_is(rows, inner, columns):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
-@pytest.mark.skipif(not onednn_multiplies_in_fp32(), reason="this processor rounds factors to bfloat16, so MKL stays")
 def test_loss_and_gradients_of_a_compiled_model_agree_with_mkls_and_are_the_same_each_time():
+    skip_where_factors_are_rounded()
     model, ids = a_model(), torch.randint(0, 64, (MIN_TOKENS // 128, 129), generator=torch.Generator().manual_seed(0))
 
     def of_a_step(context: AbstractContextManager[None]) -> list[Tensor]:
@@ -147,11 +192,14 @@ def test_loss_and_gradients_of_a_compiled_model_agree_with_mkls_and_are_the_same
 
 
 def test_steps_and_their_rehearsal_have_it_and_validation_does_not(monkeypatch, tmp_path):
-    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    seen: dict[str, set[str]] = {"training": set(), "backward": set(), "validation": set()}
 
     def loss_function(model: Any, batch: Any) -> Tensor:
-        seen[torch.is_grad_enabled()].add(SWITCH.fp32_precision)
-        return model_loss(model, batch)
+        loss = model_loss(model, batch)
+        seen["training" if loss.requires_grad else "validation"].add(SWITCH.fp32_precision)
+        if loss.requires_grad:
+            loss.register_hook(lambda _: seen["backward"].add(SWITCH.fp32_precision))
+        return loss
 
     monkeypatch.setattr("dist_trainer.warm_up.is_compiled", lambda _: True)
     monkeypatch.setattr(cpu_products, "is_compiled", lambda _: True)  # but eagerly: quicker
@@ -175,5 +223,5 @@ def test_steps_and_their_rehearsal_have_it_and_validation_does_not(monkeypatch, 
         validation_data=loaders.validation,
         loss_function=loss_function,
     ).fit()
-    assert seen == {True: {BY_ONEDNN}, False: {BY_TORCHS_CHOICE}}
+    assert seen == {"training": {BY_ONEDNN}, "backward": {BY_ONEDNN}, "validation": {BY_TORCHS_CHOICE}}
     assert SWITCH.fp32_precision == BY_TORCHS_CHOICE
