@@ -27,8 +27,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def large_blocks_apart() -> Iterator[None]:
-    """Within, large tensors that find no room in the heap are mapped by themselves; what is free at its end goes back to the
-    kernel, and from then on freed memory is kept (again).
+    """Within, large tensors that find no room in the heap are mapped by themselves; then freed memory is kept (again).
 
     For what comes before the steps: a compiler's many small objects would lie among a rehearsal's tensors for good, and steps
     find no room for theirs between them.
@@ -38,7 +37,6 @@ def large_blocks_apart() -> Iterator[None]:
         yield
     finally:
         if changed:
-            ctypes.CDLL(None).malloc_trim(0)
             keep_freed_memory()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -67,7 +66,6 @@ def warm_up(
             if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
                 agree(world, lambda: rehearse(exchange=False, shorter_by=1))
                 agree(world, lambda: rehearse_validation(shorter_by=1))
-            gc.collect()  # of the compiler's graphs, which refer to one another
         if world.world_size > 2:
             rehearse(exchange=True)
 
