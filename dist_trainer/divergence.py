@@ -57,7 +57,7 @@ class DivergenceWatch:
         step = self.judged.step
         if copied is not None:
             copied.synchronize()
-        norm = float(grad_norm.numpy())  # in host memory
+        norm = grad_norm.item()  # in host memory
         if math.isfinite(norm):
             self.skipped_in_a_row = 0
             return

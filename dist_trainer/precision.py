@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ class Precision:
         self.name = dtype
         self.dtype = DTYPES[dtype]
         self.device_type = device.type
+        self._is_on_host = device.type == "cpu"  # where to read a number is to wait for nothing
         # torch's own way to be absent: disabled, every method of the scaler is the identity.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
@@ -34,9 +36,13 @@ class Precision:
 
     def backward(self, loss: Tensor, factor: float = 1.0) -> None:
         """Gradients of `loss` * `factor`; a loss that is not finite poisons them, so that their exchange tells every rank."""
-        weight = (loss.detach().float() * 0.0).add_(factor)  # NaN where the loss is not finite
+        weight: float | Tensor
+        if self._is_on_host:
+            weight = factor if math.isfinite(loss.item()) else math.nan
+        else:
+            weight = (loss.detach().float() * 0.0).add_(factor)  # NaN where the loss is not finite
         # Not as the gradient that `backward` begins with: for that torch imports sympy, two seconds of the first step.
-        self.scaler.scale(loss * weight).backward()
+        self.scaler.scale(loss.float() * weight).backward()
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Undo the scaling of the gradients."""
@@ -50,12 +56,13 @@ class Precision:
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
-        elif getattr(optimizer, "_step_supports_amp_scaling", False):
+        elif self._is_on_host or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            if math.isfinite(grad_norm.item()):
+                optimizer.step()
+        else:
             # The protocol between GradScaler and fused optimizers, without a scale.
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
-            optimizer.step()
-        elif bool(grad_norm.isfinite()):
             optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 MASK = "***"
 _SHORTEST = 8
@@ -24,7 +25,7 @@ def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
     password in addresses, and without what has the form of a well-known kind of token.
     """
     for name, value in environment.items():
-        if len(value) >= _SHORTEST and _SECRET_NAME.fullmatch(name):
+        if len(value) >= _SHORTEST and _sounds_secret(name):
             text = text.replace(value, MASK).replace(json.dumps(value)[1:-1], MASK)
     text = _USER_IN_URL.sub(rf"\1{MASK}@", text)
     return _KNOWN_FORM.sub(MASK, text)
@@ -36,7 +37,7 @@ def masked_command(words: list[str], environment: Mapping[str, str] = os.environ
     follows_secret = False
     for word in words:
         name, equals, _ = word.partition("=")
-        is_secret = word.startswith("-") and _SECRET_NAME.fullmatch(name.lstrip("-").rpartition(".")[2]) is not None
+        is_secret = word.startswith("-") and _sounds_secret(name.lstrip("-").rpartition(".")[2])
         if is_secret and equals:
             word = f"{name}={MASK}"
         elif follows_secret and not word.startswith("--"):
@@ -44,3 +45,9 @@ def masked_command(words: list[str], environment: Mapping[str, str] = os.environ
         follows_secret = is_secret and not equals
         shown.append(masked(word, environment))
     return shown
+
+
+@lru_cache(maxsize=1024)
+def _sounds_secret(name: str) -> bool:
+    """Remembered, since every line that is logged asks it of every variable."""
+    return _SECRET_NAME.fullmatch(name) is not None

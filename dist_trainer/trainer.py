@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -33,9 +32,10 @@ from dist_trainer.divergence import DivergenceWatch
 from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
+from dist_trainer.models.wrapping import unwrap
 from dist_trainer.optim.optimizers import make_averages
 from dist_trainer.optim.schedules import build_schedule, total_steps
-from dist_trainer.parallel.registry import gradient_sync, unwrap
+from dist_trainer.parallel.registry import gradient_sync
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample, log_sample, sample_is_due
 from dist_trainer.step import StepInput, StepResult, seed_dropout
@@ -82,8 +82,7 @@ class Trainer:
         self.loss_function = loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
         self.tracker = tracker if tracker is not None and world.is_main else NullTracker()
-        self.sample, self.token_bytes = sample, token_bytes
-        self.facts = facts or {}
+        self.sample, self.token_bytes, self.facts = sample, token_bytes, facts or {}
         self.progress = Progress()
 
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -191,7 +190,7 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
         step = self.progress.step
-        loss_sum = torch.zeros((), device=self.world.device)
+        losses: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
             with self.products(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
@@ -199,7 +198,7 @@ class Trainer:
                     micro_loss_sum = self.loss_function(self.model, batch)
                 # Ranks average their gradients; times their number, the average is the sum again.
                 self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))
-            loss_sum += micro_loss_sum.detach()
+            losses.append(micro_loss_sum.detach().float())
 
         self.precision.unscale(self.optimizer)
         grad_norm = self._clip_gradients()
@@ -209,9 +208,10 @@ class Trainer:
         self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
-        self.progress.step += 1
-        self.progress.target_tokens += target_tokens
-        return StepResult(self.progress.step, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
+        done = self.progress
+        done.note_step(target_tokens)
+        loss_sum = sum(losses[1:], losses[0])
+        return StepResult(done.step, loss_sum, grad_norm, learning_rate, target_tokens, done.target_tokens)
 
     def _clip_gradients(self) -> Tensor:
         """Scale gradients down to `optim.max_grad_norm`; their norm before, over all parameters: a float32 scalar."""

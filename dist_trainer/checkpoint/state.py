@@ -55,6 +55,11 @@ class Progress:
         """Whether the sample of this step is still to be made."""
         return 0 < self.owed_sample_step == self.step
 
+    def note_step(self, target_tokens: int) -> None:
+        """One more step is done, which learned from so many."""
+        self.step += 1
+        self.target_tokens += target_tokens
+
     def note_validation(self, loss: float) -> bool:
         """Note what a validation of `step` found; whether it is the lowest loss so far."""
         self.validated_step, self.validation_loss = self.step, loss

@@ -19,7 +19,7 @@ class DeviceCopy:
     def start(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches on the device; not to be read before `wait`. Those that are pinned are copied without waiting."""
         if self._stream is None:
-            return [batch.to(self._device) for batch in batches]
+            return list(batches)
         with torch.cuda.stream(self._stream):
             return [batch.to(self._device) for batch in batches]
 

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -84,6 +84,21 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts it in KiB
 
 
+class _Sum:
+    """Sums up the seconds spent inside. Entered in every step, hence no generator, which costs several times that."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.seconds = 0.0
+        self._clock = clock
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = self._clock()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += self._clock() - self._began
+
+
 class Throughput:
     """Measures from one logged step to the next, leaving out validation and saving."""
 
@@ -101,32 +116,23 @@ class Throughput:
         self._full_use = peak * world.world_size / flops_per_token if peak and flops_per_token else None
         """Tokens a second at which every device would be at its peak."""
         self._clock = clock
+        self._left_out, self._data = _Sum(clock), _Sum(clock)
         self.start(step=0, tokens=0)
 
     def start(self, *, step: int, tokens: int) -> None:
         """Begin to measure, with `step` steps and `tokens` target tokens done."""
         self._step, self._tokens = step, tokens
-        self._left_out_seconds = self._data_seconds = 0.0
+        self._left_out.seconds = self._data.seconds = 0.0
         self._stall_seconds: float | None = None
         self._started = self._clock()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """What happens inside is no part of the steps' time."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            self._left_out_seconds += self._clock() - begin
+        return self._left_out
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
+    def waiting_for_data(self) -> AbstractContextManager[None]:
         """What happens inside is part of the steps' time, and is shown as `data_seconds` too."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            self._data_seconds += self._clock() - begin
+        return self._data
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -144,14 +150,14 @@ class Throughput:
         the share of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
         `checkpoint_stall_ms` is how long training stood still for checkpoints since the last call; None: there was none.
         """
-        seconds = self._clock() - self._started - self._left_out_seconds
+        seconds = self._clock() - self._started - self._left_out.seconds
         steps = max(1, step - self._step)
         tokens_per_second = (tokens - self._tokens) / seconds if seconds > 0 else 0.0
         measured = {
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second / self._full_use if self._full_use else None,
             "step_seconds": seconds / steps,
-            "data_seconds": self._data_seconds / steps,
+            "data_seconds": self._data.seconds / steps,
             "checkpoint_stall_ms": None if self._stall_seconds is None else 1000 * self._stall_seconds,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }

@@ -99,7 +99,9 @@ class DeviceReads(TorchDispatchMode):
             self._note(name)
 
     def _pretend_gpu(self, trainer: Trainer, patch: pytest.MonkeyPatch) -> None:
-        """The divergence watch reads as on a GPU: a copy in pinned memory, once an event says that it has arrived."""
+        """Nothing is read at once; the divergence watch reads as on a GPU: a copy in pinned memory, once an event says that
+        it has arrived.
+        """
         reads, empty_like = self, torch.empty_like
 
         class Event:
@@ -112,6 +114,7 @@ class DeviceReads(TorchDispatchMode):
                 if self.recorded_in_step >= reads._step:
                     reads._note("wait for what was launched just now")
 
+        patch.setattr(trainer.precision, "_is_on_host", False)
         patch.setattr(trainer.divergence, "_on_gpu", True)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch, "empty_like", lambda tensor, *, pin_memory=False, **named: empty_like(tensor, **named))

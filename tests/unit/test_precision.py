@@ -29,29 +29,54 @@ def one_update(precision: Precision, *, loss_factor: float, optimizer: str = "fu
     return grad_norm, changed, made
 
 
+@pytest.fixture(params=["on the host", "as on a GPU"])
+def precision_of(request, monkeypatch):
+    """Makes a Precision that reads numbers at once, or one that never does."""
+
+    def make(dtype):
+        precision = Precision(dtype, CPU)
+        monkeypatch.setattr(precision, "_is_on_host", request.param == "on the host")
+        return precision
+
+    return make
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_a_finite_gradient_updates_the_weights(dtype, optimizer):
-    grad_norm, changed, _ = one_update(Precision(dtype, CPU), loss_factor=1.0, optimizer=optimizer)
+def test_a_finite_gradient_updates_the_weights(dtype, optimizer, precision_of):
+    grad_norm, changed, _ = one_update(precision_of(dtype), loss_factor=1.0, optimizer=optimizer)
     assert grad_norm.isfinite()
     assert all(changed)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_an_infinite_loss_leaves_weights_and_optimizer_as_they_were(dtype, optimizer):
-    grad_norm, changed, made = one_update(Precision(dtype, CPU), loss_factor=float("inf"), optimizer=optimizer)
+def test_an_infinite_loss_leaves_weights_and_optimizer_as_they_were(dtype, optimizer, precision_of):
+    grad_norm, changed, made = one_update(precision_of(dtype), loss_factor=float("inf"), optimizer=optimizer)
     assert not grad_norm.isfinite()
     assert not any(changed)
     for state in made.state.values():
         assert not any(value.any() for value in state.values())
 
 
-def test_an_infinite_loss_with_finite_gradients_still_poisons_them():
+def test_an_infinite_loss_with_finite_gradients_still_poisons_them(precision_of):
     weight = nn.Parameter(torch.ones(2))
-    Precision("fp32", CPU).backward(weight.sum() + torch.tensor(float("inf")))
+    precision_of("fp32").backward(weight.sum() + torch.tensor(float("inf")))
     assert weight.grad is not None
     assert weight.grad.isnan().all()
+
+
+@pytest.mark.parametrize("format", [torch.float32, torch.bfloat16])
+def test_gradients_are_the_same_bits_wherever_the_loss_is_read(format, monkeypatch):
+    found = []
+    for is_on_host in (True, False):
+        precision = Precision("fp32", CPU)
+        monkeypatch.setattr(precision, "_is_on_host", is_on_host)
+        weight = nn.Parameter(torch.linspace(-1, 1, 50))
+        precision.backward((weight.sin() ** 2).sum().to(format), 1 / 777)
+        found.append(weight.grad)
+    assert found[0] is not None
+    assert torch.equal(*found)
 
 
 def test_the_fp16_scale_halves_after_an_overflow_and_comes_back_from_its_state():

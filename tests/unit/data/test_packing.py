@@ -140,6 +140,22 @@ def test_rows_do_not_depend_on_what_they_are_read_with():
     assert torch.equal(alone, rows.__getitems__([5, 0, 7, 7]).targets)
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_parts_of_what_is_read_at_once_are_what_is_read_apart_and_know_their_targets(document_mask):
+    rows = PackedRows(TokenStream(*documents(5, 11, 7, 9)), 4, padding=0, fingerprint="", document_mask=document_mask)
+    together = rows.__getitems__([0, 7, 2, 5, 3])
+    parts = together.split(2)
+    assert [len(part.tokens) for part in parts] == [2, 2, 1]
+    for part, indices in zip(parts, ([0, 7], [2, 5], [3]), strict=True):
+        alone = rows.__getitems__(indices)
+        assert part.tokens.equal(alone.tokens)
+        assert part.targets.equal(alone.targets)
+        assert part.documents is alone.documents is None or part.documents.equal(alone.documents)
+        assert alone.counted_targets is None
+        assert part.num_targets() == part.counted_targets == alone.num_targets()
+        assert part.first_rows(1).num_targets() == alone.first_rows(1).num_targets(), "of fewer rows it is to be counted anew"
+
+
 def test_documents_are_split_alike_each_time_and_every_one_is_on_one_side():
     lengths = range(2, 42)
     train, validation = spans(0.1, *lengths)
