@@ -16,7 +16,7 @@ from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
 from dist_trainer.models.wrapping import unwrap
-from dist_trainer.parallel.compilation import is_compiled
+from dist_trainer.parallel.compilation import is_compiled, keeping_less
 from dist_trainer.parallel.registry import gradient_sync
 from dist_trainer.precision import Precision
 from dist_trainer.step import seed_dropout
@@ -60,8 +60,9 @@ def warm_up(
         finally:
             evaluated.train(was_training)
 
-    with large_blocks_apart() if world.device.type == "cpu" else nullcontext():
-        if is_compiled(unwrap(model)):
+    on_cpu, compiles = world.device.type == "cpu", is_compiled(unwrap(model))
+    with large_blocks_apart() if on_cpu else nullcontext(), keeping_less() if on_cpu and compiles else nullcontext():
+        if compiles:
             agree(world, lambda: rehearse(exchange=False))
             agree(world, rehearse_validation)
             if varies_in_length(train_data.dataset):  # another length, so that any is compiled for

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 from dist_trainer.parallel import compilation
-from dist_trainer.parallel.compilation import WORTH_COMPILING, is_worth_compiling, keep_compiled_code
+from dist_trainer.parallel.compilation import WORTH_COMPILING, is_worth_compiling, keep_compiled_code, keeping_less
 
 CPU, LONG, SHORT = World.single(), 1e18, 1e12
 
@@ -54,3 +55,27 @@ def test_compiled_code_outlives_the_run_but_only_where_nobody_else_can_write(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     keep_compiled_code()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
+
+
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+def test_what_is_compiled_keeping_less_casts_its_weights_anew_and_has_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.SiLU(), torch.nn.Linear(96, 32)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    given = torch.randn(16, 48, requires_grad=True)
+    kept, gradients = [], []
+    for module, context in zip(layers, (nullcontext(), keeping_less()), strict=True):
+        saved: list[torch.Tensor] = []
+        torch.compiler.reset()
+        with (
+            context,
+            torch.autograd.graph.saved_tensors_hooks(lambda tensor, saved=saved: saved.append(tensor) or tensor, lambda t: t),
+        ):
+            compiled = torch.compile(module, dynamic=False)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = compiled(given).float().square().sum()
+            gradients.append(torch.autograd.grad(loss, [given, *module.parameters()]))
+        kept.append({tuple(sorted(tensor.shape)) for tensor in saved if tensor.dtype is torch.bfloat16})
+    assert (32, 96) in kept[0], "or it tests nothing"
+    assert (32, 96) not in kept[1]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
