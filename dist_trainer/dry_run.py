@@ -30,8 +30,8 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import evaluate, validation_is_due
 from dist_trainer.exit_codes import EXIT_FINISHED
-from dist_trainer.models.wrapping import unwrap
 from dist_trainer.out_of_memory import explaining_out_of_memory, state_bytes, total_memory
+from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point

@@ -20,8 +20,8 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.sampler import rows_per_micro_batch
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import DoesNotFitError, OutOfMemoryError
-from dist_trainer.models.wrapping import unwrap
 from dist_trainer.optim.optimizers import bytes_of_averages
+from dist_trainer.parallel.registry import unwrap
 from dist_trainer.precision import build_precision
 from dist_trainer.tracking.formatting import memory
 from dist_trainer.tracking.throughput import peak_memory_bytes

@@ -8,9 +8,9 @@ import torch
 
 from dist_trainer.data.rows import varies_in_length
 from dist_trainer.models.registry import begins_trained
-from dist_trainer.models.wrapping import unwrap
 from dist_trainer.out_of_memory import state_bytes, total_memory
 from dist_trainer.parallel.compilation import is_compiled
+from dist_trainer.parallel.registry import unwrap
 from dist_trainer.tracking.environment import device_name
 from dist_trainer.tracking.follower_tracker import rows_in_words
 from dist_trainer.tracking.formatting import aligned, counted, memory, quantity

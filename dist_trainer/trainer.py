@@ -32,10 +32,9 @@ from dist_trainer.divergence import DivergenceWatch
 from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
-from dist_trainer.models.wrapping import unwrap
 from dist_trainer.optim.optimizers import make_averages
 from dist_trainer.optim.schedules import build_schedule, total_steps
-from dist_trainer.parallel.registry import gradient_sync
+from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample, log_sample, sample_is_due
 from dist_trainer.step import StepInput, StepResult, seed_dropout

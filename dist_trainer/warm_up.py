@@ -15,9 +15,8 @@ from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
-from dist_trainer.models.wrapping import unwrap
 from dist_trainer.parallel.compilation import is_compiled, keeping_less
-from dist_trainer.parallel.registry import gradient_sync
+from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.step import seed_dropout
 

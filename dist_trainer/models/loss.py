@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_trainer.errors import ConfigError
-from dist_trainer.models.wrapping import unwrap
 
 IGNORED_TARGET = -100
 FEW_LOGITS = 2**20
@@ -169,14 +168,18 @@ def refuse_model_without_documents(model: nn.Module) -> None:
     """Raises ConfigError where `model` cannot keep the documents of a row apart."""
     if not takes(model, "documents"):
         raise ConfigError(
-            f"data.document_mask: is true, but the forward of {type(unwrap(model)).__name__} takes no `documents` by which to "
+            f"data.document_mask: is true, but the forward of {type(_inner(model)).__name__} takes no `documents` by which to "
             "keep them apart; set it to false, or data.packing to false for one document a row"
         )
 
 
 def takes(model: nn.Module, parameter: str) -> bool:
     """Whether forward, beneath a data-parallel wrapper, has a parameter of that name."""
-    return parameter in _parameters(type(unwrap(model)))
+    return parameter in _parameters(type(_inner(model)))
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    return model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
 
 
 _KNOWN: dict[type, frozenset[str]] = {}

@@ -67,8 +67,8 @@ def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
 def keeping_less() -> AbstractContextManager[object]:
     """Within, what is compiled keeps less for its backward pass, which casts anew: above all weights to bfloat16.
 
-    Of 124M parameters that is 0.15 GiB, at no cost in time on a CPU (docs/decisions/speed.md). A private
-    switch of torch's; nothing where this torch has no such.
+    Of 124M parameters that is 0.15 GiB, at no cost in time on a CPU (docs/decisions/speed.md). A private switch of torch's;
+    nothing where this torch has no such.
     """
     switch = "ban_recompute_materialized_backward"
     try:

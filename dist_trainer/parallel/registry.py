@@ -43,6 +43,11 @@ def parallelize(
     return build(STRATEGIES, row, "distributed.strategy", model, world, kind=nn.Module)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that a strategy wrapped."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
     """Whether the backward pass inside exchanges gradients; only a step's last micro-batch needs to."""
     if enabled or not isinstance(model, DistributedDataParallel):

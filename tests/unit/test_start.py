@@ -63,8 +63,7 @@ GRADIENTS = """
 import json, sys, torch, torch.distributed as dist
 from types import SimpleNamespace
 from dist_trainer.parallel.ddp import ddp
-from dist_trainer.models.wrapping import unwrap
-from dist_trainer.parallel.registry import gradient_sync
+from dist_trainer.parallel.registry import gradient_sync, unwrap
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 torch.manual_seed(0)
