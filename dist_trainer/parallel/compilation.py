@@ -16,6 +16,11 @@ from dist_trainer.cache_dir import default_cache_dir
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 
+try:
+    from torch._functorch import config as partitioner
+except ImportError:
+    partitioner = None
+
 WORTH_COMPILING = {"cuda": 1e16, "cpu": 1e14}
 """Floating-point operations of a run from which on `auto` compiles.
 
@@ -71,11 +76,7 @@ def keeping_less() -> AbstractContextManager[object]:
     nothing where this torch has no such.
     """
     switch = "ban_recompute_materialized_backward"
-    try:
-        from torch._functorch import config
-    except ImportError:
-        return nullcontext()
-    return config.patch({switch: False}) if hasattr(config, switch) else nullcontext()  # type: ignore[attr-defined]
+    return partitioner.patch({switch: False}) if hasattr(partitioner, switch) else nullcontext()  # type: ignore[attr-defined]
 
 
 def is_compiled(model: nn.Module) -> bool:

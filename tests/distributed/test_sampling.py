@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.trainer import Trainer
 from tests.distributed.small_runs import losses, metrics, run, same_weights, small_config, status
 
@@ -40,9 +42,8 @@ def stop_within_sample(step: int) -> Callable[[Trainer], None]:
 
 def slow_samples(trainer: Trainer) -> None:
     """Let a thousand seconds pass, on the clock that steps are timed by, with each sample."""
-    throughput, sample = trainer.throughput, trainer.sample
-    now, passed = throughput._clock, [0.0]
-    throughput._clock = lambda: now() + passed[0]
+    sample, passed = trainer.sample, [0.0]
+    trainer.throughput = Throughput(trainer.world, dtype="fp32", clock=lambda: time.perf_counter() + passed[0])
 
     def slow(model: Any, interrupted: Callable[[], bool]) -> Any:
         passed[0] += 1000.0

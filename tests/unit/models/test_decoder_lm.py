@@ -264,3 +264,15 @@ def test_damaged_or_missing_weights_end_in_a_message(tmp_path):
 def test_models_that_sum_their_own_loss_are_known():
     assert takes(build(), "targets")
     assert not takes(torch.nn.Linear(2, 2), "targets")
+
+
+def test_a_wrapper_of_one_s_own_is_seen_through():
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = build()
+
+        def forward(self, *inputs, **named):
+            return self.module(*inputs, **named)
+
+    assert takes(Wrapper(), "targets")
