@@ -28,7 +28,7 @@ class StepResult:
 
     step: int
     loss_sum: Tensor
-    """Sum of this rank's token losses, in nats."""
+    """Sum of this rank's token losses, in nats; of one micro-batch, it may be the very tensor that the loss function gave."""
     grad_norm: Tensor
     learning_rate: float
     target_tokens: int
@@ -38,7 +38,7 @@ class StepResult:
 
     def mean_loss(self, world: World) -> float:
         """Nats per target token over all ranks, which all must ask; the device is awaited."""
-        return float(all_reduce_sum(self.loss_sum, world)) / max(1, self.target_tokens)
+        return float(all_reduce_sum(self.loss_sum.clone(), world)) / max(1, self.target_tokens)
 
 
 def seed_dropout(seed: int, step: int, *, block: int) -> None:

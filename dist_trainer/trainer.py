@@ -265,7 +265,7 @@ class Trainer:
             raise
 
     def _log_step(self, result: StepResult) -> None:
-        """The only place where a step's loss is read, and the device awaited."""
+        """The only place where the device is awaited."""
         self._at("logging")
         self._logged_step = result.step
         grad_norm = float(result.grad_norm)

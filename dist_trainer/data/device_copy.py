@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -18,9 +19,9 @@ class DeviceCopy:
 
     def start(self, batches: Sequence[Batch]) -> list[Batch]:
         """The batches on the device; not to be read before `wait`. Those that are pinned are copied without waiting."""
-        if self._stream is None:
+        if self._device.type == "cpu":
             return list(batches)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             return [batch.to(self._device) for batch in batches]
 
     def wait(self, batches: Sequence[Batch]) -> None:

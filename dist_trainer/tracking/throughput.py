@@ -85,7 +85,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class _Sum:
-    """Sums up the seconds spent inside. Entered in every step, hence no generator, which costs several times that."""
+    """Sums up the seconds spent inside, not to be nested. Entered in every step, hence no generator, which costs more."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.seconds = 0.0

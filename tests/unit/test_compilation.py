@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_trainer.config.schema import BatchConfig, TrainingConfig
+from dist_trainer.data.batch import Batch
+from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 from dist_trainer.parallel import compilation
 from dist_trainer.parallel.compilation import WORTH_COMPILING, is_worth_compiling, keep_compiled_code, keeping_less
+from dist_trainer.trainer import Trainer
 
 CPU, LONG, SHORT = World.single(), 1e18, 1e12
 
@@ -57,6 +61,7 @@ def test_compiled_code_outlives_the_run_but_only_where_nobody_else_can_write(
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
 
 
+@pytest.mark.skipif(isinstance(keeping_less(), nullcontext), reason="this torch has no such switch")
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 def test_what_is_compiled_keeping_less_casts_its_weights_anew_and_has_the_same_gradients() -> None:
     torch.manual_seed(0)
@@ -79,3 +84,26 @@ def test_what_is_compiled_keeping_less_casts_its_weights_anew_and_has_the_same_g
     assert (32, 96) in kept[0], "or it tests nothing"
     assert (32, 96) not in kept[1]
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.skipif(isinstance(keeping_less(), nullcontext), reason="this torch has no such switch")
+def test_a_trainer_warms_up_keeping_less_and_leaves_the_switch_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def loss_function(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        seen.append(compilation.partitioner.ban_recompute_materialized_backward)
+        return model(batch.tokens.float()).sum()
+
+    monkeypatch.setattr("dist_trainer.warm_up.is_compiled", lambda _: True)
+    config, model = TrainingConfig(batch=BatchConfig(global_batch_size=2)), torch.nn.Linear(8, 1)
+    rows = [(torch.arange(8), torch.arange(8))] * 4
+    Trainer(
+        config,
+        World.single(),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters()),
+        train_data=create_dataloaders(config, train_dataset=rows).train,
+        loss_function=loss_function,
+    ).warm_up()
+    assert seen == [False]
+    assert compilation.partitioner.ban_recompute_materialized_backward
