@@ -124,11 +124,11 @@ def table(results: dict[str, list[dict[str, Any]]], workload: Workload) -> str:
     for name, rounds in results.items():
         pairs = list(zip(rounds, results[BASE], strict=True))
         cells = [
-            _spread([base["step_seconds"] / own["step_seconds"] for own, base in pairs]),
-            *(_spread([own[key] / base[key] for own, base in pairs]) for key in _KEYS),
+            spread([base["step_seconds"] / own["step_seconds"] for own, base in pairs]),
+            *(spread([own[key] / base[key] for own, base in pairs]) for key in _KEYS),
         ]
         if workload.save:
-            cells.append(_spread([own["stall_seconds"] / own["step_seconds"] for own, _ in pairs]))
+            cells.append(spread([own["stall_seconds"] / own["step_seconds"] for own, _ in pairs]))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     base = results[BASE]
     median = {key: statistics.median(result[key] for result in base) for key in ("step_seconds", *_KEYS)}
@@ -153,8 +153,8 @@ def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
     pairs = list(zip(results[OURS], results["bare, lean"], strict=True))
     more = [(own["step_seconds"] - bare["step_seconds"]) * 1000 for own, bare in pairs]
     cpu = [own["cpu_seconds"] / bare["cpu_seconds"] for own, bare in pairs]
-    spread = f"{min(more):+.3f} to {max(more):+.3f}"
-    return f"Ours against 'bare, lean': {statistics.median(more):+.3f} ms a step ({spread}), CPU time {_spread(cpu)}."
+    least_to_most = f"{min(more):+.3f} to {max(more):+.3f}"
+    return f"Ours against 'bare, lean': {statistics.median(more):+.3f} ms a step ({least_to_most}), CPU time {spread(cpu)}."
 
 
 def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
@@ -170,12 +170,14 @@ def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
         for other in others:
             pairs = list(zip(results[name], results[other], strict=True))
             memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
-            cells.append(f"{_spread([its['step_seconds'] / own['step_seconds'] for own, its in pairs])}, {memory:.2f}")
+            cells.append(f"{spread([its['step_seconds'] / own['step_seconds'] for own, its in pairs])}, {memory:.2f}")
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def spread(values: list[float], *, sign: str = "") -> str:
+    """Median (smallest to largest); with `sign` "+" of differences, whose sign is shown."""
+    middle, least, most = (f"{value:{sign}.3f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({least} to {most})"
 
 
 def header(workload: Workload, size: str, threads: int) -> str:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.compare import BASE, CONTESTANTS, chosen, header, run
+from benchmarks.compare import BASE, CONTESTANTS, chosen, header, run, spread
 from benchmarks.workloads import SIZES, Workload, prepare
 
 SIZE = "overhead"
@@ -63,12 +63,8 @@ def main() -> None:
     print("\n| contestant | ms a step more than the bare loop | mean | the bare loop, ms |\n|---|---|---|---|")
     for name, rounds in found.items():
         medians, means = ([value * 1000 for value in values] for values in zip(*rounds, strict=True))
-        print(f"| {name} | {_spread(medians)} | {_spread(means)} | {statistics.median(bare[name]):.2f} |")
+        print(f"| {name} | {spread(medians, sign='+')} | {spread(means, sign='+')} | {statistics.median(bare[name]):.2f} |")
     print(f"\nMedian (smallest to largest) of {given.rounds} rounds.")
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
 
 
 if __name__ == "__main__":

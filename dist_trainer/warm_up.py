@@ -59,9 +59,9 @@ def warm_up(
         finally:
             evaluated.train(was_training)
 
-    on_cpu, compiles = world.device.type == "cpu", is_compiled(unwrap(model))
-    with large_blocks_apart() if on_cpu else nullcontext(), keeping_less() if on_cpu and compiles else nullcontext():
-        if compiles:
+    on_cpu = world.device.type == "cpu"
+    with large_blocks_apart() if on_cpu else nullcontext(), keeping_less() if on_cpu else nullcontext():
+        if is_compiled(unwrap(model)):
             agree(world, lambda: rehearse(exchange=False))
             agree(world, rehearse_validation)
             if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
