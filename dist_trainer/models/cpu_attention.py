@@ -2,7 +2,7 @@
 
 torch's own kernel for CPUs multiplies small tiles, which in bfloat16 is slow: docs/decisions/speed.md has the figures.
 The formulas are those of FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithms 2 and 4): the backward pass computes
-the weights anew, from the scores and the logarithm of the sum of their exponentials.
+the weights anew, from the scores and the logarithm of the sum of their exponentials; but those of short rows are kept.
 
 N rows times heads, T sequence, S a block of queries, U the keys up to its end, K head size.
 """
@@ -18,6 +18,9 @@ from torch import Tensor
 
 LENGTHS = range(128, 2049)
 """Sequence lengths where this is faster than torch's kernel in bfloat16. Of longer ones a block's scores outgrow the cache."""
+_KEPT_KEYS = 8
+"""Weights are kept for the backward pass where a query has at most so many for each of its K numbers: there they are up to a
+third of what a block keeps, and a step takes a twentieth less."""
 _BLOCK = 128
 _MOST_BLOCKS = 8
 """Each is compiled for itself: compiling takes as long as they are many."""
@@ -52,42 +55,56 @@ def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_NTK: Tensor, k_NTK: Tensor, v_NTK: Tensor) -> Tensor:  # type: ignore[override]
-        outputs, log_sums = [], []
+        outputs, weights, log_sums = [], [], []
         scale = q_NTK.shape[-1] ** -0.5
         with torch.autocast("cpu", enabled=False):
             for block in _blocks(q_NTK.shape[1]):
                 scores_NSU = _scores(q_NTK.float() * scale, k_NTK.float(), block)
                 largest = scores_NSU.amax(-1, keepdim=True)
-                weights_NSU = (scores_NSU - largest).exp()
-                sums = weights_NSU.sum(-1, keepdim=True)
-                outputs.append((weights_NSU / sums).to(v_NTK.dtype) @ v_NTK[:, : block.stop])
+                exponentials_NSU = (scores_NSU - largest).exp()
+                sums = exponentials_NSU.sum(-1, keepdim=True)
+                weights.append((exponentials_NSU / sums).to(v_NTK.dtype))
+                outputs.append(weights[-1] @ v_NTK[:, : block.stop])
                 log_sums.append(largest + sums.log())
-        y_NTK, log_sum_NT1 = torch.cat(outputs, 1), torch.cat(log_sums, 1)
-        ctx.save_for_backward(q_NTK, k_NTK, v_NTK, y_NTK, log_sum_NT1)
+        y_NTK = torch.cat(outputs, 1)
+        kept = weights if _keeps_weights(q_NTK) else [torch.cat(log_sums, 1)]
+        ctx.save_for_backward(q_NTK, k_NTK, v_NTK, y_NTK, *kept)
         return y_NTK
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (dy_NTK,) = gradients
-        q_NTK, k_NTK, v_NTK, y_NTK, log_sum_NT1 = ctx.saved_tensors
+        q_NTK, k_NTK, v_NTK, y_NTK, *kept = ctx.saved_tensors
         dtype, length = q_NTK.dtype, q_NTK.shape[1]
         scale = q_NTK.shape[-1] ** -0.5
         dq, dk, dv = [], _SumsByBlock(length), _SumsByBlock(length)
         with torch.autocast("cpu", enabled=False):
             mean_NT1 = (dy_NTK.float() * y_NTK.float()).sum(-1, keepdim=True)
             dy_and_mean_NTJ, v_and_ones_NTJ = _factors_of_difference(dy_NTK, v_NTK, mean_NT1)
-            # Twice the queries and half the keys: the same scores bit for bit, but to the compiler not what the forward pass
-            # has computed. That, N * T * T numbers, it would keep until now.
-            factors = q_NTK.float() * (2 * scale), k_NTK.float() * 0.5
-            for block in _blocks(length):
+            weights = kept if _keeps_weights(q_NTK) else _weights_anew(q_NTK, k_NTK, *kept)
+            for block, weights_NSU in zip(_blocks(length), weights, strict=True):
                 seen = slice(0, block.stop)
-                weights_NSU = (_scores(*factors, block) - log_sum_NT1[:, block]).exp()
                 dweights_NSU = dy_and_mean_NTJ[:, block] @ v_and_ones_NTJ[:, seen].mT
                 dscores_NSU = (weights_NSU * dweights_NSU.float()).to(dtype)
                 dq.append(dscores_NSU @ k_NTK[:, seen])
                 dk.add(dscores_NSU.mT @ q_NTK[:, block])
                 dv.add(weights_NSU.to(dtype).mT @ dy_NTK[:, block])
             return (torch.cat(dq, 1) * scale).to(dtype), (dk.total() * scale).to(dtype), dv.total().to(dtype)
+
+
+def _keeps_weights(q_NTK: Tensor) -> bool:
+    return q_NTK.shape[1] <= _KEPT_KEYS * q_NTK.shape[2]
+
+
+def _weights_anew(q_NTK: Tensor, k_NTK: Tensor, log_sum_NT1: Tensor) -> Iterator[Tensor]:
+    """Those of one block of queries after the other, float32 [N, S, U].
+
+    From twice the queries and half the keys: the same scores bit for bit, but to the compiler not what the forward pass has
+    computed. That, N * T * T numbers, it would keep until now.
+    """
+    factors = q_NTK.float() * (2 * q_NTK.shape[-1] ** -0.5), k_NTK.float() * 0.5
+    for block in _blocks(q_NTK.shape[1]):
+        yield (_scores(*factors, block) - log_sum_NT1[:, block]).exp()
 
 
 def _scores(q_NTK: Tensor, k_NTK: Tensor, block: slice) -> Tensor:

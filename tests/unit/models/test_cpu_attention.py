@@ -54,11 +54,20 @@ def errors(attention: Callable[..., Tensor], given: list[Tensor]) -> list[float]
     return [float((own.double() - true).norm() / true.norm()) for own, true in zip(found, exact, strict=True)]
 
 
-@pytest.mark.parametrize(("length", "groups", "sharpness"), [(256, 4, 1.0), (256, 4, 8.0), (300, 2, 1.0)])
+@pytest.mark.parametrize("sharpness", [1.0, 8.0])
+@pytest.mark.parametrize(("length", "groups"), [(128, 4), (256, 4), (300, 2)])
 def test_in_bfloat16_it_is_as_exact_as_torchs_own(length, groups, sharpness):
     given = inputs(length, torch.bfloat16, groups=groups, sharpness=sharpness)
     for own, torchs_own in zip(errors(causal_attention, given), errors(torchs, given), strict=True):
         assert own < 1.3 * torchs_own
+
+
+@pytest.mark.parametrize(("length", "keeps"), [(128, True), (129, False)])
+def test_weights_of_short_rows_alone_are_kept_for_the_backward_pass_and_in_the_inputs_format(length, keeps):
+    q, k, v, _ = (x.requires_grad_() for x in inputs(length, torch.bfloat16))
+    y = causal_attention(q, k, v)
+    kept = [x for x in y.grad_fn.next_functions[0][0].saved_tensors if x.shape[-1] == length]
+    assert [x.dtype for x in kept] == [torch.bfloat16] * keeps
 
 
 def graph_of(block: Block, x: Tensor, *, with_gradients: bool) -> str:
