@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ class Batch:
     """int32, B x T: the number of each token's document within its row, ascending, where documents must not attend to each
     other; None: a row is one whole."""
 
-    counted_targets: int | None = None
-    """What `num_targets` tells, where it has been counted before; what is made of this batch is to be counted anew."""
+    counted_targets: int | None = field(default=None, init=False, repr=False, compare=False)
+    """What `num_targets` tells, where `split` has counted it; of what is made of this batch it is counted anew."""
 
     def num_targets(self) -> int:
         """Positions that carry a loss; call it while the batch is in host memory, where counting waits for nothing."""
@@ -64,7 +64,10 @@ class Batch:
         documents = [None] * len(tokens) if self.documents is None else self.documents.split(count)
         counts = np.count_nonzero(self.targets.numpy() != IGNORED_TARGET, axis=1)
         sums = np.add.reduceat(counts, np.arange(0, len(counts), count)).tolist()
-        return [Batch(*parts) for parts in zip(tokens, targets, documents, sums, strict=True)]
+        batches = [Batch(*parts) for parts in zip(tokens, targets, documents, strict=True)]
+        for batch, counted in zip(batches, sums, strict=True):
+            object.__setattr__(batch, "counted_targets", counted)  # no argument: `replace(batch, targets=...)` would keep it
+        return batches
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of the batch until `stream` has done what it was told so far, even if it is let go of here."""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -154,6 +156,8 @@ def test_parts_of_what_is_read_at_once_are_what_is_read_apart_and_know_their_tar
         assert alone.counted_targets is None
         assert part.num_targets() == part.counted_targets == alone.num_targets()
         assert part.first_rows(1).num_targets() == alone.first_rows(1).num_targets(), "of fewer rows it is to be counted anew"
+        masked = replace(part, targets=torch.full_like(part.targets, IGNORED_TARGET))
+        assert masked.num_targets() == 0, "and so it is of other targets"
 
 
 def test_documents_are_split_alike_each_time_and_every_one_is_on_one_side():
