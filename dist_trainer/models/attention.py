@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dist_trainer.models.cpu_attention import causal_attention, is_faster_by_products
 
-DocumentMask = Tensor | BlockMask
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+DocumentMask: TypeAlias = "Tensor | BlockMask"
 """Who attends to whom: a bool tensor [B, 1, T, T], or what FlexAttention makes of it, which skips blocks with nobody to see."""
 
 
@@ -41,6 +43,8 @@ def exact_mask(documents: Tensor) -> Tensor:
 
 def block_mask(documents: Tensor) -> BlockMask:
     """The same for FlexAttention."""
+    # Some versions of it import sympy, 0.4 s of every start.
+    from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (documents[batch, query] == documents[batch, key])
@@ -67,7 +71,9 @@ def attend(
     the same in every call, so that code compiled for it alone is worth it.
     """
     grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
-    if isinstance(mask, BlockMask):
+    if mask is not None and not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import flex_attention
+
         flex = _compiled_on_gpu(flex_attention, q_BHTK)
         return flex(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=grouped)
     if fixed_length and mask is None and causal and dropout == 0 and is_faster_by_products(q_BHTK, k_BGTK):

@@ -48,7 +48,7 @@ def test_it_says_what_a_step_takes_and_leaves_no_folder(stories, tmp_path, capfd
     assert "dry run of run: steps 1 to 12, into" in said
     assert "2 ranks x " in said
     assert re.search(r"time +\S+ s a step \(\S+ tokens/s\): 12 steps and 3 validations of \S+ s take about ", said)
-    assert re.search(r"memory +at most \S+ MiB of the machine's .* on rank [01], \S+ MiB at least; 2 processes", said)
+    assert re.search(r"memory +at most \S+ [MG]iB of the machine's .* on rank [01], \S+ [MG]iB at least; 2 processes", said)
     assert "Traceback" not in said
     assert f"dry run: nothing is wrong; nothing was left in {folder(config)}" in said
 

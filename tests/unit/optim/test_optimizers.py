@@ -67,8 +67,14 @@ def a_step_of(module: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-def test_muon_updates_hidden_matrices_and_adamw_the_rest_as_torch_does_each(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # to which torch's rounds
+@pytest.fixture
+def torch_s_in_float32(monkeypatch):
+    """torch.optim.Muon rounds to bfloat16, by either of these names."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    monkeypatch.setattr(torch, "bfloat16", torch.float32)
+
+
+def test_muon_updates_hidden_matrices_and_adamw_the_rest_as_torch_does_each(torch_s_in_float32):
     config = OptimConfig(name="muon", learning_rate=0.1)
     model, twin = small(), small()
     optimizer = build_optimizer(config, model)
@@ -96,12 +102,11 @@ def test_muon_updates_hidden_matrices_and_adamw_the_rest_as_torch_does_each(monk
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 20), (2, 20, 6), (1, 7, 7)])
-def test_matrices_that_are_orthogonalized_together_are_what_torch_makes_of_each_in_float32(shape, monkeypatch):
+def test_matrices_that_are_orthogonalized_together_are_what_torch_makes_of_each_in_float32(shape, torch_s_in_float32):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     mine = orthogonalized(matrices, coefficients=(3.4445, -4.775, 2.0315), steps=5, eps=1e-7)
     parameters = [nn.Parameter(torch.zeros(shape[1:])) for _ in range(shape[0])]
     theirs = torch.optim.Muon(parameters, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw")
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # to which torch's rounds
     for parameter, matrix in zip(parameters, matrices, strict=True):
         parameter.grad = matrix.clone()
     theirs.step()
