@@ -22,15 +22,32 @@ def ddp(model: nn.Module, world: World) -> nn.Module:
     """`model` in torch's DistributedDataParallel; its weights become rank 0's. One process has no one to average with."""
     if world.world_size == 1:
         return model
-    kind = DistributedDataParallel if is_compiled(model) or _COMPILER in sys.modules else UncompiledDDP
-    return kind(
+    return _kind_for(model)(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
 
 
-class UncompiledDDP(DistributedDataParallel):
+def _kind_for(model: nn.Module) -> type[DistributedDataParallel]:
+    if not is_compiled(model):
+        return DistributedDataParallel if _COMPILER in sys.modules else UncompiledDDP
+    return UncutDDP if hasattr(model, "compiled_parts") else DistributedDataParallel
+
+
+class UncutDDP(DistributedDataParallel):
+    """DistributedDataParallel for a model of which parts are compiled, each for itself.
+
+    torch's compiler cuts a data-parallel model's graphs where buckets end, so that the exchange of the last gradients need not
+    wait for the first. Where each block has a graph of its own that is so anyhow, and cut in the middle of it, on several ranks
+    alone, it would be other code with other last bits.
+    """
+
+    def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)  # without the note for the compiler of which module runs
+
+
+class UncompiledDDP(UncutDDP):
     """DistributedDataParallel that does without torch's compiler, for a model of which nothing is compiled.
 
     To ask it whether it wants graphs cut where buckets end, torch imports it: three seconds of every rank's start.
@@ -39,9 +56,6 @@ class UncompiledDDP(DistributedDataParallel):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         with _compiler_that_leaves_all_as_it_is():
             super().__init__(*arguments, **named)
-
-    def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
-        return self.module(*inputs, **named)  # without the note for the compiler of which module runs
 
 
 @contextmanager
