@@ -207,9 +207,8 @@ class Trainer:
         self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
-        done = self.progress
+        done, loss_sum = self.progress, sum(losses[1:], losses[0])
         done.note_step(target_tokens)
-        loss_sum = sum(losses[1:], losses[0])
         return StepResult(done.step, loss_sum, grad_norm, learning_rate, target_tokens, done.target_tokens)
 
     def _clip_gradients(self) -> Tensor:
@@ -252,10 +251,11 @@ class Trainer:
                 self._save(is_best=improved)
 
     def _watch(self, result: StepResult | None) -> None:
-        """Hand `result` to the divergence watch (None: let it judge what it has); the step it ends the run for is logged."""
+        """Hand `result` to the divergence watch (None: all steps are to be done); the step it ends the run for is logged."""
         try:
             if result is None:
-                self.divergence.drain()
+                with self.throughput.waiting_for_steps():
+                    self.divergence.drain()
             else:
                 self.divergence.observe(result)
         except TrainingDivergedError:
@@ -292,6 +292,7 @@ class Trainer:
             return False
         if not validation_is_due(self.config.validation, step, max_steps=self.max_steps, epoch_of=self.sampler.epoch_of):
             return False
+        self._watch(None)
         validation_sampler: ValidationSampler = self.validation_data.sampler  # type: ignore[assignment]
         result = evaluate(
             unwrap(self.model),
@@ -313,9 +314,9 @@ class Trainer:
 
     def _sample_if_due(self, *, validated: bool) -> None:
         """A sample of text where one is due; what a signal broke off, or kept from beginning, is owed to the next start."""
-        progress, is_last = self.progress, self.progress.step >= self.max_steps
-        tracking = self.config.tracking
+        progress, tracking, is_last = self.progress, self.config.tracking, self.progress.step >= self.max_steps
         if progress.owes_sample or sample_is_due(tracking, progress.step, validated=validated, is_last=is_last):
+            self._watch(None)
             model, log_line = unwrap(self.model), self.tracker.log
             done = not self._stopped and log_sample(self.sample, model, self.world, log_line, step=progress.step)
             self._stopped = not done

@@ -151,9 +151,9 @@ class _Recording:
         """Stop, and write the files of `steps`; what the exchange costs this rank, None where that cannot be known."""
         try:
             self._stop()
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._write_memory(steps)
             trace = self._trace()
+            self._folder.mkdir(parents=True, exist_ok=True)
             path = self._path(steps, "json.gz")
             replace_file(path, [gzip.compress(trace, compresslevel=4)], durable=False)
             log.info("profile: %s are recorded in %s; ui.perfetto.dev opens it", _in_words(steps), path)
@@ -165,8 +165,8 @@ class _Recording:
     def break_off(self, steps: range) -> None:
         """Stop; write the memory's history alone."""
         with suppress(OSError, RuntimeError):
-            self._folder.mkdir(parents=True, exist_ok=True)
             self._write_memory(steps)
+        with suppress(OSError, RuntimeError):
             self._stop()
 
     def _stop(self) -> None:
@@ -182,9 +182,14 @@ class _Recording:
     def _write_memory(self, steps: range) -> None:
         if self._world.device.type == "cuda" and hasattr(torch.cuda.memory, "_dump_snapshot"):
             staging = self._path(steps, "memory.staging")
-            torch.cuda.memory._dump_snapshot(str(staging))
-            _remember_memory(None)
-            os.replace(staging, self._path(steps, "memory.pickle"))
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                torch.cuda.memory._dump_snapshot(str(staging))
+                os.replace(staging, self._path(steps, "memory.pickle"))
+            finally:
+                _remember_memory(None)
+                with suppress(OSError):
+                    staging.unlink()
             log.info("profile: the memory's history is beside it; pytorch.org/memory_viz opens it")
 
     def _path(self, steps: range, ending: str) -> Path:

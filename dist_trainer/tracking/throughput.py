@@ -89,14 +89,17 @@ class _Sum:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.seconds = 0.0
+        self.is_open = False
         self._clock = clock
         self._began = 0.0
 
     def __enter__(self) -> None:
+        self.is_open = True
         self._began = self._clock()
 
     def __exit__(self, *_: object) -> None:
         self.seconds += self._clock() - self._began
+        self.is_open = False
 
 
 class Throughput:
@@ -133,6 +136,16 @@ class Throughput:
     def waiting_for_data(self) -> AbstractContextManager[None]:
         """What happens inside is part of the steps' time, and is shown as `data_seconds` too."""
         return self._data
+
+    @contextmanager
+    def waiting_for_steps(self) -> Iterator[None]:
+        """What happens inside is part of the steps' time, even where that is paused: a GPU is still at them."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            if self._left_out.is_open:
+                self._left_out.seconds -= self._clock() - begin
 
     @contextmanager
     def saving(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.parallel.registry import parallelize
 from tests.distributed.ranks import run_ranks
 
-# 4 MiB a block: torch's compiler cuts a model that it takes for a data-parallel one after each bucket, of which the first has 1.
+# 4 MiB a block: torch's compiler cuts a data-parallel model after each bucket, of which the first has 1 MiB.
 CONFIG = ModelConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4)
 
 

@@ -84,13 +84,17 @@ def test_only_the_main_rank_tracks(tmp_path):
     assert next(iter(TRACKERS)) == "jsonl"
 
 
-def test_throughput_leaves_out_what_is_paused():
+def test_throughput_leaves_out_what_is_paused_but_for_what_is_awaited_of_steps():
     now = [0.0]
     throughput = Throughput(World.single(), dtype="fp32", clock=lambda: now[0])
     throughput.start(step=10, tokens=1000)
-    now[0] = 4.0
+    now[0] = 3.0
     with throughput.paused():
+        with throughput.waiting_for_steps():
+            now[0] = 3.5
         now[0] = 100.0
+    with throughput.waiting_for_steps():
+        now[0] = 100.5
     measured = throughput.measure(step=12, tokens=1800)
     assert measured["tokens_per_second"] == 200
     assert measured["step_seconds"] == 2
