@@ -30,7 +30,8 @@ def warm_up(
     loss_function: LossFunction,
     products: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Compile where a signal can break it off, and bring DDP into the state it has in a run that never stopped.
+    """Compile where a signal can break it off, not in the first step, and bring DDP into the state it has in a run that never
+    stopped.
 
     Training, in contexts that `products` makes, and validation are compiled apart. Leaves gradients of zero. Raises
     StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two
@@ -61,7 +62,7 @@ def warm_up(
 
     on_cpu = world.device.type == "cpu"
     with large_blocks_apart() if on_cpu else nullcontext(), keeping_less() if on_cpu else nullcontext():
-        if is_compiled(unwrap(model)):
+        if compiles_in_a_step(model, train_data, world.device):
             agree(world, lambda: rehearse(exchange=False))
             agree(world, rehearse_validation)
             if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
@@ -69,6 +70,13 @@ def warm_up(
                 agree(world, lambda: rehearse_validation(shorter_by=1))
         if world.world_size > 2:
             rehearse(exchange=True)
+
+
+def compiles_in_a_step(model: nn.Module, train_data: DataLoader, device: torch.device) -> bool:
+    """Whether the first step would compile: `model` itself, or what keeps documents apart on a GPU, which always is."""
+    if is_compiled(unwrap(model)):
+        return True
+    return device.type == "cuda" and getattr(train_data.dataset[0], "documents", None) is not None
 
 
 def _rows_of_blocks(validation_data: DataLoader) -> set[int]:

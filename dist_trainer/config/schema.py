@@ -171,7 +171,7 @@ class PrecisionConfig:
     """Let GPUs round the factors of fp32 matrix products to 10 bits (TF32): several times as fast, and no longer fp32."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model; auto: where the run is long enough (more than some minutes on a GPU, a quarter of an hour on a
-    CPU, which needs a C++ compiler for it)."""
+    CPU) and the machine has the compilers for it."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_trainer.compilers import missing_compiler
 from dist_trainer.models.cpu_attention import causal_attention, is_faster_by_products
 
 if TYPE_CHECKING:
@@ -24,13 +25,19 @@ DocumentMask: TypeAlias = "Tensor | BlockMask"
 """Who attends to whom: a bool tensor [B, 1, T, T], or what FlexAttention makes of it, which skips blocks with nobody to see."""
 
 
-def document_mask(documents: Tensor, *, drops_out: bool) -> DocumentMask:
+SMALLEST_FLEX_HEAD = 16
+"""Numbers of a head that FlexAttention takes on a GPU at least; they need be no power of two."""
+
+
+def document_mask(documents: Tensor, *, head_size: int, drops_out: bool) -> DocumentMask:
     """The causal mask within `documents` [B, T], the number of each token's document in its row.
 
-    FlexAttention's on GPUs, which pays for the tokens that are seen alone; but it cannot drop out attention (`drops_out`),
-    and on a CPU it has no backward pass: there the exact mask serves, of B * T * T bytes.
+    FlexAttention's on GPUs, which pays for the tokens that are seen alone; but it must be compiled, takes no small heads,
+    cannot drop out attention (`drops_out`), and on a CPU has no backward pass: there the exact mask serves, of B * T * T bytes.
     """
-    if documents.device.type == "cuda" and not drops_out:
+    suits = documents.device.type == "cuda" and head_size >= SMALLEST_FLEX_HEAD and not drops_out
+    # What compiles the caller compiles this with it, and need not follow the question.
+    if suits and (torch.compiler.is_compiling() or missing_compiler(documents.device) is None):
         return block_mask(documents)
     return exact_mask(documents)
 

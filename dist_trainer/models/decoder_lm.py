@@ -198,8 +198,7 @@ class DecoderLM(nn.Module):
         """
         if documents is not None and cache is not None:
             raise ValueError("documents: a cache holds tokens of one document; give documents or cache, not both")
-        drops_out = self.training and self.config.dropout > 0
-        mask = None if documents is None else document_mask(documents, drops_out=drops_out)
+        mask = None if documents is None else self._document_mask(documents)
         start = 0 if cache is None else cache.length
         cos_TK, sin_TK = self._rotary_tables(start + tokens.shape[1], tokens.device)
         x_BTD = self.dropout(self.embed_tokens(tokens))
@@ -211,6 +210,10 @@ class DecoderLM(nn.Module):
         if targets is None:
             return F.linear(x_BTD, self.head_weight)
         return linear_cross_entropy_sum(x_BTD.flatten(0, 1), self.head_weight, targets.flatten(), logit_loss=self.logit_loss)
+
+    def _document_mask(self, documents: Tensor) -> DocumentMask:
+        drops_out = self.training and self.config.dropout > 0
+        return document_mask(documents, head_size=self.config.head_size, drops_out=drops_out)
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from dist_trainer.cache_dir import default_cache_dir
+from dist_trainer.compilers import missing_compiler
+from dist_trainer.distributed.collectives import gather_objects
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 
@@ -20,6 +22,8 @@ try:
     from torch._functorch import config as partitioner
 except ImportError:
     partitioner = None
+
+log = logging.getLogger(__name__)
 
 WORTH_COMPILING = {"cuda": 1e16, "cpu": 1e14}
 """Floating-point operations of a run from which on `auto` compiles.
@@ -33,25 +37,23 @@ _COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 def is_worth_compiling(choice: bool | Literal["auto"], world: World, flops: float | None) -> bool:
     """What precision.compile means for a run of `flops` operations on this device; None: unknown, then it is taken for long
-    on a GPU and for short on a CPU. Raises ConfigError where it is asked for and there is no compiler.
+    on a GPU and for short on a CPU. For all ranks, which decide alike: where one of them cannot compile, `auto` is false, and
+    ConfigError is raised where it is asked for.
     """
-    on_gpu = world.device.type == "cuda"
-    if choice == "auto":
-        if not on_gpu and cpp_compiler() is None:
-            return False
-        return on_gpu if flops is None else flops >= WORTH_COMPILING.get(world.device.type, 0.0)
-    if choice and not on_gpu and cpp_compiler() is None:
-        raise ConfigError(
-            "precision.compile: true needs a C++ compiler on a CPU, and neither g++ nor clang++ is here; install one, name "
-            "it by the variable CXX, or set precision.compile to false"
-        )
-    return choice
+    if not (_is_long(flops, world.device) if choice == "auto" else choice):
+        return False
+    missing = next(filter(None, gather_objects(missing_compiler(world.device), world)), None)
+    if missing is None:
+        return True
+    if choice != "auto":
+        raise ConfigError(f"precision.compile: true needs {missing}")
+    if world.is_main:
+        log.info("this run is long enough to be compiled, and is not: precision.compile: auto needs %s", missing)
+    return False
 
 
-def cpp_compiler() -> str | None:
-    """The C++ compiler that torch would call for CPU code."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next((found for name in names if (found := shutil.which(name))), None)
+def _is_long(flops: float | None, device: torch.device) -> bool:
+    return device.type == "cuda" if flops is None else flops >= WORTH_COMPILING.get(device.type, 0.0)
 
 
 def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:

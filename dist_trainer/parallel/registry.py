@@ -35,7 +35,7 @@ def parallelize(
     """`model` as several ranks train it together: compiled first, where asked for or worth it, then wrapped by `strategy`.
 
     `flops`: floating-point operations of the whole run, where known, by which `auto` decides. `varying_length`: of the
-    sequences, from batch to batch. Raises ConfigError where it cannot be compiled here.
+    sequences, from batch to batch. For all ranks; raises ConfigError on each where one of them cannot compile.
     """
     if is_worth_compiling(compile, world, flops):
         compile_parts(model, varying_length=varying_length)

@@ -12,7 +12,7 @@ FLOORS = [
     GROUND,
     {"place", "cache_dir", "cpu_memory", "manifest", "model_folders", "hub_access"},
     {"config", "exit_codes"},
-    {"distributed"},
+    {"distributed", "compilers"},
     {"models", "data", "optim", "parallel", "precision"},
     {"step"},
     {"checkpoint", "tracking", "evaluation", "divergence", "sampling"},

@@ -10,6 +10,7 @@ from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.collectives import all_reduce_sum, first_on_each_node, on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError, TrainingDivergedError
+from dist_trainer.parallel import compilation
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import (
     at_each_validation_batch,
@@ -189,6 +190,17 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
         return "no error"
 
     assert run_ranks(3, joined(fail_on_one)) == ["the disk of rank 1"] * 3
+
+
+def test_where_one_rank_cannot_compile_none_does_and_all_refuse(monkeypatch):
+    monkeypatch.setattr(compilation, "missing_compiler", lambda _: "what rank 1 lacks" if os.environ["RANK"] == "1" else None)
+
+    def decide(world: World) -> tuple[bool, str]:
+        with pytest.raises(ConfigError) as refused:
+            compilation.is_worth_compiling(True, world, 1.0)
+        return compilation.is_worth_compiling("auto", world, 1e20), str(refused.value)
+
+    assert run_ranks(2, joined(decide)) == [(False, "precision.compile: true needs what rank 1 lacks")] * 2
 
 
 def test_what_the_main_rank_found_is_known_to_all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -27,20 +28,29 @@ def gpu() -> World:
 
 
 def test_auto_compiles_long_runs_and_no_short_ones(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compilation, "cpp_compiler", lambda: "/usr/bin/g++")
+    monkeypatch.setattr(compilation, "missing_compiler", lambda _: None)
     assert [is_worth_compiling("auto", CPU, flops) for flops in (LONG, WORTH_COMPILING["cpu"], SHORT, None)] == [1, 1, 0, 0]
     assert [is_worth_compiling("auto", gpu, flops) for flops in (LONG, WORTH_COMPILING["cuda"], SHORT, None)] == [1, 1, 0, 1]
     assert is_worth_compiling(True, CPU, SHORT)
     assert not is_worth_compiling(False, gpu, LONG)
 
 
-def test_without_a_compiler_auto_goes_on_and_true_is_refused(gpu: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "needed"), [("cpu", r"a C\+\+ compiler on a CPU"), ("cuda", "a C compiler on a GPU")])
+def test_without_a_compiler_auto_goes_on_and_true_is_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, needed: str
+) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
-    assert not is_worth_compiling("auto", CPU, LONG)
-    assert is_worth_compiling(True, gpu, SHORT)
-    with pytest.raises(ConfigError, match=r"precision\.compile: true needs a C\+\+ compiler"):
-        is_worth_compiling(True, CPU, LONG)
+    caplog.set_level("INFO")
+    world = World.single(device)
+    assert not is_worth_compiling("auto", world, SHORT)
+    assert not caplog.messages
+    assert not is_worth_compiling("auto", world, LONG)
+    (line,) = caplog.messages
+    assert re.search(f"precision.compile: auto needs {needed}", line)
+    with pytest.raises(ConfigError, match=rf"precision\.compile: true needs {needed}.*; install one"):
+        is_worth_compiling(True, world, SHORT)
 
 
 def test_compiled_code_outlives_the_run_but_only_where_nobody_else_can_write(

@@ -1,6 +1,7 @@
 """A row of several documents, kept apart, is those documents each in a row of its own."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator,
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenization import load_tokenizer
 from dist_trainer.errors import ConfigError
-from dist_trainer.models import decoder_lm
+from dist_trainer.models import attention, decoder_lm
 from dist_trainer.models.attention import attend, block_mask, exact_mask
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.loss import cross_entropy_sum, model_loss
@@ -114,11 +115,30 @@ def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
     tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(1))
     expected = model(tokens, documents=documents)
     asked = []
-    monkeypatch.setattr(decoder_lm, "document_mask", lambda given, drops_out: asked.append(drops_out) or block_mask(given))
+    monkeypatch.setattr(decoder_lm, "document_mask", lambda given, **named: asked.append(named) or block_mask(given))
     with pytest.warns(UserWarning, match="without torch.compile"):
         found = model(tokens, documents=documents)
-    assert asked == [False]
+    assert asked == [{"head_size": 8, "drops_out": False}]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "head_size", "drops_out", "expected"),
+    [
+        ("cuda", None, 16, False, "blocks"),
+        ("cuda", None, 96, False, "blocks"),
+        ("cuda", None, 8, False, "exact"),
+        ("cuda", None, 64, True, "exact"),
+        ("cuda", "a C compiler", 64, False, "exact"),
+        ("cpu", None, 64, False, "exact"),
+    ],
+)
+def test_flex_attention_serves_where_it_can(monkeypatch, device, missing, head_size, drops_out, expected):
+    monkeypatch.setattr(attention, "missing_compiler", lambda _: missing)
+    monkeypatch.setattr(attention, "block_mask", lambda _: "blocks")
+    monkeypatch.setattr(attention, "exact_mask", lambda _: "exact")
+    documents = SimpleNamespace(device=torch.device(device))
+    assert attention.document_mask(documents, head_size=head_size, drops_out=drops_out) == expected
 
 
 def test_the_exact_mask_is_causal_within_documents():
@@ -178,7 +198,7 @@ def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_
         documents = documents_of(lengths)
         expected = model(tokens, documents=documents)
         with monkeypatch.context() as other:
-            other.setattr(decoder_lm, "document_mask", lambda given, drops_out: make(given))
+            other.setattr(decoder_lm, "document_mask", lambda given, **_: make(given))
             torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
 
@@ -192,6 +212,6 @@ def test_compiled_either_mask_gives_the_same_logits(monkeypatch):
     tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(1))
     expected = model(tokens, documents=documents)
     torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(decoder_lm, "document_mask", lambda given, drops_out: block_mask(given))
+    monkeypatch.setattr(decoder_lm, "document_mask", lambda given, **_: block_mask(given))
     with torch.no_grad():
         torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
