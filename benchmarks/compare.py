@@ -17,12 +17,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,13 @@ SAME_LOSS = 5e-3
 """Relative; bf16 rounds to 4e-3."""
 
 
-def run(contestant: Contestant, workload: Workload, threads: int, *, goes_on: bool = False) -> dict[str, Any]:
+def run(
+    contestant: Contestant, workload: Workload, threads: int, *, goes_on: bool = False, limit: float | None = None
+) -> dict[str, Any]:
     """One run of all its ranks; rank 0's result, with the largest memory of any, and the mean of their losses.
 
-    Anew, unless it `goes_on`: then what the run before left in the workload's folder is there.
+    Anew, unless it `goes_on`: then what the run before left in the workload's folder is there. Raises SystemExit where it
+    fails, or is not done within `limit` seconds.
     """
     environment = {
         **os.environ,
@@ -95,8 +99,8 @@ def run(contestant: Contestant, workload: Workload, threads: int, *, goes_on: bo
                     cwd=ROOT,
                 )
             processes.append(process)
-        if any([process.wait() for process in processes]):
-            raise SystemExit(f"{' '.join(command)} failed:\n{logs[0].read_text()[-3000:]}")
+        if failure := _failure(processes, limit):
+            raise SystemExit(f"{' '.join(command)} {failure}:\n{logs[0].read_text()[-3000:]}")
     results = [json.loads((workload.folder / f"result-{rank}.json").read_text()) for rank in range(workload.ranks)]
     losses = [result["loss"] for result in results if result["loss"] is not None]
     return results[0] | {
@@ -104,6 +108,20 @@ def run(contestant: Contestant, workload: Workload, threads: int, *, goes_on: bo
         "peak_bytes": max(result["peak_bytes"] for result in results),
         "cpu_seconds": sum(result["cpu_seconds"] for result in results),
     }
+
+
+def _failure(processes: Sequence[subprocess.Popen[bytes]], limit: float | None) -> str | None:
+    """Wait until all are over, and say what went wrong. Who is not done within `limit` seconds is killed, helpers and all."""
+    end = None if limit is None else time.monotonic() + limit
+    try:
+        codes = [process.wait(None if end is None else max(0.0, end - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        return f"was killed, not done within {limit:.0f} s"
+    return "failed" if any(codes) else None
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
@@ -122,7 +140,7 @@ def table(results: dict[str, list[dict[str, Any]]], workload: Workload) -> str:
     columns += ["longest stall, of a step's time"] if workload.save else []
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, rounds in results.items():
-        pairs = list(zip(rounds, results[BASE], strict=True))
+        pairs = by_round(rounds, results[BASE])
         cells = [
             spread([base["step_seconds"] / own["step_seconds"] for own, base in pairs]),
             *(spread([own[key] / base[key] for own, base in pairs]) for key in _KEYS),
@@ -150,7 +168,7 @@ def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
     """What a step of ours takes beyond the loop with the same settings."""
     if OURS not in results or "bare, lean" not in results:
         return None
-    pairs = list(zip(results[OURS], results["bare, lean"], strict=True))
+    pairs = by_round(results[OURS], results["bare, lean"])
     more = [(own["step_seconds"] - bare["step_seconds"]) * 1000 for own, bare in pairs]
     cpu = [own["cpu_seconds"] / bare["cpu_seconds"] for own, bare in pairs]
     least_to_most = f"{min(more):+.3f} to {max(more):+.3f}"
@@ -168,10 +186,15 @@ def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     for name in ours:
         cells = []
         for other in others:
-            pairs = list(zip(results[name], results[other], strict=True))
+            pairs = by_round(results[name], results[other])
             memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
             cells.append(f"{spread([its['step_seconds'] / own['step_seconds'] for own, its in pairs])}, {memory:.2f}")
         yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def by_round(own: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Results of the same rounds; who failed in one has none from there on."""
+    return list(zip(own, other, strict=False))
 
 
 def spread(values: list[float], *, sign: str = "") -> str:
@@ -188,19 +211,39 @@ def header(workload: Workload, size: str, threads: int) -> str:
 
 
 def measure(
-    names: Sequence[str], workload: Workload, *, rounds: int, threads: int, rehearses: bool = True
+    contestants: Mapping[str, Contestant],
+    workload: Workload,
+    *,
+    rounds: int,
+    threads: int,
+    rehearses: bool = True,
+    limit: Callable[[], float | None] = lambda: None,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Results by contestant, one a round; `rehearses`: a round ahead that is not counted, in which caches fill."""
+    """Results by contestant, one a round; `rehearses`: a round ahead that is not counted, in which caches fill.
+
+    `limit`: asked before each run for how many seconds it may take. The first failure ends all; with `failures`, it is told
+    there by the contestant's name, and the others go on.
+    """
     prepare(workload)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
     for number in range(0 if rehearses else 1, rounds + 1):
-        for name in names:
-            result = run(CONTESTANTS[name], workload, threads)
-            if number:
-                results[name].append(result)
-            _refuse_other_work(name, result, results)
-            print(f"round {number}, {name}: {result['step_seconds'] * 1000:.1f} ms a step", file=sys.stderr, flush=True)
-    return results
+        for name, contestant in contestants.items():
+            if failures and name in failures:
+                continue
+            try:
+                result = run(contestant, workload, threads, limit=limit())
+                if number:
+                    results[name].append(result)
+                _refuse_other_work(name, result, results)
+            except (Exception, SystemExit) as error:
+                if failures is None:
+                    raise
+                failures[name] = str(error)
+                print(f"round {number}, {name}: {error}", file=sys.stderr, flush=True)
+            else:
+                print(f"round {number}, {name}: {result['step_seconds'] * 1000:.1f} ms a step", file=sys.stderr, flush=True)
+    return {name: found for name, found in results.items() if found}
 
 
 def _refuse_other_work(name: str, result: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
@@ -240,7 +283,8 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // given.ranks)
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
         workload = Workload(size, Path(folder), ranks=given.ranks, dtype=given.dtype, save=given.save)
-        results = measure(names, workload, rounds=given.rounds, threads=threads)
+        contestants = {name: CONTESTANTS[name] for name in names}
+        results = measure(contestants, workload, rounds=given.rounds, threads=threads)
     text = f"{header(workload, given.size, threads)}\n\n{table(results, workload)}\n"
     print(text)
     if given.out:

@@ -2,8 +2,9 @@
 
 python -m benchmarks.gpu [--wheels FOLDER] [--out FILE] [--smallest]
 
---wheels: installs what is missing from a folder of wheels, for machines without a network. --smallest: a tiny model and a few
-steps on whatever is here, a CPU too, to see that the script works; its figures mean nothing.
+Each table is printed, and appended to --out, as soon as it is there. What fails or takes too long is told in a line, the rest
+goes on, and the exit code is 1. --wheels: installs what is missing from a folder of wheels, for machines without a network.
+--smallest: a tiny model and a few steps on whatever is here, a CPU too, to see that the script works; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +17,86 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import BASE, chosen, header, measure, table
+from benchmarks.compare import BASE, CONTESTANTS, Contestant, by_round, chosen, header, measure, spread, table
 from benchmarks.workloads import SIZES, Workload
 
 NEEDED = ("jsonargparse", "docstring_parser", "filelock", "pyarrow", "accelerate")
 """What a machine with nothing but torch and transformers may lack."""
-BEST_LOOP, OURS, HF = "bare, compiled, lean", "ours, compiled", "HF Trainer"
+BEST_LOOP, OURS, FP16, HF = "bare, compiled, lean", "ours, compiled", "ours, compiled, fp16", "HF Trainer"
+AGAINST = ((OURS, BEST_LOOP), (OURS, HF), (FP16, OURS))
+LONGEST_RUN = 120.0
+"""Seconds that one run may take, so that one that hangs leaves time for others."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured in turn, in bf16 but for who says otherwise."""
+
+    size: str
+    contestants: dict[str, Contestant]
+    rounds: int
+    ends: float
+    """Seconds after the script's start at which no run of the row may go on."""
+
+
+def rows() -> list[Row]:
+    compared = {name: CONTESTANTS[name] for name in chosen(f"{BEST_LOOP}; {HF}; {OURS}")}
+    ours = CONTESTANTS[OURS]
+    fp16 = dataclasses.replace(ours, arguments=(*ours.arguments, "--precision.dtype", "fp16"))
+    return [
+        Row("124m-gpu", {**compared, FP16: fp16}, rounds=2, ends=320),
+        Row("1b-gpu", {OURS: ours}, rounds=1, ends=460),
+    ]
+
+
+def measured(row: Row, started: float, *, smallest: bool) -> tuple[str, bool]:
+    """The row's table and figures, with a line for each contestant that failed; whether none did."""
+    shape = dataclasses.replace(SIZES["overhead"], steps=4) if smallest else SIZES[row.size]
+    threads = min(8, os.cpu_count() or 1)
+    failures: dict[str, str] = {}
+    # What a run that was killed may still be writing there is no reason to lose the others.
+    with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-", ignore_cleanup_errors=True) as folder:
+        workload = Workload(shape, Path(folder), dtype="bf16")
+        results = measure(
+            row.contestants,
+            workload,
+            rounds=1 if smallest else row.rounds,
+            threads=threads,
+            rehearses=False,
+            limit=lambda: None if smallest else min(LONGEST_RUN, max(0.0, started + row.ends - time.monotonic())),
+            failures=failures,
+        )
+    lines = [*figures(results, workload.tokens_per_step), *(f"- {name}: {in_a_line(why)}" for name, why in failures.items())]
+    parts = [header(workload, row.size, threads), "\n".join(lines)]
+    if BASE in results:
+        parts.insert(1, table(results, workload))
+    return "\n\n".join(parts), not failures
+
+
+def figures(results: dict[str, list[dict[str, Any]]], tokens: int) -> Iterator[str]:
+    """Lines of what each one does, at `tokens` a step, and of some against others."""
+    for name, found in results.items():
+        speed = statistics.median(tokens / result["step_seconds"] for result in found)
+        memory = statistics.median(result["peak_bytes"] for result in found)
+        yield f"- {name}: {speed:,.0f} tokens/s, {memory / 2**30:.2f} GiB"
+    for name, other in AGAINST:
+        if pairs := by_round(results.get(name, []), results.get(other, [])):
+            speeds = spread([its["step_seconds"] / own["step_seconds"] for own, its in pairs])
+            memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
+            yield f"- {name} against {other}: {speeds} times the tokens/s, {memory:.2f} of the memory"
+
+
+def in_a_line(why: str) -> str:
+    """What was run, and the end of what it said."""
+    first, *others = why.strip().splitlines() or [""]
+    return f"{first} {others[-1].strip()}" if others else first
 
 
 def install(wheels: Path) -> None:
@@ -36,51 +108,29 @@ def install(wheels: Path) -> None:
         )
 
 
-def row(size: str, dtype: str, only: str, rounds: int, *, smallest: bool) -> tuple[str, dict[str, list[dict[str, Any]]], int]:
-    """A table, its results, and the tokens of a step."""
-    shape = dataclasses.replace(SIZES["overhead"], steps=4) if smallest else SIZES[size]
-    threads = min(8, os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
-        workload = Workload(shape, Path(folder), dtype=dtype)
-        names = chosen(only)
-        if HF not in names and BEST_LOOP not in names:
-            names.remove(BASE)  # nothing is compared with it
-        results = measure(names, workload, rounds=rounds, threads=threads, rehearses=False)
-        text = header(workload, size, threads)
-        if BASE in results:
-            text += f"\n\n{table(results, workload)}"
-    return text, results, workload.tokens_per_step
-
-
-def tokens_per_second(results: list[dict[str, Any]], tokens: int) -> float:
-    return statistics.median(tokens / result["step_seconds"] for result in results)
-
-
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smallest", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     if given.wheels:
         install(given.wheels)
-    small = given.smallest
-    first, bf16, tokens = row("124m-gpu", "bf16", f"{BEST_LOOP}; {OURS}; {HF}", 1 if small else 2, smallest=small)
-    second, fp16, _ = row("124m-gpu", "fp16", OURS, 1, smallest=small)
-    third, large, large_tokens = row("1b-gpu", "bf16", OURS, 1, smallest=small)
-    ours = tokens_per_second(bf16[OURS], tokens)
-    lines = [f"- 124M, bf16: {ours:,.0f} tokens/s, {ours / tokens_per_second(bf16[BEST_LOOP], tokens):.3f} of the bare loop's"]
-    if HF in bf16:
-        memory = bf16[OURS][0]["peak_bytes"] / bf16[HF][0]["peak_bytes"]
-        faster = ours / tokens_per_second(bf16[HF], tokens)
-        lines.append(f"- against HF Trainer: {faster:.2f} times the tokens/s, {memory:.2f} of the peak memory")
-    lines.append(f"- fp16 with GradScaler: {tokens_per_second(fp16[OURS], tokens) / ours:.3f} of bf16's tokens/s")
-    lines.append(f"- 1B, bf16: {tokens_per_second(large[OURS], large_tokens):,.0f} tokens/s")
-    text = "\n\n".join([first, second, third, "\n".join(lines)]) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text)
+    all_well = True
+    for row in rows():
+        try:
+            text, well = measured(row, started, smallest=given.smallest)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            text, well = f"{row.size}: {in_a_line(f'{type(error).__name__}: {error}')}", False
+        all_well &= well
+        print(text + "\n", flush=True)
+        if given.out:
+            with given.out.open("a") as file:
+                file.write(text + "\n\n")
+    return 0 if all_well else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

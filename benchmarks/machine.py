@@ -16,7 +16,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "lightning")
 
 def machine_and_versions() -> str:
     """Date, commit, processor or GPU, versions."""
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    # By a shell, to which a machine without git is no error: it would come when all is measured.
+    described = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=ROOT)
     installed = [name for name in PACKAGES if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
     return f"{datetime.date.today()}, commit {described.stdout.strip() or 'unknown'}, {machine()}, {versions}."

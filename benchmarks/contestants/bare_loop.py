@@ -33,7 +33,10 @@ class BareLoop:
 
     def step(self, rows: np.ndarray) -> Tensor:
         """Learn from `rows`, integers [B, T + 1]; the loss, a scalar."""
-        ids = torch.from_numpy(rows.astype("int64")).to(self.device, non_blocking=True)
+        ids = torch.from_numpy(rows.astype("int64"))
+        if self.device.type == "cuda":
+            ids = ids.pin_memory()  # or its copy would wait for all that is queued
+        ids = ids.to(self.device, non_blocking=True)
         tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         with self.autocast():
             if self.lean:
