@@ -206,7 +206,8 @@ def test_a_job_whose_time_is_up_before_its_ranks_have_left_goes_on_from_its_last
     cluster: Cluster, undisturbed: Path, output: Path
 ) -> None:
     options = ("--time=2", "--signal=B:USR1@1")
-    job = cluster.train(output, "--tracking.sample_prompt", SPACES, options=options, **SLOW, SLOW_SECONDS="300")
+    patient = ("--distributed.timeout_minutes", "10")  # or SLURM may come later than the ranks' own watch
+    job = cluster.train(output, "--tracking.sample_prompt", SPACES, *patient, options=options, **SLOW, SLOW_SECONDS="300")
     job.wait_for("COMPLETED", restarts=1)
     assert "WARNING: the time is up before the ranks have left" in job.log()
     assert_as_if_undisturbed(job, undisturbed)
