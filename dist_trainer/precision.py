@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -81,6 +82,8 @@ def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
     Sets whether the process's fp32 products on GPUs may be TF32.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 and device.type == "cuda"
+    if not config.tf32:  # as was decided: torch's compiler would advise against it, on every rank
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32")
     if config.dtype != "auto":
         return Precision(config.dtype, device)
     if device.type != "cuda":

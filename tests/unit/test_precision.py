@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,16 @@ def test_the_fp16_scale_halves_after_an_overflow_and_comes_back_from_its_state()
     again = Precision("fp16", CPU)
     again.load_state_dict(precision.state_dict())
     assert again.scaler.get_scale() == scale / 2
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_who_wants_no_tf32_is_not_advised_to_take_it(tf32):
+    advice = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled."
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        build_precision(PrecisionConfig(tf32=tf32), torch.device("cpu"))
+        warnings.warn(advice, stacklevel=1)
+    assert len(heard) == tf32
 
 
 def test_auto_is_fp32_on_cpu():
