@@ -137,14 +137,15 @@ class _Recording:
         activities = [ProfilerActivity.CPU]
         if self._world.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            with profile(activities=activities):  # what tracing a GPU sets up once must not be in the trace
+            with profile(activities=activities, acc_events=True):  # what tracing a GPU sets up once must not be in the trace
                 torch.cuda.synchronize(self._world.device)
             _remember_memory(MEMORY_HISTORY_ENTRIES)
         for path, name in PHASES.items():
             if path != "_fetch":  # the recorder's own stands there
                 owner, attribute = _owner_of(trainer, path)
                 self._names.enter_context(_replaced(owner, attribute, _named(name, getattr(owner, attribute))))
-        self._profile = profile(activities=activities)
+        # acc_events changes nothing in a single cycle; without it some versions of torch warn of cycles that follow.
+        self._profile = profile(activities=activities, acc_events=True)
         self._profile.start()
 
     def write(self, steps: range) -> ExchangeCost | None:
