@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -167,7 +167,7 @@ def begin_anew(folder: RunFolder) -> None:
 
 
 @contextmanager
-def open_run_folder(config: TrainingConfig, world: World) -> Iterator[RunFolder | None]:
+def open_run_folder(config: TrainingConfig, world: World) -> Generator[RunFolder | None]:
     """The run's folder, locked, on rank 0; None elsewhere. A new one stays only if something happened in it."""
     path = Path(config.output_dir) / config.run_name
     folder = agree(world, lambda: RunFolder(path), acts=world.is_main)
@@ -301,7 +301,7 @@ def export_to(model: nn.Module, tokenizer: Any) -> Export:
 
 def flops_per_token(model: nn.Module, config: TrainingConfig) -> float | None:
     """What the model says of itself; None where it does not."""
-    count = getattr(model, "flops_per_token", None)
+    count: Any = getattr(model, "flops_per_token", None)
     return count(config.data.sequence_length) if count is not None else None
 
 

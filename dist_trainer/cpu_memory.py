@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 # Of <malloc.h>, man mallopt(3).
@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
 
 
 @contextmanager
-def large_blocks_apart() -> Iterator[None]:
+def large_blocks_apart() -> Generator[None]:
     """Within, large tensors that find no room in the heap are mapped by themselves; then freed memory is kept (again).
 
     For what comes before the steps: a compiler's many small objects would lie among a rehearsal's tensors for good, and steps

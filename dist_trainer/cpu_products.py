@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -47,7 +47,7 @@ def mkl_is_narrow_here() -> bool:
 
 
 @contextmanager
-def products_by_onednn() -> Iterator[None]:
+def products_by_onednn() -> Generator[None]:
     """Within, oneDNN multiplies float32 matrices, of the whole process, unless the user has chosen before who does.
 
     torch hands them to oneDNN only where it allows rounding to bfloat16. Of that it makes use on processors with AMX alone;

@@ -7,7 +7,7 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +165,7 @@ def _smaller_models(config: TrainingConfig) -> Iterator[str]:
 
 
 @contextmanager
-def explaining_out_of_memory(config: TrainingConfig, world: World, trainer: Trainer | None = None) -> Iterator[None]:
+def explaining_out_of_memory(config: TrainingConfig, world: World, trainer: Trainer | None = None) -> Generator[None]:
     """Raise OutOfMemoryError with numbers and remedies where memory runs out inside; without a trainer DoesNotFitError.
 
     Each rank but the first, which says everything, prints the one line that tells its own numbers.

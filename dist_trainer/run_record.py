@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,7 +253,7 @@ def note_sudden_end(trainer: Trainer, reason: str, *, began: float) -> None:
 
 
 @contextmanager
-def noting_early_end(folder: RunFolder | None, config: TrainingConfig, world: World) -> Iterator[None]:
+def noting_early_end(folder: RunFolder | None, config: TrainingConfig, world: World) -> Generator[None]:
     """What ends a life before it trains stands in status.json too, unless it is the status of a run that this is none of."""
     world.heartbeat.last_words = lambda reason: note_early_end(
         folder, config, Ending("failed", reason, EXIT_CRASHED), is_last=True

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -199,7 +199,7 @@ class CheckpointManager:
 
 
 @contextmanager
-def _left_to_the_next_save(step: int) -> Iterator[None]:
+def _left_to_the_next_save(step: int) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class RunFolder:
             _expect(path, stat.S_ISREG)
 
     @contextmanager
-    def _writing(self, remedy: str) -> Iterator[None]:
+    def _writing(self, remedy: str) -> Generator[None]:
         try:
             yield
         except OSError as error:

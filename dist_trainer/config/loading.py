@@ -127,7 +127,7 @@ class _Asked:
     in_whole_files: set[str] = field(default_factory=set)
     """Keys from a file that states every key there is, such as configs/default.yaml."""
 
-    def set(self, assignment: Assignment, value: Any, *, in_whole_file: bool) -> None:
+    def assign(self, assignment: Assignment, value: Any, *, in_whole_file: bool) -> None:
         """The last one counts."""
         self.values[assignment.key], self.places[assignment.key] = value, assignment.where
         (self.in_whole_files.add if in_whole_file else self.in_whole_files.discard)(assignment.key)
@@ -149,7 +149,7 @@ def _asked_for(arguments: Arguments, problems: list[str]) -> _Asked:
         is_whole = leaf_types().keys() <= {assignment.key for assignment in assignments}
         for assignment in assignments:
             try:
-                asked.set(assignment, _checked(assignment), in_whole_file=is_whole)
+                asked.assign(assignment, _checked(assignment), in_whole_file=is_whole)
             except ConfigError as error:
                 problems.append(str(error))
     return asked

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -50,7 +50,7 @@ class StopRequest:
         return self.signal_number != 0
 
     @contextmanager
-    def listen(self, *, for_good: bool = False) -> Iterator[StopRequest]:
+    def listen(self, *, for_good: bool = False) -> Generator[StopRequest]:
         """Take the stop signals while the context lasts (in the main thread, where Python delivers them).
 
         `for_good`: after it they are ignored, rather than handled as before: to be left for a process that is about to end.
@@ -73,7 +73,7 @@ class StopRequest:
         self._is_answered = True
 
     @contextmanager
-    def breaking_off(self) -> Iterator[None]:
+    def breaking_off(self) -> Generator[None]:
         """Raise StoppedError as soon as a signal has come, in the midst of what is done here if need be.
 
         For work of one rank alone: a rank that breaks off a collective would leave the others waiting.
@@ -130,7 +130,7 @@ class StopRequest:
                 raise StoppedError(self.signal_number)
 
     @contextmanager
-    def _third_signal_ends_at_once(self) -> Iterator[None]:
+    def _third_signal_ends_at_once(self) -> Generator[None]:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -59,7 +59,7 @@ class World(Place):
     @contextmanager
     def join(
         cls, config: DistributedConfig, *, stop_request: StopRequest | None = None, guard: Guard | None = None
-    ) -> Iterator[World]:
+    ) -> Generator[World]:
         """Join the ranks that torchrun or srun started, and leave them in order; alone where there is no launcher.
 
         `stop_request` and `guard` are those that the command began with. Raises ConfigError where the launcher's variables
@@ -110,7 +110,7 @@ def _device_of(place: Place, backend: str) -> torch.device:
 @contextmanager
 def _process_groups(
     place: Place, device: torch.device, heartbeat: Heartbeat, stop_request: StopRequest
-) -> Iterator[dist.ProcessGroup]:
+) -> Generator[dist.ProcessGroup]:
     """The control group, beside torch's default one; left together with all other ranks."""
     store = meet(place, heartbeat, stop_request)
     with _lost_peers_named(heartbeat):
@@ -127,7 +127,7 @@ def _process_groups(
 
 
 @contextmanager
-def _lost_peers_named(heartbeat: Heartbeat) -> Iterator[None]:
+def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
     """Of an error that comes from a lost peer, say that."""
     try:
         yield

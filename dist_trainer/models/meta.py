@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ FIRST_WEIGHTS = {nn.init.__name__, "transformers.initialization"}
 
 
 @contextmanager
-def on_meta() -> Iterator[None]:
+def on_meta() -> Generator[None]:
     """Modules made inside know their shapes alone. torch.nn.init does nothing: on the meta device it would import torch's
     compiler to compute shapes that are known, a second or two of every start.
     """

@@ -6,7 +6,7 @@ Never by code that comes with a model (trust_remote_code), and never from pickle
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,7 @@ def _in_a_sentence(folder: Path, error: Exception) -> ConfigError:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _quietly() -> Generator[None]:
     """Without progress bars, which are each rank's."""
     from transformers.utils import logging as library
 

@@ -7,7 +7,7 @@ import os
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,7 +66,8 @@ def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
     for module in model.modules():
         if hasattr(module, "compiled_for_one_length"):
             module.compiled_for_one_length = not varying_length  # type: ignore[assignment]
-    for part in getattr(model, "compiled_parts", [model]):
+    parts: Any = getattr(model, "compiled_parts", [model])
+    for part in parts:
         part.compile(dynamic=None if varying_length else False)
     _COMPILED.add(model)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,7 +59,7 @@ class UncompiledDDP(UncutDDP):
 
 
 @contextmanager
-def _compiler_that_leaves_all_as_it_is() -> Iterator[None]:
+def _compiler_that_leaves_all_as_it_is() -> Generator[None]:
     """In place of torch's, which would be imported by the question; who asks anything else gets the real one's answer."""
     utils = _StandIn(f"{_COMPILER}.utils", get_optimize_ddp_mode=lambda: "no_optimization")
     stand_in = _StandIn(_COMPILER, utils=utils)

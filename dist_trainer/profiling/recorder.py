@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ PHASES = {
 
 
 @contextmanager
-def profiled(trainer: Trainer) -> Iterator[None]:
+def profiled(trainer: Trainer) -> Generator[None]:
     """Record the steps that profile.steps names, of what `trainer` does inside; for all ranks.
 
     The names are laid over the trainer's own methods for as long as it records, so the step knows nothing of them and
@@ -241,7 +241,7 @@ def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _replaced(owner: Any, attribute: str, function: Callable[..., Any]) -> Iterator[None]:
+def _replaced(owner: Any, attribute: str, function: Callable[..., Any]) -> Generator[None]:
     """`function` in the place of a method of `owner`, for this object alone and only inside."""
     own = vars(owner)
     before = own.get(attribute)

@@ -6,7 +6,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -138,7 +138,7 @@ class Throughput:
         return self._data
 
     @contextmanager
-    def waiting_for_steps(self) -> Iterator[None]:
+    def waiting_for_steps(self) -> Generator[None]:
         """What happens inside is part of the steps' time, even where that is paused: a GPU is still at them."""
         begin = self._clock()
         try:
@@ -148,7 +148,7 @@ class Throughput:
                 self._left_out.seconds -= self._clock() - begin
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> Generator[None]:
         """What happens inside holds training up for a checkpoint, and is shown as `checkpoint_stall_ms`."""
         begin = self._clock()
         try:

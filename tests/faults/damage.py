@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,7 +36,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"flip_bit": flip_bit, "truncate": 
 
 
 @contextmanager
-def damaged(path: Path, damage: Callable[[Path], None]) -> Iterator[None]:
+def damaged(path: Path, damage: Callable[[Path], None]) -> Generator[None]:
     """`path` after `damage`; healed at the end."""
     content = path.read_bytes()
     damage(path)

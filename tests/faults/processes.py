@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +137,7 @@ def children_of(pid: int) -> list[int]:
 
 
 @contextmanager
-def busy_machine(processes: int = 2) -> Iterator[None]:
+def busy_machine(processes: int = 2) -> Generator[None]:
     """Others want the processors too."""
     loops = [Process(_turn) for _ in range(processes)]
     try:

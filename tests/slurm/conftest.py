@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def why_not(*programs: str) -> str | None:
 
 
 @contextmanager
-def taken_down(script: Path, variable: str) -> Iterator[Path]:
+def taken_down(script: Path, variable: str) -> Generator[Path]:
     """A folder for the state of `script`, which is called with `down` at the end."""
     # Not below pytest's own folder: the path must be short.
     state = Path(tempfile.mkdtemp(prefix="slurm-"))

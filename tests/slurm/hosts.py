@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class Hosts:
         return environment(NETNS_STATE=str(self._state), **changes)
 
     @contextmanager
-    def train(self, output: Path, *arguments: str, **variables: str) -> Iterator[list[subprocess.Popen[bytes]]]:
+    def train(self, output: Path, *arguments: str, **variables: str) -> Generator[list[subprocess.Popen[bytes]]]:
         """One run over all hosts; the launchers, by host. What still runs at the end dies with its host."""
         meeting = {"NODES": str(len(self.names)), "MASTER_ADDR": self.names[0], "MASTER_PORT": "29501"}
         ranks = {"PYTHON": sys.executable, "NPROC": str(RANKS), "SHUTDOWN_TIMEOUT": "10"}

@@ -50,7 +50,7 @@ def environment(run: RunHistory, title: str) -> str:
     """Versions and machine of the latest start."""
     if not run.environment:
         return ""
-    rows = [[str(name), shown(value)] for name, value in run.environment.items()]
+    rows = [[name, shown(value)] for name, value in run.environment.items()]
     return section(title, folded("versions, machine, command", table("What it ran on", ["", ""], rows)))
 
 
