@@ -171,8 +171,7 @@ def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
     pairs = by_round(results[OURS], results["bare, lean"])
     more = [(own["step_seconds"] - bare["step_seconds"]) * 1000 for own, bare in pairs]
     cpu = [own["cpu_seconds"] / bare["cpu_seconds"] for own, bare in pairs]
-    least_to_most = f"{min(more):+.3f} to {max(more):+.3f}"
-    return f"Ours against 'bare, lean': {statistics.median(more):+.3f} ms a step ({least_to_most}), CPU time {spread(cpu)}."
+    return f"Ours against 'bare, lean': {spread(more, sign='+')} ms a step, CPU time {spread(cpu)}."
 
 
 def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:

@@ -6,8 +6,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -88,10 +88,13 @@ class _Sum:
     """Sums up the seconds spent inside, not to be nested. Entered in every step, hence no generator, which costs more."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.seconds = 0.0
         self.is_open = False
         self._clock = clock
         self._began = 0.0
+        self.clear()
+
+    def clear(self) -> None:
+        self.seconds, self.times = 0.0, 0
 
     def __enter__(self) -> None:
         self.is_open = True
@@ -99,6 +102,7 @@ class _Sum:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += self._clock() - self._began
+        self.times += 1
         self.is_open = False
 
 
@@ -119,14 +123,14 @@ class Throughput:
         self._full_use = peak * world.world_size / flops_per_token if peak and flops_per_token else None
         """Tokens a second at which every device would be at its peak."""
         self._clock = clock
-        self._left_out, self._data = _Sum(clock), _Sum(clock)
+        self._left_out, self._steps_in_it, self._data, self._stall = (_Sum(clock) for _ in range(4))
         self.start(step=0, tokens=0)
 
     def start(self, *, step: int, tokens: int) -> None:
         """Begin to measure, with `step` steps and `tokens` target tokens done."""
         self._step, self._tokens = step, tokens
-        self._left_out.seconds = self._data.seconds = 0.0
-        self._stall_seconds: float | None = None
+        for part in (self._left_out, self._steps_in_it, self._data, self._stall):
+            part.clear()
         self._started = self._clock()
 
     def paused(self) -> AbstractContextManager[None]:
@@ -137,24 +141,13 @@ class Throughput:
         """What happens inside is part of the steps' time, and is shown as `data_seconds` too."""
         return self._data
 
-    @contextmanager
-    def waiting_for_steps(self) -> Generator[None]:
+    def waiting_for_steps(self) -> AbstractContextManager[None]:
         """What happens inside is part of the steps' time, even where that is paused: a GPU is still at them."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            if self._left_out.is_open:
-                self._left_out.seconds -= self._clock() - begin
+        return self._steps_in_it if self._left_out.is_open else nullcontext()
 
-    @contextmanager
-    def saving(self) -> Generator[None]:
+    def saving(self) -> AbstractContextManager[None]:
         """What happens inside holds training up for a checkpoint, and is shown as `checkpoint_stall_ms`."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            self._stall_seconds = (self._stall_seconds or 0.0) + self._clock() - begin
+        return self._stall
 
     def measure(self, *, step: int, tokens: int) -> dict[str, float | int | None]:
         """Rates since the last call, over all ranks, given the steps and target tokens done so far; begins anew.
@@ -163,7 +156,7 @@ class Throughput:
         the share of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
         `checkpoint_stall_ms` is how long training stood still for checkpoints since the last call; None: there was none.
         """
-        seconds = self._clock() - self._started - self._left_out.seconds
+        seconds = self._clock() - self._started - (self._left_out.seconds - self._steps_in_it.seconds)
         steps = max(1, step - self._step)
         tokens_per_second = (tokens - self._tokens) / seconds if seconds > 0 else 0.0
         measured = {
@@ -171,7 +164,7 @@ class Throughput:
             "mfu": tokens_per_second / self._full_use if self._full_use else None,
             "step_seconds": seconds / steps,
             "data_seconds": self._data.seconds / steps,
-            "checkpoint_stall_ms": None if self._stall_seconds is None else 1000 * self._stall_seconds,
+            "checkpoint_stall_ms": 1000 * self._stall.seconds if self._stall.times else None,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
         self.start(step=step, tokens=tokens)

@@ -101,6 +101,19 @@ def test_throughput_leaves_out_what_is_paused_but_for_what_is_awaited_of_steps()
     assert measured["mfu"] is None
 
 
+def test_saves_since_the_last_measurement_are_summed_up_and_without_one_there_is_no_stall():
+    now = [0.0]
+    throughput = Throughput(World.single(), dtype="fp32", clock=lambda: now[0])
+    for seconds in (0.25, 0.5):
+        with throughput.saving():
+            now[0] += seconds
+    assert throughput.measure(step=1, tokens=1)["checkpoint_stall_ms"] == 750
+    assert throughput.measure(step=2, tokens=2)["checkpoint_stall_ms"] is None
+    with throughput.saving():
+        pass
+    assert throughput.measure(step=3, tokens=3)["checkpoint_stall_ms"] == 0
+
+
 def test_peaks_are_known_by_name_and_unknown_otherwise():
     assert peak_flops("NVIDIA H200", "bf16") == 989.4e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "fp16") == 312e12
