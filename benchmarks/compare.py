@@ -81,6 +81,7 @@ def run(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),
     }
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users' second start finds modules in bytecode
     if not goes_on:
         shutil.rmtree(workload.folder / "runs", ignore_errors=True)
     command = [sys.executable, "-m", f"benchmarks.contestants.{contestant.module}", *contestant.arguments]

@@ -15,7 +15,8 @@ from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
-from dist_trainer.parallel.compilation import is_compiled, keeping_less
+from dist_trainer.parallel.compilation import compiling_for_cpu, is_compiled
+from dist_trainer.parallel.compile_cache import keep_number_formats_apart
 from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.step import seed_dropout
@@ -60,8 +61,9 @@ def warm_up(
         finally:
             evaluated.train(was_training)
 
+    keep_number_formats_apart(precision.name)
     on_cpu = world.device.type == "cpu"
-    with large_blocks_apart() if on_cpu else nullcontext(), keeping_less() if on_cpu else nullcontext():
+    with large_blocks_apart() if on_cpu else nullcontext(), compiling_for_cpu() if on_cpu else nullcontext():
         if compiles_in_a_step(model, train_data, world.device):
             agree(world, lambda: rehearse(exchange=False))
             agree(world, rehearse_validation)

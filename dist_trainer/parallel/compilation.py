@@ -1,27 +1,25 @@
-"""torch.compile: whether it pays, what of a model is compiled, and where the result is kept."""
+"""torch.compile: whether it pays, what of a model is compiled, and how."""
 
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from dist_trainer.cache_dir import default_cache_dir
 from dist_trainer.compilers import missing_compiler
 from dist_trainer.distributed.collectives import gather_objects
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
+from dist_trainer.parallel.compile_cache import keep_compiled_code
 
 try:
-    from torch._functorch import config as partitioner
+    from torch._functorch import config as functorch
 except ImportError:
-    partitioner = None
+    functorch = None
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +30,14 @@ At 1e14 a second on a GPU and 1e11 on a few CPU cores these are 2 and 17 minutes
 compiling takes about half a minute. A property of the run alone, not of the machine or the number of ranks: what it decides
 changes the last bits of every loss.
 """
+CPU_SWITCHES = {
+    # Less is kept for the backward pass, which makes anew what is cheap to: above all weights cast to bfloat16, where there are
+    # any. Of a DecoderLM of 124M parameters that is 0.14 GiB, at no cost in time (docs/decisions/speed.md).
+    "ban_recompute_materialized_backward": False,
+    # The next start finds also what has an autograd function inside (models/cpu_attention.py), rather than trace it once more.
+    "autograd_cache_allow_custom_autograd_functions": True,
+}
+"""Private switches of torch's, and what they are set to."""
 _COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -72,40 +78,14 @@ def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
     _COMPILED.add(model)
 
 
-def keeping_less() -> AbstractContextManager[object]:
-    """Within, what is compiled keeps less for its backward pass, which makes anew what is cheap to: above all weights cast to
-    bfloat16, where there are any.
-
-    Of a DecoderLM of 124M parameters that is 0.14 GiB, at no cost in time on a CPU (docs/decisions/speed.md). A private switch
-    of torch's; nothing where this torch has no such. What is compiled later, outside, keeps as much as torch likes.
+def compiling_for_cpu() -> AbstractContextManager[object]:
+    """Within, what is compiled is compiled by CPU_SWITCHES; by those of them that this torch has. What is compiled later,
+    outside, is not.
     """
-    switch = "ban_recompute_materialized_backward"
-    return partitioner.patch({switch: False}) if hasattr(partitioner, switch) else nullcontext()  # type: ignore[attr-defined]
+    switches = {name: value for name, value in CPU_SWITCHES.items() if hasattr(functorch, name)}
+    return functorch.patch(switches) if switches else nullcontext()  # type: ignore[attr-defined]
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `compile_parts` was called for `model`."""
     return model in _COMPILED
-
-
-def keep_compiled_code() -> None:
-    """Have torch keep what it compiles in the user's cache, so that a run that starts again finds it, on any node.
-
-    Not in the run's folder: it is code, and a run may come from a stranger. For the same reason not in a folder that others
-    can write into; there, and where the user has named one, torch's own choice stands.
-    """
-    folder = default_cache_dir() / "compiled"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        return
-    if belongs_to_this_user_alone(folder):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
-        if torch.cuda.is_available():
-            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
-
-
-def belongs_to_this_user_alone(folder: Path) -> bool:
-    """Whether `folder` is no link, and nobody else may write into it."""
-    found = folder.lstat()
-    return not folder.is_symlink() and found.st_uid == os.getuid() and not found.st_mode & 0o022
