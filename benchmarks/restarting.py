@@ -46,7 +46,7 @@ def main() -> None:
         prepare(workload)
         rounds = [seconds_to_next_step(workload, threads, compiled=given.compile) for _ in range(given.rounds + 1)][1:]
     ratios = [seconds[OURS] / seconds[SCRIPT] for seconds in rounds]
-    against = "the script, blocks compiled" if given.compile else "the script"
+    against = "the script with our loss, blocks compiled" if given.compile else "the script"
     print(
         f"{header(workload, given.size, threads)}\n\nFrom the command to the next step, ours against {against}: "
         f"{spread(ratios)} in {len(rounds)} rounds; the script: "

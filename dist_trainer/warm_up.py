@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
 from dist_trainer.parallel.compilation import compiling_for_cpu, is_compiled
-from dist_trainer.parallel.compile_cache import keep_number_formats_apart
+from dist_trainer.parallel.compile_cache import number_format_in_key
 from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.step import seed_dropout
@@ -61,9 +61,11 @@ def warm_up(
         finally:
             evaluated.train(was_training)
 
-    keep_number_formats_apart(precision.name)
-    on_cpu = world.device.type == "cpu"
-    with large_blocks_apart() if on_cpu else nullcontext(), compiling_for_cpu() if on_cpu else nullcontext():
+    with ExitStack() as conditions:
+        conditions.enter_context(number_format_in_key(precision.name))
+        if world.device.type == "cpu":
+            conditions.enter_context(large_blocks_apart())
+            conditions.enter_context(compiling_for_cpu(model))
         if compiles_in_a_step(model, train_data, world.device):
             agree(world, lambda: rehearse(exchange=False))
             agree(world, rehearse_validation)

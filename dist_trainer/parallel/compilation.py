@@ -17,9 +17,9 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.parallel.compile_cache import keep_compiled_code
 
 try:
-    from torch._functorch import config as functorch
+    from torch._functorch import config as functorch_config
 except ImportError:
-    functorch = None
+    functorch_config = None
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,8 @@ At 1e14 a second on a GPU and 1e11 on a few CPU cores these are 2 and 17 minutes
 compiling takes about half a minute. A property of the run alone, not of the machine or the number of ranks: what it decides
 changes the last bits of every loss.
 """
-CPU_SWITCHES = {
-    # Less is kept for the backward pass, which makes anew what is cheap to: above all weights cast to bfloat16, where there are
-    # any. Of a DecoderLM of 124M parameters that is 0.14 GiB, at no cost in time (docs/decisions/speed.md).
-    "ban_recompute_materialized_backward": False,
-    # The next start finds also what has an autograd function inside (models/cpu_attention.py), rather than trace it once more.
-    "autograd_cache_allow_custom_autograd_functions": True,
-}
-"""Private switches of torch's, and what they are set to."""
+KEEPS_MORE = "ban_recompute_materialized_backward"
+CACHES_AUTOGRAD_FUNCTIONS = "autograd_cache_allow_custom_autograd_functions"
 _COMPILED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -78,12 +72,19 @@ def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
     _COMPILED.add(model)
 
 
-def compiling_for_cpu() -> AbstractContextManager[object]:
-    """Within, what is compiled is compiled by CPU_SWITCHES; by those of them that this torch has. What is compiled later,
-    outside, is not.
+def compiling_for_cpu(model: nn.Module) -> AbstractContextManager[object]:
+    """Within, `model` is compiled by two private switches of torch's, as far as this torch has them.
+
+    KEEPS_MORE, off, has less kept for the backward pass, which makes anew what is cheap to: above all weights cast to bfloat16,
+    where there are any. Of a DecoderLM of 124M parameters that is 0.14 GiB, at no cost in time (docs/decisions/speed.md).
+    CACHES_AUTOGRAD_FUNCTIONS, on, has the next start find also attention by models/cpu_attention.py. An autograd function's
+    operations are in the key, but of a Python function that it hides from torch the name alone: so it is off for other models.
     """
-    switches = {name: value for name, value in CPU_SWITCHES.items() if hasattr(functorch, name)}
-    return functorch.patch(switches) if switches else nullcontext()  # type: ignore[attr-defined]
+    switches = {KEEPS_MORE: False}
+    if any(getattr(module, "compiled_for_one_length", False) for module in model.modules()):
+        switches[CACHES_AUTOGRAD_FUNCTIONS] = True
+    present = {name: value for name, value in switches.items() if hasattr(functorch_config, name)}
+    return functorch_config.patch(present) if present else nullcontext()  # type: ignore[attr-defined]
 
 
 def is_compiled(model: nn.Module) -> bool:

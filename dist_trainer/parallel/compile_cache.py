@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.compiler
 
 from dist_trainer.cache_dir import default_cache_dir
 
@@ -34,11 +35,13 @@ def belongs_to_this_user_alone(folder: Path) -> bool:
     return not folder.is_symlink() and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
-def keep_number_formats_apart(name: str) -> None:
-    """Have torch look for what it compiles from here on only among what was compiled for the number format `name`.
+def number_format_in_key(name: str) -> AbstractContextManager[object]:
+    """Within, this thread looks for compiled code only among that of the number format `name`.
 
     torch 2.11 takes a graph that was compiled under autocast to bfloat16 for the same one under autocast to float16, and
     computes in the wrong format without a word; 2.13 does not.
     """
-    users = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", "")
-    torch.compiler.config.cache_key_tag = f"{users} {name}".strip()
+    config: Any = torch.compiler.config
+    if not hasattr(config, "cache_key_tag"):
+        return nullcontext()
+    return config.patch(cache_key_tag=f"{config.cache_key_tag} {name}".strip())

@@ -84,8 +84,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts it in KiB
 
 
-class _Sum:
-    """Sums up the seconds spent inside, not to be nested. Entered in every step, hence no generator, which costs more."""
+class _Stopwatch:
+    """Sums up the seconds spent inside, and counts how often; not to be nested. No generator, which would cost more a step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.is_open = False
@@ -94,7 +94,7 @@ class _Sum:
         self.clear()
 
     def clear(self) -> None:
-        self.seconds, self.times = 0.0, 0
+        self.seconds, self.count = 0.0, 0
 
     def __enter__(self) -> None:
         self.is_open = True
@@ -102,7 +102,7 @@ class _Sum:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += self._clock() - self._began
-        self.times += 1
+        self.count += 1
         self.is_open = False
 
 
@@ -123,19 +123,20 @@ class Throughput:
         self._full_use = peak * world.world_size / flops_per_token if peak and flops_per_token else None
         """Tokens a second at which every device would be at its peak."""
         self._clock = clock
-        self._left_out, self._steps_in_it, self._data, self._stall = (_Sum(clock) for _ in range(4))
+        self._paused, self._steps_within_pauses = _Stopwatch(clock), _Stopwatch(clock)
+        self._data, self._stall = _Stopwatch(clock), _Stopwatch(clock)
         self.start(step=0, tokens=0)
 
     def start(self, *, step: int, tokens: int) -> None:
         """Begin to measure, with `step` steps and `tokens` target tokens done."""
         self._step, self._tokens = step, tokens
-        for part in (self._left_out, self._steps_in_it, self._data, self._stall):
-            part.clear()
+        for stopwatch in (self._paused, self._steps_within_pauses, self._data, self._stall):
+            stopwatch.clear()
         self._started = self._clock()
 
     def paused(self) -> AbstractContextManager[None]:
         """What happens inside is no part of the steps' time."""
-        return self._left_out
+        return self._paused
 
     def waiting_for_data(self) -> AbstractContextManager[None]:
         """What happens inside is part of the steps' time, and is shown as `data_seconds` too."""
@@ -143,7 +144,7 @@ class Throughput:
 
     def waiting_for_steps(self) -> AbstractContextManager[None]:
         """What happens inside is part of the steps' time, even where that is paused: a GPU is still at them."""
-        return self._steps_in_it if self._left_out.is_open else nullcontext()
+        return self._steps_within_pauses if self._paused.is_open else nullcontext()
 
     def saving(self) -> AbstractContextManager[None]:
         """What happens inside holds training up for a checkpoint, and is shown as `checkpoint_stall_ms`."""
@@ -156,7 +157,7 @@ class Throughput:
         the share of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
         `checkpoint_stall_ms` is how long training stood still for checkpoints since the last call; None: there was none.
         """
-        seconds = self._clock() - self._started - (self._left_out.seconds - self._steps_in_it.seconds)
+        seconds = self._clock() - self._started - (self._paused.seconds - self._steps_within_pauses.seconds)
         steps = max(1, step - self._step)
         tokens_per_second = (tokens - self._tokens) / seconds if seconds > 0 else 0.0
         measured = {
@@ -164,7 +165,7 @@ class Throughput:
             "mfu": tokens_per_second / self._full_use if self._full_use else None,
             "step_seconds": seconds / steps,
             "data_seconds": self._data.seconds / steps,
-            "checkpoint_stall_ms": 1000 * self._stall.seconds if self._stall.times else None,
+            "checkpoint_stall_ms": 1000 * self._stall.seconds if self._stall.count else None,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
         self.start(step=step, tokens=tokens)

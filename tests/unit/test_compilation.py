@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,32 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from dist_trainer.config.schema import BatchConfig, TrainingConfig
+from dist_trainer.config.schema import BatchConfig, ModelConfig, TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.cpu_attention import causal_attention
+from dist_trainer.models.decoder_lm import Attention
 from dist_trainer.parallel import compilation
-from dist_trainer.parallel.compilation import CPU_SWITCHES, WORTH_COMPILING, compiling_for_cpu, is_worth_compiling
-from dist_trainer.parallel.compile_cache import keep_compiled_code, keep_number_formats_apart
+from dist_trainer.parallel.compilation import (
+    CACHES_AUTOGRAD_FUNCTIONS,
+    KEEPS_MORE,
+    WORTH_COMPILING,
+    compiling_for_cpu,
+    is_worth_compiling,
+)
+from dist_trainer.parallel.compile_cache import keep_compiled_code, number_format_in_key
 from dist_trainer.trainer import Trainer
 
-has_switches = pytest.mark.skipif(
-    not all(hasattr(compilation.functorch, name) for name in CPU_SWITCHES), reason="this torch has no such switches"
-)
+OWN_ATTENTION = Attention(ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2))
+OWN_ATTENTION.compiled_for_one_length = True
+
+
+def needs(switch: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not hasattr(compilation.functorch_config, switch), reason=f"this torch has no {switch}")
+
+
 CPU, LONG, SHORT = World.single(), 1e18, 1e12
 
 
@@ -80,7 +92,7 @@ def test_compiled_code_outlives_the_run_but_only_where_nobody_else_can_write(
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/mine"
 
 
-@has_switches
+@needs(KEEPS_MORE)
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 def test_what_is_compiled_for_cpu_casts_its_weights_anew_and_has_the_same_gradients() -> None:
     torch.manual_seed(0)
@@ -88,7 +100,7 @@ def test_what_is_compiled_for_cpu_casts_its_weights_anew_and_has_the_same_gradie
     layers[1].load_state_dict(layers[0].state_dict())
     given = torch.randn(16, 48, requires_grad=True)
     kept, gradients = [], []
-    for module, context in zip(layers, (nullcontext(), compiling_for_cpu()), strict=True):
+    for module, context in zip(layers, (nullcontext(), compiling_for_cpu(torch.nn.Module())), strict=True):
         saved: list[torch.Tensor] = []
         torch.compiler.reset()
         with (
@@ -105,37 +117,52 @@ def test_what_is_compiled_for_cpu_casts_its_weights_anew_and_has_the_same_gradie
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-@has_switches
-def test_a_trainer_warms_up_compiling_for_cpu_and_leaves_the_switches_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs(KEEPS_MORE)
+def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def state() -> tuple[bool, str]:
+        return getattr(compilation.functorch_config, KEEPS_MORE), torch.compiler.config.cache_key_tag
+
     seen = []
 
     def loss_function(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        seen.append({name: getattr(compilation.functorch, name) for name in CPU_SWITCHES})
+        seen.append(state())
         return model(batch.tokens.float()).sum()
 
     monkeypatch.setattr("dist_trainer.warm_up.is_compiled", lambda _: True)
     config, model = TrainingConfig(batch=BatchConfig(global_batch_size=2)), torch.nn.Linear(8, 1)
     rows = [(torch.arange(8), torch.arange(8))] * 4
-    Trainer(
-        config,
-        World.single(),
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters()),
-        train_data=create_dataloaders(config, train_dataset=rows).train,
-        loss_function=loss_function,
-    ).warm_up()
-    assert seen == [CPU_SWITCHES]
-    assert all(getattr(compilation.functorch, name) is not value for name, value in CPU_SWITCHES.items())
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        before = state()
+        Trainer(
+            config,
+            World.single(),
+            model=model,
+            optimizer=torch.optim.SGD(model.parameters()),
+            train_data=create_dataloaders(config, train_dataset=rows).train,
+            loss_function=loss_function,
+        ).warm_up()
+        assert state() == before == (True, "mine")
+    assert seen == [(False, "mine fp32")]
+
+
+@needs(CACHES_AUTOGRAD_FUNCTIONS)
+def test_autograd_functions_are_cached_of_models_with_attention_of_ours_alone() -> None:
+    for model, cached in ((OWN_ATTENTION, True), (torch.nn.Linear(8, 1), False)):
+        with compiling_for_cpu(model):
+            assert getattr(compilation.functorch_config, CACHES_AUTOGRAD_FUNCTIONS) is cached
+
+
+def test_a_torch_without_such_switches_compiles_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "functorch_config", None)
+    monkeypatch.setattr(torch.compiler, "config", object())
+    with compiling_for_cpu(OWN_ATTENTION), number_format_in_key("bf16"):
+        pass
 
 
 @pytest.fixture
-def no_cache_key_tag() -> Iterator[None]:
-    with torch.compiler.config.patch(cache_key_tag=""):
-        yield
-
-
-@pytest.fixture
-def empty_compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cache_key_tag: None) -> None:
+def empty_compile_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
@@ -147,23 +174,43 @@ def compiled_anew(function: Callable[[], Any]) -> Counter[str]:
     return Counter({name.removeprefix("autograd_cache_"): count for name, count in counters["aot_autograd"].items()})
 
 
-@has_switches
+@needs(CACHES_AUTOGRAD_FUNCTIONS)
 @pytest.mark.usefixtures("empty_compile_cache")
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
-def test_the_next_start_finds_compiled_attention_though_it_is_an_autograd_function() -> None:
-    def train(scale: float) -> float:
-        def attention(x: torch.Tensor) -> torch.Tensor:
-            return causal_attention(*(x * scale for _ in range(3)))
-
+def test_the_next_start_finds_compiled_attention() -> None:
+    def train() -> None:
         x = torch.ones(1, 1, 128, 16, dtype=torch.bfloat16, requires_grad=True)
-        with compiling_for_cpu():
-            y = torch.compile(attention, dynamic=False)(x).sum()
-            y.backward()
-        return y.item()
+        with compiling_for_cpu(OWN_ATTENTION):
+            torch.compile(causal_attention, dynamic=False)(x, x, x).sum().backward()
 
-    assert compiled_anew(lambda: train(2.0))["miss"] == 1
-    assert compiled_anew(lambda: train(2.0))["hit"] == 1
-    assert compiled_anew(lambda: train(3.0))["miss"] == 1
+    assert compiled_anew(train)["miss"] == 1
+    assert compiled_anew(train)["hit"] == 1
+
+
+@needs(CACHES_AUTOGRAD_FUNCTIONS)
+@pytest.mark.usefixtures("empty_compile_cache")
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
+def test_an_autograd_function_of_other_operations_is_not_found() -> None:
+    def train(forward_factor: float, backward_factor: float) -> None:
+        class Scaled(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+                return x * forward_factor
+
+            @staticmethod
+            def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+                return dy * backward_factor
+
+        x = torch.ones(8, requires_grad=True)
+        with compiling_for_cpu(OWN_ATTENTION):
+            y = torch.compile(lambda x: Scaled.apply(x), dynamic=False)(x)
+            y.sum().backward()
+        assert (y[0].item(), x.grad[0].item()) == (forward_factor, backward_factor)
+
+    assert compiled_anew(lambda: train(1.0, 2.0))["miss"] == 1
+    assert compiled_anew(lambda: train(1.0, 2.0))["hit"] == 1
+    assert compiled_anew(lambda: train(3.0, 2.0))["miss"] == 1
+    assert compiled_anew(lambda: train(1.0, 3.0))["miss"] == 1
 
 
 @pytest.mark.usefixtures("empty_compile_cache")
@@ -172,21 +219,12 @@ def test_what_is_compiled_for_one_number_format_is_not_taken_for_another() -> No
     layer, x = torch.nn.Linear(64, 64), torch.randn(8, 64)
 
     def compute(name: str, dtype: torch.dtype) -> None:
-        keep_number_formats_apart(name)
-        with torch.autocast("cpu", dtype=dtype):
+        with number_format_in_key(name), torch.autocast("cpu", dtype=dtype):
             y = torch.compile(layer, dynamic=False)(x)
-            assert torch.equal(y, layer(x)), name
-        y.sum().backward()  # only then is it kept
+            y.sum().backward()  # only then is it kept
+        assert y.dtype is dtype
 
     assert compiled_anew(lambda: compute("bf16", torch.bfloat16))["miss"] == 1
     assert compiled_anew(lambda: compute("fp16", torch.float16))["miss"] == 1
     assert compiled_anew(lambda: compute("bf16", torch.bfloat16))["hit"] == 1
     assert compiled_anew(lambda: compute("mine", torch.bfloat16))["miss"] == 1  # apart by the name alone
-
-
-@pytest.mark.usefixtures("no_cache_key_tag")
-def test_a_cache_key_tag_of_the_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_COMPILE_CACHE_KEY_TAG", "ours")
-    for name in ("bf16", "fp16"):
-        keep_number_formats_apart(name)
-        assert torch.compiler.config.cache_key_tag == f"ours {name}"
