@@ -186,15 +186,19 @@ def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     for name in ours:
         cells = []
         for other in others:
-            pairs = by_round(results[name], results[other])
-            memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
-            cells.append(f"{spread([its['step_seconds'] / own['step_seconds'] for own, its in pairs])}, {memory:.2f}")
+            cells.append(", ".join(speed_and_memory(by_round(results[name], results[other]))))
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def by_round(own: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Results of the same rounds; who failed in one has none from there on."""
     return list(zip(own, other, strict=False))
+
+
+def speed_and_memory(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[str, str]:
+    """Ratios of the first of each pair to the second: of tokens a second, with their spread, and of memory."""
+    memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
+    return spread([its["step_seconds"] / own["step_seconds"] for own, its in pairs]), f"{memory:.2f}"
 
 
 def spread(values: list[float], *, sign: str = "") -> str:

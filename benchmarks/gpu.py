@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import BASE, CONTESTANTS, Contestant, by_round, chosen, header, measure, spread, table
+from benchmarks.compare import BASE, CONTESTANTS, Contestant, by_round, chosen, header, measure, speed_and_memory, table
 from benchmarks.workloads import SIZES, Workload
 
 NEEDED = ("jsonargparse", "docstring_parser", "filelock", "pyarrow", "accelerate")
@@ -88,9 +88,8 @@ def figures(results: dict[str, list[dict[str, Any]]], tokens: int) -> Iterator[s
         yield f"- {name}: {speed:,.0f} tokens/s, {memory / 2**30:.2f} GiB"
     for name, other in AGAINST:
         if pairs := by_round(results.get(name, []), results.get(other, [])):
-            speeds = spread([its["step_seconds"] / own["step_seconds"] for own, its in pairs])
-            memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
-            yield f"- {name} against {other}: {speeds} times the tokens/s, {memory:.2f} of the memory"
+            times, share = speed_and_memory(pairs)
+            yield f"- {name} against {other}: {times} times the tokens/s, {share} of the memory"
 
 
 def in_a_line(why: str) -> str:

@@ -14,22 +14,23 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from benchmarks.compare import Contestant, header, run, spread
+from benchmarks.compare import BASE, CONTESTANTS, OURS, header, run, spread
 from benchmarks.workloads import SIZES, Workload, prepare
 
-SCRIPT, OURS = "bare script", "ours"
+SCRIPT = "bare script"
 
 
 def seconds_to_next_step(workload: Workload, threads: int, *, compiled: bool) -> dict[str, float]:
     """Of each, in turn: a run that saves, and the same run once more, which goes on."""
-    flags = "lean,per-block" if compiled else ""
-    run(Contestant("bare", (flags,)), workload, threads)
-    script = run(Contestant("bare", (f"goes-on,{flags}",)), workload, threads)
-    choice = ("--precision.compile", str(compiled).lower())
-    run(Contestant("ours", choice), workload, threads)
-    longer = ("--train.max_steps", str(2 * workload.total_steps))
-    ours = run(Contestant("ours", (*choice, *longer)), workload, threads, goes_on=True)
-    return {SCRIPT: script["seconds_to_first_step"], OURS: ours["seconds_to_first_step"]}
+    script = CONTESTANTS["bare, per block, lean" if compiled else BASE]
+    run(script, workload, threads)
+    script = dataclasses.replace(script, arguments=(",".join(["goes-on", *script.arguments]),))
+    found = {SCRIPT: run(script, workload, threads)}
+    ours = CONTESTANTS["ours, compiled" if compiled else OURS]
+    run(ours, workload, threads)
+    ours = dataclasses.replace(ours, arguments=(*ours.arguments, "--train.max_steps", str(2 * workload.total_steps)))
+    found[OURS] = run(ours, workload, threads, goes_on=True)
+    return {name: result["seconds_to_first_step"] for name, result in found.items()}
 
 
 def main() -> None:

@@ -207,9 +207,9 @@ class Trainer:
         self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
 
-        done, loss_sum = self.progress, sum(losses[1:], losses[0])
-        done.note_step(target_tokens)
-        return StepResult(done.step, loss_sum, grad_norm, learning_rate, target_tokens, done.target_tokens)
+        loss_sum = sum(losses[1:], losses[0])
+        self.progress.note_step(target_tokens)
+        return StepResult(step + 1, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
     def _clip_gradients(self) -> Tensor:
         """Scale gradients down to `optim.max_grad_norm`; their norm before, over all parameters: a float32 scalar."""
@@ -314,8 +314,8 @@ class Trainer:
 
     def _sample_if_due(self, *, validated: bool) -> None:
         """A sample of text where one is due; what a signal broke off, or kept from beginning, is owed to the next start."""
-        progress, tracking, is_last = self.progress, self.config.tracking, self.progress.step >= self.max_steps
-        if progress.owes_sample or sample_is_due(tracking, progress.step, validated=validated, is_last=is_last):
+        progress, is_last = self.progress, self.progress.step >= self.max_steps
+        if progress.owes_sample or sample_is_due(self.config.tracking, progress.step, validated=validated, is_last=is_last):
             self._watch(None)
             model, log_line = unwrap(self.model), self.tracker.log
             done = not self._stopped and log_sample(self.sample, model, self.world, log_line, step=progress.step)

@@ -32,15 +32,13 @@ from dist_trainer.parallel.compilation import (
 from dist_trainer.parallel.compile_cache import keep_compiled_code, number_format_in_key
 from dist_trainer.trainer import Trainer
 
+CPU, LONG, SHORT = World.single(), 1e18, 1e12
 OWN_ATTENTION = Attention(ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2))
 OWN_ATTENTION.compiled_for_one_length = True
 
 
 def needs(switch: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not hasattr(compilation.functorch_config, switch), reason=f"this torch has no {switch}")
-
-
-CPU, LONG, SHORT = World.single(), 1e18, 1e12
 
 
 @pytest.fixture
@@ -118,9 +116,7 @@ def test_what_is_compiled_for_cpu_casts_its_weights_anew_and_has_the_same_gradie
 
 
 @needs(KEEPS_MORE)
-def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     def state() -> tuple[bool, str]:
         return getattr(compilation.functorch_config, KEEPS_MORE), torch.compiler.config.cache_key_tag
 
