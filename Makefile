@@ -14,6 +14,10 @@ WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 )))
 VENV := .venv/bin/python
 STAMP := .venv/.set-up
 
+# Containers often set PYTHONDONTWRITEBYTECODE: each process would compile all that it imports, seconds for torch alone.
+export PYTHONDONTWRITEBYTECODE =
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.venv/bytecode
+
 .PHONY: train test bench lint format check setup clean again
 
 train: setup

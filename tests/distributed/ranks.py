@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.ports import reserved_port
 
-TIMEOUT_SECONDS = 90
+TIMEOUT_SECONDS = 300
+"""After this a rank hangs, however busy the machine."""
 
 
 def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:

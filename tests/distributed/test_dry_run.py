@@ -168,7 +168,7 @@ def test_the_batch_is_as_large_as_any_can_be(stories, tmp_path):
 def test_a_compiled_run_can_be_tried_by_the_command(tmp_path, launcher):
     words = ["--config", "configs/debug.yaml", "--dry_run", "--precision.compile", "true", "--output_dir", str(tmp_path / "r")]
     done = subprocess.run(
-        [sys.executable, *launcher, "dist_trainer.train", *words], capture_output=True, text=True, timeout=300, cwd=REPOSITORY
+        [sys.executable, *launcher, "dist_trainer.train", *words], capture_output=True, text=True, cwd=REPOSITORY
     )
     assert done.returncode == 0, done.stderr
     assert ", compiled, " in done.stderr

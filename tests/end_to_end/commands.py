@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+SECONDS_OF_A_COMMAND = 500.0
+"""After this one hangs, however busy the machine."""
 SMALL = [
     *("--config", str(ROOT / "configs" / "debug.yaml")),
     *("--tracking.wandb", "disabled"),
@@ -27,7 +29,7 @@ def command(*words: str, module: str = "dist_trainer.train", **options: Any) -> 
         [sys.executable, "-m", module, *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=options.pop("timeout", 110),
+        timeout=options.pop("timeout", SECONDS_OF_A_COMMAND),
         cwd=options.pop("cwd", ROOT),
         env=environment(**options),
     )

@@ -99,7 +99,6 @@ def run(words: list[str], folder: Path) -> str:
         env={**not_from_make, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=100,
         check=False,
     )
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"

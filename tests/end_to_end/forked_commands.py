@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.end_to_end.commands import ROOT, environment
+from tests.end_to_end.commands import ROOT, SECONDS_OF_A_COMMAND, environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["dist_trainer.assembly", "transformers"])
@@ -21,7 +21,7 @@ _CONTEXT.set_forkserver_preload(["dist_trainer.assembly", "transformers"])
 
 def quick_command(*words: object, module: str = "dist_trainer.train", **options: Any) -> subprocess.CompletedProcess[str]:
     """`python -m module words`; stdout and stderr as text. Options: cwd, timeout (seconds), and variables."""
-    timeout, cwd = options.pop("timeout", 110), options.pop("cwd", ROOT)
+    timeout, cwd = options.pop("timeout", SECONDS_OF_A_COMMAND), options.pop("cwd", ROOT)
     arguments = [module, *map(str, words)]
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder)

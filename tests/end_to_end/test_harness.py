@@ -18,7 +18,6 @@ from tests.end_to_end.commands import ROOT, SMALL, command
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the extra `harness`"),
 ]
 PAGE = (ROOT / "docs" / "evaluating.md").read_text("utf-8")

@@ -33,7 +33,6 @@ def bash(words: list[str], stand_in: Path, **environment: str) -> str:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

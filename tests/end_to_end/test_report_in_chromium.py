@@ -86,7 +86,7 @@ def look_at(page: Path, frames: list[tuple[int, str]]) -> list[dict[str, Any]]:
     outer.write_text(f"{inner}<script>onload=()=>{{document.title='SEEN'+JSON.stringify({collect})+'END'}}</script>")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
     words = [CHROMIUM, *options, f"--user-data-dir={page.parent / 'profile'}", outer.as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     found = re.search("SEEN(.*?)END", done.stdout)
     assert found, done.stdout[:2000] + done.stderr[-2000:]
     return json.loads(unescape(found[1]))

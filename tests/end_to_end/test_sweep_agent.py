@@ -15,7 +15,6 @@ from tests.end_to_end.commands import ROOT, lines, status
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_two_runs_of_an_agent_train_in_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from wandb.wandb_agent import Agent
 

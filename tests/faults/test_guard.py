@@ -10,12 +10,13 @@ import pytest
 
 from dist_trainer.distributed.launch import begin_as_rank
 from tests.faults.processes import children_of, is_alive, wait_until
+from tests.pace import allowed
 
 RANK = """
 import threading, time
 from dist_trainer.distributed import guard
 watched = guard.Guard()
-watched.patience_seconds = lambda: 1.0 - guard.MARGIN_SECONDS  # a second in all
+watched.patience_seconds = lambda: {seconds} - guard.MARGIN_SECONDS
 time.sleep(2 * guard.TELL_SECONDS)  # it has been told
 print("ready", flush=True)
 input()
@@ -27,7 +28,7 @@ SLEEPS = "time.sleep(60)"
 @pytest.fixture
 def rank(request):
     """A process with a guard, and the guard."""
-    words = [sys.executable, "-c", RANK.format(then=getattr(request, "param", SLEEPS))]
+    words = [sys.executable, "-c", RANK.format(then=getattr(request, "param", SLEEPS), seconds=allowed(1.0))]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         (guard,) = children_of(process.pid)
@@ -40,7 +41,8 @@ def rank(request):
 def test_a_frozen_rank_is_ended(rank):
     process, guard = rank
     process.send_signal(signal.SIGSTOP)
-    assert process.wait(10) == -signal.SIGKILL
+    wait_until(lambda: process.poll() is not None, seconds=10)
+    assert process.returncode == -signal.SIGKILL
     wait_until(lambda: not is_alive(guard), seconds=5)
 
 
@@ -80,7 +82,8 @@ def test_signals_to_all_processes_of_a_rank_leave_the_guard_at_its_post(rank):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(guard, number)
     process.send_signal(signal.SIGSTOP)
-    assert process.wait(10) == -signal.SIGKILL
+    wait_until(lambda: process.poll() is not None, seconds=10)
+    assert process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("environment", [{}, {"TORCHELASTIC_RUN_ID": "7", "RANK": "0", "WORLD_SIZE": "1"}])

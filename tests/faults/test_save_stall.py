@@ -5,6 +5,7 @@ import time
 
 from dist_trainer.checkpoint.writer import QUICK_SECONDS
 from tests.faults.faults import do
+from tests.pace import allowed
 
 FSYNC_SECONDS = 0.3
 MOST_STALL_MS = 1000 * QUICK_SECONDS + 200
@@ -28,7 +29,7 @@ def test_on_a_slow_disk_training_waits_for_no_write_and_the_best_and_the_last_ar
     stalls = [line["checkpoint_stall_ms"] for line in run.lines() if line["checkpoint_stall_ms"] is not None]
     assert len(stalls) >= 4
     assert 1000 * run.status()["checkpoint_seconds"] > 6 * MOST_STALL_MS, "else this proves nothing"
-    assert max(stalls) < MOST_STALL_MS, stalls
+    assert max(stalls) < allowed(MOST_STALL_MS), stalls
     assert run.newest().name == "step-00000012"
     assert run.status()["best_step"] == 12
     assert os.readlink(run.checkpoints / "best") == "step-00000012"

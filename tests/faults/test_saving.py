@@ -35,7 +35,6 @@ def dying_at(operation):
     return Operations(lambda number, _: die() if number == operation else None)
 
 
-@pytest.mark.timeout(300)  # 150 processes, on a machine that may be busy
 def test_dying_at_each_file_operation_of_a_save_and_of_the_rotation_loses_nothing_and_leaves_no_litter(saved, tmp_path):
     note = tmp_path / "kinds.txt"
     rehearsal = saved.at(tmp_path / "rehearsal")

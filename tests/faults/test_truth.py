@@ -12,6 +12,7 @@ from dist_trainer.tracking.step_counter import StepCounter, steps_done
 from tests.distributed.small_runs import command, folder, small_config, status
 from tests.faults.damage import empty
 from tests.faults.faults import before_each_call, die, do, kill
+from tests.pace import allowed
 
 
 def saved_and_killed(run, *, at_step, **changes):
@@ -58,7 +59,7 @@ def test_noting_a_step_takes_microseconds_and_reads_back(tmp_path):
     began = time.perf_counter()
     for step in range(1, 2001):
         counter.note(step)
-    assert (time.perf_counter() - began) / 2000 < 100e-6, "one on an idle machine"
+    assert (time.perf_counter() - began) / 2000 < allowed(100e-6), "one on an idle machine"
     assert steps_done(tmp_path) == 2000
     counter.note(7)
     assert steps_done(tmp_path) == 7, "a shorter number leaves nothing of a longer one"

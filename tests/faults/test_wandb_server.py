@@ -23,6 +23,7 @@ from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.tracker import TRACKERS, FanOut
 from tests.faults.faults import kill
 from tests.faults.processes import children_of, is_alive, wait_until
+from tests.pace import allowed
 from tests.unit.tracking.runs import sample_line, train_line
 from tests.wandb_server import SentRun, WandbServer
 
@@ -54,7 +55,7 @@ def sync(folder: Path) -> str:
     parts = sorted(map(str, folder.glob("wandb/offline-run-*")))
     assert parts
     words = [sys.executable, "-m", "wandb", "sync", *parts]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)  # it makes a wandb/ where it stands
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)  # it makes a wandb/ where it stands
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -204,7 +205,7 @@ def test_a_server_that_never_answers_costs_the_end_seconds_and_the_same_command_
     config = run.but(tracking__wandb="online")
     began = time.monotonic()
     ended = run.start(config=config)
-    assert time.monotonic() - began < 60, "it waits for 4 s, and not as long as the server keeps it waiting"
+    assert time.monotonic() - began < allowed(60), "it waits for 4 s, and not as long as the server keeps it waiting"
     assert ended.code == 0, "training has finished all the same"
     assert (
         "W&B did not finish within 4 s and was ended; metrics.jsonl has all, and the same command adds the rest" in ended.said

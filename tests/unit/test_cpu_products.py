@@ -175,7 +175,6 @@ def test_products_are_as_exact_as_float32_is(rows, inner, columns):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 def test_loss_and_gradients_of_a_compiled_model_agree_with_mkls_and_are_the_same_each_time():
     skip_where_factors_are_rounded()

@@ -204,7 +204,6 @@ def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 def test_compiled_either_mask_gives_the_same_logits(monkeypatch):
     model, compiled, documents = build(), build(), documents_of(LONG)

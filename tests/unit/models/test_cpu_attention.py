@@ -106,7 +106,6 @@ def test_it_is_not_taken_where_nothing_is_compiled():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 @pytest.mark.parametrize("size", [16, 64])
 def test_compiled_it_is_as_exact_and_keeps_weights_of_short_rows_but_no_scores_for_the_backward_pass(size):

@@ -121,9 +121,7 @@ def test_opening_and_bringing_back_a_model_takes_memory_in_bounds(tmp_path):
     model = transformers_lm.open_weights(full)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     model.to(torch.bfloat16).save_pretrained(half)
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, tiny, full, half], capture_output=True, text=True, timeout=110, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", MEASURE, tiny, full, half], capture_output=True, text=True, check=True)
     skeleton, copied, mapped, converted = (int(line) / size for line in done.stdout.split())
     assert skeleton < 0.2  # nothing was written to it
     assert 0.9 < copied < 2.2  # its own memory, and the file's pages

@@ -63,7 +63,7 @@ def offline_records(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for log in logs:
         words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found += [json.loads(line) for line in done.stdout.splitlines()]
     return found
@@ -73,7 +73,6 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [record[kind] for record in records if record["type"] == kind]
 
 
-@pytest.mark.timeout(200)
 def test_offline_wandb_files_are_one_run_with_each_step_once_also_after_a_restart(tmp_path):
     run_with_a_restart(tmp_path, "wandb", wandb_tags="small, first", wandb_group="tries", wandb_code=True)
     records = offline_records(tmp_path)
@@ -104,7 +103,6 @@ def test_offline_wandb_files_are_one_run_with_each_step_once_also_after_a_restar
     assert json.loads(newest.read_text())["data"] == [[2, "Once", "upon 2"], [5, "Once", "upon 5"]]
 
 
-@pytest.mark.timeout(200)
 def test_tensorboard_has_each_step_once_in_one_file_also_after_a_restart(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -127,7 +125,6 @@ def test_tensorboard_has_each_step_once_in_one_file_also_after_a_restart(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a_namesake(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "home"))
@@ -139,7 +136,7 @@ def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a
         from trackio.sqlite_storage import SQLiteStorage
         runs = [(run.id, run.name) for run in trackio.Api().runs("books")]
         print(json.dumps([[name, SQLiteStorage.get_logs("books", run_id=i)] for i, name in runs]))"""
-    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout.splitlines()[-1])
     assert [name for name, _ in runs] == ["default", "default"]
