@@ -20,6 +20,8 @@ from dist_trainer.precision import Precision
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Sum of the token losses of a batch: float32 scalar."""
+LESS_THAN_A_ROW = 2**-20
+"""As a part of a step, whose global batch has fewer than 2^20 rows; far more than floats lose to rounding."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,23 @@ class ValidationResult:
 
 
 def validation_is_due(config: ValidationConfig, step: int, *, max_steps: int, epoch_of: Callable[[int], float]) -> bool:
-    """Whether a validation follows `step`: by steps, by epochs, and always at the last one or past it."""
+    """Whether a validation follows `step`: by steps, by epochs, and always at the last one or past it.
+
+    `epoch_of` gives the passes over the training rows after a number of steps.
+    """
     by_steps = config.every_steps > 0 and step % config.every_steps == 0
-    by_epochs = config.every_epochs > 0 and (epoch_of(step) // config.every_epochs > epoch_of(step - 1) // config.every_epochs)
+    by_epochs = config.every_epochs > 0 and _parts_done(config, step, epoch_of) > _parts_done(config, step - 1, epoch_of)
     return step > 0 and (by_steps or by_epochs or step >= max_steps)
+
+
+def _parts_done(config: ValidationConfig, step: int, epoch_of: Callable[[int], float]) -> int:
+    """How many times `every_epochs` has passed after `step` steps, counted in whole rows.
+
+    Neither 0.1 nor most numbers of epochs are exact as floats, and 0.3 // 0.1 is 2. So what ends less than a row after the
+    step's end has passed too.
+    """
+    less_than_a_row = epoch_of(1) * LESS_THAN_A_ROW
+    return math.floor((epoch_of(step) + less_than_a_row) / config.every_epochs)
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ class GlobalOrderSampler(DistributedSampler):
 
     def epoch_of(self, step: int) -> float:
         """Passes over the rows after `step` steps."""
-        return step / self.steps_per_epoch
+        return step * self.batch.global_batch_size / self.num_rows  # rounded once, so whole epochs are whole numbers
 
     def seek(self, step: int) -> None:
         """Iterate from global batch number `step` on, without end; until the next `set_epoch`."""
