@@ -24,6 +24,7 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.hub_access import hub_is_reachable
 from dist_trainer.models.hf_format import locate_weights
 from dist_trainer.precision import build_precision
+from dist_trainer.secrets import masked_within
 from dist_trainer.tracking.atomic_file import replace_file
 
 log = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:
         raise ConfigError(f"{to} is a symbolic link, and no link is followed inside a run's folder; remove it")
     try:
         to.mkdir(exist_ok=True)
-        replace_file(file, [json.dumps(results, indent=2, ensure_ascii=False).encode(), b"\n"], durable=False)
+        replace_file(file, [json.dumps(masked_within(results), indent=2, ensure_ascii=False).encode(), b"\n"], durable=False)
     except OSError as error:
         raise ConfigError(f"{file} cannot be written ({error.strerror}); make room there") from error
     return file

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any, TextIO
 
 MASK = "***"
 _SHORTEST = 8
@@ -17,18 +18,56 @@ _AS_A_WORD = r"(?:[a-z0-9]+[_-])*(?:key|pass|pat)|(?:[a-z0-9]+[_-])+pwd"
 """Words that end others too (monkey, compass), and PWD, which is the working folder."""
 _SECRET_NAME = re.compile(rf"(?:{_ANYWHERE}|{_AS_A_WORD})(?:[_-](?:id|value|base))?", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
-_KNOWN_FORM = re.compile(r"\b(?:hf_\w{16,}|wandb_v\d_\w{16,}|gh[opsu]_\w{20,}|sk-[\w-]{20,})")
+_QUERY = re.compile(r"([?&;]([\w.-]+)=)[^&;#\s'\"]+")
+"""A parameter in an address: ?name=value."""
+_SIGNATURES = frozenset({"sig", "signature", "x-amz-signature", "x-goog-signature"})
+"""Names of parameters that let whoever has the address read what is there."""
+_KNOWN_FORM = re.compile(
+    r"\b(?:hf_\w{16,}|api_org_\w{16,}|wandb_v\d_\w{16,}|gh[oprsu]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}\b|AIza[\w-]{35})"
+)
+"""Hugging Face, W&B, GitHub, GitLab, OpenAI and Anthropic, Slack, AWS, Google."""
 
 
 def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """`text` without the values of arguments and of this process's variables whose names sound secret, without the user and
-    password in addresses, and without what has the form of a well-known kind of token.
+    """`text` without the values of this process's variables whose names sound secret, without the user and password in
+    addresses and the parameters whose names sound secret, and without what has the form of a well-known kind of token.
     """
-    for name, value in environment.items():
-        if len(value) >= _SHORTEST and _sounds_secret(name):
-            text = text.replace(value, MASK).replace(json.dumps(value)[1:-1], MASK)
+    secrets = {value for name, value in environment.items() if len(value) >= _SHORTEST and _sounds_secret(name)}
+    for value in sorted(secrets, key=len, reverse=True):  # one may begin with another
+        for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1]):
+            text = text.replace(form, MASK)
     text = _USER_IN_URL.sub(rf"\1{MASK}@", text)
+    text = _QUERY.sub(lambda found: f"{found[1]}{MASK}" if _is_secret_parameter(found[2]) else found[0], text)
     return _KNOWN_FORM.sub(MASK, text)
+
+
+def masked_within(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
+    """`value` with every text in it masked: of dictionaries the values, of lists the elements. For what is written in a form
+    (HTML, YAML, a table) in which a secret would no longer look the same.
+    """
+    if isinstance(value, str):
+        return masked(value, environment)
+    if isinstance(value, Mapping):
+        return {key: masked_within(inner, environment) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked_within(inner, environment) for inner in value]
+    return value
+
+
+class MaskedStream:
+    """A text stream that masks what is written to it: other libraries print there, too."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` without its secrets; the number of its characters."""
+        self._stream.write(masked(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def masked_command(words: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -45,6 +84,10 @@ def masked_command(words: list[str], environment: Mapping[str, str] = os.environ
         follows_secret = is_secret and not equals
         shown.append(masked(word, environment))
     return shown
+
+
+def _is_secret_parameter(name: str) -> bool:
+    return _sounds_secret(name) or name.lower() in _SIGNATURES
 
 
 @lru_cache(maxsize=1024)

@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dist_trainer.models.registry import can_open
+from dist_trainer.secrets import masked
 from dist_trainer.tracking.formatting import counted, duration, printable, quantity, significant
 from dist_trainer.tracking.goodput import Goodput, goodput_of
 from dist_trainer.tracking.run_context import RunContext
@@ -43,7 +44,7 @@ class ConsoleTracker:
         self._bar = tqdm(
             total=context.max_steps,
             initial=context.start_step,
-            desc=context.config.run_name,
+            desc=masked(context.config.run_name),
             unit="step",
             file=sys.stderr,
             **_width(),

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.secrets import MaskedStream
 from dist_trainer.tracking.lenient_json import parse_object
 from dist_trainer.tracking.run_context import METRICS_FILE
 from dist_trainer.tracking.run_history import whole_lines
@@ -143,6 +144,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # this process ends when training does
     os.nice(10)  # where cores are few, imports that take seconds of one must not slow the first steps
     say = _messenger()
+    sys.stdout, sys.stderr = MaskedStream(sys.stdout), MaskedStream(sys.stderr)  # both are logs/ROW.log now
     # Unbuffered: what follows the first line is read from the descriptor itself.
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
         description = json.loads(unbuffered.readline())

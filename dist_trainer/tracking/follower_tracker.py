@@ -27,12 +27,15 @@ from typing import Any
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.errors import ConfigError
+from dist_trainer.secrets import masked, masked_within
 from dist_trainer.tracking.position import Position
 from dist_trainer.tracking.run_context import RunContext
 
 log = logging.getLogger(__name__)
 
 FOLLOWER = "dist_trainer.tracking.follower"
+SHOWN_BY_WANDB = ("WANDB_NAME", "WANDB_NOTES", "WANDB_TAGS", "WANDB_JOB_TYPE", "WANDB_RUN_GROUP", "WANDB_ENTITY")
+"""Variables that W&B itself reads, and shows."""
 SECONDS_TO_FINISH = 20.0
 SECONDS_TO_STOP = 6.0
 """Where a signal or an error ended the run: who sent it waits for all of us to leave."""
@@ -181,6 +184,7 @@ def _start_follower(output: Path) -> subprocess.Popen[bytes]:
     paths = [package_parent, *filter(None, [os.environ.get("PYTHONPATH")])]
     output.parent.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environment |= {name: masked(environment[name]) for name in SHOWN_BY_WANDB if name in environment}
     with output.open("ab") as stderr:
         return subprocess.Popen(
             [sys.executable, "-m", FOLLOWER],
@@ -195,24 +199,27 @@ def _start_follower(output: Path) -> subprocess.Popen[bytes]:
 
 def _description(context: RunContext, row: str) -> dict[str, Any]:
     tracking = context.config.tracking
-    return {
-        "sink": row,
-        "label": FOLLOWERS[row].label,
-        "folder": str(context.folder.resolve()),
-        "mode": _wandb_mode(tracking),
+    what_it_shows = {
         "project": _project(tracking),
         "entity": tracking.wandb_entity,
         "group": tracking.wandb_group or os.environ.get("WANDB_RUN_GROUP"),
         "tags": [tag.strip() for tag in (tracking.wandb_tags or "").split(",") if tag.strip()] or None,
         "name": context.config.run_name,
-        "code": str(Path(__file__).parents[1]) if tracking.wandb_code else None,
-        "trainer_pid": os.getpid(),
         "config": {
             **as_dict(context.config),
             "parameters": context.parameters,
             "max_steps": context.max_steps,
             "environment": context.environment,
         },
+    }
+    return {
+        "sink": row,
+        "label": FOLLOWERS[row].label,
+        "folder": str(context.folder.resolve()),
+        "mode": _wandb_mode(tracking),
+        "code": str(Path(__file__).parents[1]) if tracking.wandb_code else None,
+        "trainer_pid": os.getpid(),
+        **masked_within(what_it_shows),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dist_trainer.secrets import masked_within
 from dist_trainer.tracking.console_tracker import ConsoleTracker
 from dist_trainer.tracking.follower_tracker import FOLLOWERS, FollowerTracker, refuse_missing_packages
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
@@ -68,7 +69,8 @@ class FanOut:
         self._warned: set[str] = set()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Hand on a line."""
+        """Hand on a line, with no secret in its texts: a prompt comes from the config."""
+        line = masked_within(line)
         for name, sink in self._sinks.items():
             try:
                 sink.log(line)

@@ -1,5 +1,6 @@
 """Other jobs, other people: a folder has one owner, a stranger's file does nothing, secrets are not written down."""
 
+import importlib.util
 import logging
 import os
 import pickle
@@ -210,10 +211,26 @@ SECRETS = {
 SAID = ["--api_key", "sesame-open-up-now", "--token=another-open-sesame", "https://me:hunter2hunter2@example.com/data"]
 
 
-@pytest.mark.parametrize("wandb", ["disabled", "offline"])
-def test_no_secret_of_the_environment_or_the_command_line_is_written_down_or_said(run, wandb):
+IN_CONFIG = {
+    "tracking__wandb_project": SECRETS["GITHUB_PAT"],
+    "tracking__wandb_entity": "glpat-NobodyMayReadThisOne",
+    "tracking__wandb_group": "https://gitlab-ci-token:hunter2hunter2@gitlab.example.com/a/b.git",
+    "tracking__wandb_tags": f"{SECRETS['SMTP_PASS']},https://example.com/x?user=me&access_token=a-key-in-an-address",
+    "tracking__sample_prompt": f"I & <my> {SECRETS['MY_DATABASE_PASSWORD']}",
+}
+READ_BY_WANDB = {
+    "WANDB_NOTES": "by https://me:hunter2hunter2@example.com",
+    "WANDB_JOB_TYPE": SECRETS["PGPASSWORD"],
+    "WANDB_BASE_URL": "https://me:hunter2hunter2@wandb.example.com",
+    "HTTPS_PROXY": "http://me:hunter2hunter2@proxy.example.com:3128",
+}
+
+
+def test_no_secret_of_environment_command_line_or_config_is_written_down_or_said(run, tmp_path):
+    """By any tracker that is installed here, in any file outside of those that must be loadable."""
+
     def live_with_secrets():
-        os.environ.update(SECRETS)
+        os.environ.update(SECRETS | READ_BY_WANDB | {"TRACKIO_DIR": str(tmp_path / "trackio")})
         sys.orig_argv = [*sys.orig_argv[:1], *SAID, *SECRETS.values()]
         sys.argv = [sys.argv[0], *sys.orig_argv[1:]]
 
@@ -221,7 +238,8 @@ def test_no_secret_of_the_environment_or_the_command_line_is_written_down_or_sai
         logging.getLogger("dist_trainer").warning("trying %s", SECRETS["SMTP_PASS"])
         raise RuntimeError(f"cannot reach https://me:hunter2hunter2@example.com with {' '.join(SECRETS.values())}")
 
-    config = run.but(tracking__wandb=wandb, tracking__sample_tokens=4)
+    optional = {f"tracking__{row}": importlib.util.find_spec(row) is not None for row in ("tensorboard", "trackio")}
+    config = run.but(tracking__wandb="offline", tracking__sample_tokens=4, **optional, **IN_CONFIG)
     ended = run.start(live_with_secrets, do(raise_one, at_step=8), config=config)
     assert ended.code == 1
     assert "cannot reach" in run.status()["reason"]
@@ -229,14 +247,19 @@ def test_no_secret_of_the_environment_or_the_command_line_is_written_down_or_sai
     assert "warning: trying ***" in ended.said, "under SLURM the console is a file in the run's folder"
     again = run.start(live_with_secrets, config=config)
     assert again.code == 0
-    words = [*SECRETS.values(), "sesame-open-up-now", "another-open-sesame", "hunter2hunter2"]
-    written = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file() and not path.is_symlink()}
-    assert {"config.yaml", "status.json", "report.html", "events.jsonl", "rank-0.log"} <= {path.name for path in written}
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()}
+    kinds = {"config.yaml", "metrics.jsonl", "status.json", "report.html", "events.jsonl", "rank-0.log", "wandb.log"}
+    assert kinds <= {path.name for path in written}
+    assert [path for path in written if path.suffix == ".wandb"]
+    assert optional["tracking__tensorboard"] == any(".tfevents." in path.name for path in written)
+    assert optional["tracking__trackio"] == any(path.suffix == ".db" for path in written)
+    words = [*SECRETS.values(), "sesame-open-up-now", "another-open-sesame", "hunter2hunter2", "a-key-in-an-address"]
+    words.append(IN_CONFIG["tracking__wandb_entity"])
     found = {
-        f"{path.relative_to(run.folder)}: {word}"
+        f"{path}: {word}"
         for path, content in written.items()
         for word in words
-        if word.encode() in content
+        if word.encode() in content and not path.is_relative_to(run.checkpoints) and path != run.folder / "config.yaml"
     }
     assert not found
     assert not [word for word in words if word in ended.said + again.said]

@@ -1,10 +1,11 @@
 """What sounds or looks like a key is written nowhere, and what does not is left alone."""
 
+import io
 import json
 
 import pytest
 
-from dist_trainer.secrets import MASK, masked, masked_command
+from dist_trainer.secrets import MASK, MaskedStream, masked, masked_command, masked_within
 
 SECRET = "s3cr3t-v4lue-0123456789"
 
@@ -48,6 +49,14 @@ def test_short_values_are_none():
         ("hf_" + "a" * 34, MASK),
         ("ghp_" + "A1" * 18, MASK),
         ("sk-" + "x" * 40, MASK),
+        ("github_pat_" + "A1" * 18, MASK),
+        ("glpat-" + "x" * 20, MASK),
+        ("xoxb-1234567890-abc", MASK),
+        ("AKIAIOSFODNN7EXAMPLE", MASK),
+        ("https://host/x?user=me&token=abc#end", f"https://host/x?user=me&token={MASK}#end"),
+        ("https://host/x?sig=a%2Fb&se=2027", f"https://host/x?sig={MASK}&se=2027"),
+        ("https://host/x?X-Amz-Signature=0123", f"https://host/x?X-Amz-Signature={MASK}"),
+        ("is tokens=5? no; key?", "is tokens=5? no; key?"),
         ("hf_short and risk-averse", "hf_short and risk-averse"),
     ],
 )
@@ -69,3 +78,23 @@ def test_passwords_in_addresses_and_tokens_of_known_forms_are_masked(text, shown
 )
 def test_commands_are_shown_without_secret_arguments(words, shown):
     assert masked_command(words, {}) == shown
+
+
+def test_of_two_secrets_of_which_one_begins_with_the_other_nothing_is_left():
+    assert masked(f"with {SECRET}-and-more", {"A_TOKEN": SECRET, "B_TOKEN": f"{SECRET}-and-more"}) == f"with {MASK}"
+
+
+def test_within_a_config_every_text_is_masked_and_all_else_is_left_alone():
+    config = {
+        "tags": [SECRET, "good"],
+        "data": {"dataset": f"x {SECRET}", "length": 256, "ratio": 0.1, "none": None, "on": True},
+    }
+    shown = {"tags": [MASK, "good"], "data": {"dataset": f"x {MASK}", "length": 256, "ratio": 0.1, "none": None, "on": True}}
+    assert masked_within(config, {"A_TOKEN": SECRET}) == shown
+
+
+def test_what_other_libraries_print_into_a_masked_stream_is_masked(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", SECRET)
+    shown = io.StringIO()
+    print("with", SECRET, file=MaskedStream(shown))
+    assert shown.getvalue() == f"with {MASK}\n"

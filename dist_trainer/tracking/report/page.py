@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from dist_trainer.secrets import masked, masked_within
 from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.report.curves import SMOOTHING_IN_WORDS, axes_of, charts
 from dist_trainer.tracking.report.sections import happened, heading, samples, time_spent
@@ -24,7 +26,8 @@ CONTROLS = """<form class="controls" hidden><fieldset><legend>Charts over</legen
 
 
 def html_report(runs: Sequence[RunHistory]) -> str:
-    """The page; several runs lie over one another in its charts."""
+    """The page; several runs lie over one another in its charts. No secret of theirs is on it."""
+    runs = [without_secrets(run) for run in runs]
     labels, spent = labels_of(runs), [goodput(run) for run in runs]
     loss, *others = (figure(chart) for chart in charts(runs, labels))
     drawn = "".join(others)
@@ -55,6 +58,13 @@ def html_report(runs: Sequence[RunHistory]) -> str:
     )
 
 
+def without_secrets(run: RunHistory) -> RunHistory:
+    """`run` with its texts masked; its numbers are the same arrays."""
+    samples = [replace(sample, prompt=masked(sample.prompt), text=masked(sample.text)) for sample in run.samples]
+    texts = {name: masked_within(getattr(run, name)) for name in ("events", "config", "status", "environment")}
+    return replace(run, samples=samples, **texts)
+
+
 def labels_of(runs: Sequence[RunHistory]) -> list[str]:
     """The runs' names; where several have the same, with as much of their folders' paths as tells them apart."""
     paths = [run.folder.absolute() for run in runs]
@@ -66,4 +76,4 @@ def labels_of(runs: Sequence[RunHistory]) -> list[str]:
         labels = [
             "/".join(path.parts[-parts:]) if label in doubled else label for label, path in zip(labels, paths, strict=True)
         ]
-    return labels
+    return masked_within(labels)
