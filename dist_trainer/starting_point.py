@@ -13,7 +13,7 @@ from dist_trainer.checkpoint.run_folder import CHECKPOINTS, RunFolder
 from dist_trainer.checkpoint.state import Progress, read_training_state
 from dist_trainer.checkpoint.storage import sweep
 from dist_trainer.config.loading import config_differences
-from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.schema import TrainConfig, TrainingConfig
 from dist_trainer.distributed.launch import is_started_again
 from dist_trainer.errors import AnotherRunError, CheckpointError
 from dist_trainer.tracking.events import FIRST_CHECKPOINT
@@ -37,6 +37,12 @@ class StartingPoint:
     progress: Progress = field(default_factory=Progress)
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What that run remembered of itself."""
+
+    @property
+    def train_before(self) -> TrainConfig | None:
+        """The `train` section that the checkpoint was written under; None if it does not say."""
+        section = self.facts.get("config", {}).get("train")
+        return TrainConfig(max_steps=section.get("max_steps"), epochs=section.get("epochs")) if section else None
 
 
 def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPoint:

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_trainer.config.lookup import resolve
-from dist_trainer.config.schema import DEFAULT_MAX_STEPS, ScheduleConfig, TrainConfig
+from dist_trainer.config.schema import DEFAULT_MAX_STEPS, ScheduleConfig, TrainConfig, TrainingConfig
 
 log = logging.getLogger(__name__)
 
 STABLE_PART = 0.8
 """Part of the run after which warmup-stable-decay decays."""
+NOTICEABLE_CHANGE = 0.01
+"""Of the learning rate, as a part of it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,28 @@ def warn_of_unfinished_warmup(config: ScheduleConfig, total_steps: int) -> None:
             "schedule.warmup_steps: %d, but the run has %d steps: it ends before the learning rate has reached its peak",
             *(config.warmup_steps, total_steps),
         )
+
+
+def warn_of_changed_length(config: TrainingConfig, before: TrainConfig, *, step: int, steps_per_epoch: float) -> None:
+    """Warn if a run that resumes after `step` steps has another learning rate from now on, because its length has changed.
+
+    `before` is the run's `train` section when it stopped. Schedules are functions of the whole length, so a changed
+    train.max_steps or train.epochs stretches or shrinks the curve, also the part that has been trained already.
+    """
+    most, most_before = total_steps(config.train, steps_per_epoch), total_steps(before, steps_per_epoch)
+    if not 0 < step < most or most == most_before:
+        return
+    now, then = (build_schedule(config.schedule, length) for length in (most, most_before))
+    last, following = then(min(step, most_before) - 1), now(step)
+    expected = then(min(step, most_before - 1))  # a schedule of the user's own may not be defined after its end
+    if math.isclose(following, expected, rel_tol=NOTICEABLE_CHANGE):
+        return
+    peak = config.optim.learning_rate
+    log.warning(
+        "the learning rate changes from %.3g at step %d to %.3g at step %d: the schedule (%s) now spans %d steps, it spanned "
+        "%d (train.max_steps, train.epochs); see docs/resuming.md",
+        *(peak * last, step, peak * following, step + 1, config.schedule.name, most, most_before),
+    )
 
 
 def total_steps(config: TrainConfig, steps_per_epoch: float) -> int:

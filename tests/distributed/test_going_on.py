@@ -16,7 +16,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking import status as status_file
 from tests.distributed.ranks import run_ranks
-from tests.distributed.small_runs import folder, losses, metrics, run, same_weights, small_config, status, stop_after
+from tests.distributed.small_runs import changed, folder, losses, metrics, run, same_weights, small_config, status, stop_after
 from tests.distributed.test_agreement import poison
 
 
@@ -165,3 +165,18 @@ def test_without_a_micro_batch_size_validation_is_the_same_number_on_any_number_
         run(config, world_size)
         found.append(losses(config, "validation"))
     assert found[0] == found[1] == found[2]
+
+
+def test_a_finished_run_made_longer_names_the_learning_rates_that_its_metrics_show(stories, tmp_path, capfd):
+    config = small_config(stories, tmp_path)
+    run(config, 1)
+    longer = changed(config, train__max_steps=24)
+    capfd.readouterr()
+    assert run(longer, 2) == [0, 0]
+    last, following = (next(line["lr"] for line in metrics(longer) if line["step"] == step) for step in (12, 13))
+    assert following > 2 * last
+    found = [line for line in capfd.readouterr().err.splitlines() if "the learning rate changes" in line]
+    assert len(found) == 1
+    assert f"warning: the learning rate changes from {last:.3g} at step 12 to {following:.3g} at step 13" in found[0]
+    run(longer, 1)
+    assert "the learning rate changes" not in capfd.readouterr().err
