@@ -187,8 +187,8 @@ def make_up_for_ending(trainer: Trainer, folder: RunFolder) -> None:
     append_event(folder.path, "finished", step=trainer.progress.step, reason=None)
     try:
         write_report(RunHistory(folder.path))
-    except OSError as error:
-        log.warning("%s: its report could not be written: %s", folder.path, error.strerror)
+    except Exception as error:
+        log.warning("%s: its report could not be written (%s: %s)", folder.path, type(error).__name__, error)
 
 
 def send_the_rest(trainer: Trainer, folder: RunFolder) -> None:

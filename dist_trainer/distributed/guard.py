@@ -62,8 +62,10 @@ def watch(rank: int, pipe: int) -> None:
     this process with it, does not count.
     """
     patience, silent = PATIENCE_SECONDS, 0.0
+    readable = select.poll()
+    readable.register(pipe, select.POLLIN)
     while silent <= patience + MARGIN_SECONDS:
-        if select.select([pipe], [], [], TELL_SECONDS)[0]:
+        if readable.poll(1000 * TELL_SECONDS):
             words = os.read(pipe, 512 * _WORD.size)
             if not words:
                 return

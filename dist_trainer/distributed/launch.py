@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 
 from dist_trainer.distributed.guard import Guard
-from dist_trainer.distributed.processes import ProcessId, command_of
+from dist_trainer.distributed.processes import ProcessId, allow_many_open_files, command_of
 from dist_trainer.errors import PeerLostError
 from dist_trainer.place import place_or_none, started_by_srun
 
@@ -29,7 +29,10 @@ def begin_as_rank() -> Guard | None:
         return None
     os.environ.setdefault(LAUNCHER_PID, str(living_launcher()))
     place = place_or_none()
-    return Guard() if place is not None and place.world_size > 1 else None
+    if place is None or place.world_size == 1:
+        return None
+    allow_many_open_files()
+    return Guard()
 
 
 def living_launcher(environment: Mapping[str, str] = os.environ) -> int:

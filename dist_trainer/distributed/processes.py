@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+MOST_OPEN_FILES = 65_536
+"""More than any number of ranks needs, and few enough for programs that close all descriptors one by one."""
+
+
+def allow_many_open_files() -> None:
+    """Raise this process's limit of open files, often 1,024, as far as the system allows: rank 0 has three connections or
+    more with each of the other ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclass(frozen=True)

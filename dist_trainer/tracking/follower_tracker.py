@@ -39,6 +39,8 @@ SHOWN_BY_WANDB = ("WANDB_NAME", "WANDB_NOTES", "WANDB_TAGS", "WANDB_JOB_TYPE", "
 SECONDS_TO_FINISH = 20.0
 SECONDS_TO_STOP = 6.0
 """Where a signal or an error ended the run: who sent it waits for all of us to leave."""
+SECONDS_TO_DIE = 5.0
+"""After SIGKILL."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,10 @@ class FollowerTracker:
             return
         patience = _patience(state)
         self._patience_ends = time.monotonic() + patience
-        # A follower that reads nothing any more must not block this either.
-        select.select([], [self._pipe], [], patience)
+        # A follower that reads nothing any more must not block this either. Not `select`: it refuses descriptors above 1,023.
+        writable = select.poll()
+        writable.register(self._pipe, select.POLLOUT)
+        writable.poll(1000 * patience)
         self._tell(b"\n" + json.dumps({"state": state}).encode() + b"\n")
         with contextlib.suppress(OSError):
             self._process.stdin.close()
@@ -172,7 +176,10 @@ def lacks_lines_online(folder: Path, tracking: TrackingConfig) -> bool:
 
 def send_lines_online(context: RunContext) -> None:
     """Send what W&B's server lacks of a run that has finished; what goes wrong costs a warning."""
-    FollowerTracker(context, "wandb").close(state="finished", reason=None)
+    try:
+        FollowerTracker(context, "wandb").close(state="finished", reason=None)
+    except Exception as error:
+        log.warning("W&B could not be sent what it lacks of this run (%s: %s)", type(error).__name__, error)
 
 
 def _patience(state: str) -> float:
@@ -250,4 +257,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """End the follower and what it started."""
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one in a system call of a dead disk does not die of it
+        process.wait(SECONDS_TO_DIE)

@@ -72,29 +72,27 @@ class FanOut:
         """Hand on a line, with no secret in its texts: a prompt comes from the config."""
         line = masked_within(line)
         for name, sink in self._sinks.items():
-            try:
-                sink.log(line)
-            except Exception as error:
-                self._warn(name, error)
+            self._try(name, partial(sink.log, line))
 
     def sync(self) -> None:
         """Sync every sink."""
         for name, sink in self._sinks.items():
-            try:
-                sink.sync()
-            except Exception as error:
-                self._warn(name, error)
+            self._try(name, sink.sync)
 
     def close(self, *, state: str, reason: str | None) -> None:
         """Close every sink, once."""
         sinks, self._sinks = self._sinks, {}
-        for follower in (sink for sink in sinks.values() if isinstance(sink, FollowerTracker)):
-            follower.ask_to_finish(state)
         for name, sink in sinks.items():
-            try:
-                sink.close(state=state, reason=reason)
-            except Exception as error:
-                self._warn(name, error)
+            if isinstance(sink, FollowerTracker):
+                self._try(name, partial(sink.ask_to_finish, state))
+        for name, sink in sinks.items():
+            self._try(name, partial(sink.close, state=state, reason=reason))
+
+    def _try(self, name: str, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except Exception as error:
+            self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
         if name not in self._warned:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from dist_trainer.distributed.guard import watch
 from dist_trainer.distributed.launch import begin_as_rank
 from tests.faults.processes import children_of, is_alive, wait_until
 from tests.pace import allowed
@@ -50,6 +51,14 @@ def test_a_rank_whose_main_thread_waits_for_long_is_let_live(rank):
     process, _ = rank
     time.sleep(5)
     assert process.poll() is None
+
+
+def test_the_guard_reads_a_pipe_whatever_its_descriptor_is(many_open_files):
+    reading, writing = os.pipe()
+    assert reading > 1023
+    os.close(writing)
+    watch(os.getppid(), reading)
+    os.close(reading)
 
 
 @pytest.mark.slow

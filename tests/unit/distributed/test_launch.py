@@ -50,3 +50,20 @@ def test_in_a_container_the_first_process_may_be_a_launcher(monkeypatch, first_p
     else:
         with pytest.raises(PeerLostError, match="the launcher is gone"):
             living_launcher({})
+
+
+def test_a_rank_may_open_as_many_files_as_the_system_allows():
+    """Rank 0 of some hundred ranks needs more than the usual 1,024."""
+    code = """
+import resource
+from dist_trainer.distributed.launch import begin_as_rank
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+begin_as_rank()
+soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+print(soft == min(hard, 65_536) if hard != resource.RLIM_INFINITY else soft == 65_536)
+"""
+    rank = {"TORCHELASTIC_RUN_ID": "7", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    settings = {**os.environ, **rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", LAUNCHER_PID: str(os.getpid())}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr

@@ -23,6 +23,7 @@ from dist_trainer.tracking.follower_tracker import (
     _description,
     refuse_missing_packages,
     rows_in_words,
+    send_lines_online,
 )
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.tracker import TRACKERS, FanOut
@@ -160,12 +161,32 @@ def test_followers_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_p
     assert caplog.text.count("W&B did not finish within 0 s and was ended") == 3
 
 
+def test_a_run_with_more_than_1023_open_files_ends_as_any_other(tmp_path, monkeypatch, caplog, many_open_files):
+    """As rank 0 of some hundred ranks has; `select` takes no larger descriptor."""
+    monkeypatch.setattr("dist_trainer.tracking.follower_tracker.SECONDS_TO_STOP", 0.5)
+    tracker = FollowerTracker(context(tmp_path), "wandb")
+    assert tracker._pipe > 1023
+    assert tracker._process is not None
+    tracker._process.send_signal(signal.SIGSTOP)
+    FanOut({"wandb": tracker}).close(state="preempted", reason="SIGTERM")
+    assert "W&B did not finish within 0 s and was ended" in caplog.text
+
+
 @pytest.mark.parametrize("row", ["tensorboard", "trackio"])
 def test_a_row_whose_package_is_missing_is_refused_with_the_command_that_installs_it(monkeypatch, row):
     monkeypatch.setitem(sys.modules, row, None)
     with pytest.raises(ConfigError, match=rf"tracking.{row}: true needs the package {row}, .* -m pip install {row}`"):
         refuse_missing_packages(TrackingConfig(**{row: True}))
     refuse_missing_packages(TrackingConfig())
+
+
+def test_what_goes_wrong_with_the_rest_of_a_finished_run_costs_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("dist_trainer.tracking.follower_tracker._start_follower", refuse)
+    send_lines_online(context(tmp_path, wandb="online"))
+    assert "W&B could not be sent what it lacks of this run (RuntimeError: can't start new thread)" in caplog.text
 
 
 def test_every_follower_has_a_key_and_a_sink():

@@ -10,6 +10,7 @@ import torch
 
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.distributed.world import World
+from dist_trainer.tracking.follower_tracker import FollowerTracker
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.throughput import Throughput, peak_flops
@@ -75,6 +76,20 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, c
     assert steps_of(tmp_path) == [1, 2]
     assert [record.message for record in caplog.records] == [
         "tracking: broken has trouble (RuntimeError: no); training goes on"
+    ]
+
+
+def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise ValueError("no")
+
+    for method in ("ask_to_finish", "close"):
+        monkeypatch.setattr(FollowerTracker, method, refuse)
+    follower = FollowerTracker.__new__(FollowerTracker)
+    trackers = FanOut({"first": follower, "jsonl": JsonlTracker(context(tmp_path)), "last": follower})
+    trackers.close(state="finished", reason=None)
+    assert [record.message for record in caplog.records] == [
+        f"tracking: {name} has trouble (ValueError: no); training goes on" for name in ("first", "last")
     ]
 
 
