@@ -28,7 +28,7 @@ from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import AnotherRunError, CheckpointError, RefusedError, StoppedError
+from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.hub_access import is_hub_name
 from dist_trainer.models.loss import refuse_model_without_documents
@@ -55,10 +55,11 @@ from dist_trainer.run_record import (
     train,
 )
 from dist_trainer.sampling import sample_of
-from dist_trainer.starting_point import StartingPoint, find_starting_point, tell_of_other_ranks
+from dist_trainer.starting_point import StartingPoint, find_starting_point, refuse_other_content, tell_of_other_ranks
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.tracker import refuse_missing_packages
 from dist_trainer.trainer import Trainer
+from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def from_what_is_found(
 def prepare_from(start: StartingPoint, config: TrainingConfig, world: World, folder: RunFolder | None) -> Trainer:
     """All parts of the run, and its folder, made ready to go on from `start`."""
     check_visible_everywhere(start, world)
-    logs = Path(config.output_dir) / config.run_name / "logs"
+    logs = config.run_folder / "logs"
     if config.checkpoint.resume != "never" or start.checkpoint is not None:
         configure_logging(logs, rank=world.rank)
         return assemble(config, world, folder, start)
@@ -169,8 +170,7 @@ def begin_anew(folder: RunFolder) -> None:
 @contextmanager
 def open_run_folder(config: TrainingConfig, world: World) -> Generator[RunFolder | None]:
     """The run's folder, locked, on rank 0; None elsewhere. A new one stays only if something happened in it."""
-    path = Path(config.output_dir) / config.run_name
-    folder = agree(world, lambda: RunFolder(path), acts=world.is_main)
+    folder = agree(world, lambda: RunFolder(config.run_folder), acts=world.is_main)
     unused = True
     try:
         yield folder
@@ -189,7 +189,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     tokenizer = first_on_each_node(world, lambda: tokenizer_of(named))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
     fingerprints = data_fingerprints(loaders)
-    refuse_other_data(config, start, fingerprints)
+    refuse_other_content(config, start, fingerprints)
     if start.checkpoint is None and config.model.init_from is not None:
         first_on_each_node(world, lambda: fetch_initial_model(config.model))
     model = agree(world, lambda: build_model(config.model, model_context(config, world, tokenizer, start)))
@@ -249,7 +249,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
 def tokenizer_name(config: TrainingConfig, start: StartingPoint) -> str:
     """What names the run's tokenizer: of a run that goes on, its checkpoint, where the folder it was read from has gone."""
     name = config.data.tokenizer
-    gone = name != "austen" and not is_hub_name(name) and not Path(name).expanduser().exists()
+    gone = name != "austen" and not is_hub_name(name) and not user_path(name).exists()
     return str(start.checkpoint) if gone and start.checkpoint is not None else name
 
 
@@ -259,22 +259,6 @@ def data_fingerprints(loaders: Dataloaders) -> dict[str, Any]:
     if loaders.validation is not None:
         datasets["validation_fingerprint"] = loaders.validation.dataset
     return {name: getattr(dataset, "fingerprint", None) for name, dataset in datasets.items()}
-
-
-def refuse_other_data(config: TrainingConfig, start: StartingPoint, fingerprints: dict[str, Any]) -> None:
-    """Raises AnotherRunError where text changed since the run in start.checkpoint began."""
-    data = config.data
-    validation = data.validation_dataset or f"the validation split of {data.dataset}"
-    names = {
-        "data_fingerprint": f"data.dataset: {data.dataset}",
-        "validation_fingerprint": f"data.validation_dataset: {validation}",
-    }
-    for key, name in names.items():
-        if start.facts.get(key) not in (None, fingerprints.get(key)):
-            raise AnotherRunError(
-                f"{name} holds other text now than when the run in {start.checkpoint} began; "
-                "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
-            )
 
 
 def model_context(config: TrainingConfig, world: World, tokenizer: Any, start: StartingPoint) -> ModelContext:

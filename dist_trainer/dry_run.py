@@ -66,7 +66,7 @@ class Cost:
 
 def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, guard: Guard | None = None) -> int:
     """Say what the run would be, and what it takes; the exit code. Raises DistTrainerError, the same one on every rank."""
-    folder = Path(config.output_dir) / config.run_name
+    folder = config.run_folder
     with World.join(config.distributed, stop_request=stop_request, guard=guard) as world, world.stop_request.listen():
         configure_logging(None, rank=world.rank)
         refuse_what_cannot_run(config, world)

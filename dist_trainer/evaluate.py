@@ -26,6 +26,7 @@ from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.jsonl_tracker import encode_line
 from dist_trainer.tracking.run_history import run_folder_of
+from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     typed = {} if DATA_TOKENIZER in keys_given(rest) else {DATA_TOKENIZER: "RUN"}
     if arguments.data is not None:
         typed[DATA_VALIDATION] = "--data"
-    return Asked(Path(arguments.path).expanduser(), config, harness, typed)
+    return Asked(user_path(arguments.path), config, harness, typed)
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -116,7 +117,7 @@ def argument_parser() -> argparse.ArgumentParser:
     harness.add_argument(
         "--harness", metavar="TASKS", help="tasks, groups or YAML files, with commas between: lambada_openai,arc_easy"
     )
-    harness.add_argument("--harness_tasks", metavar="FOLDER", type=Path, help="where tasks of your own are, as YAML files")
+    harness.add_argument("--harness_tasks", metavar="FOLDER", type=user_path, help="where tasks of your own are, as YAML files")
     harness.add_argument("--limit", metavar="N", type=int, help="the first N questions of each task (default: all)")
     harness.add_argument("--num_fewshot", metavar="N", type=int, help="examples before each (default: the task's own number)")
     harness.add_argument("--batch_size", metavar="N", type=int, help="texts at a time (default: 8)")

@@ -25,6 +25,7 @@ from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.formatting import printable
+from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompts_file",
         metavar="FILE",
-        type=Path,
+        type=user_path,
         help='a text file, one prompt a line; .jsonl: one JSON object a line, with the text under "prompt"',
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, help="file for JSON lines (default: standard output)")
+    parser.add_argument("--output", metavar="FILE", type=user_path, help="file for JSON lines (default: standard output)")
     parser.add_argument(
         "--chat",
         action="store_true",

@@ -14,6 +14,7 @@ from dist_trainer.tracking.report.curves import MOST_RUNS
 from dist_trainer.tracking.report.page import html_report
 from dist_trainer.tracking.report_tracker import REPORT_FILE
 from dist_trainer.tracking.run_history import read_run, run_folder_of
+from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
 DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
@@ -28,12 +29,12 @@ def run(argv: Sequence[str] | None) -> int:
     """Write the page and print its path."""
     parser = argparse.ArgumentParser(prog="python -m dist_trainer.report", description=DESCRIPTION)
     parser.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/default, or a checkpoint in it"
+        "runs", metavar="RUN", nargs="+", type=user_path, help="a run's folder, such as runs/default, or a checkpoint in it"
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        type=Path,
+        type=user_path,
         help="the file to write (default: the run's report.html; of several, compared.html in the first one's folder)",
     )
     parser.add_argument("--version", action="version", version=VERSION_LINE)

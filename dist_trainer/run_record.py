@@ -164,7 +164,7 @@ def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason:
 def has_finished_in_words(trainer: Trainer) -> str:
     """That nothing is left to do, and what would change that."""
     config, step = trainer.config, trainer.progress.step
-    path = Path(config.output_dir) / config.run_name
+    path = config.run_folder
     if step > trainer.max_steps:
         done = f"has done {step} steps, more than the {trainer.max_steps} that it is to do now"
     else:
@@ -240,7 +240,7 @@ def note_sudden_end(trainer: Trainer, reason: str, *, began: float) -> None:
 
     The first rank to say why knows best: what the others see is that it has left.
     """
-    folder = Path(trainer.config.output_dir) / trainer.config.run_name
+    folder = trainer.config.run_folder
     status = read_status(folder)
     if status.get("state") == "failed" and is_number(status.get("time")) and status["time"] >= began:
         return
@@ -282,7 +282,7 @@ def note_early_end(
     `is_anothers`: what was refused is not the run that stands in the folder (or is to replace it), so that one's status
     stays. But `running` is never left: nobody runs it.
     """
-    path = Path(config.output_dir) / config.run_name
+    path = config.run_folder
     status = read_status(path)
     is_anothers |= config.checkpoint.resume == "never" if folder is None else folder.is_to_be_replaced
     if is_anothers and status.get("state") != "running":

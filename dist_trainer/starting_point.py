@@ -20,12 +20,20 @@ from dist_trainer.tracking.events import FIRST_CHECKPOINT
 from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.run_history import read_events
 from dist_trainer.tracking.status import read_status
+from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
 
 DEFINING_SECTIONS = ("model", "data", "optim", "schedule")
 DEFINING_KEYS = ("seed", "batch.global_batch_size")
 FREE_KEYS = ("data.cache_dir", "data.num_workers")
+KNOWN_BY_CONTENT = {
+    "data.dataset": "data_fingerprint",
+    "data.tokenizer": "data_fingerprint",
+    "data.chat_template": "data_fingerprint",
+    "data.validation_dataset": "validation_fingerprint",
+}
+"""Defining keys that may name the same content by another path, and which fact tells whether they do."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +98,11 @@ def _own_or_anothers(config: TrainingConfig, folder: Path, *, prepares: bool) ->
     if not own:
         _refuse_to_start_over(folder)
     if checkpoint is None and config.checkpoint.resume not in ("auto", "never"):
-        checkpoint = find_checkpoint(Path(config.checkpoint.resume))
+        checkpoint = find_checkpoint(user_path(config.checkpoint.resume))
     if checkpoint is None:
         return StartingPoint()
     state = read_training_state(checkpoint)
-    _refuse_another_run(config, state.get("config", {}), checkpoint)
+    _refuse_another_run(config, state, checkpoint)
     progress: Progress = state["progress"]
     if own and prepares:
         progress.best_step, progress.best_loss = prepare_to_resume(checkpoints, checkpoint)
@@ -137,19 +145,52 @@ def _began_in_this_launch(folder: RunFolder) -> bool:
         return False
 
 
-def _refuse_another_run(config: TrainingConfig, saved: dict[str, Any], checkpoint: Path) -> None:
+def refuse_other_content(config: TrainingConfig, start: StartingPoint, fingerprints: Mapping[str, Any]) -> None:
+    """Raises AnotherRunError if the data that were opened, with these `fingerprints`, are not those of the run to resume."""
+    names = set(KNOWN_BY_CONTENT.values())
+    other = {name for name in names if start.facts.get(name) not in (None, fingerprints.get(name))}
+    if not other:
+        return
+    assert start.checkpoint is not None, "a new run has no facts"
+    differences = config_differences(start.facts.get("config", {}), config)
+    if renamed := [difference for difference in differences if KNOWN_BY_CONTENT.get(difference[0]) in other]:
+        raise _another_run(renamed, start.checkpoint)
+    data = config.data
+    if "data_fingerprint" in other:
+        name = f"data.dataset: {data.dataset}"
+    else:
+        name = f"data.validation_dataset: {data.validation_dataset or f'the validation split of {data.dataset}'}"
+    raise AnotherRunError(
+        f"{name} holds other text now than when the run in {start.checkpoint} began; "
+        "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
+    )
+
+
+def _refuse_another_run(config: TrainingConfig, state: Mapping[str, Any], checkpoint: Path) -> None:
     """Name every key that defines a run and differs; log those that may."""
-    differences = config_differences(saved, config)
-    defining = [difference for difference in differences if _defines_the_run(difference[0])]
-    if defining:
-        lines = "\n".join(f"  {key}: {now!r}, but the run began with {before!r}" for key, before, now in defining)
-        raise AnotherRunError(
-            f"this config is not that of the run in {checkpoint}:\n{lines}\n"
-            "set these keys back, choose another --run_name, or begin anew with --checkpoint.resume never"
-        )
+    differences = config_differences(state.get("config", {}), config)
+    if defining := [difference for difference in differences if _makes_another_run(difference, state)]:
+        raise _another_run(defining, checkpoint)
     for key, before, now in differences:
         if not key.startswith("checkpoint.resume"):
             log.info("going on with %s %r (it was %r)", key, now, before)
+
+
+def _another_run(differences: list[tuple[str, Any, Any]], checkpoint: Path) -> AnotherRunError:
+    lines = "\n".join(f"  {key}: {now!r}, but the run began with {before!r}" for key, before, now in differences)
+    return AnotherRunError(
+        f"this config is not that of the run in {checkpoint}:\n{lines}\n"
+        "set these keys back, choose another --run_name, or begin anew with --checkpoint.resume never"
+    )
+
+
+def _makes_another_run(difference: tuple[str, Any, Any], facts: Mapping[str, Any]) -> bool:
+    """Whether a key that differs from the run's `facts` means another run. One that names content by another path is judged by
+    `refuse_other_content`, once that is opened.
+    """
+    key, before, now = difference
+    is_renamed = before is not None and now is not None and facts.get(KNOWN_BY_CONTENT.get(key, "")) is not None
+    return _defines_the_run(key) and not is_renamed
 
 
 def _defines_the_run(key: str) -> bool:

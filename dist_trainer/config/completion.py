@@ -6,14 +6,10 @@ import argparse
 from typing import Any, Literal, get_args, get_origin
 
 from dist_trainer.config.command_line import ALL, CONSOLE_SCRIPT, DRY_RUN, FLAGS, HELP_FLAGS, SHELLS
-from dist_trainer.config.keys import leaf_types, options_of, section_classes, sentences_by_key
+from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of, section_classes, sentences_by_key
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.row_names import ROW_NAMES
 from dist_trainer.errors import ConfigError
-
-PATH_KEYS = ("data.dataset", "data.validation_dataset", "data.tokenizer", "data.chat_template", "data.cache_dir")
-PATH_KEYS += ("model.init_from", "output_dir", "checkpoint.resume")
-"""Keys whose value may be a file or a folder."""
 
 
 def completion_script(shell: str) -> str:

@@ -19,6 +19,7 @@ from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.hub_access import is_hub_name, model_from_hub
 from dist_trainer.manifest import MANIFEST
 from dist_trainer.model_folders import TOKENIZER_FILES, model_folders
+from dist_trainer.user_path import user_path
 
 LLAMA, TRANSFORMERS = "decoder_lm", "hf"
 OUTSIDE_THE_SHAPE = ("name", "init_from", "dropout")
@@ -43,7 +44,7 @@ def keys_that_follow(asked: Mapping[str, Any]) -> dict[str, Any]:
     begun = _keys_of_the_run(asked)
     if begun is not None and all(key in begun for key in wanted):
         return {key: begun[key] for key in wanted}
-    if not wanted and not Path(init_from).expanduser().is_dir():
+    if not wanted and not user_path(init_from).is_dir():
         return {}  # nothing to ask the Hub for, or a folder that has gone since all keys were written down
     folder = model_folder(init_from, weights=False)
     described = described_in(folder)
@@ -65,7 +66,7 @@ def model_folder(named: str, *, weights: bool, key: str = "model.init_from") -> 
 
     Raises ConfigError.
     """
-    path = Path(named).expanduser()
+    path = user_path(named)
     if path.is_dir():
         return path
     if path.exists() or not is_hub_name(named):
@@ -129,7 +130,7 @@ def _tokenizer_beside(folder: Path, init_from: str) -> str | None:
 def _keys_of_the_run(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     """The dotted keys of model and data with which the run began that goes on now; None where none does."""
     defaults = TrainingConfig()
-    folder = Path(asked.get("output_dir", defaults.output_dir)) / asked.get("run_name", defaults.run_name)
+    folder = user_path(asked.get("output_dir", defaults.output_dir)) / asked.get("run_name", defaults.run_name)
     if asked.get("checkpoint.resume") == "never" or not any((folder / "checkpoints").glob("step-*")):
         return None
     try:

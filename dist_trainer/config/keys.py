@@ -10,6 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dist_trainer.config.schema import TrainingConfig
 
+PATH_KEYS = ("data.dataset", "data.validation_dataset", "data.tokenizer", "data.chat_template", "data.cache_dir")
+PATH_KEYS += ("model.init_from", "output_dir", "checkpoint.resume")
+"""Keys whose value may be a file or a folder; `~` in it is the home folder."""
+
 
 @cache
 def leaf_types() -> dict[str, Any]:

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
-from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import yaml
@@ -23,7 +22,17 @@ from dist_trainer.config.command_line import COMMAND_LINE, VERSION, Arguments, p
 from dist_trainer.config.completion import completion_script
 from dist_trainer.config.help import help_text
 from dist_trainer.config.initial_model import SHAPE_FIELDS, keys_in_use, keys_that_follow
-from dist_trainer.config.keys import flatten, in_words, keys_of, leaf_types, may_be_null, no_such_key, section_classes, sections
+from dist_trainer.config.keys import (
+    PATH_KEYS,
+    flatten,
+    in_words,
+    keys_of,
+    leaf_types,
+    may_be_null,
+    no_such_key,
+    section_classes,
+    sections,
+)
 from dist_trainer.config.presets import preset_keys
 from dist_trainer.config.rules import broken_rules
 from dist_trainer.config.schema import TrainingConfig
@@ -31,6 +40,7 @@ from dist_trainer.config.sweep_run import in_folder_of_its_own
 from dist_trainer.config.yaml_lines import Assignment, read_assignments
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.place import place_of_this_process
+from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
 
@@ -63,7 +73,7 @@ def _print_and_leave(text: str) -> NoReturn:
 def keys_given(argv: Sequence[str]) -> set[str]:
     """The dotted keys that the command line `argv` sets, itself or in its --config files, as far as these can be read."""
     arguments = take_apart(argv)
-    in_files = [assignment for name in arguments.configs for assignment in read_assignments(Path(name), sections())[0]]
+    in_files = [assignment for name in arguments.configs for assignment in read_assignments(user_path(name), sections())[0]]
     return {assignment.key for assignment in (*in_files, *arguments.assignments)}
 
 
@@ -144,7 +154,7 @@ class _Asked:
 def _asked_for(arguments: Arguments, problems: list[str]) -> _Asked:
     asked = _Asked()
     for name in (*arguments.configs, None):
-        assignments, wrong = read_assignments(Path(name), sections()) if name is not None else (arguments.assignments, [])
+        assignments, wrong = read_assignments(user_path(name), sections()) if name is not None else (arguments.assignments, [])
         problems += wrong
         is_whole = leaf_types().keys() <= {assignment.key for assignment in assignments}
         for assignment in assignments:
@@ -200,6 +210,11 @@ def _checked(assignment: Assignment) -> Any:
             return None
         raise ConfigError(f"{where}: {key}: must not be null; it is {in_words(types[key])}")
     if str in (types[key], *get_args(types[key])) and isinstance(value, str):
+        if key in PATH_KEYS:
+            try:
+                user_path(value)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {key}: {error}") from error
         return value  # as it stands, be it "yes", "12" or "{question}"
     if int in (types[key], *get_args(types[key])):
         value = _whole(value)

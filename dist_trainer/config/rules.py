@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from dist_trainer.config.lookup import no_such_row
 from dist_trainer.config.profile_steps import parse_profile_steps
@@ -21,6 +20,7 @@ from dist_trainer.config.schema import (
 )
 from dist_trainer.config.template import parse_template
 from dist_trainer.errors import ConfigError
+from dist_trainer.user_path import user_path
 
 _POSITIVE = (
     "model.hidden_size",
@@ -98,8 +98,8 @@ def _names(config: TrainingConfig) -> Iterator[str]:
         yield "output_dir: must not be empty; use . for the current folder"
     resume = config.checkpoint.resume
     # A run that has checkpoints of its own goes on from these: the one it began from may have gone since.
-    own = (Path(config.output_dir) / config.run_name / "checkpoints").glob("step-*")
-    if resume not in ("auto", "never") and not Path(resume).is_dir() and not any(own):
+    own = (config.run_folder / "checkpoints").glob("step-*")
+    if resume not in ("auto", "never") and not user_path(resume).is_dir() and not any(own):
         yield f"checkpoint.resume: {resume!r} is neither auto nor never nor a folder that exists"
 
 

@@ -6,7 +6,10 @@ The sentence under a key is what `--help` and docs/configuration.md show.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+from dist_trainer.user_path import user_path
 
 DEFAULT_MAX_STEPS = 300
 
@@ -275,3 +278,8 @@ class TrainingConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    @property
+    def run_folder(self) -> Path:
+        """The run's folder; `~` in output_dir is the home folder."""
+        return user_path(self.output_dir) / self.run_name

@@ -15,6 +15,8 @@ from dist_trainer.data.records import COMPRESSIONS, DATA_SUFFIXES, OTHER_FORMATS
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import columns_of
 from dist_trainer.errors import ConfigError, DataError
+from dist_trainer.hub_access import is_hub_name
+from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def open_source(name: str, config: DataConfig, *, key: str = "data.dataset") -> 
 
     Raises DataError naming the `key` that holds the name, the path or data set, and the remedy.
     """
-    if name in DATASETS or (":" in name and not Path(name).expanduser().exists()):
+    if name in DATASETS or (":" in name and not user_path(name).exists()):
         return build(DATASETS, name, key, config, kind=Source)
     try:
         return _path_or_hub_source(name, config, key)
@@ -62,22 +64,18 @@ def open_source(name: str, config: DataConfig, *, key: str = "data.dataset") -> 
 
 
 def _path_or_hub_source(name: str, config: DataConfig, key: str) -> Source:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if _is_meant_as_path(name) or (path.exists() and config.dataset_config is None):
         if not path.exists():
             raise DataError(f"{name} does not exist; give a file, a folder, a Hub name, or austen")
-        if not _is_meant_as_path(name) and _could_be_on_the_hub(name):
+        if not _is_meant_as_path(name) and not path.suffix:
             log.warning("%s: %s is taken as the local path ./%s, not as a Hub data set", key, name, name)
         return _local_source(path, config, key)
     return _from_splits(name, hub_splits(name, config))
 
 
 def _is_meant_as_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or format_suffix(Path(name)) in DATA_SUFFIXES or name.endswith(COMPRESSIONS)
-
-
-def _could_be_on_the_hub(name: str) -> bool:
-    return name.count("/") <= 1 and not Path(name).suffix
+    return not is_hub_name(name) or format_suffix(Path(name)) in DATA_SUFFIXES or name.endswith(COMPRESSIONS)
 
 
 def _local_source(path: Path, config: DataConfig, key: str) -> Source:
@@ -96,7 +94,7 @@ def _local_source(path: Path, config: DataConfig, key: str) -> Source:
 def _refuse_config_name(name: str, config: DataConfig) -> None:
     """Raises ConfigError where data.dataset_config is set and no data set that the config names can heed it."""
     others = {config.dataset, config.validation_dataset or name} - {name}
-    if config.dataset_config is not None and all(Path(other).expanduser().exists() for other in others):
+    if config.dataset_config is not None and all(user_path(other).exists() for other in others):
         raise ConfigError(
             f"data.dataset_config: {config.dataset_config!r} is set, but {name} has no configurations to choose from; "
             "remove the key, or set it to null"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenization import Tokenizer
 from dist_trainer.data.whole_documents import Fitted, WholeDocumentRows, fitted
 from dist_trainer.errors import DataError
+from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Do
         text=maker.text,
         text_identity=maker.identity,
         is_marked=maker.is_marked,
-        cache_dir=Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir(),
+        cache_dir=user_path(config.cache_dir) if config.cache_dir else default_cache_dir(),
     )
     return Documents(store, np.stack([store.offsets[:-1], store.offsets[1:]], axis=1))
 

@@ -12,9 +12,10 @@ from typing import Any
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.errors import DataError
-from dist_trainer.hub_access import hub_is_reachable
+from dist_trainer.hub_access import hub_is_reachable, is_hub_name
 from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import TOKENIZER_FILES, model_folders
+from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +32,10 @@ def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
     It has an EOS token (a separator's, if need be) and a padding token. Raises DataError naming the `key` (or argument of a
     command) that holds the name, and the remedy.
     """
-    path = CORPUS / "tokenizer" if name == "austen" else Path(name).expanduser()
+    path = CORPUS / "tokenizer" if name == "austen" else user_path(name)
     if path.is_file() and path.name == "tokenizer.json":
         path = path.parent
-    if path.exists() or name.startswith((".", "/", "~")):
+    if path.exists() or not is_hub_name(name):
         tokenizer = _from_folder(_folder_with_tokenizer(path, key), key)
     else:
         tokenizer = _from_hub(name)
@@ -54,7 +55,7 @@ def tokenizer_of(config: DataConfig, *, key: str = TOKENIZER_KEY) -> Tokenizer:
 
 def read_chat_template(name: str) -> str:
     """The Jinja template in the file `name`. Raises DataError where there is none."""
-    path = Path(name).expanduser()
+    path = user_path(name)
     try:
         template = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

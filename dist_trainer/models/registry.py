@@ -20,6 +20,7 @@ from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.hf_format import WEIGHTS_FILE, find_model, locate_shape, locate_weights, write_hf
 from dist_trainer.models.meta import materialize, on_meta
+from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
         model = transformers_lm.make_skeleton(folder)
     elif transformers_lm.has_weights(folder):
         model = transformers_lm.open_weights(folder)
-    elif Path(config.init_from).expanduser().is_dir():
+    elif user_path(config.init_from).is_dir():
         log.info("model.init_from: %s holds no weights: random ones, drawn from seed %d", folder, context.seed)
         model = transformers_lm.make_anew(folder, seed=context.seed)
         for name in ("bos_token_id", "eos_token_id"):  # the text's, no longer those of the model that config.json was for
@@ -158,7 +159,7 @@ def begins_trained(config: ModelConfig) -> bool:
     """Whether config.init_from brings weights, and not a shape alone."""
     if config.init_from is None or config.name != "hf":
         return config.init_from is not None
-    folder = Path(config.init_from).expanduser()
+    folder = user_path(config.init_from)
     # What comes from the Hub has weights, or `hf` has refused it.
     return not folder.is_dir() or transformers_lm.has_weights(find_model(folder))
 
@@ -179,7 +180,7 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
 
     Raises ConfigError, CheckpointError.
     """
-    folder = locate_weights(Path(path))
+    folder = locate_weights(user_path(str(path)))
     try:
         described = read_hf_config(folder)
     except ConfigError as error:

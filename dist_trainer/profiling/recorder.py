@@ -132,7 +132,7 @@ class _Recording:
 
     def __init__(self, trainer: Trainer) -> None:
         self._world = trainer.world
-        self._folder = Path(trainer.config.output_dir) / trainer.config.run_name / PROFILE_FOLDER
+        self._folder = trainer.config.run_folder / PROFILE_FOLDER
         self._names = ExitStack()
         activities = [ProfilerActivity.CPU]
         if self._world.device.type == "cuda":

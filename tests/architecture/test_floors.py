@@ -10,7 +10,7 @@ from tests.architecture.sources import PACKAGE, REPOSITORY, imports_of_the_packa
 GROUND = {"version", "errors", "secrets"}
 FLOORS = [
     GROUND,
-    {"place", "cache_dir", "cpu_memory", "manifest", "model_folders", "hub_access"},
+    {"place", "cache_dir", "cpu_memory", "manifest", "model_folders", "hub_access", "user_path"},
     {"config", "exit_codes"},
     {"distributed", "compilers"},
     {"models", "data", "optim", "parallel", "precision"},
@@ -29,11 +29,7 @@ FLOORS = [
 COMMANDS = FLOORS[-2]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
-WITHOUT_TORCH = (
-    GROUND
-    | {"place", "cache_dir", "cpu_memory", "manifest", "model_folders", "hub_access", "config", "exit_codes", "__init__"}
-    | COMMANDS
-)
+WITHOUT_TORCH = FLOORS[0] | FLOORS[1] | FLOORS[2] | COMMANDS | {"__init__"}
 HEAVY = {"torch", "transformers", "datasets", "tokenizers", "pyarrow", "wandb", "numpy", "safetensors"}
 # The only files that may import these, and only inside functions: who does not use them does not wait for them.
 DOORS = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from dist_trainer import CheckpointManager, Trainer, build_optimizer, create_dataloaders, parallelize, weights_writer
 from dist_trainer.checkpoint.manager import step_folders
 from dist_trainer.config.schema import BatchConfig, CheckpointConfig, OptimConfig, TrainConfig, TrainingConfig
+from dist_trainer.data.datasets import CORPUS
 from dist_trainer.distributed.launch import is_started_again, launcher
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
@@ -96,6 +98,28 @@ def test_changed_validation_text_is_refused_on_resume(stories, tmp_path):
     with pytest.raises(AssertionError, match=r"data\.validation_dataset: .*validation\.jsonl holds other text now"):
         run(config, 1)
     assert status(config)["state"] == "preempted", "a refusal touches nothing"
+
+
+def test_the_same_text_under_another_path_resumes_the_run(stories, tmp_path):
+    undisturbed = small_config(stories, tmp_path / "undisturbed")
+    assert run(undisturbed, 1) == [0]
+    first, second = tmp_path / "first", tmp_path / "second"
+    for place in (first, second):
+        shutil.copytree(CORPUS / "tokenizer", place / "tokenizer")
+        (place / "stories.jsonl").write_text(stories.read_text())
+    config = small_config(first / "stories.jsonl", tmp_path, data__tokenizer=str(first / "tokenizer"))
+    run(config, 1, before=stop_after(6))
+    shutil.rmtree(first)
+    moved = small_config(second / "stories.jsonl", tmp_path, data__tokenizer=str(second / "tokenizer") + "/")
+    (second / "stories.jsonl").write_text(stories.read_text().replace(" the ", " this "))
+    with pytest.raises(AssertionError, match=r"data\.dataset: '.*second/stories\.jsonl', but the run began with '.*first/"):
+        run(moved, 1)
+    assert status(config)["state"] == "preempted", "a refusal touches nothing"
+    (second / "stories.jsonl").write_text(stories.read_text())
+    with pytest.raises(AssertionError, match=r"data\.validation_dataset: '.*stories\.jsonl', but the run began with None"):
+        run(changed(moved, data__validation_dataset=str(second / "stories.jsonl")), 1)
+    assert run(moved, 1) == [0]
+    assert losses(moved) == losses(undisturbed)
 
 
 def test_skipped_updates_are_counted_over_a_restart_and_the_step_that_ends_a_run_has_its_line(stories, tmp_path):

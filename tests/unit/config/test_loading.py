@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.assembly import check_rows
-from dist_trainer.config.keys import leaf_types
+from dist_trainer.cache_dir import default_cache_dir
+from dist_trainer.config.keys import PATH_KEYS, leaf_types
 from dist_trainer.config.loading import config_differences, dump_config, load_config, validated
 from dist_trainer.config.lookup import build
 from dist_trainer.config.row_names import ROW_NAMES
@@ -80,6 +81,19 @@ def test_values_keep_their_meaning():
     assert load_config(["--data.template", "null"]).data.template is None
     assert load_config(["--profile.steps", "5-8"]).profile.steps == "5-8"
     assert load_config(["--tracking.sample_prompt", ""]).tracking.sample_prompt == ""
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "mine.yaml", "output_dir: ~/runs\n")
+    (tmp_path / "runs/first/checkpoints").mkdir(parents=True)
+    config = load_config(["--config=~/mine.yaml", "--checkpoint.resume=~/runs/first", "--run_name=second"])
+    assert config.output_dir == "~/runs", "so the config is good on another machine too"
+    assert config.run_folder == tmp_path / "runs" / "second"
+    monkeypatch.setenv("DIST_TRAINER_CACHE", "~/cache")
+    assert default_cache_dir() == tmp_path / "cache"
+    for key in PATH_KEYS:
+        assert f"command line: {key}: '~no one/x': the home folder ~no one is not known" in refused(f"--{key}=~no one/x")
 
 
 def test_a_printed_config_loads_to_the_same(tmp_path, capsys):

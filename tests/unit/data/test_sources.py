@@ -223,6 +223,19 @@ def test_missing_paths_and_empty_folders(tmp_path):
         create_dataloaders(small(tmp_path / "broken", tmp_path))
 
 
+def test_a_trailing_slash_is_a_path_and_no_name_on_the_hub(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "texts" / "a.txt", "one")
+    assert texts("texts/") == (["one"], None)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    with pytest.raises(DataError, match="nowhere/ does not exist"):
+        texts("nowhere/")
+    with pytest.raises(DataError, match=r"data\.tokenizer: nowhere does not exist"):
+        load_tokenizer("nowhere/")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert texts("~/texts") == (["one"], None)
+
+
 def test_messages_name_the_key_that_is_wrong(tmp_path):
     here = str(write(tmp_path / "x.jsonl", jsonl()))
     with pytest.raises(DataError, match=r"^data\.validation_dataset: .*nowhere\.jsonl does not exist"):
