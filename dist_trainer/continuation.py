@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.chat import ChatTemplate, Message, own_template
-from dist_trainer.data.tokenization import Tokenizer
+from dist_trainer.data.tokenization import Tokenizer, prompt_ids
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.generation import context_of, end_tokens, generate
 from dist_trainer.sampling import BROKEN
@@ -27,14 +27,11 @@ class Writer:
         tokenizer: Tokenizer,
         arguments: argparse.Namespace,
         *,
-        begins_anew: bool,
         chat: ChatTemplate | None = None,
     ) -> None:
-        """`begins_anew`: texts begin as the tokenizer begins them, such as with BOS; a run's own do not. `chat`: what writes
-        prompts as messages to be answered.
-        """
+        """`chat`: what writes prompts as messages to be answered."""
         self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
-        self.begins_anew, self.chat = begins_anew, chat
+        self.chat = chat
         self.opening = [] if arguments.system is None else [message("system", arguments.system)]
         """What every chat begins with."""
         self.earlier: list[Message] = []
@@ -44,17 +41,11 @@ class Writer:
         self.ends = {tokenizer.eos_token_id, *end_tokens(model)}
 
     def prompt_tokens(self, text: str) -> list[int]:
-        """Ids of `text`. Of an empty one what stands before a text: BOS in a model from elsewhere, in a run's own rows the
-        EOS of the text before. Of a chat those of the whole conversation, which its template begins.
-        """
+        """Ids of `text`, begun as in training. Of a chat those of the whole conversation, which its template begins."""
         if self.chat is not None:
             text = self.chat.prompt("--chat", [*self.opening, *self.earlier, message("user", text)])
             return self.tokenizer.encode(text, add_special_tokens=False)
-        tokens = self.tokenizer.encode(text, add_special_tokens=self.begins_anew)
-        while len(tokens) > 1 and tokens[-1] == self.tokenizer.eos_token_id and self.begins_anew:
-            tokens.pop()  # some tokenizers end every text
-        first = self.tokenizer.bos_token_id if self.begins_anew else None
-        return tokens or [self.tokenizer.eos_token_id if first is None else first]
+        return prompt_ids(self.tokenizer, text)
 
     def lack_of_room(self, text: str) -> str | None:
         """Why nothing can follow `text`; None where something can."""

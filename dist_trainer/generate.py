@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dist_trainer.config.initial_model import model_folder
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
-from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.formatting import printable
 from dist_trainer.user_path import user_path
@@ -126,7 +125,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(str(folder), key="RUN")
     chat = chat_template(tokenizer, folder) if arguments.chat else None
     model = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    writer = Writer(model, tokenizer, arguments, begins_anew=not _is_checkpoint(folder), chat=chat)
+    writer = Writer(model, tokenizer, arguments, chat=chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
     try:
@@ -255,11 +254,6 @@ def _ask() -> str:
     except (EOFError, KeyboardInterrupt):
         print(flush=True)
         return ""
-
-
-def _is_checkpoint(path: Path) -> bool:
-    """Whether `path` means a checkpoint of a run, whose rows began as a run's do."""
-    return any((folder / "trainer_state.json").is_file() for folder in model_folders(path))
 
 
 if __name__ == "__main__":

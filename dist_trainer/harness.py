@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dist_trainer.config.schema import PrecisionConfig
-from dist_trainer.data.tokenization import Tokenizer, load_tokenizer
+from dist_trainer.data.tokenization import Tokenizer, load_tokenizer, text_prefix
 from dist_trainer.errors import ConfigError
 from dist_trainer.hub_access import hub_is_reachable
 from dist_trainer.models.hf_format import locate_weights
@@ -158,12 +158,11 @@ def open_for_harness(
 ) -> Any:
     """lm_eval's model of the Hugging Face folder `folder`, computing as `evaluate` does. Raises ConfigError.
 
-    In a run's own rows nothing but the EOS of the text before stood before a text: so it is here. A model from elsewhere gets
-    what lm_eval gives it, mostly BOS.
+    Before each text stands what did in training: what the tokenizer puts there, or else the EOS of the text before. A chat
+    template writes the beginning of its texts itself.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_of_a_run = (folder / "trainer_state.json").is_file()
-    before_texts = {"prefix_token_id": tokenizer.eos_token_id, "add_bos_token": False} if is_of_a_run else {}
+    prefix = text_prefix(tokenizer)
     try:
         return model_class(
             pretrained=str(folder),
@@ -174,7 +173,8 @@ def open_for_harness(
             softmax_dtype="float32",
             batch_size=options.batch_size,
             trust_remote_code=False,
-            **before_texts,
+            prefix_token_id=prefix[-1] if prefix else tokenizer.eos_token_id,
+            add_bos_token=bool(prefix) and not options.apply_chat_template,
         )
     except (ValueError, KeyError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_trainer.config.schema import DataConfig, TrackingConfig, TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
 from dist_trainer.data.chat import ChatTemplate, messages_of
+from dist_trainer.data.tokenization import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
@@ -88,7 +89,9 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
         first = dataset[0]
         row = (first if isinstance(first, Tensor) else first.tokens[0]).tolist()
         most = min(PROMPT_TOKENS, config.data.sequence_length // 2, context - 1)
-        prompt_tokens = prompt_before_answer(first, most=context - 1) or beginning_of(row, tokenizer, most=most)
+        prompt_tokens = prompt_before_answer(first, most=context - 1)
+        if not prompt_tokens and (beginning := beginning_of(row, tokenizer, most=most - len(text_prefix(tokenizer)))):
+            prompt_tokens = with_prefix(beginning, text_prefix(tokenizer))
         prompt = tokenizer.decode(prompt_tokens, skip_special_tokens=True)
         if not prompt_tokens:
             log.info(
@@ -105,7 +108,7 @@ def given_prompt(given: str, data: DataConfig, tokenizer: Any) -> tuple[str, lis
     messages, written by their template to be answered. Raises ConfigError, DataError.
     """
     if data.messages_column is None or not _LIST_OF_OBJECTS.match(given):
-        return given, tokenizer.encode(given, add_special_tokens=False)
+        return given, prompt_ids(tokenizer, given)
     key = "tracking.sample_prompt"
     try:
         messages = messages_of(key, {"messages": json.loads(given)}, "messages")

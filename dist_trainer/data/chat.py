@@ -15,7 +15,7 @@ from typing import Any
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.template import kind_of, missing_column
-from dist_trainer.data.tokenization import Tokenizer, read_chat_template
+from dist_trainer.data.tokenization import Tokenizer, read_chat_template, text_prefix
 from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class ChatTemplate:
         if spans and not self._is_tried:
             self._is_tried = True
             self._warn_of_other_end(text[slice(*spans[-1])])
+            self._warn_of_missing_prefix(text)
         return MarkedText(text, spans, is_complete=True)
 
     def prompt(self, where: str, messages: list[Message]) -> str:
@@ -105,6 +106,15 @@ class ChatTemplate:
                 "%s ends an answer with %r, not with the tokenizer's end-of-text token (%s), at which generation stops: it "
                 "will not stop where an answer ends. Set eos_token in the tokenizer's tokenizer_config.json to what ends one",
                 *(self._name, answer[-24:], end),
+            )
+
+    def _warn_of_missing_prefix(self, text: str) -> None:
+        prefix = "".join(self._tokenizer.convert_ids_to_tokens(text_prefix(self._tokenizer)))
+        if not text.startswith(prefix):
+            log.warning(
+                "the tokenizer puts %s before each text, but %s does not, and its text is taken as it is. If the model was "
+                "trained with it, begin the template with {{ bos_token }}",
+                *(prefix, self._name),
             )
 
     def _rendered(self, where: str, messages: list[Message], *, add_generation_prompt: bool = False) -> str:

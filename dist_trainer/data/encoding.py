@@ -18,7 +18,7 @@ import numpy as np
 
 from dist_trainer.data.probe import probe_texts
 from dist_trainer.data.text_pieces import TextPiece
-from dist_trainer.data.tokenization import Tokenizer, tokenizer_description
+from dist_trainer.data.tokenization import Tokenizer, tokenizer_description, with_prefix
 from dist_trainer.errors import StoppedError
 
 log = logging.getLogger(__name__)
@@ -141,8 +141,11 @@ class EncodedPieces(NamedTuple):
         return sum(len(p.text) if p.text.isascii() else len(p.text.encode()) for p in self.pieces)
 
 
-def encoded(batches: Iterable[list[TextPiece]], encoder: Encoder, own: Encoder) -> Generator[EncodedPieces, None, None]:
-    """The batches in order with their ids: while one is read, those before it are encoded.
+def encoded(
+    batches: Iterable[list[TextPiece]], encoder: Encoder, own: Encoder, prefix: Sequence[int] = ()
+) -> Generator[EncodedPieces, None, None]:
+    """The batches in order with their ids, those of each document's first piece after `prefix`: while one is read, those
+    before it are encoded.
 
     Raises IdsDifferError where `encoder` is not `own` and fails, or gives other ids for a sample of the batch.
     """
@@ -152,11 +155,23 @@ def encoded(batches: Iterable[list[TextPiece]], encoder: Encoder, own: Encoder) 
         for pieces in batches:
             waiting.append((pieces, pool.submit(encoder, [piece.text for piece in pieces])))
             if len(waiting) > encoder.threads:
-                yield _result(*waiting.popleft(), encoder, own)
+                yield _begun(_result(*waiting.popleft(), encoder, own), prefix)
         while waiting:
-            yield _result(*waiting.popleft(), encoder, own)
+            yield _begun(_result(*waiting.popleft(), encoder, own), prefix)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begun(batch: EncodedPieces, prefix: Sequence[int]) -> EncodedPieces:
+    """The batch with `prefix` before each document."""
+    if not prefix:
+        return batch
+    end = len(prefix)
+    begun = [
+        np.concatenate([with_prefix(ids[:end].tolist(), prefix), ids[end:]]) if piece.begins_document else ids
+        for piece, ids in zip(batch.pieces, batch.ids, strict=True)
+    ]
+    return batch._replace(ids=begun)
 
 
 def _result(pieces: list[TextPiece], ids: Future[list[np.ndarray]], encoder: Encoder, own: Encoder) -> EncodedPieces:

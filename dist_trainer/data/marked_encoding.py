@@ -13,7 +13,7 @@ import numpy as np
 from dist_trainer.data.encoding import EncodedPieces
 from dist_trainer.data.marked_text import has_token_over_border, tokens_in_spans
 from dist_trainer.data.text_pieces import TextPiece
-from dist_trainer.data.tokenization import Tokenizer
+from dist_trainer.data.tokenization import Tokenizer, text_prefix, with_prefix
 from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class MarkedEncoder:
                 f"data.tokenizer: {type(tokenizer).__name__} cannot tell which characters its tokens are made of, so which of "
                 "them carry loss is unknown; give a tokenizer with a tokenizer.json"
             )
-        self._end = tokenizer.eos_token_id
+        self._prefix, self._end = text_prefix(tokenizer), tokenizer.eos_token_id
         self._backend = copy.deepcopy(backend)
         # Without special tokens around a text it has nothing to do but to leave white space out of the places.
         self._backend.post_processor = None
@@ -40,8 +40,8 @@ class MarkedEncoder:
         self.texts = self.texts_with_token_over_border = 0
 
     def __call__(self, pieces: list[TextPiece]) -> EncodedPieces:
-        """Ids with each document's EOS, if it has one, and loss masks. No document's first token carries loss: nothing comes
-        before it to tell it from.
+        """Ids with each document's BOS and EOS, if it has them, and loss masks. No document's first token carries loss: nothing
+        comes before it to tell it from.
         """
         all_ids, masks = [], []
         encodings = self._backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
@@ -51,8 +51,10 @@ class MarkedEncoder:
             ids = np.array(encoding.ids, dtype=np.int64)
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             mask = tokens_in_spans(offsets, marked.loss_spans)
-            if not marked.is_complete:
-                ids, mask = np.append(ids, self._end), np.append(mask, True)
+            if not marked.is_complete:  # else a chat template has written both
+                begun = np.array(with_prefix(ids.tolist(), self._prefix), dtype=np.int64)
+                mask = np.append(np.zeros(len(begun) - len(ids), dtype=bool), mask)
+                ids, mask = np.append(begun, self._end), np.append(mask, True)
             mask[:1] = False
             all_ids.append(ids)
             masks.append(mask)

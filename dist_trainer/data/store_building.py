@@ -28,7 +28,7 @@ from dist_trainer.data.marked_encoding import encoded_with_masks
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import TextOf
 from dist_trainer.data.text_pieces import border_of_pieces, cutting, in_batches, text_pieces
-from dist_trainer.data.tokenization import Tokenizer, vocabulary_size
+from dist_trainer.data.tokenization import Tokenizer, text_prefix, vocabulary_size
 from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,9 @@ def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf
             log.info("tokenising %s: going on after %.1f MB of text", split.description, files.text_bytes / 1e6)
         display = stack.enter_context(contextlib.closing(_Display(split.description, files.text_bytes)))
         rest = in_batches(itertools.islice(text_pieces(split, text, border), files.pieces, None))
-        batches = encoded_with_masks(rest, tokenizer) if encoder is None else encoded(rest, encoder, own)
+        batches = (
+            encoded_with_masks(rest, tokenizer) if encoder is None else encoded(rest, encoder, own, text_prefix(tokenizer))
+        )
         for batch in stack.enter_context(contextlib.closing(batches)):
             files.append(batch, dtype, tokenizer.eos_token_id)
             display.show(files.text_bytes)

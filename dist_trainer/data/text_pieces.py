@@ -27,6 +27,7 @@ class TextPiece(NamedTuple):
 
     text: str
     ends_document: bool
+    begins_document: bool = True
     marked: MarkedText | None = None
     """The whole document, of which only parts carry loss; such a one is never cut into pieces."""
 
@@ -84,13 +85,13 @@ def pieces_of(document: str | LongText, border: Border = "with the next") -> Ite
 
     Where they end does not depend on the parts in which a LongText is read.
     """
-    held, start = "", 0
+    held, start, begins = "", 0, True
     for part in [document] if isinstance(document, str) else document.parts():
         held, start = held[start:] + part, 0
         while len(held) - start > PIECE_CHARACTERS and (cut := _cut(held, start, border)) is not None:
-            yield TextPiece(held[start:cut], ends_document=False)
-            start = cut + 1 if border == "dropped" else cut
-    yield TextPiece(held[start:], ends_document=True)
+            yield TextPiece(held[start:cut], ends_document=False, begins_document=begins)
+            start, begins = cut + 1 if border == "dropped" else cut, False
+    yield TextPiece(held[start:], ends_document=True, begins_document=begins)
 
 
 def _cut(document: str, start: int, border: Border) -> int | None:

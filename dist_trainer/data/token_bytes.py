@@ -18,7 +18,7 @@ import numpy as np
 
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.probe import PROBE
-from dist_trainer.data.tokenization import Tokenizer, vocabulary_size
+from dist_trainer.data.tokenization import Tokenizer, text_prefix, vocabulary_size
 
 SPACE = "▁"
 """A space, as SentencePiece writes it."""
@@ -100,7 +100,7 @@ def _table(tokenizer: Tokenizer, size_of: SizeOf) -> TokenBytes | None:
     sizes[without_text], leads[without_text] = 0, False
     if puts_space:  # before each part of a text that special tokens cut, or before the whole alone
         after_each = _begins_with_space(tokenizer, f"{tokenizer.eos_token}a", part=1)
-        borders[without_text if after_each else [tokenizer.eos_token_id]] = True
+        borders[without_text if after_each else [tokenizer.eos_token_id, *text_prefix(tokenizer)[-1:]]] = True
     return TokenBytes(sizes, leads, borders)
 
 

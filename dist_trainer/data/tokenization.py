@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,27 @@ def tokenizer_description(tokenizer: Tokenizer) -> str:
     return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
 
 
+def text_prefix(tokenizer: Tokenizer) -> list[int]:
+    """The ids that `tokenizer` puts before every text, such as BOS (Llama, Gemma, Mistral); empty where it puts none."""
+    bare, whole = (tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True))
+    starts = (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare)
+    return whole[: next(starts, 0)]
+
+
+def with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
+    """`ids` after `prefix`, which is not put twice where the text itself spells it."""
+    return list(ids) if list(ids[: len(prefix)]) == list(prefix) else [*prefix, *ids]
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text to continue, as training saw texts begin: with the tokenizer's prefix. Of an empty one without a prefix the
+    EOS, which ends the text before.
+    """
+    ids = with_prefix(tokenizer.encode(text, add_special_tokens=False), text_prefix(tokenizer))
+    return ids or [tokenizer.eos_token_id]
+
+
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A digest of `tokenizer_description` and of the id that ends documents."""
-    return hashlib.sha256(f"{tokenizer_description(tokenizer)} {tokenizer.eos_token_id}".encode()).hexdigest()
+    """A digest of `tokenizer_description`, of the id that ends documents, and of those that begin them, if any do."""
+    parts = [tokenizer_description(tokenizer), tokenizer.eos_token_id, *text_prefix(tokenizer)]
+    return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()

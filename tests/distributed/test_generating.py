@@ -106,7 +106,7 @@ def test_pieces_are_whole_characters_and_together_the_text(request, monkeypatch,
     new = tokenizer.encode("a b" + text, add_special_tokens=False)[len(prompt) :]
     FromAList(monkeypatch, new)
     arguments = generate.parse_arguments([str(path)])
-    writer = Writer(open_model(path), tokenizer, arguments, begins_anew=False)
+    writer = Writer(open_model(path), tokenizer, arguments)
     pieces = list(Continuation(writer, prompt))
     whole = tokenizer.decode(prompt + new)
     assert whole == tokenizer.decode(prompt) + "".join(pieces)
@@ -163,7 +163,7 @@ def test_an_empty_prompt_begins_with_what_stands_before_a_text(trained, elsewher
         assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] + "\n" == text
         arguments = generate.parse_arguments([str(path), *options])
         tokenizer = load_tokenizer(str(path))
-        writer = Writer(open_model(path), tokenizer, arguments, begins_anew=path == elsewhere)
+        writer = Writer(open_model(path), tokenizer, arguments)
         written = writer.continuation("")
         assert "".join(written) + "\n" == text
         assert written.tokens == greedily(where, [begins_with], max_new_tokens=8)
