@@ -1,8 +1,10 @@
-"""Where things are kept that can be made again."""
+"""Where things are kept that can be made again, and a home folder for libraries that need one."""
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -10,4 +12,22 @@ def default_cache_dir() -> Path:
     """DIST_TRAINER_CACHE, else dist_trainer/ in the user's cache folder."""
     if named := os.environ.get("DIST_TRAINER_CACHE"):
         return Path(os.path.expanduser(named))
+    ensure_home()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_trainer"
+
+
+def ensure_home() -> None:
+    """Set HOME and LOGNAME where neither the environment nor the system knows them, as in a container that runs under a user
+    id of its own: libraries would fail, or make a folder named `~`.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
+        home.mkdir(mode=0o700, exist_ok=True)
+        is_ours = home.lstat().st_uid == os.getuid()  # anybody may make a folder of that name there
+        os.environ["HOME"] = str(home) if is_ours else tempfile.mkdtemp(prefix=home.name)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())

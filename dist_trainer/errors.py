@@ -4,6 +4,7 @@
     ├── RefusedError           exit code 2: refused before the first step, nothing was changed
     │   ├── ConfigError        a key, a value, a combination of keys
     │   ├── DataError          a data set, a file in it, a tokenizer
+    │   ├── MissingPackageError    a package that is not installed
     │   ├── CheckpointError    a run folder or a checkpoint in it
     │   │   └── AnotherRunError    what is there is the run of another config, or of other data
     │   └── DoesNotFitError    memory ran out before there was a model to train; an OutOfMemoryError too
@@ -37,6 +38,10 @@ class ConfigError(RefusedError):
 
 class DataError(RefusedError):
     """A data set, one of its files, or a tokenizer cannot be used."""
+
+
+class MissingPackageError(RefusedError):
+    """A package that the command needs is not installed."""
 
 
 class CheckpointError(RefusedError):

@@ -10,14 +10,11 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.command_line import take_apart
-from dist_trainer.config.initial_model import model_folder
-from dist_trainer.config.loading import keys_given, load_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
@@ -25,7 +22,6 @@ from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.jsonl_tracker import encode_line
-from dist_trainer.tracking.run_history import run_folder_of
 from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
@@ -68,7 +64,11 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     # Values of training's keys must not be taken for RUN: they are split off before argparse sees them.
     own_words, rest = split_off_keys(sys.argv[1:] if argv is None else argv)
     arguments = argument_parser().parse_args(own_words)
-    harness = harness_fields(arguments, rest)
+    from dist_trainer.config.initial_model import model_folder
+    from dist_trainer.config.loading import keys_given, load_config
+    from dist_trainer.tracking.run_history import run_folder_of
+
+    harness = harness_fields(arguments, keys_given(rest))
     folder = model_folder(arguments.path, weights=False, key="RUN")
     run = run_folder_of(folder, is_run=_is_run)
     if run is not None:
@@ -125,8 +125,10 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def harness_fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any] | None:
-    """The fields of HarnessOptions; None without --harness. Raises ConfigError for what contradicts it."""
+def harness_fields(arguments: argparse.Namespace, keys: Collection[str]) -> dict[str, Any] | None:
+    """The fields of HarnessOptions; None without --harness. Raises ConfigError for what contradicts it, such as any of the
+    `keys` given that training alone reads.
+    """
     given = {name: value for name in HARNESS_OPTIONS if (value := getattr(arguments, name)) is not None}
     if arguments.harness is None:
         if given:
@@ -137,7 +139,7 @@ def harness_fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[s
         raise ConfigError("--harness: names no task; give some, such as --harness lambada_openai,arc_easy")
     if arguments.data is not None:
         raise ConfigError("--data and --harness: give one of them; a task has data of its own")
-    without_effect = sorted(key for key in keys_given(rest) if not key.startswith("precision."))
+    without_effect = sorted(key for key in keys if not key.startswith("precision."))
     if without_effect:
         raise ConfigError(f"{without_effect[0]}: has no effect with --harness; leave it out")
     for name, smallest in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
@@ -154,6 +156,8 @@ def harness_fields(arguments: argparse.Namespace, rest: Sequence[str]) -> dict[s
 
 def refuse_keys_without_effect(rest: Sequence[str]) -> None:
     """Raises ConfigError for a key that changes nothing here. A --config file may be that of training, and hold such keys."""
+    from dist_trainer.config.command_line import take_apart
+
     without_effect = sorted(a.key for a in take_apart(rest).assignments if a.key.split(".")[0] in SECTIONS_OF_TRAINING)
     if without_effect:
         raise ConfigError(f"{without_effect[0]}: has no effect on what is measured of a model that is there; leave it out")
@@ -202,6 +206,7 @@ def run(asked: Asked) -> int:
 
 def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] | None = None) -> dict[str, Any] | None:
     """Loss, perplexity, bits per byte, and on how much; on rank 0. `typed`: as in Asked."""
+    from dist_trainer.config.initial_model import model_folder
     from dist_trainer.data.loader import create_validation_loader
     from dist_trainer.data.token_bytes import token_bytes_of
     from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
@@ -242,8 +247,10 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
 
 def evaluate_tasks(asked: Asked) -> dict[str, Any]:
     """lm_eval's results by task and metric; all that it tells of them is kept in the run's folder."""
+    from dist_trainer.config.initial_model import model_folder
     from dist_trainer.harness import HarnessOptions, run_harness, write_results
     from dist_trainer.models.hf_format import locate_weights
+    from dist_trainer.tracking.run_history import run_folder_of
     from dist_trainer.tracking.run_log import configure_logging
 
     configure_logging(None, rank=0)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from dist_trainer.errors import DistTrainerError, PeerLostError, StoppedError
+from dist_trainer.cache_dir import ensure_home
+from dist_trainer.errors import DistTrainerError, MissingPackageError, PeerLostError, StoppedError
 from dist_trainer.place import Place, place_or_none
-from dist_trainer.secrets import masked
+from dist_trainer.secrets import MaskedStream, masked
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
@@ -26,16 +30,79 @@ HOLD_BACK_SECONDS = 5.0
 
 
 def exit_code_of(act: Callable[[], int]) -> int:
-    """What `act` returns; of a DistTrainerError its exit code, after its message was printed once on each machine."""
+    """What `act` returns; of a DistTrainerError its exit code, after its message was printed once on each machine. No secret
+    is printed to stderr, by whomever, and where nobody reads what is printed, that changes no exit code.
+    """
+    open_standard_streams()
+    ensure_home()
+    before = sys.stderr
+    sys.stderr = MaskedStream(before)
     try:
         return act()
     except DistTrainerError as error:
         return leave_with(error)
     except KeyboardInterrupt:
         return EXIT_PREEMPTED
-    except Exception:
-        print(masked(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads_stdout():
+            return EXIT_FINISHED
+        if (missing := missing_package(error)) is not None:
+            return leave_with(missing)
+        print(masked(traceback.format_exc()), end="", file=sys.stderr)  # a secret may have several lines
         _end_at_once(EXIT_CRASHED)
+    finally:
+        sys.stderr = before
+        flush_standard_streams()
+
+
+def open_standard_streams() -> None:
+    """Open /dev/null in place of standard streams that were closed at the start: the next files to be opened would get their
+    numbers, and whatever is printed.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))  # the lowest number that is free
+
+
+def flush_standard_streams() -> None:
+    """Flush stdout and stderr. One that cannot be written becomes /dev/null: the interpreter flushes both at its end, and exits
+    with 120 where that fails.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                stream.flush()
+
+
+def nobody_reads_stdout() -> bool:
+    """Whether stdout is a pipe whose reader, such as `head`, has gone."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def missing_package(error: Exception) -> MissingPackageError | None:
+    """The refusal, where `error` is that of an import in this package which needs another one; else None."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = Path(__file__).parent
+    if not Path(frame.f_code.co_filename).is_relative_to(package) or error.name.startswith(f"{package.name}."):
+        return None
+    checkout, python = package.parent, package.parent / ".venv" / "bin" / "python"
+    if python.exists() and python.parent != Path(sys.executable).parent:
+        remedy = f"use {python}, or activate its environment: source {python.with_name('activate')}"
+    elif (checkout / "Makefile").exists():
+        remedy = f"run `make setup` in {checkout} and use {python}"
+    else:
+        remedy = f"install it: {sys.executable} -m pip install dist_trainer"
+    return MissingPackageError(f"the package {error.name.partition('.')[0]} is not installed for {sys.executable}; {remedy}")
 
 
 def leave_with(error: DistTrainerError) -> int:
@@ -48,7 +115,7 @@ def leave_with(error: DistTrainerError) -> int:
     alone = place is not None and place.world_size == 1
     told = threading.Event() if alone else _take_stop_signals()
     if _says(error, place):
-        print(masked(f"dist_trainer: {error}"), file=sys.stderr)
+        print(f"dist_trainer: {error}", file=sys.stderr)
     elif not isinstance(error, (PeerLostError, StoppedError)):
         told.wait(HOLD_BACK_SECONDS)
     if not alone:
@@ -76,6 +143,5 @@ def _take_stop_signals() -> threading.Event:
 
 def _end_at_once(code: int) -> NoReturn:
     """Not sys.exit: with ranks still connected, the interpreter's own clean-up can wait for them for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_standard_streams()
     os._exit(code)

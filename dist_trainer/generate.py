@@ -11,7 +11,6 @@ import argparse
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dist_trainer.config.initial_model import model_folder
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
 from dist_trainer.place import place_of_this_process
@@ -112,6 +110,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def generate_text(arguments: argparse.Namespace) -> int:
     """Continue each prompt."""
     in_file = None if arguments.prompts_file is None else prompts_in(arguments.prompts_file)
+    from dist_trainer.config.initial_model import model_folder
+
     folder = model_folder(arguments.path, weights=True, key="RUN")
 
     import torch
@@ -128,18 +128,14 @@ def generate_text(arguments: argparse.Namespace) -> int:
     writer = Writer(model, tokenizer, arguments, chat=chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
-    try:
-        with ExitStack() as open_files:
-            if in_file is not None and arguments.prompts_file is not None:
-                refuse_prompts_without_room(writer, in_file, arguments.prompts_file)
-            if in_file is not None or arguments.output is not None:
-                to = sys.stdout if arguments.output is None else open_files.enter_context(_opened(arguments.output))
-                write_json_lines(writer, asked_for(arguments) if in_file is None else in_file, to)
-            else:
-                print_texts(writer, arguments)
-    except BrokenPipeError:
-        # Whoever reads, such as `head`, has had enough. What the interpreter flushes at its end must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with ExitStack() as open_files:
+        if in_file is not None and arguments.prompts_file is not None:
+            refuse_prompts_without_room(writer, in_file, arguments.prompts_file)
+        if in_file is not None or arguments.output is not None:
+            to = sys.stdout if arguments.output is None else open_files.enter_context(_opened(arguments.output))
+            write_json_lines(writer, asked_for(arguments) if in_file is None else in_file, to)
+        else:
+            print_texts(writer, arguments)
     return EXIT_FINISHED
 
 

@@ -9,11 +9,6 @@ from pathlib import Path
 
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
-from dist_trainer.tracking.atomic_file import replace_file
-from dist_trainer.tracking.report.curves import MOST_RUNS
-from dist_trainer.tracking.report.page import html_report
-from dist_trainer.tracking.report_tracker import REPORT_FILE
-from dist_trainer.tracking.run_history import read_run, run_folder_of
 from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
@@ -39,6 +34,12 @@ def run(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--version", action="version", version=VERSION_LINE)
     arguments = parser.parse_args(argv)
+    from dist_trainer.tracking.atomic_file import replace_file
+    from dist_trainer.tracking.report.curves import MOST_RUNS
+    from dist_trainer.tracking.report.page import html_report
+    from dist_trainer.tracking.report_tracker import REPORT_FILE
+    from dist_trainer.tracking.run_history import read_run
+
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
     if len(runs) > MOST_RUNS:
         raise ConfigError(
@@ -56,6 +57,8 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def _run_of(path: Path) -> Path:
+    from dist_trainer.tracking.run_history import run_folder_of
+
     folder = run_folder_of(path)
     if folder is None:
         raise ConfigError(

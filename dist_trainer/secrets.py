@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -56,15 +57,23 @@ def masked_within(value: Any, environment: Mapping[str, str] = os.environ) -> An
 
 
 class MaskedStream:
-    """A text stream that masks what is written to it: other libraries print there, too."""
+    """A text stream that masks what is written to it: other libraries print there, too. Where nobody reads it, or its disk is
+    full, nothing happens.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
         """Write `text` without its secrets; the number of its characters."""
-        self._stream.write(masked(text))
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(masked(text))
         return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

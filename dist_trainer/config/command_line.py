@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +44,16 @@ class Arguments:
 def program() -> str:
     """How this process was called, for usage lines."""
     return CONSOLE_SCRIPT if Path(sys.argv[0]).name == CONSOLE_SCRIPT else MODULE
+
+
+def python_in_words(*, path: str | None = None) -> str:
+    """How to call this process's Python in the shell that started it: `python` where its search path (None: $PATH) leads
+    there, else the file, which needs no activated environment.
+    """
+    found, here = shutil.which("python", path=path), Path(sys.executable)
+    if found is not None and Path(found).absolute().parent == here.parent and os.path.samefile(found, here):
+        return "python"
+    return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
 
 
 def split_off_dry_run(argv: Sequence[str] | None) -> tuple[list[str], bool]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dist_trainer.config.command_line import python_in_words
 from dist_trainer.models.registry import can_open
 from dist_trainer.secrets import masked
 from dist_trainer.tracking.formatting import counted, duration, printable, quantity, significant
@@ -78,7 +79,8 @@ class ConsoleTracker:
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
-            log.info("what comes next:\n%s", next_commands(context.folder))
+            chats = context.config.data.messages_column is not None
+            log.info("next steps: %s", next_steps(context.folder, chats=chats))
 
     def _place(self) -> str:
         most = self._context.max_steps
@@ -163,11 +165,15 @@ def goodput_in_words(spent: Goodput) -> str:
     return f"{spent.share:.0%} of its {duration(spent.wall_seconds)} went into steps and validation; {restarts}"
 
 
-def next_commands(folder: Path) -> str:
-    """What to run on a finished run's folder, to be pasted into a shell: nothing that its model, one of the user's own perhaps,
-    would be refused for.
+def next_steps(folder: Path, *, chats: bool = False) -> str:
+    """What to do with a finished run's folder. The indented lines can be pasted into the shell that ran it, and name nothing
+    that its model, one of the user's own perhaps, would be refused for. `chats`: whether it was trained on conversations.
     """
-    named, report = shlex.quote(str(folder)), shlex.quote(str(folder / "report.html"))
-    of_the_model = {"generate": "   # text from its best checkpoint", "evaluate": "   # its validation loss once more"}
-    notes = {**(of_the_model if can_open(folder) else {}), "report": f"     # {report} anew"}
-    return "\n".join(f"  python -m dist_trainer.{command} {named}{note}" for command, note in notes.items())
+    named = shlex.quote(str(folder))
+    commands = {f"report {named}": "rebuild the report"}
+    if can_open(folder):
+        generate = {f"generate {named} --chat": "chat"} if chats else {f"generate {named}": "generate text"}
+        commands = generate | {f"evaluate {named}": "measure the validation loss again"} | commands
+    width = max(map(len, commands))
+    lines = (f"  {python_in_words()} -m dist_trainer.{words:<{width}}   # {note}" for words, note in commands.items())
+    return "\n".join([f"open {folder / 'report.html'} in a browser, or run", *lines])

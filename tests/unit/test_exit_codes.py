@@ -1,6 +1,8 @@
-"""A config error reaches the user whatever the launcher does meanwhile."""
+"""A refusal reaches the user whatever the launcher does meanwhile; the exit code is true whoever reads what is printed."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,6 +10,8 @@ import time
 
 import pytest
 
+from dist_trainer.exit_codes import exit_code_of, missing_package
+from tests.architecture.sources import REPOSITORY
 from tests.pace import allowed
 
 RANKS = 3
@@ -75,3 +79,50 @@ def test_a_rank_that_holds_back_leaves_at_once_at_a_signal_and_in_a_while_withou
     for rank, seconds in ((hurried, 3), (patient, 30)):
         assert rank.communicate(timeout=allowed(seconds)) == ("", "")
         assert rank.returncode == 2
+
+
+def run_module(name: str, *words: str, more: str = "", without_packages: bool = False) -> subprocess.CompletedProcess[str]:
+    """A command as a shell runs it, with `more` (redirections) after it."""
+    flags = "-S" if without_packages else ""
+    line = f"{shlex.quote(sys.executable)} {flags} -m dist_trainer.{name} {shlex.join(words)} {more}"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=100, env=environment)
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "report"])
+def test_a_missing_package_is_a_sentence_with_the_python_that_has_it(command):
+    done = run_module(command, *([] if command == "train" else ["runs/default"]), without_packages=True)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"dist_trainer: the package \w+ is not installed for {re.escape(sys.executable)}; .*\n", done.stderr)
+
+
+def test_a_package_that_the_user_s_own_code_lacks_is_not_taken_for_ours():
+    with pytest.raises(ModuleNotFoundError) as found:
+        import no_such_package  # type: ignore[import-not-found] # noqa: F401
+    assert missing_package(found.value) is None
+
+
+@pytest.mark.parametrize("more", ["2>&-", ">&-", "<&- >&- 2>&-", "2> >(true)", "2>/dev/full"])
+def test_where_nobody_reads_what_is_printed_the_exit_code_is_the_same(more):
+    assert run_module("train", "--seed", "x", more=more).returncode == 2
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("more", [">&-", "| head -c 1", "| true", "2>&-"])
+def test_who_has_read_enough_of_the_output_sees_no_error(monkeypatch, more, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    done = run_module("train", "--print_config", more=f"{more}; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_any_library_prints_to_stderr_is_masked_while_a_command_runs(capsys, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "a-secret-of-mine")
+    before = sys.stderr
+
+    def act() -> int:
+        print("using a-secret-of-mine", file=sys.stderr)
+        return 0
+
+    assert exit_code_of(act) == 0
+    assert capsys.readouterr().err == "using ***\n"
+    assert sys.stderr is before

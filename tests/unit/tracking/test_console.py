@@ -8,15 +8,17 @@ import os
 import pty
 import select
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_trainer.config.command_line import python_in_words
 from dist_trainer.config.llama_json import HFModel, hf_config
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.tracking.console_tracker import ConsoleTracker, next_commands
+from dist_trainer.tracking.console_tracker import ConsoleTracker, next_steps
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
 from dist_trainer.tracking.status import write_status
@@ -87,11 +89,34 @@ def test_the_bar_s_time_left_follows_from_the_steps_of_this_start_after_the_firs
     assert (bar["total"] - bar["n"]) / bar["rate"] == pytest.approx(80)
 
 
-def test_the_commands_at_the_end_can_be_pasted_whatever_the_folder_s_name(tmp_path):
+@pytest.mark.parametrize("is_on_the_path", [True, False])
+def test_the_commands_at_the_end_can_be_pasted_into_the_shell_that_ran(tmp_path, monkeypatch, is_on_the_path):
+    """Whether or not its environment is activated, and whatever the folder's name."""
     folder = tmp_path / "two words; echo $HOME"
     described(folder, hf_config(HFModel(ModelConfig(), 4096, 64, {})))
-    words = [shlex.split(line, comments=True) for line in next_commands(folder).splitlines()]
-    assert words == [["python", "-m", f"dist_trainer.{command}", str(folder)] for command in ("generate", "evaluate", "report")]
+    here = Path(sys.executable).parent
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{here if is_on_the_path else tmp_path}:/usr/bin:/bin")
+    first, *commands = next_steps(folder).splitlines()
+    assert first == f"open {folder}/report.html in a browser, or run"
+    words = [shlex.split(line, comments=True) for line in commands]
+    python = "python" if is_on_the_path else sys.executable
+    assert [[python, "-m", f"dist_trainer.{command}", str(folder)] for command in ("generate", "evaluate", "report")] == words
+    found = subprocess.run(
+        ["bash", "-c", f"{shlex.quote(words[0][0])} -c 'import sys; print(sys.executable)'"], capture_output=True, text=True
+    )
+    assert Path(found.stdout.strip()).parent == here
+
+
+def test_the_python_of_an_environment_below_the_working_folder_is_named_from_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert python_in_words(path="/usr/bin:/bin") == ".venv/bin/python"
+
+
+def test_who_trained_on_conversations_is_told_how_to_chat(tmp_path):
+    described(tmp_path, hf_config(HFModel(ModelConfig(), 4096, 64, {})))
+    assert f"dist_trainer.generate {tmp_path} --chat " in next_steps(tmp_path, chats=True)
 
 
 def described(folder: Path, config: dict[str, Any]) -> None:
@@ -113,7 +138,7 @@ def described(folder: Path, config: dict[str, Any]) -> None:
 def test_no_command_is_named_that_the_model_would_be_refused_for(tmp_path, config, opens):
     if config is not None:
         described(tmp_path, config)
-    said = next_commands(tmp_path)
+    said = next_steps(tmp_path)
     assert "dist_trainer.report" in said
     assert [f"dist_trainer.{command}" in said for command in ("generate", "evaluate")] == [opens, opens]
 
