@@ -30,4 +30,5 @@ if ((ranks > 1)) && [[ -z ${NPROC:-} ]]; then
   fi
 fi
 if ((ranks == 1)); then become "$python" "${train[@]}"; fi
-become "${torchrun[@]}" --nproc-per-node="$ranks" --standalone "${train[@]}"
+# By default ranks meet at the machine's own name, which not every machine can resolve.
+become "${torchrun[@]}" --local-addr=localhost --nproc-per-node="$ranks" --standalone "${train[@]}"

@@ -7,11 +7,14 @@
 # NODES        number of machines
 # NODE_RANK    which of them this is: 0, 1, ...
 # MASTER_ADDR  address of machine 0, as the others reach it
-# MASTER_PORT  a free port there, of this run alone: two runs on one port share a rendezvous and die together
+# MASTER_PORT  the first of three free ports there: torchrun's own store, that of the ranks, and their heartbeat's. Runs that
+#              share a machine 0 need ports of their own: two on one MASTER_PORT share a rendezvous and die together
 # RDZV_ID      name of the rendezvous, the same everywhere (default: from the port)
 # Also NPROC, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS and MAX_RESTARTS, as in local.sh. The machines must share the folder
-# that output_dir names. If gloo or NCCL take the wrong network interface, set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME.
+# that output_dir names. gloo takes the network interface by which MASTER_ADDR is reached; GLOO_SOCKET_IFNAME and
+# NCCL_SOCKET_IFNAME choose others.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
 
 NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}} # srun says which node this is
 missing=()
@@ -23,20 +26,26 @@ if ((${#missing[@]})); then
   echo "  NODES=2 NODE_RANK=0 MASTER_ADDR=$(hostname) MASTER_PORT=29501 launch/multinode.sh $*" >&2
   exit 2
 fi
-if ((NODE_RANK < 0 || NODE_RANK >= NODES)); then
+check_number NODES 1 99999 "number of machines"
+check_number NODE_RANK 0 99999 "which of the machines this is"
+check_number MASTER_PORT 1 65533 "the first of three free ports on machine 0"
+if ((NODE_RANK >= NODES)); then
   echo "launch/multinode.sh: NODE_RANK ($NODE_RANK) must be from 0 to NODES - 1 ($((NODES - 1)))" >&2
   exit 2
-fi
-own_address=$(getent hosts "$(hostname)" 2>/dev/null || true)
-if ((NODES > 1)) && [[ -z ${GLOO_SOCKET_IFNAME:-} && $own_address == 127.* ]]; then
-  echo "launch/multinode.sh: WARNING: this machine's own name means $own_address, where the others cannot reach it. If the" \
-    "ranks do not find one another, set GLOO_SOCKET_IFNAME to the network interface they share (see: ip -br addr)." >&2
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 # c10d, not --master-addr: only with it can ranks be restarted. Machine 0 keeps the store, whatever its name resolves to.
 keeps_store=$((NODE_RANK == 0))
-become "${torchrun[@]}" --nproc-per-node="$ranks" --nnodes="$NODES" \
+# torchrun gives rank 0 to the machine whose local address sorts first, and the ranks meet at that address: so machine 0 says
+# where all others reach it, and theirs, which nobody connects to, sort behind it, by NODE_RANK.
+local_address=$MASTER_ADDR
+if ((NODE_RANK > 0)); then
+  own='import sys; from dist_trainer.distributed.addresses import own_address; print(own_address(sys.argv[1]) or "unknown")'
+  local_address=$(printf '~%05d,%s' "$NODE_RANK" "$("$python" -c "$own" "$MASTER_ADDR")")
+fi
+export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # or torchrun would choose the ranks' port by chance
+become "${torchrun[@]}" --local-addr="$local_address" --nproc-per-node="$ranks" --nnodes="$NODES" \
   --rdzv-backend=c10d --rdzv-id="${RDZV_ID:-dist_trainer-$MASTER_PORT}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
   --rdzv-conf="is_host=$keeps_store" \
   -m dist_trainer.train "$@"

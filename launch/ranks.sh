@@ -2,6 +2,8 @@
 # Read by local.sh and multinode.sh: which Python, how many ranks on this machine, how many threads each, and the options
 # of torchrun that let a run stop, save and start again. Sets: python, ranks, torchrun, OMP_NUM_THREADS.
 
+source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
+check_ranks
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
 if ! command -v "$python" >/dev/null; then

@@ -87,10 +87,13 @@ told_to_end() {
 trap nearly_up USR1
 trap told_to_end TERM
 
+[[ -x launch/multinode.sh ]] || refuse "$PWD is not the repository's folder: cd there before sbatch"
+source launch/checks.sh
+check_ranks
+check_number MAX_TRIES 1 999999999 "how often the job may start"
 # SLURM's own requeueing, after a node's failure, counts too.
 ((TRY < MAX_TRIES)) || refuse "this would be try $((TRY + 1)) of $MAX_TRIES (MAX_TRIES); sbatch the same command to go on"
 
-[[ -x launch/multinode.sh ]] || refuse "$PWD is not the repository's folder: cd there before sbatch"
 command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON: run \`make setup TORCH=gpu\` there before sbatch, or set PYTHON"
 [[ $LAUNCHER == torchrun || $LAUNCHER == srun ]] || refuse "LAUNCHER is $LAUNCHER; it can be torchrun or srun"
 export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
@@ -151,16 +154,20 @@ lead=${SBATCH_SIGNAL:-$(sed -n 's/^#SBATCH --signal=//p' "$0" 2>/dev/null)}
 if [[ $lead == *@* ]]; then check_lead "${lead##*@}" "${SBATCH_SIGNAL:+SBATCH_SIGNAL is }$lead, unless sbatch was told otherwise"; fi
 
 # --- where the ranks meet ---------------------------------------------------------------------------
-# The first node's name, and a port of this job's own, below those that the kernel hands out by itself (32768-60999): two
-# jobs on one port would share a rendezvous, and the one would die with the other.
+# The first node, and three ports of this job's own, below those that the kernel hands out by itself (32768-60999): two jobs
+# on one port would share a rendezvous, and the one would die with the other.
 unset NODE_RANK # each node learns its own from srun
 export NODES=$SLURM_NNODES
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-getent hosts "$MASTER_ADDR" >/dev/null || # a name that only SLURM knows
-  MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$first_node
+if [[ $(getent hosts "$first_node" || echo 127.) == 127.* ]]; then # a name that only SLURM knows, or that means each node itself
+  MASTER_ADDR=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+fi
+MASTER_ADDR=${MASTER_ADDR:-$first_node}
+MASTER_PORT=$((20000 + 3 * (SLURM_JOB_ID % 4000)))
 RDZV_ID=$SLURM_JOB_ID-$TRY
 export MASTER_ADDR MASTER_PORT RDZV_ID
+export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # as launch/multinode.sh has it
 
 # --- the ranks' environment ---------------------------------------------------------------------------
 cores=${SLURM_CPUS_PER_TASK:-1}

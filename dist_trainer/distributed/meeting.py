@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from dist_trainer.distributed.addresses import address_among, own_address
 from dist_trainer.distributed.heartbeat import Heartbeat
 from dist_trainer.distributed.launch import launcher
 from dist_trainer.distributed.preemption import StopRequest
@@ -26,14 +27,21 @@ STUCK_SECONDS = 1.0
 LINGER_SECONDS = 1.0
 """Rank 0, which keeps the store, stays so long after it was found who is missing: the others must read it too. These stay
 twice as long, for where one leaves the launcher ends the others, and the one that says why must come first."""
+PORT = "DIST_TRAINER_PORT"
+"""The variable by which launch files choose the ports of rank 0's two stores, this and the next, which firewalls must let
+through. Without it ranks meet at MASTER_PORT, and the second store's port is any."""
+PORT_SECONDS = 10.0
+"""How long rank 0 waits for a port that is in use: a rank 0 that has just been killed may still hold it."""
 _ALL_ARE_HERE, _MISSING = "all are here", "missing"
 
 
-def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> dist.Store:
-    """Wait for all ranks, and begin to watch them; the store by which process groups are made.
+def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple[dist.Store, str | None]:
+    """Wait for all ranks, and begin to watch them.
 
-    Raises PeerLostError where ranks have not come within the first step's patience, after it has killed those of them that
-    are on this machine: a stopped process would outlive all others. Raises StoppedError where a signal came meanwhile.
+    Returns the store by which process groups are made, and this machine's address as the others see it, where it is known.
+    Raises ConfigError where another process uses the port at which ranks meet. Raises PeerLostError where ranks have not come
+    within the first step's patience, after it has killed those of them that are on this machine: a stopped process would
+    outlive all others. Raises StoppedError where a signal came meanwhile.
     """
     meeting = _Meeting(place, heartbeat)
     # The store's calls can block for ever, by a rank 0 that froze while it answered, and then no signal handler runs.
@@ -49,7 +57,7 @@ def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> dist.
         raise PeerLostError(f"{_where()}, which rank 0 keeps, cannot be reached: {meeting.trouble}", told_by=1)
     if not meeting.is_complete:
         _leave_without(meeting.missing or [0], place, heartbeat.patience_seconds())
-    return meeting.store
+    return meeting.store, meeting.address
 
 
 class _Meeting:
@@ -59,6 +67,7 @@ class _Meeting:
         self.place, self.heartbeat = place, heartbeat
         self.end = time.monotonic() + heartbeat.patience_seconds()
         self.store: dist.Store
+        self.address: str | None = None
         self.is_complete = False
         self.missing: list[int] = []
         self.trouble: Exception | None = None
@@ -72,13 +81,15 @@ class _Meeting:
     def _attend(self) -> None:
         place, address = self.place, os.environ["MASTER_ADDR"]
         self.store = self._store_of_the_launch(address)
-        here = dist.PrefixStore("meeting", self.store)
+        # Named after the run: another one may have found the same port.
+        here = dist.PrefixStore(f"meeting {os.environ.get('TORCHELASTIC_RUN_ID', '')}", self.store)
         heard, port = None, 0
         if place.rank == 0:
-            heard = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+            heard = self._keep_store(address, _port() + 1 if PORT in os.environ else 0)
             self.heartbeat.lay_out(heard, place.world_size)
             port = heard.port
-        here.set(str(place.rank), json.dumps({"process": asdict(ProcessId.of(os.getpid())), "port": port}))
+        process = asdict(ProcessId.of(os.getpid()))
+        here.set(str(place.rank), json.dumps({"process": process, "port": port, "address": own_address(address)}))
         if here.add("number", 1) == place.world_size:
             here.set(_ALL_ARE_HERE, "")
         while not here.check([_ALL_ARE_HERE]):
@@ -90,22 +101,46 @@ class _Meeting:
             time.sleep(LOOK_SECONDS)
         everyone = [json.loads(text) for text in here.multi_get([str(rank) for rank in range(place.world_size)])]
         if heard is None:
-            port = everyone[0]["port"]
-            heard = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+            heard = _reach_store(address, everyone[0]["port"])
+        self.address = address_among([one["address"] for one in everyone], everyone[place.rank]["address"])
         self.heartbeat.watch_peers([ProcessId(**one["process"]) for one in everyone], heard)
         self.is_complete = True
 
     def _store_of_the_launch(self, address: str) -> dist.Store:
         """Kept by torchrun where it says so, as for torch's own env://, else by rank 0."""
-        launcher_keeps_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return dist.TCPStore(
-            address,
-            int(os.environ["MASTER_PORT"]),
-            self.place.world_size,
-            is_master=self.place.rank == 0 and not launcher_keeps_it,
-            wait_for_workers=False,
-            timeout=STORE_TIMEOUT,
-        )
+        if self.place.rank == 0 and not _launcher_keeps_store():
+            return self._keep_store(address, _port())
+        return _reach_store(address, _port())
+
+    def _keep_store(self, address: str, port: int) -> dist.TCPStore:
+        """A store of this process on `port`; on any where that is 0. Raises ConfigError where the port stays in use."""
+        end = time.monotonic() + PORT_SECONDS
+        while True:
+            try:
+                return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+            except dist.DistNetworkError as error:
+                if "EADDRINUSE" not in str(error):
+                    raise
+                if time.monotonic() > end:
+                    raise ConfigError(
+                        f"port {port} of this machine, where ranks meet, is in use by another process; choose another "
+                        "MASTER_PORT, at least 3 from that of any other run"
+                    ) from error
+            time.sleep(LOOK_SECONDS)
+
+
+def _reach_store(address: str, port: int) -> dist.TCPStore:
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+
+
+def _launcher_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _port() -> int:
+    """At which ranks meet."""
+    own = None if _launcher_keeps_store() else os.environ.get(PORT)
+    return int(own or os.environ["MASTER_PORT"])
 
 
 def _leave_without(missing: list[int], place: Place, patience_seconds: float) -> None:
@@ -126,7 +161,7 @@ def _leave_without(missing: list[int], place: Place, patience_seconds: float) ->
 
 
 def _where() -> str:
-    return f"the place where ranks meet ({os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']})"
+    return f"the place where ranks meet ({os.environ['MASTER_ADDR']}, port {_port()})"
 
 
 def _rank_of(environment: dict[str, str], world_size: int) -> int | None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.cpu_memory import keep_freed_memory
+from dist_trainer.distributed.addresses import interface_of
 from dist_trainer.distributed.guard import Guard
 from dist_trainer.distributed.heartbeat import Heartbeat
 from dist_trainer.distributed.launch import begin_as_rank, is_launched, living_launcher
@@ -112,7 +113,8 @@ def _process_groups(
     place: Place, device: torch.device, heartbeat: Heartbeat, stop_request: StopRequest
 ) -> Generator[dist.ProcessGroup]:
     """The control group, beside torch's default one; left together with all other ranks."""
-    store = meet(place, heartbeat, stop_request)
+    store, address = meet(place, heartbeat, stop_request)
+    _choose_network_interface(place, address)
     with _lost_peers_named(heartbeat):
         control = _initialise_process_groups(store, place, device, heartbeat.timeout_minutes)
         try:
@@ -139,13 +141,20 @@ def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
         raise
 
 
+def _choose_network_interface(place: Place, address: str | None) -> None:
+    """Tell gloo by which interface the others are reached, unless the user did.
+
+    Left alone it takes the address that this machine's own name means: 127.0.1.1, or none at all, on many machines.
+    """
+    is_alone = place.world_size == place.local_world_size
+    interface = "lo" if is_alone and sys.platform == "linux" else interface_of(address or "")
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
 def _initialise_process_groups(
     store: dist.Store, place: Place, device: torch.device, timeout_minutes: float | None
 ) -> dist.ProcessGroup:
-    alone_on_this_machine = place.world_size == place.local_world_size
-    if alone_on_this_machine and sys.platform == "linux":
-        # A host name that /etc/hosts maps to 127.0.1.1 would break gloo; within one machine loopback always works.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * (timeout_minutes or 0)))
     store.set_timeout(timeout)
     dist.init_process_group(

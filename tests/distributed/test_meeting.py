@@ -1,18 +1,23 @@
 """Before ranks can compute together all must have come: who has not is named, and nobody waits for hours."""
 
+import contextlib
 import os
 import signal
+import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed import meeting, world
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.distributed.world import World
-from dist_trainer.errors import PeerLostError, StoppedError
+from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from tests.distributed.ranks import run_ranks
 
 SECONDS = 1.5
@@ -70,3 +75,80 @@ def test_a_signal_ends_the_waiting_at_once():
                 return time.monotonic() - began
 
     assert run_ranks(2, wait)[0] < 10
+
+
+def free_ports(number):
+    """The first of so many in a row that nobody listens at."""
+    for first in range(21000, 32000, number):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + number):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+        return first
+    raise AssertionError("no free ports")
+
+
+def test_rank_0_keeps_its_stores_at_the_ports_that_launch_files_document(monkeypatch):
+    """MASTER_PORT is what torchrun says, which it chooses by chance."""
+    first = free_ports(2)
+    monkeypatch.setenv(meeting.PORT, str(first))
+
+    def listening():
+        with World.join(SHORT) as world:
+            local = {line.split()[1] for line in Path("/proc/net/tcp6").read_text().splitlines()[1:] if " 0A " in line}
+            local |= {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line}
+            dist.barrier(world.control)
+            return {int(address.rpartition(":")[2], 16) for address in local}
+
+    for ports in run_ranks(2, listening):
+        assert {first, first + 1} <= ports
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere gloo chooses")
+def test_gloo_takes_the_interface_that_leads_to_the_other_machines_unless_the_user_chose_one(monkeypatch):
+    def interface():
+        os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if on two machines, that reach each other at MASTER_ADDR
+        monkeypatch.setattr(world, "interface_of", lambda address: {"127.0.0.1": "lo"}[address])
+        with World.join(SHORT):
+            return os.environ["GLOO_SOCKET_IFNAME"]
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert run_ranks(2, interface) == ["lo", "lo"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "=lo")  # which gloo would not find
+    with pytest.raises(AssertionError, match="=lo"):
+        run_ranks(2, interface)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_free_is_waited_for(taken, monkeypatch):
+    first = free_ports(2)
+    monkeypatch.setenv(meeting.PORT, str(first))
+    monkeypatch.setattr(meeting, "PORT_SECONDS", 0.3)
+
+    def join():
+        if os.environ["RANK"] == "1":
+            return STAYS_AWAY
+        with pytest.raises(ConfigError) as refusal, World.join(SHORT):
+            pass
+        return str(refusal.value)
+
+    with socket.create_server(("0.0.0.0", first + taken)):
+        found = run_ranks(2, join)
+    assert f"port {first + taken} of this machine, where ranks meet, is in use by another process" in found[0]
+
+    other = socket.create_server(("0.0.0.0", first + taken))
+
+    def wait():
+        if os.environ["RANK"] == "1":
+            other.close()
+        else:
+            threading.Timer(0.2, other.close).start()
+        with World.join(DistributedConfig(timeout_minutes=1)):
+            return "all came"
+
+    monkeypatch.setattr(meeting, "PORT_SECONDS", 30.0)
+    with other:
+        threading.Timer(0.2, other.close).start()
+        assert run_ranks(2, wait) == ["all came"] * 2

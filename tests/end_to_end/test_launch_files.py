@@ -67,7 +67,8 @@ def launch(script: str, *arguments: str, stand_in: Path, **environment: str) -> 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_scripts_are_valid_bash_and_can_be_executed(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
-    assert os.access(script, os.X_OK) or script.name == "ranks.sh"
+    is_command = script.read_text().startswith("#!")  # the others are read by these
+    assert os.access(script, os.X_OK) == is_command
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
@@ -166,6 +167,48 @@ def test_multinode_meets_at_the_first_machine(stand_in: Path, node_rank: str) ->
     assert f"--rdzv-conf=is_host={int(node_rank == '0')} -m dist_trainer.train --seed 1" in run
 
 
+def test_torchrun_gives_rank_0_to_machine_0_and_an_address_of_it_that_all_reach(stand_in: Path) -> None:
+    """It sorts the machines by these, as text, and has the ranks meet at the first one's."""
+    meeting = {"NODES": "12", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501", "NPROC": "1"}
+    found = []
+    for node_rank in ("0", "2", "10"):
+        said = launch("launch/multinode.sh", stand_in=stand_in, NODE_RANK=node_rank, **meeting).stdout
+        found += re.findall(r"--local-addr=(\S+)", said.splitlines()[-1])
+    assert found == ["127.0.0.1", "~00002,127.0.0.1", "~00010,127.0.0.1"]
+    assert found == sorted(found)
+
+
+def test_ranks_of_one_machine_do_not_depend_on_its_name(stand_in: Path) -> None:
+    assert "--local-addr=localhost " in launch("launch/local.sh", stand_in=stand_in, NPROC="2").stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "value"),
+    [
+        ("launch/local.sh", "NPROC", "auto"),
+        ("launch/local.sh", "NPROC", "0"),
+        ("launch/local.sh", "NPROC", "-1"),
+        ("launch/local.sh", "NPROC", "08"),
+        ("launch/local.sh", "MAX_RESTARTS", "often"),
+        ("launch/local.sh", "SHUTDOWN_TIMEOUT", "2m"),
+        ("launch/multinode.sh", "NPROC", "gpu"),
+        ("launch/multinode.sh", "NODES", "1:2"),
+        ("launch/multinode.sh", "NODE_RANK", "first"),
+        ("launch/multinode.sh", "MASTER_PORT", "65534"),
+        ("slurm/train.sh", "NPROC", "auto"),
+        ("slurm/train.sh", "MAX_TRIES", "0"),
+    ],
+)
+def test_a_number_that_cannot_be_meant_is_refused_in_a_sentence(
+    stand_in: Path, slurm: dict[str, str], script: str, name: str, value: str
+) -> None:
+    meeting = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
+    done = launch(script, stand_in=stand_in, **{**meeting, **slurm, name: value})
+    assert done.returncode == 2
+    (said,) = (done.stdout + done.stderr).splitlines()
+    assert f"{name} is '{value}', but must be a whole number from " in said
+
+
 def torchrun_source() -> str:
     """Read, not imported: that would take seconds."""
     import_path = next(p for p in map(Path, sys.path) if (p / "torch/distributed/run.py").is_file())
@@ -219,7 +262,7 @@ def test_sbatch_starts_torchrun_on_every_node(stand_in: Path, slurm: dict[str, s
     logs = f"{slurm['RUN']}/logs/job-12345-try-0-%N.log"
     assert f"SRUN --ntasks-per-node=1 --kill-on-bad-exit=1 --output={logs} launch/multinode.sh" in done.stdout
     assert re.search(r"OMP_NUM_THREADS=4 -m torch\.distributed\.run .*--nproc-per-node=8 --nnodes=2 ", done.stdout)
-    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=12345-0 --rdzv-endpoint=node1:22345" in done.stdout
+    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-id=12345-0 --rdzv-endpoint=node1:21035" in done.stdout
     assert "-m dist_trainer.train --config configs/x.yaml" in done.stdout
     assert "requeue" not in done.stdout
 

@@ -6,7 +6,7 @@
 #   CLUSTER_STATE=FOLDER cluster.sh fail NODE     power failure of a node
 #   CLUSTER_STATE=FOLDER cluster.sh down          end all jobs and daemons at once, remove the state
 #
-# Nodes: node1, node2, ..., with pretended cores and GPUs; the login host is ctl. Partitions: `train` (default), and
+# Nodes: node9, node10, ..., whose names only SLURM can resolve, with pretended cores and GPUs; the login host is ctl. Partitions: `train` (default), and
 # `preemptible`, whose jobs make room for those in `train`. Needs root, and the commands that `up` names where it lacks them
 # (Debian: slurmctld slurmd slurm-client munge iproute2). No systemd, no database. All lives in the state folder, whose path
 # must be short: the daemons' sockets are in it.
@@ -26,7 +26,7 @@ source "$HERE/processes.sh"
 
 at() { "$HERE/netns.sh" exec "$@"; } # HOST CMD...
 as_user() { at ctl env SLURM_CONF="$CONF" "$@"; }
-nodes() { seq -f 'node%g' 1 "$(<"$STATE/nodes")"; }
+nodes() { seq -f 'node%g' 9 "$((8 + $(<"$STATE/nodes")))"; }
 address() { cat "$STATE/hosts/$1/addr"; }
 
 daemon() { # NAME HOST CMD...: start it unless it runs; on no host, if HOST is -

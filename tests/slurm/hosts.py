@@ -28,10 +28,13 @@ class Hosts:
     def _settings(self, **changes: str) -> dict[str, str]:
         return environment(NETNS_STATE=str(self._state), **changes)
 
+    def address(self, name: str) -> str:
+        return (self._state / "hosts" / name / "addr").read_text().strip()
+
     @contextmanager
     def train(self, output: Path, *arguments: str, **variables: str) -> Generator[list[subprocess.Popen[bytes]]]:
         """One run over all hosts; the launchers, by host. What still runs at the end dies with its host."""
-        meeting = {"NODES": str(len(self.names)), "MASTER_ADDR": self.names[0], "MASTER_PORT": "29501"}
+        meeting = {"NODES": str(len(self.names)), "MASTER_ADDR": self.address(self.names[0]), "MASTER_PORT": "29501"}
         ranks = {"PYTHON": sys.executable, "NPROC": str(RANKS), "SHUTDOWN_TIMEOUT": "10"}
         launchers = []
         try:

@@ -7,7 +7,7 @@
 #   NETNS_STATE=FOLDER netns.sh down               remove everything; safe to repeat
 #
 # Each host has its own network, host name, processes, IPC, mounts, /dev/shm and /etc/hosts; files are shared, as on a
-# cluster's shared file system. There is no way out: the switch has a namespace of its own, so not even this machine has an
+# cluster's shared file system. No host's name can be resolved, not even its own: hosts know one another by address. There is no way out: the switch has a namespace of its own, so not even this machine has an
 # address on that network. Namespaces are held by one process each, and vanish with it; no other process is ever signalled.
 # Needs root, iproute2, util-linux.
 set -euo pipefail
@@ -16,6 +16,7 @@ STATE=${NETNS_STATE:?the folder for the state}
 HOSTS=$STATE/hosts # a folder for each host: addr, pid, holder, ...
 SUBNET=10.77.0
 SWITCH=switch
+FIRST=9 # last number of the first host's address: 9 and 10 are sorted otherwise than their text, as some names are
 
 die() { echo "netns.sh: $*" >&2; exit 1; }
 source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
@@ -67,7 +68,7 @@ stop_host() { # NAME: its process 1, and with that all others
 }
 
 up() {
-  local name number=0 addresses
+  local name number=$FIRST
   mkdir -p "$HOSTS/$SWITCH"
   if ! alive "$HOSTS/$SWITCH/pid"; then
     new_namespace $SWITCH
@@ -76,11 +77,8 @@ up() {
   fi
   for name in "$@"; do
     mkdir -p "$HOSTS/$name"
-    echo "$SUBNET.$((number += 1))" >"$HOSTS/$name/addr"
-  done
-  addresses=$(echo 127.0.0.1 localhost; for name in "$@"; do echo "$(<"$HOSTS/$name/addr") $name"; done)
-  for name in "$@"; do
-    echo "$addresses" >"$HOSTS/$name/etc-hosts"
+    echo "$SUBNET.$((number++))" >"$HOSTS/$name/addr"
+    echo 127.0.0.1 localhost >"$HOSTS/$name/etc-hosts"
     start_host "$name"
   done
 }

@@ -55,8 +55,8 @@ def test_a_job_of_two_nodes_saves_and_requeues_itself_when_its_time_is_nearly_up
     assert_as_if_undisturbed(job, undisturbed)
     assert step_resumed_from(job) == saved["step"]
     # Each node has a log of its own in each life, and arguments with spaces arrive whole.
-    assert logs(job) == [f"try-{life}-node{node}.log" for life in (0, 1) for node in (1, 2)]
-    assert "--nproc-per-node=2 --nnodes=2" in (job.run / f"logs/job-{job.number}-try-1-node2.log").read_text()
+    assert logs(job) == sorted(f"try-{life}-node{node}.log" for life in (0, 1) for node in (9, 10))
+    assert "--nproc-per-node=2 --nnodes=2" in (job.run / f"logs/job-{job.number}-try-1-node10.log").read_text()
     assert yaml.safe_load((job.run / "config.yaml").read_text())["tracking"]["sample_prompt"] == SPACES
     # The second life knows how long a save takes, and that 9 s would not be enough.
     assert re.search(r"try 1. WARNING: this run needs 3\d s to save and leave, but has 9 s .SBATCH_SIGNAL is", job.log())
@@ -80,7 +80,7 @@ def test_scancel_saves_and_the_job_is_not_resurrected(cluster: Cluster, output: 
 def test_a_failing_rank_fails_the_job(cluster: Cluster, output: Path) -> None:
     job = cluster.train(output, FAIL_RANK="3", FAIL_AT_STEP="4")
     job.wait_for("FAILED")
-    assert "RuntimeError: failing on purpose" in (job.run / f"logs/job-{job.number}-try-0-node2.log").read_text()
+    assert "RuntimeError: failing on purpose" in (job.run / f"logs/job-{job.number}-try-0-node10.log").read_text()
     assert "back to the queue" not in job.log()
 
 
@@ -116,7 +116,7 @@ def test_a_job_goes_back_to_the_queue_even_before_it_has_anything_to_save(
 ) -> None:
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, options=("--partition=preemptible",))
     # torchrun has said what it starts; its ranks are still importing.
-    log = job.run / f"logs/job-{job.number}-try-0-node1.log"
+    log = job.run / f"logs/job-{job.number}-try-0-node9.log"
     job.wait_for_file(log)
     if what == "preempted":
         other = cluster.occupy(until=output.parent / "enough")
@@ -130,22 +130,22 @@ def test_a_job_goes_back_to_the_queue_even_before_it_has_anything_to_save(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("node", "ranks_leave_first"), [("node1", False), ("node2", False), ("node2", True)])
+@pytest.mark.parametrize(("node", "ranks_leave_first"), [("node9", False), ("node10", False), ("node10", True)])
 def test_a_job_goes_on_elsewhere_when_a_node_loses_power(
     cluster: Cluster, undisturbed: Path, output: Path, node: str, ranks_leave_first: bool
 ) -> None:
-    """Of node1 come the shell, the rendezvous and rank 0. SLURM often takes longer than the ranks to give up a node."""
+    """Of node9 come the shell, the rendezvous and rank 0. SLURM often takes longer than the ranks to give up a node."""
     patience = ("--distributed.timeout_minutes", "0.2") if ranks_leave_first else ()
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, *patience, **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
     cluster.cut_power(node)
     job.wait_for("COMPLETED", restarts=1)
-    assert "node3" in {log.removeprefix("try-1-").removesuffix(".log") for log in logs(job)}
+    assert "node11" in {log.removeprefix("try-1-").removesuffix(".log") for log in logs(job)}
     assert f"try-1-{node}.log" not in logs(job)
     assert_as_if_undisturbed(job, undisturbed)
     if ranks_leave_first:
-        left = (job.run / f"logs/job-{job.number}-try-0-node1.log").read_text()
-        assert "on node2" in left
+        left = (job.run / f"logs/job-{job.number}-try-0-node9.log").read_text()
+        assert "on node10" in left
         assert "hangs: no sign of life" in left
 
 
@@ -156,8 +156,8 @@ def test_srun_can_start_the_ranks_instead_of_torchrun(cluster: Cluster, undistur
     job.signal_shell("USR1")
     job.wait_for("COMPLETED", restarts=1)
     assert_as_if_undisturbed(job, undisturbed)
-    places = [("node1", 0), ("node1", 1), ("node2", 2), ("node2", 3)]
-    assert logs(job) == [f"try-{life}-{node}-rank-{rank}.log" for life in (0, 1) for node, rank in places]
+    places = [("node9", 0), ("node9", 1), ("node10", 2), ("node10", 3)]
+    assert logs(job) == sorted(f"try-{life}-{node}-rank-{rank}.log" for life in (0, 1) for node, rank in places)
     assert "torch.distributed.run" not in "".join(path.read_text() for path in job.run.glob("logs/job-*"))
 
 

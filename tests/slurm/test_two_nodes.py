@@ -61,7 +61,7 @@ def test_a_frozen_rank_on_the_other_node_is_named_and_all_leave(two_hosts: Hosts
         assert 0 not in codes
         assert not [rank for rank, process in ranks.items() if process.is_alive()]
     found = [line for path in output.glob("debug/logs/rank-*.log") for line in path.read_text().splitlines()]
-    naming = [line for line in found if "rank 3 on node2" in line]
+    naming = [line for line in found if "rank 3 on node10" in line]
     assert len(naming) == 1, said(output)
     assert "hangs: no sign of life for" in naming[0]
     assert "it was last seen in step" in naming[0]
@@ -85,4 +85,4 @@ def test_a_frozen_rank_that_is_alone_on_its_node_does_not_stay_nor_does_its_laun
         assert 0 not in codes
         assert not [rank for rank, process in ranks.items() if process.is_alive()]
     found = [line for path in output.glob("debug/logs/rank-*.log") for line in path.read_text().splitlines()]
-    assert len([line for line in found if f"rank {victim} on node{victim + 1}" in line and "hangs" in line]) == 1, said(output)
+    assert len([line for line in found if f"rank {victim} on node{victim + 9}" in line and "hangs" in line]) == 1, said(output)

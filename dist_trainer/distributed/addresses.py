@@ -1,0 +1,86 @@
+"""By which of its addresses, and which network interface, this machine reaches the others. No name of its own is looked up."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import socket
+import sys
+from collections.abc import Sequence
+
+_ANY_PORT = 9
+"""Nothing is sent there: connecting a UDP socket only asks the routing table."""
+_ADDRESS_IN_SOCKADDR: dict[int, slice] = {socket.AF_INET: slice(4, 8), socket.AF_INET6: slice(8, 24)}
+"""Bytes of Linux's sockaddr_in and sockaddr_in6."""
+
+
+def own_address(towards: str) -> str | None:
+    """The address from which this machine reaches the host `towards`; None for an unknown host, or without a route there."""
+    try:
+        found = socket.getaddrinfo(towards, _ANY_PORT, type=socket.SOCK_DGRAM)
+    except (OSError, UnicodeError):
+        return None
+    for family, kind, protocol, _, address in found:
+        try:
+            with socket.socket(family, kind, protocol) as connection:
+                connection.connect(address)
+                return connection.getsockname()[0].partition("%")[0]
+        except OSError:
+            continue
+    return None
+
+
+def address_among(addresses: Sequence[str | None], own: str | None) -> str | None:
+    """This machine's address as the other machines see it, where `addresses` are those that all ranks found for themselves.
+
+    Usually `own`. But the machine of rank 0 looks for a way to itself, and its own name may mean a loopback address in
+    /etc/hosts (127.0.1.1 on Debian): then its address towards a machine that found a better one.
+    """
+    if own is not None and not _is_loopback(own):
+        return own
+    other = next((address for address in addresses if address is not None and not _is_loopback(address)), None)
+    return own if other is None else own_address(other)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has `address`; None where none has, or the system is not Linux."""
+    if sys.platform != "linux":
+        return None
+    system = ctypes.CDLL(None)
+    first = ctypes.POINTER(_InterfaceAddress)()
+    if system.getifaddrs(ctypes.byref(first)) != 0:
+        return None
+    try:
+        entry = first
+        while entry:
+            if _text_of(entry.contents.address) == address:
+                return entry.contents.name.decode()
+            entry = entry.contents.next
+        return None
+    finally:
+        system.freeifaddrs(first)
+
+
+class _InterfaceAddress(ctypes.Structure):
+    """`struct ifaddrs`, as far as it is read (man getifaddrs)."""
+
+
+_InterfaceAddress._fields_ = [
+    ("next", ctypes.POINTER(_InterfaceAddress)),
+    ("name", ctypes.c_char_p),
+    ("flags", ctypes.c_uint),
+    ("address", ctypes.c_void_p),
+]
+
+
+def _text_of(sockaddr: int | None) -> str | None:
+    """The address in the sockaddr at this place in memory; None where it is neither IPv4 nor IPv6."""
+    if sockaddr is None:
+        return None
+    family = ctypes.c_ushort.from_address(sockaddr).value
+    where = _ADDRESS_IN_SOCKADDR.get(family)
+    return None if where is None else socket.inet_ntop(family, ctypes.string_at(sockaddr, where.stop)[where])
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
