@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
-import shutil
-import sys
 import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dist_trainer.config.command_line import python_in_words
 from dist_trainer.models.registry import can_open
 from dist_trainer.secrets import masked
 from dist_trainer.tracking.formatting import counted, duration, printable, quantity, significant
 from dist_trainer.tracking.goodput import Goodput, goodput_of
+from dist_trainer.tracking.progress_bar import ProgressBar
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.run_history import best_validation
 from dist_trainer.tracking.run_log import PROGRESS_LOGGER, configure_logging
@@ -42,15 +38,8 @@ class ConsoleTracker:
         self._first: tuple[int, float] | None = None
         self._step = context.start_step
         self._best = best_validation(context.folder) if context.start_step else None
-        self._bar = tqdm(
-            total=context.max_steps,
-            initial=context.start_step,
-            desc=masked(context.config.run_name),
-            unit="step",
-            file=sys.stderr,
-            **_width(),
-            disable=None,
-        )
+        name = masked(context.config.run_name)
+        self._bar = ProgressBar(name, total=context.max_steps, initial=context.start_step)
 
     def log(self, line: dict[str, Any]) -> None:
         """Show a line in its kind's form."""
@@ -92,10 +81,11 @@ class ConsoleTracker:
             self._first = (self._step, now)
             self._start_bar()
         if not self._bar.disable:
-            self._bar.set_postfix_str(
-                f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {quantity(line['tokens_per_second'])} tokens/s",
-                refresh=False,
-            )
+            self._bar.shown = {
+                "loss": f"loss {line['loss']:.4f}",
+                "learning rate": f"lr {line['lr']:.2e}",
+                "throughput": f"{quantity(line['tokens_per_second'])} tokens/s",
+            }
             self._bar.update(self._step - self._bar.n)
         progress.info("%s", self._plain(line, now))
 
@@ -146,17 +136,6 @@ class ConsoleTracker:
         shown = textwrap.shorten(f"{prompt} | {text}", _SAMPLE_CHARACTERS, placeholder=" ...")
         wrapped = textwrap.fill(shown, 100, initial_indent="    ", subsequent_indent="    ")
         log.info("step %d  sample (prompt | what the model makes of it):\n%s", line["step"], wrapped)
-
-
-def _width() -> dict[str, Any]:
-    """How wide tqdm is to draw: as the terminal is, also when it changes; one that says 0 columns or rows (a serial
-    line, a container without a window) would get no bar at all, so $COLUMNS or 80, $LINES or 24 count there."""
-    try:
-        known = min(os.get_terminal_size(sys.stderr.fileno())) > 0
-    except (OSError, ValueError):  # no terminal: no bar
-        known = True
-    columns, rows = shutil.get_terminal_size()
-    return {"dynamic_ncols": True} if known else {"ncols": columns, "nrows": rows}
 
 
 def goodput_in_words(spent: Goodput) -> str:

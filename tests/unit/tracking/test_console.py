@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import pty
+import re
 import select
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,39 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypa
             assert select.select([reading], [], [], 10)[0], shown
             shown += os.read(reading, 65536)
     os.close(reading)
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields"),
+    [
+        (130, ["rate", "loss", "lr", "tokens/s"]),
+        (90, ["loss", "lr", "tokens/s"]),
+        (80, ["loss", "tokens/s"]),
+        (66, ["loss"]),
+        (50, []),
+        (30, []),
+        (20, []),
+        (8, []),
+    ],
+)
+def test_a_bar_shows_whole_fields_or_none_and_is_never_short(tmp_path, monkeypatch, columns, fields):
+    monkeypatch.setattr("dist_trainer.tracking.progress_bar._width", lambda: {"ncols": columns, "nrows": 24})
+    reading, writing = pty.openpty()
+    with open(writing, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        tracker = ConsoleTracker(replace(context(tmp_path), max_steps=10_000))
+        for step in (10, 20):
+            tracker.log(train_line(step, 4.25) | {"lr": 5e-4, "tokens_per_second": 7074.0})
+        tracker._bar.last_print_t -= 100  # a rate of several digits, as that of slow steps
+        drawn = str(tracker._bar)
+        tracker.close(state="finished", reason=None)
+    os.close(reading)
+    assert len(drawn) <= columns
+    bar = re.search(r"\|(.*?)\|", drawn)
+    assert (len(bar[1]) >= 10) if bar else drawn == "20/10000"[:columns]
+    whole = {"rate": r"[\d.]+(step/s|s/step)", "loss": "loss 4.2500", "lr": "lr 5.00e-04", "tokens/s": "7.07k tokens/s"}
+    assert [name for name in whole if re.search(rf"[\[ ]{whole[name]}[,\]]", drawn)] == fields
+    assert drawn.count("[") == drawn.count("]")
 
 
 def test_the_bar_s_time_left_follows_from_the_steps_of_this_start_after_the_first(tmp_path, monkeypatch):
