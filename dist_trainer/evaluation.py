@@ -104,6 +104,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     for index, batch in enumerate(batches):
+        world.heartbeat.at("validating")
         if cut_short := interrupted():
             break
         target_tokens += batch.num_targets()
@@ -114,7 +115,8 @@ def evaluate(
 
     # Other ranks' blocks are exact zeros here, so the reduction only collects.
     facts = torch.tensor([target_tokens, text_bytes, int(cut_short)], dtype=torch.float64, device=world.device)
-    *block_losses, all_targets, all_bytes, ranks_cut_short = all_reduce_sum(torch.cat([losses, facts]), world).tolist()
+    with world.heartbeat.waiting("summing losses"):
+        *block_losses, all_targets, all_bytes, ranks_cut_short = all_reduce_sum(torch.cat([losses, facts]), world).tolist()
     if ranks_cut_short:
         return None
     loss = math.fsum(block_losses) / max(1, int(all_targets))

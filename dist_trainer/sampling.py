@@ -62,7 +62,6 @@ def log_sample(
             if text is not None:
                 seconds = time.perf_counter() - began
                 log_line({"kind": "sample", "step": step, **text, "seconds": seconds, "time": time.time()})
-    world.heartbeat.at("waiting for others", step=step)
     [ranks_broken_off] = PendingSum([int(broken_off)], world).wait()
     return not ranks_broken_off
 

@@ -25,8 +25,8 @@ from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
+from dist_trainer.distributed.beats import Phase
 from dist_trainer.distributed.collectives import PendingSum, agree, gather_objects, on_main
-from dist_trainer.distributed.heartbeat import Phase
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
 from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, TrainingDivergedError
@@ -130,7 +130,6 @@ class Trainer:
             self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
             upcoming = self._fetch(batches)
             while self.progress.step < self.max_steps and not self._stopped:
-                self._at("waiting for others")
                 target_tokens, asked_to_stop, saving_failed = upcoming.facts.wait()
                 if saving_failed:
                     raise SavingFailedError(
@@ -148,8 +147,6 @@ class Trainer:
                 self._at("reading data")
                 upcoming = self._fetch(batches)
                 self._after_step(result)
-                self.world.heartbeat.first_step_is_done()
-            self._at("waiting for others")
             upcoming.facts.wait()
         self._watch(None)
         if self._saved_step != self.progress.step:
@@ -195,6 +192,7 @@ class Trainer:
             with self.products(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
                 with self.precision.autocast():
                     micro_loss_sum = self.loss_function(self.model, batch)
+                self._at("exchanging gradients" if index == len(micro_batches) - 1 else "training")
                 # Ranks average their gradients; times their number, the average is the sum again.
                 self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))
             losses.append(micro_loss_sum.detach().float())
@@ -222,7 +220,10 @@ class Trainer:
     def _fetch(self, batches: Iterator[Batch]) -> StepInput:
         """The next step's micro-batches, on their way to the device, and the facts on theirs to all ranks."""
         with self.throughput.waiting_for_data():
-            fetched = [next(batches) for _ in range(self.accumulation_steps)]
+            fetched = []
+            while len(fetched) < self.accumulation_steps:
+                self._at("reading data")
+                fetched.append(next(batches))
             target_tokens = sum(batch.num_targets() for batch in fetched)
             on_device = self.device_copy.start(fetched)
         facts = [target_tokens, int(bool(self.world.stop_request)), int(self.checkpoints.failed_for_good())]
@@ -302,7 +303,7 @@ class Trainer:
             precision=self.precision,
             loss_function=self.loss_function,
             token_bytes=self.token_bytes,
-            interrupted=self._validation_is_interrupted,
+            interrupted=self.world.stop_request.__bool__,
         )
         if result is None:
             self._stopped = True
@@ -321,10 +322,6 @@ class Trainer:
             done = not self._stopped and log_sample(self.sample, model, self.world, log_line, step=progress.step)
             self._stopped = not done
             progress.owed_sample_step = 0 if done else progress.step
-
-    def _validation_is_interrupted(self) -> bool:
-        self._at("validating")
-        return bool(self.world.stop_request)
 
     def _make_up_for_what_is_owed(self) -> None:
         """A run that was stopped while it validated, or sampled, still owes that."""

@@ -252,8 +252,10 @@ class DistributedConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl on GPUs, gloo on CPU."""
     timeout_minutes: float | None = None
-    """Minutes without a sign of life or without progress after which a rank counts as hanging, and all leave; null: 10 until
-    the first step is done (compilation, loading), then 2. Preparing data and saving may take longer."""
+    """Minutes without a sign of life, or without progress while others wait, after which a rank counts as hanging, and all
+    leave; null: 10 until the first step is done (compilation, loading), then 2. Each micro-batch, each batch that is read and
+    each validation batch is progress, and a rank may go without for ten times its longest step so far if that is more.
+    Preparing data and saving may take longer."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class PendingSum:
     """A few whole numbers on their way to be summed over all ranks, in host memory, while the device computes."""
 
     def __init__(self, values: list[int], world: World) -> None:
-        self._values = values
+        self._values, self._heartbeat = values, world.heartbeat
         self._sums: Tensor | None = None
         if world.control is not None:
             self._sums = torch.tensor(values, dtype=torch.int64)
@@ -37,7 +37,8 @@ class PendingSum:
         """The sums, once every rank has given its values."""
         if self._sums is None:
             return self._values
-        self._work.wait()
+        with self._heartbeat.waiting():
+            self._work.wait()
         return self._sums.tolist()
 
 
@@ -63,7 +64,8 @@ def barrier(world: World) -> None:
     """Wait, for hours if need be, until every rank is here; signal handlers run meanwhile."""
     if world.control is None:
         return
-    is_done_within(math.inf, dist.all_reduce(torch.zeros(1), group=world.control, async_op=True))
+    with world.heartbeat.waiting():
+        is_done_within(math.inf, dist.all_reduce(torch.zeros(1), group=world.control, async_op=True))
 
 
 def agree(world: World, act: Callable[[], T], *, acts: bool = True) -> T | None:

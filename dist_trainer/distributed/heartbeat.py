@@ -13,12 +13,26 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import NamedTuple
 
 import torch.distributed as dist
 
+from dist_trainer.distributed.beats import (
+    FIRST_STEP_MINUTES,
+    IS_GONE,
+    LATER_MINUTES,
+    STEPPING,
+    Beat,
+    Finding,
+    Phase,
+    decode_beat,
+    encode_beat,
+    judge,
+    silent_ranks,
+)
 from dist_trainer.distributed.processes import ProcessId
 from dist_trainer.exit_codes import EXIT_CRASHED
 
@@ -35,77 +49,16 @@ SPEAKING_SECONDS = 3.0
 STOPPING_SECONDS = 5.0
 FIRST_WORD_SECONDS = 1.0
 """So much earlier than the others leaves the rank that names a hanging one: else it might take their leaving for the cause."""
-FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
-"""distributed.timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
-
-Phase = Literal[
-    "preparing", "warming up", "reading data", "waiting for others", "training", "logging", "validating", "sampling", "saving"
-]
-UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving"})
-"""These may take hours, as long as the process shows signs of life."""
-WAITING: frozenset[Phase] = frozenset({"waiting for others", "logging"})
-"""In these a rank without progress is not to blame (logging sums losses over the ranks)."""
 
 
-@dataclass(frozen=True)
-class Beat:
-    """What a rank tells of itself."""
+class Place(NamedTuple):
+    """Where the main thread is."""
 
-    step: int = 0
+    phase: Phase
+    step: int
     """Finished steps."""
-    phase: Phase = "preparing"
-    phase_seconds: float = 0.0
-    """How long it has been in the phase."""
-    patience_seconds: float = 60 * FIRST_STEP_MINUTES
-    """How long others are to bear its silence, and how long a limited phase may last."""
-    gone: tuple[int, ...] = ()
-    """Ranks that it knows to have died."""
-    number: int = 0
-    """Of the beat: equal numbers are silence."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A rank without which the run cannot go on."""
-
-    rank: int
-    trouble: str
-    """`is gone`, `hangs: no sign of life for 120 s`, ..."""
-    beat: Beat
-    """The last one of it."""
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether its process has ended."""
-        return self.trouble == IS_GONE
-
-
-IS_GONE = "is gone"
-
-
-def judge(beats: Sequence[Beat], silent_seconds: Sequence[float]) -> list[Finding]:
-    """The ranks that the run cannot go on with: dead, silent, or without progress, by their last beats and their ages.
-
-    Where one makes no progress none does, as the others wait for it: to blame are those that do not wait; and nobody is,
-    as long as one of them is in an unlimited phase.
-    """
-    if gone := sorted({rank for beat in beats for rank in beat.gone}):
-        return [Finding(rank, IS_GONE, beats[rank]) for rank in gone]
-    if silent := silent_ranks(zip(range(len(beats)), beats, silent_seconds, strict=True)):
-        return silent
-    if any(beat.phase in UNLIMITED or beat.phase_seconds <= beat.patience_seconds for beat in beats):
-        return []
-    busy = [rank for rank, beat in enumerate(beats) if beat.phase not in WAITING] or range(len(beats))
-    return [Finding(rank, f"hangs: no progress for {beats[rank].phase_seconds:.0f} s", beats[rank]) for rank in busy]
-
-
-def silent_ranks(ranks: Iterable[tuple[int, Beat, float]]) -> list[Finding]:
-    """Those of (rank, last beat, seconds since it) that have been silent for longer than they asked to bear."""
-    return [
-        Finding(rank, f"hangs: no sign of life for {seconds:.0f} s", beat)
-        for rank, beat, seconds in ranks
-        if seconds > beat.patience_seconds
-    ]
+    since: float
+    """When it last made progress, by the monotonic clock."""
 
 
 class Heartbeat:
@@ -118,7 +71,8 @@ class Heartbeat:
         """What to do before this process ends; called on one rank of those that still can."""
         self.told = Beat()
         """The last one of this rank that the others can know."""
-        self._phase: tuple[Phase, int, float] = ("preparing", 0, time.monotonic())
+        self._place = Place("preparing", 0, time.monotonic())
+        self._step_seconds = self._longest_step_seconds = 0.0
         self._first_step_is_done = False
         self._exchanging: threading.Thread | None = None
         self._launcher: int | None = None
@@ -132,18 +86,33 @@ class Heartbeat:
 
     # -------------------------------------------------------------------------------- what the main thread says
 
-    def at(self, phase: Phase, *, step: int) -> None:
-        """The main thread has come to `phase`, after `step` finished steps."""
-        self._phase = (phase, step, time.monotonic())
+    def at(self, phase: Phase, *, step: int | None = None) -> None:
+        """The main thread has made progress: it has come to `phase`, or further in it, after `step` finished steps (None: as
+        many as before).
+        """
+        before, now = self._place, time.monotonic()
+        step = before.step if step is None else step
+        if before.phase in STEPPING:
+            self._step_seconds += now - before.since
+            if step > before.step:
+                self._longest_step_seconds = max(self._longest_step_seconds, self._step_seconds)
+                self._step_seconds = 0.0
+        # What may take long only once, such as compilation, is over where another step begins.
+        self._first_step_is_done |= phase == "training" and self._longest_step_seconds > 0
+        self._place = Place(phase, step, now)
+
+    @contextmanager
+    def waiting(self, phase: Phase = "waiting for others") -> Generator[None]:
+        """While the context lasts the main thread waits for other ranks, which may be behind."""
+        before = self._place.phase
+        self.at(phase)
+        yield
+        self.at(before)
 
     @property
     def phase(self) -> Phase:
         """What the main thread is at, as it last said."""
-        return self._phase[0]
-
-    def first_step_is_done(self) -> None:
-        """What may take long only once, such as compilation, is over."""
-        self._first_step_is_done = True
+        return self._place.phase
 
     def peers_may_leave(self) -> None:
         """All ranks are about to leave, some a little earlier: from here on only silence counts."""
@@ -218,9 +187,16 @@ class Heartbeat:
             log.debug("no more signs of life by way of rank 0: %s", error)
 
     def _own_beat(self) -> Beat:
-        phase, step, began = self._phase
-        seconds = time.monotonic() - began
-        return Beat(step, phase, seconds, self.patience_seconds(), tuple(self._gone_since), self.told.number + 1)
+        place = self._place
+        return Beat(
+            place.step,
+            place.phase,
+            time.monotonic() - place.since,
+            self.patience_seconds(),
+            self._longest_step_seconds,
+            tuple(self._gone_since),
+            self.told.number + 1,
+        )
 
     def _hear(self, rank: int, beat: Beat) -> None:
         if beat.number != self._beats[rank].number:
@@ -316,15 +292,3 @@ FINDINGS_KEY = "findings"
 
 def _key(rank: int) -> str:
     return f"beat/{rank}"
-
-
-def encode_beat(beat: Beat) -> str:
-    """As JSON."""
-    return json.dumps(asdict(beat))
-
-
-def decode_beat(told: bytes | str | dict[str, Any]) -> Beat:
-    """From JSON, or what was made of it."""
-    fields: dict[str, Any] = told if isinstance(told, dict) else json.loads(told)
-    fields["gone"] = tuple(fields["gone"])
-    return Beat(**fields)

@@ -1,5 +1,6 @@
 """A rank dies, hangs, or is left alone by its launcher: the others leave soon, say who it was, and the run goes on later."""
 
+import json
 import os
 import signal
 import threading
@@ -8,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.small_runs import command, folder, losses, run, same_weights, small_config, status
+from tests.distributed.small_runs import (
+    at_each_validation_batch,
+    command,
+    folder,
+    losses,
+    on_rank,
+    run,
+    same_weights,
+    small_config,
+    status,
+)
 from tests.pace import allowed
 
 SECONDS_TO_LEAVE = 10
@@ -144,3 +155,95 @@ def test_a_rank_whose_main_thread_is_stuck_is_named_too(stories, tmp_path):
     assert status(config)["reason"].startswith("rank 1 on ")
     assert "hangs: no progress for" in status(config)["reason"]
     assert "it was last seen in step 7, reading data" in status(config)["reason"]
+
+
+def note_progress_of(trainer, notes):
+    """What the main thread says, as (step, phase)."""
+    heartbeat = trainer.world.heartbeat
+    at = heartbeat.at
+
+    def note_and_say(phase, *, step=None):
+        notes.append((trainer.progress.step, phase))
+        at(phase, step=step)
+
+    heartbeat.at = note_and_say
+
+
+def test_each_micro_batch_each_fetched_batch_and_each_validation_batch_is_progress(stories, tmp_path):
+    config = small_config(stories, tmp_path, batch__micro_batch_size=1, train__max_steps=3)
+    notes_of_rank = tmp_path / "notes.json"
+
+    def change(trainer):
+        notes = []
+        note_progress_of(trainer, notes)
+        close = trainer.tracker.close
+
+        def close_and_tell(**how):
+            validated = trainer.validation_data.sampler
+            notes_of_rank.write_text(json.dumps({"notes": notes, "blocks": len(list(validated))}))
+            close(**how)
+
+        trainer.tracker.close = close_and_tell
+
+    assert command(config, 2, before=on_rank(0, change)) == [0, 0]
+    told = json.loads(notes_of_rank.read_text())
+    notes = [tuple(note) for note in told["notes"]]
+    for step in (0, 1, 2):
+        assert notes.count((step, "training")) == 1 + 3, "when the step begins, and after each micro-batch but the last"
+        assert notes.count((step, "exchanging gradients")) == 1
+    for step in (1, 2):
+        assert notes.count((step, "reading data")) >= 4
+    assert notes.count((3, "validating")) >= told["blocks"] > 1
+    assert (3, "summing losses") in notes
+
+
+def sleep_in_each_micro_batch(trainer):
+    loss_function = trainer.loss_function
+
+    def slow(model, batch):
+        time.sleep(1.0 if model.training else 0.0)
+        return loss_function(model, batch)
+
+    trainer.loss_function = slow
+
+
+def sleep_in_each_read(trainer):
+    data = trainer.train_data
+
+    class Slow:
+        dataset, sampler = data.dataset, data.sampler
+
+        def __iter__(self):
+            for batch in data:
+                time.sleep(1.0)
+                yield batch
+
+    trainer.train_data = Slow()
+
+
+def sleep_for_longer_than_the_timeout(trainer):
+    loss_function = trainer.loss_function
+
+    def slow(model, batch):
+        time.sleep(9.0)
+        return loss_function(model, batch)
+
+    trainer.loss_function = slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("slow", "micro_batch_size"),
+    [
+        pytest.param(sleep_in_each_micro_batch, 1, id="many micro-batches"),
+        pytest.param(sleep_in_each_read, 1, id="slow reads"),
+        pytest.param(at_each_validation_batch(lambda: time.sleep(1.5)), 1, id="slow validation"),
+        pytest.param(sleep_for_longer_than_the_timeout, 8, id="all ranks in one micro-batch"),
+    ],
+)
+def test_healthy_ranks_whose_steps_take_longer_than_the_timeout_finish(stories, tmp_path, slow, micro_batch_size):
+    batch = {"batch__global_batch_size": 16, "batch__micro_batch_size": micro_batch_size}
+    config = small_config(stories, tmp_path, distributed__timeout_minutes=0.1, train__max_steps=1, **batch)
+    began = time.monotonic()
+    assert command(config, 2, before=slow) == [0, 0]
+    assert time.monotonic() - began > 7.0

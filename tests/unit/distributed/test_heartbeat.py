@@ -6,7 +6,10 @@ import os
 import threading
 from typing import Any
 
-from dist_trainer.distributed.heartbeat import Beat, Heartbeat, encode_beat
+import pytest
+
+from dist_trainer.distributed.beats import Beat, encode_beat
+from dist_trainer.distributed.heartbeat import Heartbeat
 from dist_trainer.distributed.processes import ProcessId
 
 
@@ -36,3 +39,51 @@ def test_a_heartbeat_that_was_stopped_is_no_longer_within_the_store() -> None:
     heartbeat.stop()
     assert store.has_answered
     assert "heartbeat" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr("dist_trainer.distributed.heartbeat.time.monotonic", lambda: now[0])
+    return now
+
+
+def steps(heartbeat: Heartbeat, clock: list[float], *, start: int, seconds: list[float]) -> None:
+    """Each of two micro-batches that are read and trained on, and a wait for others that is longer than all of it."""
+    for step, each in enumerate(seconds, start):
+        for phase in ("reading data", "reading data", "training", "exchanging gradients"):
+            heartbeat.at(phase, step=step)  # type: ignore[arg-type]
+            clock[0] += each / 4
+            with heartbeat.waiting():
+                clock[0] += 50 * each
+        heartbeat.at("reading data", step=step + 1)
+
+
+def test_the_longest_step_counts_what_a_rank_does_itself_from_its_first_step_on(clock: list[float]) -> None:
+    heartbeat = Heartbeat()
+    clock[0] += 1000.0
+    heartbeat.at("warming up", step=40)  # of a run that was resumed
+    clock[0] += 1000.0
+    steps(heartbeat, clock, start=40, seconds=[3.0, 8.0, 2.0])
+    heartbeat.at("saving", step=43)
+    clock[0] += 1000.0
+    steps(heartbeat, clock, start=43, seconds=[1.0])
+    assert heartbeat._own_beat().longest_step_seconds == 8.0
+
+
+def test_each_note_is_progress_also_in_the_same_phase(clock: list[float]) -> None:
+    heartbeat = Heartbeat()
+    for _ in range(3):
+        heartbeat.at("validating", step=5)
+        assert heartbeat._own_beat().idle_seconds == 0.0
+        clock[0] += 7.0
+        assert heartbeat._own_beat() == Beat(5, "validating", 7.0, number=1)
+
+
+def test_the_first_step_s_patience_lasts_until_the_next_one_begins(clock: list[float]) -> None:
+    heartbeat = Heartbeat()
+    steps(heartbeat, clock, start=0, seconds=[1.0])
+    assert heartbeat.patience_seconds() == 600.0
+    heartbeat.at("training")
+    assert heartbeat.patience_seconds() == 120.0
+    assert Heartbeat(timeout_minutes=0.5).patience_seconds() == 30.0
