@@ -20,7 +20,11 @@ words, and 2^24 no faster still.
 """
 CACHED_ROWS = 2048
 """Of a gradient [V, D], 6 MB where D is 768."""
-_FP16_MARGIN = 64
+FP16_SCALE = 2.0**15
+"""What softmax(logits) - onehot(targets) is multiplied by in float16, as GradScaler multiplies a loss. No entry exceeds 1, so
+none leaves float16's range, and all down to 2^-29 keep their 11 bits; unscaled only those down to 2^-14 would."""
+FP16_ROWS = 2**14
+"""Of a gradient [V, D] whose float32 product exists at once on a GPU: 48 MiB where D is 768."""
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,7 +44,8 @@ class LogitLoss(nn.Module):
     def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """cross_entropy_sum(logits, targets) of `logits` [N, V] and `targets` [N], and its gradient [N, V].
 
-        The gradient is softmax(logits) - onehot(targets) in the logits' format; rows of IGNORED_TARGET hold nonsense.
+        The gradient is softmax(logits) - onehot(targets) in the logits' format, in float16 times FP16_SCALE; rows of
+        IGNORED_TARGET hold nonsense.
         """
         counted = targets != IGNORED_TARGET
         index = targets.clamp(min=0).unsqueeze(1)
@@ -49,9 +54,12 @@ class LogitLoss(nn.Module):
         if torch.compiler.is_compiling():
             # A comparison is fused with all the rest; a scatter would have the probabilities written out in float32.
             is_target = index == torch.arange(logits.shape[-1], device=logits.device)
-            return loss, (log_probabilities.exp() - is_target.float()).to(logits.dtype)
-        gradient = log_probabilities.exp_()
-        gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+            gradient = log_probabilities.exp() - is_target.float()
+        else:
+            gradient = log_probabilities.exp_()
+            gradient.scatter_add_(1, index, torch.full_like(index, -1, dtype=gradient.dtype))
+        if logits.dtype == torch.float16:
+            gradient *= FP16_SCALE
         return loss, gradient.to(logits.dtype)
 
 
@@ -103,13 +111,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
             counted = (targets != IGNORED_TARGET).unsqueeze(1)
-            hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.empty_like(weight)
+            # What is not scaled as the loss is, and may be as small as anything, is kept in float32.
+            kept = torch.float32 if dtype == torch.float16 else None
+            hidden_gradient, weight_gradient = torch.empty_like(hidden, dtype=kept), torch.empty_like(weight, dtype=kept)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             for rows in _chunks(len(hidden), chunk_tokens):
                 part = cast_hidden[rows]
                 loss, logit_gradient = logit_loss(F.linear(part, cast_weight), targets[rows])
                 total += loss
-                hidden_gradient[rows] = (logit_gradient @ cast_weight).masked_fill_(~counted[rows], 0)
+                hidden_gradient[rows] = _product(logit_gradient, cast_weight).masked_fill_(~counted[rows], 0)
                 part = part.masked_fill(~counted[rows], 0)
                 _add_product(weight_gradient, logit_gradient.T, part, is_first=rows.start == 0)
                 del logit_gradient  # before there is the next one
@@ -125,13 +135,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden_gradient.mul_(gradient), weight_gradient.mul_(gradient), None, None, None, None
 
 
+def _product(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient @ factor, for a `gradient` of logits as LogitLoss gives it; if that is float16, in float32 without FP16_SCALE.
+
+    Rounded to float16, sums of frequent words could leave its range, and those of rare words would lose bits.
+    """
+    if gradient.dtype != torch.float16:
+        return gradient @ factor
+    if gradient.device.type == "cuda" and torch.version.hip is None:
+        product = torch.mm(gradient, factor, out_dtype=torch.float32)
+    else:
+        product = gradient.float() @ factor.float()
+    return product.mul_(1 / FP16_SCALE)
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
-    """total += left @ right, in the format of `total`; if it `is_first`, total holds nothing yet.
+    """total += _product(left, right), in the format of `total`; if it `is_first`, total holds nothing yet.
 
     On a CPU so many rows at a time as its cache holds: a head of 50 thousand words has 150 MB, and a product of that size, the
     same in float32, and a total of zeros, each written and read again, took a twentieth of a step.
     """
-    rows_at_once = CACHED_ROWS if total.device.type == "cpu" else len(total)
+    most = FP16_ROWS if left.dtype == torch.float16 else len(total)
+    rows_at_once = CACHED_ROWS if total.device.type == "cpu" else most
     for start in range(0, len(total), rows_at_once):
         rows = slice(start, start + rows_at_once)
         part = total[rows]
@@ -139,11 +164,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
             part.zero_()
         if total.dtype == left.dtype:
             part.addmm_(left[rows], right)
-        elif left.dtype == torch.float16:
-            # Not scaled as the loss is, a sum over thousands of tokens might leave fp16's range: here it stays far below.
-            part.add_(left[rows] @ (right / _FP16_MARGIN), alpha=_FP16_MARGIN)
         else:
-            part += left[rows] @ right
+            part += _product(left[rows], right)
 
 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
