@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -24,6 +25,8 @@ VERSION = "--version"
 FLAGS = ("--print_config", VERSION)
 ALL = "all"
 SHELLS = ("bash", "zsh", "fish")
+TEMPLATE_KEYS = ("data.template", "data.completion_template")
+"""Keys whose value may have escapes on the command line. In YAML its own quotes say what a backslash means."""
 
 
 @dataclass
@@ -124,7 +127,12 @@ def _of_section(key: str, value: str) -> list[Assignment]:
             nested = None
         if isinstance(nested, dict):
             return [Assignment(f"{key}.{name}", inner, COMMAND_LINE) for name, inner in nested.items()]
-    return [Assignment(key, value, COMMAND_LINE)]
+    return [Assignment(key, unescaped(value) if key in TEMPLATE_KEYS else value, COMMAND_LINE)]
+
+
+def unescaped(text: str) -> str:
+    r"""`text` with `\n`, `\t` and `\\` replaced by a line end, a tab and a backslash."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], "\\"), text)
 
 
 def _what_must_follow(key: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from dist_trainer.config.command_line import CONSOLE_SCRIPT, MODULE, program, split_off_dry_run
 from dist_trainer.config.help import WIDTH, help_text
-from dist_trainer.config.keys import leaf_types, section_classes
+from dist_trainer.config.keys import leaf_types, section_classes, sentences_by_key
 from dist_trainer.config.loading import load_config
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.train import main
@@ -25,6 +25,16 @@ def shown(capsys, *argv: str) -> str:
 
 def options_in(text: str) -> set[str]:
     return set(re.findall(r"^  --([\w.]+)", text, re.MULTILINE))
+
+
+def test_the_template_in_the_help_means_what_it_says_when_typed_in_a_shell(tmp_path):
+    [example] = re.findall(r'"(.*?)"', sentences_by_key()["data.template"])
+    assert example == r"{context}\n{question}"
+    assert load_config(["--data.template", example]).data.template == "{context}\n{question}"
+    assert load_config([r"--data.completion_template=\t{a}\\n\d"]).data.completion_template == "\t{a}\\n\\d"
+    (tmp_path / "mine.yaml").write_text("data:\n  template: '{a}\\n'\n  completion_template: \"{a}\\n\"\n")
+    of_file = load_config(["--config", str(tmp_path / "mine.yaml")]).data
+    assert (of_file.template, of_file.completion_template) == ("{a}\\n", "{a}\n"), "as YAML reads them"
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
