@@ -152,6 +152,8 @@ def _data(data: DataConfig) -> Iterator[str]:
                 parse_template(template, key=f"data.{key}")
             except ConfigError as error:
                 yield str(error)
+    if data.bad_records != "stop" and data.bad_records < 1:
+        yield f"data.bad_records: {data.bad_records} must be more than 0, or stop"
     yield from _conversations(data)
 
 

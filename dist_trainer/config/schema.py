@@ -70,8 +70,8 @@ class DataConfig:
     """What to read and how to make rows of tokens of it."""
 
     dataset: str = "austen"
-    """`austen` (inside the package), a Hub name, or a path: text, JSONL (.gz, .xz), Parquet, a save_to_disk folder or a
-    folder in Hub layout."""
+    """`austen` (inside the package), a Hub name, or a path: text, JSONL, CSV (also .gz, .xz, .bz2, .zst), Parquet, a
+    save_to_disk folder or a folder in Hub layout."""
     dataset_config: str | None = None
     """Configuration of a data set on the Hub or in its layout, such as `plain_text` for squad; null where there is one."""
     text_column: str = "text"
@@ -88,6 +88,9 @@ class DataConfig:
     chat_template: str | None = None
     """File of the Jinja template that writes conversations, saved with each checkpoint's tokenizer; null: the tokenizer's
     own."""
+    bad_records: int | Literal["stop"] = "stop"
+    """What to do with a record that cannot be read or used (broken JSON, a missing column, a malformed conversation): stop, or
+    skip up to this many of a data set, each named in the log by file and line."""
     tokenizer: str = "austen"
     """`austen` (inside the package), a Hub name, or a path."""
     sequence_length: int = 256

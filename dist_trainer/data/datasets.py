@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from pathlib import Path
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_folder
-from dist_trainer.data.records import COMPRESSIONS, DATA_SUFFIXES, OTHER_FORMATS, Records, format_suffix, read_file
+from dist_trainer.data.records import ALL_SUFFIXES, DATA_SUFFIXES, OTHER_FORMATS, Records, format_suffix, read_file
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import columns_of
+from dist_trainer.data.text_file import COMPRESSIONS
 from dist_trainer.errors import ConfigError, DataError
 from dist_trainer.hub_access import is_hub_name
 from dist_trainer.user_path import user_path
@@ -127,15 +129,12 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
     """All data files under `folder`, by the split that their name or folder tells; without such a word: train. Says how many
     there are, and what was left out.
     """
-    try:
-        all_files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+    all_files, unreadable = _files_under(folder)
     found = [path for path in all_files if not _is_hidden(path.relative_to(folder))]
     files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _tells_of_the_data(path.name)]
     if not files:
         seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
-        raise DataError(f"{folder} has no file of type {', '.join(DATA_SUFFIXES)} (also .gz, .xz){seen}")
+        raise DataError(f"{folder} has no file of type {ALL_SUFFIXES}{seen}")
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_word(path.relative_to(folder)), []).append(path)
@@ -145,11 +144,44 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
         "not data": _some(ignored, folder),
         "test split": _some(of_test, folder),
         "hidden": _files(len(all_files) - len(found)) if len(all_files) > len(found) else "",
+        "may not be read": _some(unreadable, folder),
     }
     told = "".join(f"; left out ({why}): {what}" for why, what in left_out.items() if what)
-    level = logging.WARNING if any(format_suffix(path) in OTHER_FORMATS for path in ignored) else logging.INFO
-    log.log(level, "%s: %s read of %s%s", key, _files(len(files) - len(of_test)), folder, told)
+    is_loss = unreadable or any(format_suffix(path) in OTHER_FORMATS for path in ignored)
+    log.log(
+        logging.WARNING if is_loss else logging.INFO,
+        "%s: %s read of %s%s",
+        key,
+        _files(len(files) - len(of_test)),
+        folder,
+        told,
+    )
     return by_split
+
+
+def _files_under(folder: Path) -> tuple[list[Path], list[Path]]:
+    """All files under `folder`, sorted, through links to folders too, and the folders that may not be read.
+
+    A folder that several paths lead to is read once, so links that lead back into the tree end. A link that leads nowhere
+    counts as a file, which cannot be read. Raises DataError if `folder` itself cannot be.
+    """
+    files: list[Path] = []
+    errors: list[OSError] = []
+    seen: set[str] = set()
+    waiting = [folder]  # and then the links in it, once everything else is known
+    for top in waiting:
+        for path, folders, names in os.walk(top, onerror=errors.append):
+            real = os.path.realpath(path)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            waiting += sorted(link for name in folders if (link := Path(path, name)).is_symlink())
+            files += [file for name in names if (file := Path(path, name)).is_file() or file.is_symlink()]
+    unreadable = [Path(error.filename) for error in errors]
+    if folder in unreadable:
+        raise DataError(f"{folder}: cannot be read ({errors[0].strerror})") from errors[0]
+    return sorted(files), unreadable
 
 
 def _some(paths: list[Path], folder: Path) -> str:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.records import Records
+from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import columns_of, missing_column
 from dist_trainer.errors import DataError
@@ -68,7 +68,7 @@ def _splits(name: str, loaded: Any, config: DataConfig) -> dict[str, Split]:
 def _split(where: str, table: Any, config: DataConfig) -> Split:
     columns = columns_of(config)
 
-    def records() -> Records:
+    def records() -> Iterator[tuple[str, Record]]:
         for column in columns:
             if column not in table.column_names:
                 raise missing_column(column, table.column_names, where)
@@ -89,7 +89,7 @@ def _split(where: str, table: Any, config: DataConfig) -> Split:
     )
 
 
-def digest_of(records: Iterable[dict[str, Any]]) -> str:
+def digest_of(records: Iterable[Record]) -> str:
     """Of the records' representation, one after the other."""
     digest = hashlib.sha256()
     for record in records:

@@ -1,25 +1,28 @@
-"""Records of local files, each with the place it stands at: text, JSONL (.gz, .xz), Parquet.
+"""Records of local files, each with its place: text, JSONL, CSV, all of them compressed or not, and Parquet.
 
-Own readers, because a user whose file is malformed needs the path and the line.
+Own readers, because a user whose file is malformed needs the path and the line. A record that cannot be read is given as the
+error that names it, so that whoever reads can skip it.
 """
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
-import lzma
-import zlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dist_trainer.data.template import missing_column
-from dist_trainer.data.text_file import LongText, open_binary, text_parts, unreadable
+from dist_trainer.data.text_file import COMPRESSIONS, READING_ERRORS, LongText, open_binary, text_parts, unreadable
 from dist_trainer.errors import DataError
 
 Record = dict[str, Any]
-Records = Iterator[tuple[str, Record]]
-"""(place, record): the place is what an error message names, such as "stories.jsonl:17"."""
+Records = Iterator[tuple[str, Record | DataError]]
+"""(place, record): the place is what an error message names, such as "stories.jsonl:17". An error instead of a record says why
+that one cannot be read."""
 
 PARQUET_ROWS_AT_A_TIME = 4096
 
@@ -46,21 +49,26 @@ def read_jsonl(path: Path) -> Records:
                     yield from _json_array(path, line + file.read())
                     return
                 if line.strip():
-                    yield f"{path}:{number}", _json_record(path, number, line)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+                    place = f"{path}:{number}"
+                    yield place, _json_record(place, line)
+    except READING_ERRORS as error:
         raise unreadable(path, error) from error
 
 
-def _json_record(path: Path, number: int, line: bytes) -> Record:
+def _json_record(place: str, line: bytes) -> Record | DataError:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8 (byte {error.object[error.start]:#04x})") from error
+        return _not_utf8(place, error)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}:{number}: not a JSON object ({error}); JSONL has one object a line") from error
+        return DataError(f"{place}: not a JSON object ({error}); JSONL has one object a line")
     if not isinstance(record, dict):
-        raise DataError(f"{path}:{number}: a JSON {type(record).__name__}, not an object; JSONL has one object a line")
+        return DataError(f"{place}: a JSON {type(record).__name__}, not an object; JSONL has one object a line")
     return record
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{place}: not UTF-8 (byte {error.object[error.start]:#04x})")
 
 
 def _json_array(path: Path, content: bytes) -> Records:
@@ -69,9 +77,64 @@ def _json_array(path: Path, content: bytes) -> Records:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON array of objects ({error})") from error
     for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise DataError(f"{path}: element {number} is a JSON {type(record).__name__}, not an object")
-        yield f"{path} element {number}", record
+        place = f"{path} element {number}"
+        is_object = isinstance(record, dict)
+        wrong = f"{path}: element {number} is a JSON {type(record).__name__}, not an object"
+        yield place, record if is_object else DataError(wrong)
+
+
+class _Lines:
+    """The lines of a file as text. A line that is not UTF-8 raises, and those after it can still be read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.number = 0
+        """Of the line that was read last, from 1 on."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.number += 1
+        return (line.removeprefix(codecs.BOM_UTF8) if self.number == 1 else line).decode("utf-8")
+
+
+def read_csv(path: Path, delimiter: str) -> Records:
+    """One record a line, or over several lines between quotes; the first line names the columns. Values are text."""
+    csv.field_size_limit(sys.maxsize)
+    try:
+        with open_binary(path) as file:
+            lines = _Lines(file)
+            rows = csv.reader(lines, delimiter=delimiter, strict=True)
+            columns: list[str] | None = None
+            while True:
+                place = f"{path}:{lines.number + 1}"
+                try:
+                    values = next(rows)
+                except StopIteration:
+                    return
+                except UnicodeDecodeError as error:
+                    yield f"{path}:{lines.number}", _not_utf8(f"{path}:{lines.number}", error)
+                    continue
+                except csv.Error as error:
+                    yield place, DataError(f"{place}: not CSV ({error})")
+                    continue
+                if columns is None:
+                    columns = _column_names(path, values)
+                elif len(values) == len(columns):
+                    yield place, dict(zip(columns, values, strict=True))
+                elif values:
+                    yield place, DataError(f"{place}: {len(values)} values, but line 1 names {len(columns)} columns")
+    except READING_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def _column_names(path: Path, values: list[str]) -> list[str]:
+    """Raises DataError where they are not all different."""
+    if twice := sorted({name for name in values if values.count(name) > 1}):
+        raise DataError(f"{path}:1: two columns are named {twice[0]!r}; give each another name, in the first line")
+    return values
 
 
 def read_parquet(path: Path, columns: Sequence[str]) -> Records:
@@ -102,10 +165,13 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_jsonl,
+    ".csv": partial(read_csv, delimiter=","),
+    ".tsv": partial(read_csv, delimiter="\t"),
 }
 DATA_SUFFIXES = (*READERS, ".parquet")
-COMPRESSIONS = (".gz", ".xz")
-OTHER_FORMATS = (".csv", ".tsv", ".zip", ".tar", ".tgz", ".zst", ".pdf", ".html", ".docx", ".arrow", ".bz2")
+OTHER_FORMATS = (".zip", ".tar", ".tgz", ".pdf", ".html", ".docx", ".arrow", ".xlsx", ".gzip", ".7z")
+ALL_SUFFIXES = f"{', '.join(DATA_SUFFIXES)} (also {', '.join(COMPRESSIONS)})"
+"""For messages."""
 
 
 def format_suffix(path: Path) -> str:
@@ -116,10 +182,18 @@ def format_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
+def reading_of(path: Path) -> str:
+    """How `read_file` reads the bytes of `path`, by its name: equal bytes that are read in another way are other documents."""
+    suffix, compression = format_suffix(path), path.suffix.lower()
+    if suffix != ".parquet":
+        reader = READERS.get(suffix, read_text)
+        suffix = next(name for name, one in READERS.items() if one is reader)
+    return suffix + (compression if compression in COMPRESSIONS else "")
+
+
 def read_file(path: Path, columns: Sequence[str]) -> Records:
     """The records of `path`, by its suffix, with at least these columns; a file of unknown suffix is read as text."""
     suffix = format_suffix(path)
     if suffix in OTHER_FORMATS:
-        known = ", ".join(DATA_SUFFIXES)
-        raise DataError(f"{path}: files of type {suffix} are not read; convert it to one of {known} (also .gz, .xz)")
+        raise DataError(f"{path}: files of type {suffix} are not read; convert it to one of {ALL_SUFFIXES}")
     return read_parquet(path, columns) if suffix == ".parquet" else READERS.get(suffix, read_text)(path)

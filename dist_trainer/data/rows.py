@@ -101,6 +101,7 @@ def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Do
         text=maker.text,
         text_identity=maker.identity,
         is_marked=maker.is_marked,
+        max_bad_records=0 if config.bad_records == "stop" else config.bad_records,
         cache_dir=user_path(config.cache_dir) if config.cache_dir else default_cache_dir(),
     )
     return Documents(store, np.stack([store.offsets[:-1], store.offsets[1:]], axis=1))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from dist_trainer.data.records import Records
+from dist_trainer.data.records import Records, reading_of
 from dist_trainer.data.text_file import unreadable
 
 
@@ -39,7 +39,7 @@ class Split:
             if not self.files:
                 return self.content_digest()
             return _remembered(self.files, memory, self.content_digest, what=self.content_name)
-        parts = (f"{path.suffix} {_remembered([path], memory, partial(_digest_of_bytes, path))}" for path in self.files)
+        parts = (f"{reading_of(path)} {_remembered([path], memory, partial(_digest_of_bytes, path))}" for path in self.files)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from dist_trainer.data.growing_file import Extent, GrowingFile, sync
 from dist_trainer.data.marked_encoding import encoded_with_masks
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import TextOf
-from dist_trainer.data.text_pieces import border_of_pieces, cutting, in_batches, text_pieces
+from dist_trainer.data.text_pieces import BadRecords, border_of_pieces, cutting, in_batches, text_pieces
 from dist_trainer.data.tokenization import Tokenizer, text_prefix, vocabulary_size
 from dist_trainer.errors import DataError
 
@@ -58,24 +58,30 @@ class Progress:
     """Of loss.bin, where there is one."""
 
 
-def build_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, *, is_marked: bool = False) -> int:
+def build_store(
+    staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, *, is_marked: bool = False, max_bad_records: int = 0
+) -> int:
     """Write the files of a store into the folder `staging`, from where an earlier build left off if one did; give the number of
     tokens. `is_marked`: `text` makes MarkedTexts, so there is a loss mask to write too. Raises DataError, OSError.
     """
     own = OwnEncoder(tokenizer)
+
+    def write(encoder: Encoder | None) -> int:
+        return _write_store(staging, split, tokenizer, text, encoder, own, BadRecords(max_bad_records))
+
     if is_marked:
-        return _write_store(staging, split, tokenizer, text, None, own)
+        return write(None)
     left_off = _recorded(staging)
     # An earlier build may have found out that the fast one's ids are other ones.
     fast = None if left_off is not None and left_off.encoder == own.name else fast_encoder(tokenizer)
     if fast is not None:
         try:
-            return _write_store(staging, split, tokenizer, text, fast, own)
+            return write(fast)
         except IdsDifferError as error:
             log.warning("tokenising %s anew, with the tokenizer itself: %s", split.description, error)
         remove(staging)
         staging.mkdir()
-    return _write_store(staging, split, tokenizer, text, own, own)
+    return write(own)
 
 
 def remove(path: Path) -> None:
@@ -100,7 +106,15 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, encoder: Encoder | None, own: Encoder) -> int:
+def _write_store(
+    staging: Path,
+    split: Split,
+    tokenizer: Tokenizer,
+    text: TextOf,
+    encoder: Encoder | None,
+    own: Encoder,
+    bad_records: BadRecords,
+) -> int:
     """Write the files, and give the number of tokens in them. Without an `encoder` the texts are marked ones."""
     dtype = np.dtype(DTYPES[0] if vocabulary_size(tokenizer) <= 1 << 16 else DTYPES[1])
     border = border_of_pieces(tokenizer)
@@ -110,7 +124,7 @@ def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf
         if files.pieces:
             log.info("tokenising %s: going on after %.1f MB of text", split.description, files.text_bytes / 1e6)
         display = stack.enter_context(contextlib.closing(_Display(split.description, files.text_bytes)))
-        rest = in_batches(itertools.islice(text_pieces(split, text, border), files.pieces, None))
+        rest = in_batches(itertools.islice(text_pieces(split, text, border, bad_records), files.pieces, None))
         batches = (
             encoded_with_masks(rest, tokenizer) if encoder is None else encoded(rest, encoder, own, text_prefix(tokenizer))
         )
@@ -129,6 +143,7 @@ def _write_store(staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf
         "dtype": dtype.name,
         "tokens": done.tokens.num_bytes // dtype.itemsize,
         "documents": num_documents,
+        "skipped_records": bad_records.skipped,
         "made_of": split.description,
         "digests": digests,
     }

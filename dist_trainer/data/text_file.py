@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
+import io
 import lzma
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +17,23 @@ from dist_trainer.errors import DataError
 
 PART_BYTES = 1 << 24
 """Of a file with more than that, so much is read at a time."""
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    import pyarrow  # Python has a decoder of its own from 3.14 on
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), PART_BYTES)  # type: ignore[arg-type]
+
+
+DECOMPRESSORS: dict[str, Callable[[Path], IO[bytes]]] = {
+    ".gz": gzip.open,  # type: ignore[dict-item]
+    ".xz": lzma.open,  # type: ignore[dict-item]
+    ".bz2": bz2.open,  # type: ignore[dict-item]
+    ".zst": _open_zstd,
+}
+COMPRESSIONS = tuple(DECOMPRESSORS)
+READING_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
+"""What reading a file may raise."""
 
 
 class LongText:
@@ -47,18 +67,13 @@ def text_parts(path: Path) -> Generator[str, None, None]:
         raise DataError(
             f"{path}:{line}: not UTF-8 text (byte {error.object[error.start]:#04x}); convert it, for example with iconv"
         ) from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except READING_ERRORS as error:
         raise unreadable(path, error) from error
 
 
 def open_binary(path: Path) -> IO[bytes]:
     """The file's content, decompressed by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path)  # type: ignore[return-value]
-    if suffix == ".xz":
-        return lzma.open(path)  # type: ignore[return-value]
-    return path.open("rb")
+    return DECOMPRESSORS.get(path.suffix.lower(), partial(Path.open, mode="rb"))(path)
 
 
 def unreadable(path: Path, error: Exception) -> DataError:

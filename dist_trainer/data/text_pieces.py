@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from dist_trainer.data.marked_text import MarkedText
+from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import TextOf
 from dist_trainer.data.text_file import LongText
 from dist_trainer.data.tokenization import Tokenizer
 from dist_trainer.errors import DataError
+
+log = logging.getLogger(__name__)
 
 BATCH_PIECES = 1024
 BATCH_CHARACTERS = 1 << 21
@@ -32,18 +36,43 @@ class TextPiece(NamedTuple):
     """The whole document, of which only parts carry loss; such a one is never cut into pieces."""
 
 
-def text_pieces(split: Split, text: TextOf, border: Border) -> Iterator[TextPiece]:
+class BadRecords:
+    """Skips records that cannot be read or used, up to a limit; see data.bad_records."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit, self.skipped = limit, 0
+
+    def skip(self, error: DataError) -> None:
+        """Log what is wrong with the record that `error` names. Raises it if that is one too many."""
+        if self.skipped >= self.limit:
+            raise DataError(f"{error} (data.bad_records allows {self.limit} such records)") if self.limit else error
+        self.skipped += 1
+        log.warning("%s; skipped, as %d of at most %d records (data.bad_records)", error, self.skipped, self.limit)
+
+
+def text_pieces(split: Split, text: TextOf, border: Border, bad_records: BadRecords) -> Iterator[TextPiece]:
     """All documents of `split` in order; one without text is left out. Raises DataError naming the place."""
     for where, record in split.records():
-        document = text(where, record)
+        try:
+            document = _document(where, record, text)
+        except DataError as error:
+            bad_records.skip(error)
+            continue
         if isinstance(document, MarkedText):
             if document.text:
-                _refuse_surrogates(where, document.text)
                 yield TextPiece(document.text, ends_document=True, marked=document)
         elif document:
-            if isinstance(document, str):
-                _refuse_surrogates(where, document)
             yield from pieces_of(document, border)
+
+
+def _document(where: str, record: Record | DataError, text: TextOf) -> str | LongText | MarkedText:
+    """What `text` makes of the record, without halves of characters. Raises DataError naming the place."""
+    if isinstance(record, DataError):
+        raise record
+    document = text(where, record)
+    if not isinstance(document, LongText):
+        _refuse_surrogates(where, document.text if isinstance(document, MarkedText) else document)
+    return document
 
 
 def in_batches(pieces: Iterable[TextPiece]) -> Iterator[list[TextPiece]]:

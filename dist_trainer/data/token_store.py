@@ -55,15 +55,24 @@ class TokenStore:
     """Digest of content and tokenizer."""
     loss_mask: np.ndarray | None = None
     """Memory map, bool: which tokens carry loss; None: all do. No document's first token does."""
+    skipped_records: int = 0
+    """How many records could not be read or used."""
 
 
 def token_store(
-    split: Split, tokenizer: Tokenizer, *, text: TextOf, text_identity: str, cache_dir: Path, is_marked: bool = False
+    split: Split,
+    tokenizer: Tokenizer,
+    *,
+    text: TextOf,
+    text_identity: str,
+    cache_dir: Path,
+    is_marked: bool = False,
+    max_bad_records: int = 0,
 ) -> TokenStore:
     """The store of `split`, opened, or built first where no process has before.
 
     `text_identity` tells apart what `text` may make of the same records; `is_marked`: these are MarkedTexts, so the store has
-    a loss mask. Raises DataError.
+    a loss mask; `max_bad_records`: so many that cannot be read or used are skipped. Raises DataError.
     """
     for name in ("tokens", "digests"):
         if (cache_dir / name).is_symlink():
@@ -72,15 +81,23 @@ def token_store(
         (cache_dir / "tokens").mkdir(parents=True, exist_ok=True)
         content = split.digest(cache_dir / "digests")
         parts = [FORMAT_VERSION, content, text_identity, tokenizer_digest(tokenizer)]
+        if max_bad_records:
+            parts.append(f"without {max_bad_records} bad records at most")
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
         folder = cache_dir / "tokens" / key
         if (store := _open(folder, key, is_marked=is_marked)) is not None:
+            if store.skipped_records:
+                log.warning(
+                    "%s: %d records were skipped when it was tokenised (data.bad_records)",
+                    split.description,
+                    store.skipped_records,
+                )
             return store
         _sweep(cache_dir / "tokens")
         with FileLock(_lock_of(folder)):
             if (store := _open(folder, key, is_marked=is_marked)) is not None:
                 return store
-            _build(folder, split, tokenizer, text, is_marked)
+            _build(folder, split, tokenizer, text, is_marked, max_bad_records)
         store = _open(folder, key, is_marked=is_marked)
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error or "its file system has no locks"
@@ -124,7 +141,7 @@ def _open(folder: Path, key: str, *, is_marked: bool) -> TokenStore | None:
         whole = whole and (loss_mask is None or len(loss_mask) == len(tokens))
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
-    return TokenStore(tokens, offsets, key, loss_mask) if whole else None
+    return TokenStore(tokens, offsets, key, loss_mask, index.get("skipped_records", 0)) if whole else None
 
 
 def _is_as_written(folder: Path, digests: dict[str, str], is_marked: bool) -> bool:
@@ -133,7 +150,7 @@ def _is_as_written(folder: Path, digests: dict[str, str], is_marked: bool) -> bo
     return all(path.stat().st_size > MOST_BYTES_VERIFIED or digest_of(path) == digests[path.name] for path in files)
 
 
-def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, is_marked: bool) -> None:
+def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, is_marked: bool, max_bad_records: int) -> None:
     started = time.perf_counter()
     staging = folder.with_name(f"{_BUILDING}{folder.name}")
     remove(folder)
@@ -141,7 +158,7 @@ def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, is_ma
         remove(staging)
     staging.mkdir(exist_ok=True)
     try:
-        num_tokens = build_store(staging, split, tokenizer, text, is_marked=is_marked)
+        num_tokens = build_store(staging, split, tokenizer, text, is_marked=is_marked, max_bad_records=max_bad_records)
         os.rename(staging, folder)
     except (StoppedError, KeyboardInterrupt, SystemExit):
         raise  # what is written stays: the next build goes on from it

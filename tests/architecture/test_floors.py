@@ -38,7 +38,7 @@ DOORS = {
     "trackio": {"tracking/trackio_sink.py"},
     "datasets": {"data/hub.py"},
     "huggingface_hub": {"hub_access.py"},
-    "pyarrow": {"data/records.py"},
+    "pyarrow": {"data/records.py", "data/text_file.py"},
     "transformers": {"data/tokenization.py", "data/packing.py", "data/chat.py", "models/transformers_lm.py"},
     "tokenizers": {"data/tokenization.py"},
     "gigatoken": {"data/encoding.py"},

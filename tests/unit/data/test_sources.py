@@ -1,9 +1,13 @@
 """Every kind of data set, and every way in which one can be wrong."""
 
+import bz2
+import csv
+import errno
 import gzip
 import json
 import lzma
 import multiprocessing
+import os
 import shutil
 import socket
 from dataclasses import replace
@@ -14,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
@@ -64,8 +69,23 @@ def test_jsonl_plain_and_compressed(tmp_path):
         "b.jsonl.gz": gzip.compress(jsonl().encode()),
         "c.jsonl.xz": lzma.compress(jsonl().encode()),
         "d.json": json.dumps([{"text": story} for story in STORIES]).encode(),
+        "e.jsonl.bz2": bz2.compress(jsonl().encode()),
+        "f.jsonl.zst": pa.compress(jsonl().encode(), codec="zstd", asbytes=True),
+        "g.jsonl.zst": b"".join(pa.compress(line, codec="zstd", asbytes=True) for line in jsonl().encode().splitlines(True)),
+        "h.csv.gz": gzip.compress(("\ufefftext,number\r\n" + "".join(f"{story},1\r\n" for story in STORIES)).encode()),
     }.items():
         assert texts(write(tmp_path / name, content))[0] == STORIES
+
+
+def test_csv_and_tsv_with_quotes_and_lines_in_values(tmp_path):
+    rows = [{"text": 'He said "no",\nand left.\t', "label": "1"}, {"text": "caf\u00e9", "label": ""}]
+    for name, dialect in {"a.csv": "excel", "b.tsv": "excel-tab"}.items():
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"], dialect=dialect)
+            writer.writeheader()
+            writer.writerows(rows)
+        assert texts(tmp_path / name)[0] == [row["text"] for row in rows]
+        assert texts(tmp_path / name, template="{label}: {text}")[0] == [f"{row['label']}: {row['text']}" for row in rows]
 
 
 def test_a_text_file_is_one_document(tmp_path):
@@ -131,6 +151,43 @@ def test_what_is_left_out_of_a_folder_is_told_with_how_many_files_were_read(tmp_
     assert caplog.messages[2] == f"data.dataset: 1 file read of {tmp_path / 'one'}"
 
 
+def test_links_are_followed_at_any_depth_and_no_folder_is_read_twice(tmp_path, caplog):
+    write(tmp_path / "elsewhere" / "deep" / "b.txt", "b")
+    write(tmp_path / "one.txt", "c")
+    folder = tmp_path / "data"
+    write(folder / "sub" / "a.txt", "a")
+    (folder / "sub" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "sub" / "c.txt").symlink_to(tmp_path / "one.txt")
+    (folder / "again").symlink_to(folder / "sub")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "itself").symlink_to("itself")
+    assert texts(folder) == (["a", "c", "b"], None)
+    (tmp_path / "to_data").symlink_to(folder)
+    assert texts(tmp_path / "to_data") == (["a", "c", "b"], None)
+    (tmp_path / "one.txt").unlink()
+    with pytest.raises(DataError, match=r"sub/c\.txt: cannot be read \(No such file or directory\)"):
+        texts(folder)
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, caplog, monkeypatch):
+    write(tmp_path / "a.txt", "a")
+    write(tmp_path / "secret" / "b.txt", "b")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path) == str(refused):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    refused = tmp_path / "secret"
+    assert texts(tmp_path) == (["a"], None)
+    assert caplog.messages == [f"data.dataset: 1 file read of {tmp_path}; left out (may not be read): secret"]
+    refused = tmp_path
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
+        texts(tmp_path)
+
+
 def test_a_folder_that_declares_its_splits_in_readme(tmp_path):
     write(
         tmp_path / "README.md",
@@ -194,7 +251,15 @@ BAD = {
     "empty": ("x.jsonl", "", r"x\.jsonl: there is no text"),
     "only blanks": ("x.txt", " \n ", r"x\.txt: there is no text"),
     "not Parquet": ("x.parquet", "text", r"x\.parquet: cannot be read"),
-    "another format": ("x.csv", "text", r"files of type \.csv are not read"),
+    "another format": ("x.pdf", "text", r"files of type \.pdf are not read"),
+    "values beyond the columns": ("x.csv", 'text\n"a\nb"\nc,d\n', r"x\.csv:4: 2 values, but line 1 names 1 columns"),
+    "a quote that is not closed": ("x.csv", 'text\na\n"b\nc\n', r"x\.csv:3: not CSV"),
+    "CSV that is not UTF-8": ("x.csv", b"text\na\n\xff\n", r"x\.csv:3: not UTF-8 \(byte 0xff\)"),
+    "two columns of one name": ("x.tsv", "text\ttext\n", r"x\.tsv:1: two columns are named 'text'"),
+    "no such column in CSV": ("x.csv", "body\na\n", r"x\.csv:2: there is no column 'text', only 'body'"),
+    "cut off zstd": ("x.txt.zst", pa.compress(bytes(range(256)) * 9, codec="zstd", asbytes=True)[:-9], r"x\.txt\.zst: cannot"),
+    "cut off bzip2": ("x.txt.bz2", bz2.compress(b"text" * 1000)[:-9], r"x\.txt\.bz2: cannot be read"),
+    "not zstd": ("x.txt.zst", b"text" * 1000, r"x\.txt\.zst: cannot be read"),
     "too little": ("x.txt", "a few words only", r"makes 1 rows to train on, of 16 tokens, fewer than one global batch \(4\)"),
 }
 
@@ -318,6 +383,56 @@ def test_text_is_tokenised_once_per_content_and_anew_when_it_changes(tmp_path, m
         damaged.write_bytes(damaged.read_bytes()[:-2])
     create_dataloaders(config)
     assert len(builds) == 3
+
+
+def test_the_same_bytes_read_in_another_way_are_other_documents(tmp_path):
+    packed = gzip.compress(jsonl().encode())
+    fingerprints = {}
+    for name in ("data.gz", "data.jsonl.gz", "data.txt.gz", "data.ndjson.gz", "data.JSONL.GZ"):
+        config = small(write(tmp_path / name, packed), tmp_path)
+        fingerprints[name] = create_dataloaders(config).train.dataset.fingerprint
+    assert fingerprints["data.gz"] == fingerprints["data.txt.gz"]
+    assert fingerprints["data.jsonl.gz"] == fingerprints["data.ndjson.gz"] == fingerprints["data.JSONL.GZ"]
+    assert fingerprints["data.gz"] != fingerprints["data.jsonl.gz"]
+    table = "text\ttext2\n" + "".join(f"{story}\t,\n" for story in STORIES)
+    write(tmp_path / "a.csv", table)
+    write(tmp_path / "a.tsv", table)
+    reading = {name: open_source(str(tmp_path / name), DataConfig()).train.digest(tmp_path) for name in ("a.csv", "a.tsv")}
+    assert reading["a.csv"] != reading["a.tsv"]
+
+
+BROKEN = [
+    ('{"text": "a"', "x.jsonl:13: not a JSON object"),
+    ('{"body": "a"}', "x.jsonl:14: there is no column 'text'"),
+    ("[1]", "x.jsonl:15: a JSON list, not an object"),
+    ('{"text": "\\ud83d"}', "x.jsonl:16: half of a character"),
+]
+
+
+def test_bad_records_are_skipped_up_to_a_limit_and_each_is_named(tmp_path, caplog):
+    whole = write(tmp_path / "whole.jsonl", jsonl())
+    path = write(tmp_path / "x.jsonl", jsonl() + "".join(line + "\n" for line, _ in BROKEN))
+    with pytest.raises(DataError, match=r"x\.jsonl:13: not a JSON object"):
+        create_dataloaders(small(path, tmp_path))
+    with pytest.raises(DataError, match=r"x\.jsonl:16: half of a character.*data\.bad_records allows 3 such records"):
+        create_dataloaders(small(path, tmp_path, bad_records=3))
+    caplog.clear()
+    rows = create_dataloaders(small(path, tmp_path, bad_records=4)).train.dataset
+    expected = create_dataloaders(small(whole, tmp_path)).train.dataset
+    assert torch.equal(rows[0].tokens, expected[0].tokens)
+    assert len(rows) == len(expected)
+    told = [message for message in caplog.messages if "skipped" in message]
+    assert len(told) == 4
+    for (_, message), line in zip(BROKEN, told, strict=True):
+        assert message in line
+        assert "at most 4 records (data.bad_records)" in line
+    caplog.clear()
+    create_dataloaders(small(path, tmp_path, bad_records=4))
+    assert [f"{path}: 4 records were skipped when it was tokenised (data.bad_records)"] == caplog.messages
+    table = write(tmp_path / "x.csv", 'text,n\nbefore,1\nb,2,3\n"c"d,1\n' + "".join(f"{story},0\n" for story in STORIES))
+    caplog.clear()
+    create_dataloaders(small(table, tmp_path, bad_records=2))
+    assert [message.split(": ")[0] for message in caplog.messages if "skipped" in message] == [f"{table}:3", f"{table}:4"]
 
 
 @pytest.mark.parametrize(
