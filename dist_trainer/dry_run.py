@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from dist_trainer.assembly import assemble, check_visible_everywhere, from_what_is_found, refuse_what_cannot_run
-from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.checkpoint.run_folder import CHECKPOINTS
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.checkpoint.run_folder import RunFolder
-from dist_trainer.checkpoint.state import Progress
+from dist_trainer.checkpoint.state import Progress, Validated
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
@@ -134,8 +134,13 @@ def note_running(trainer: Trainer, folder: Path) -> None:
     """status.json of a run that lives, with what is known of its earlier lives."""
     restarts, lost_steps = restarts_of(folder)
     progress, past = trainer.progress, {"restarts": restarts, "lost_steps": lost_steps}
-    best = {"best_step": progress.best_step, "best_loss": progress.best_loss}
+    best = _best_facts(progress.best)
     write_status(folder, "running", step=progress.step, max_steps=trainer.max_steps, **best, **past)
+
+
+def _best_facts(best: Validated | None) -> dict[str, Any]:
+    """For status.json, which names a best checkpoint only where there is one."""
+    return {"best_step": None, "best_loss": None} if best is None else {"best_step": best.step, "best_loss": best.loss}
 
 
 class SaveNotes:
@@ -145,9 +150,12 @@ class SaveNotes:
         self._folder = folder
         self._noted = any(event["event"] == FIRST_CHECKPOINT for event in read_events(folder))
 
-    def __call__(self, step: int, write_seconds: float) -> None:
-        """The checkpoint of `step` can be seen; the slowest one took `write_seconds`. Called by the thread that writes."""
-        amend_status(self._folder, checkpoint_seconds=write_seconds)  # slurm/train.sh compares it with the time it is given
+    def __call__(self, step: int, write_seconds: float, best: Validated | None) -> None:
+        """The checkpoint of `step` can be seen; the slowest one took `write_seconds`, and `best` is the best of those that are
+        there. Called by the thread that writes.
+        """
+        # slurm/train.sh compares the seconds with the time it is given
+        amend_status(self._folder, checkpoint_seconds=write_seconds, **_best_facts(best))
         if not self._noted:
             self._noted = True
             append_event(self._folder, FIRST_CHECKPOINT, step=step, durable=True)
@@ -156,7 +164,8 @@ class SaveNotes:
 def end_run_folder(trainer: Trainer, folder: RunFolder, *, state: State, reason: str | None, exit_code: int) -> None:
     """How it ended: for status.json, the events, and the trackers."""
     ending = Ending(state, reason, exit_code)
-    write_ending(folder.path, ending, trainer.progress, max_steps=trainer.max_steps)
+    progress, best = trainer.progress, _best_facts(trainer.checkpoints.best(trainer.progress.best))
+    write_ending(folder.path, ending, step=progress.step, max_steps=trainer.max_steps, **best)
     append_event(folder.path, state, step=trainer.progress.step, reason=reason)
     trainer.tracker.close(state=state, reason=reason)
 
@@ -183,7 +192,8 @@ def make_up_for_ending(trainer: Trainer, folder: RunFolder) -> None:
     # Its time ended with its last line: what came after was waiting for nothing.
     spent = goodput(history)
     ending = Ending("finished", None, EXIT_FINISHED)
-    write_ending(folder.path, ending, trainer.progress, max_steps=trainer.max_steps, spent=spent)
+    progress, best = trainer.progress, _best_facts(trainer.progress.best)
+    write_ending(folder.path, ending, step=progress.step, max_steps=trainer.max_steps, spent=spent, **best)
     append_event(folder.path, "finished", step=trainer.progress.step, reason=None)
     try:
         write_report(RunHistory(folder.path))
@@ -210,24 +220,24 @@ class Ending:
 def write_ending(
     folder: Path,
     ending: Ending,
-    progress: Progress,
     *,
+    step: int,
     max_steps: int | None,
     spent: Goodput | None = None,
     is_last: bool = False,
+    **best: Any,
 ) -> None:
-    """status.json, with the best loss and what the time went into (None: up to now)."""
+    """status.json, with what the time went into (None: up to now); without `best` that stays as it was last noted."""
     spent = spent or goodput_of(folder, now=time.time())
     write_status(
         folder,
         ending.state,
-        step=progress.step,
+        step=step,
         max_steps=max_steps,
         is_last=is_last,
         reason=ending.reason,
         exit_code=ending.exit_code,
-        best_step=progress.best_step,
-        best_loss=progress.best_loss,
+        **best,
         restarts=spent.restarts,
         lost_steps=spent.lost_steps,
         useful_seconds=spent.useful_seconds,
@@ -245,7 +255,7 @@ def note_sudden_end(trainer: Trainer, reason: str, *, began: float) -> None:
     if status.get("state") == "failed" and is_number(status.get("time")) and status["time"] >= began:
         return
     ending = Ending("failed", reason, EXIT_CRASHED)
-    write_ending(folder, ending, trainer.progress, max_steps=trainer.max_steps, is_last=True)
+    write_ending(folder, ending, step=trainer.progress.step, max_steps=trainer.max_steps, is_last=True)
     append_event(folder, "failed", step=trainer.progress.step, reason=reason)
 
 
@@ -294,7 +304,8 @@ def note_early_end(
         told = {key: status.get(key) if is_number(status.get(key)) else None for key in ("step", "best_step", "best_loss")}
         progress = Progress(int(told["step"] or 0), best_step=told["best_step"], best_loss=told["best_loss"])
     planned = DEFAULT_MAX_STEPS if config.train.epochs is None else status.get("max_steps")
-    write_ending(path, ending, progress, max_steps=config.train.max_steps or planned, is_last=is_last)
+    steps = {"step": progress.step, "max_steps": config.train.max_steps or planned}
+    write_ending(path, ending, **steps, is_last=is_last, **_best_facts(progress.best))
 
 
 def exit_code_when_preempted(world: World) -> int:

@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.checkpoint.manager import find_checkpoint, newest_intact, prepare_to_resume, step_folders
+from dist_trainer.checkpoint.folders import (
+    find_checkpoint,
+    newest_intact,
+    step_folders,
+    tidy_after_the_search,
+    tidy_before_the_search,
+)
 from dist_trainer.checkpoint.run_folder import CHECKPOINTS, RunFolder
 from dist_trainer.checkpoint.state import Progress, read_training_state
-from dist_trainer.checkpoint.storage import sweep
 from dist_trainer.config.loading import config_differences
 from dist_trainer.config.schema import TrainConfig, TrainingConfig
 from dist_trainer.distributed.launch import is_started_again
@@ -54,7 +59,7 @@ class StartingPoint:
 
 
 def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPoint:
-    """What checkpoint.resume means for this run folder, as it is now; sweeps what a killed run left behind. With `never`, an
+    """What checkpoint.resume means for this run folder, as it is now; tidies up what a killed run left behind. With `never`, an
     earlier run stays where it is until the new one is known to be good; where a launcher has restarted ranks that crashed,
     the run that they began is none.
 
@@ -65,7 +70,7 @@ def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPo
         folder.is_to_be_replaced = not folder.is_new
         return StartingPoint()
     try:
-        sweep(folder.checkpoints)
+        tidy_before_the_search(folder.checkpoints)
         start = _own_or_anothers(config, folder.path, prepares=True)
         folder.progress = start.progress
         return start
@@ -105,9 +110,9 @@ def _own_or_anothers(config: TrainingConfig, folder: Path, *, prepares: bool) ->
     _refuse_another_run(config, state, checkpoint)
     progress: Progress = state["progress"]
     if own and prepares:
-        progress.best_step, progress.best_loss = prepare_to_resume(checkpoints, checkpoint)
+        progress.best = tidy_after_the_search(checkpoints, checkpoint, keep_last=config.checkpoint.keep_last)
     elif not own:
-        progress.best_step = progress.best_loss = None
+        progress.best = None
     return StartingPoint(checkpoint, progress, facts={key: value for key, value in state.items() if key != "progress"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,18 @@ class StepResult:
     def mean_loss(self, world: World) -> float:
         """Nats per target token over all ranks, which all must ask; the device is awaited."""
         return float(all_reduce_sum(self.loss_sum.clone(), world)) / max(1, self.target_tokens)
+
+    def facts(self, world: World) -> dict[str, float | int | bool]:
+        """By their names in metrics.jsonl; all ranks must ask, and the device is awaited."""
+        grad_norm = float(self.grad_norm)
+        return {
+            "step": self.step,
+            "loss": self.mean_loss(world),
+            "lr": self.learning_rate,
+            "grad_norm": grad_norm,
+            "skipped": not math.isfinite(grad_norm),
+            "tokens": self.target_tokens_so_far,
+        }
 
 
 def seed_dropout(seed: int, step: int, *, block: int) -> None:

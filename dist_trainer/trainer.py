@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,9 +13,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dist_trainer.checkpoint.last_save import see_last_save_through
-from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints, resume_point
-from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
+from dist_trainer.checkpoint.folders import resume_point
+from dist_trainer.checkpoint.last_save import see_last_save_through, stop_after_failed_saves
+from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
+from dist_trainer.checkpoint.state import Progress, Snapshot, Validated, restore, take_snapshot
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.cpu_products import fp32_products
@@ -26,10 +26,10 @@ from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.beats import Phase
-from dist_trainer.distributed.collectives import PendingSum, agree, gather_objects, on_main
+from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects, on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
-from dist_trainer.errors import ConfigError, SavingFailedError, StoppedError, TrainingDivergedError
+from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.optimizers import make_averages
@@ -132,10 +132,7 @@ class Trainer:
             while self.progress.step < self.max_steps and not self._stopped:
                 target_tokens, asked_to_stop, saving_failed = upcoming.facts.wait()
                 if saving_failed:
-                    raise SavingFailedError(
-                        f"step {self.progress.step}: {self.config.checkpoint.max_failures} checkpoints in a row could "
-                        "not be saved (checkpoint.max_failures); make room on the disk and start the same command again"
-                    )
+                    stop_after_failed_saves(self.checkpoints, self.world, self.config.checkpoint)
                 if asked_to_stop:
                     self._stopped = True
                     break
@@ -150,10 +147,10 @@ class Trainer:
             upcoming.facts.wait()
         self._watch(None)
         if self._saved_step != self.progress.step:
-            self._save(is_best=False)
+            self._save()
         self._at("saving")
-        is_best = self.progress.best_step == self.progress.step
-        see_last_save_through(self.checkpoints, self.world, save_again=lambda: self._save(is_best=is_best))
+        see_last_save_through(self.checkpoints, self.world, save_again=self._save)
+        self.progress.best = self._best_saved()
         if self._stopped:
             signals = gather_objects(self.world.stop_request.signal_number, self.world)
             return TrainingResult("preempted", self.progress, max(signals))
@@ -164,7 +161,7 @@ class Trainer:
 
         Raises CheckpointError where none is intact, or where it holds another model's state.
         """
-        found = on_main(self.world, lambda: resume_point(checkpoints))
+        found = on_main(self.world, lambda: resume_point(checkpoints, keep_last=self.config.checkpoint.keep_last))
         if found is not None:
             self.restore(*found)
         return found is not None
@@ -174,6 +171,7 @@ class Trainer:
         verifies = self.world.local_rank == 0
         agree(self.world, lambda: restore(checkpoint, unwrap(self.model), self.optimizer, self.precision, verifies=verifies))
         self.progress = progress
+        self.checkpoints.begin_with(progress.best)
         self.divergence.skipped_steps = progress.skipped_steps
         self.divergence.skipped_in_a_row = progress.skipped_in_a_row
 
@@ -249,7 +247,7 @@ class Trainer:
             self._sample_if_due(validated=self.progress.validated_step == step)
             every = self.config.checkpoint.every_steps
             if improved or (every and step % every == 0):
-                self._save(is_best=improved)
+                self._save()
 
     def _watch(self, result: StepResult | None) -> None:
         """Hand `result` to the divergence watch (None: all steps are to be done); the step it ends the run for is logged."""
@@ -269,17 +267,11 @@ class Trainer:
         """The only place where the device is awaited."""
         self._at("logging")
         self._logged_step = result.step
-        grad_norm = float(result.grad_norm)
         self.tracker.log(
             {
                 "kind": "train",
-                "step": result.step,
-                "loss": result.mean_loss(self.world),
-                "lr": result.learning_rate,
-                "grad_norm": grad_norm,
-                "skipped": not math.isfinite(grad_norm),
+                **result.facts(self.world),
                 "skipped_steps": self.divergence.skipped_steps,
-                "tokens": result.target_tokens_so_far,
                 "epoch": self.sampler.epoch_of(result.step),
                 **self.throughput.measure(step=result.step, tokens=result.target_tokens_so_far),
                 "time": time.time(),
@@ -308,6 +300,7 @@ class Trainer:
         if result is None:
             self._stopped = True
             return False
+        self.progress.best = self._best_saved()
         is_best = self.progress.note_validation(result.loss)
         facts = {**result.facts(), "best": is_best, "seconds": result.seconds, "time": time.time()}
         self.tracker.log({"kind": "validation", "step": step, **facts})
@@ -326,18 +319,22 @@ class Trainer:
     def _make_up_for_what_is_owed(self) -> None:
         """A run that was stopped while it validated, or sampled, still owes that."""
         before, owes_sample = self.progress.validated_step, self.progress.owes_sample
-        improved = self._validate_if_due()
-        validated = self.progress.validated_step != before
-        if validated or owes_sample:
+        self._validate_if_due()
+        if (validated := self.progress.validated_step != before) or owes_sample:
             self._sample_if_due(validated=validated)
-            self._save(is_best=improved)
+            self._save()
 
-    def _save(self, *, is_best: bool) -> None:
+    def _best_saved(self) -> Validated | None:
+        """`progress.best`, unless its save has failed, which rank 0 knows: then the best that is saved."""
+        return broadcast_object(self.checkpoints.best(self.progress.best), self.world)
+
+    def _save(self) -> None:
         self._watch(None)
         self._at("saving")
         with self.throughput.saving():
             self.progress.skipped_steps = self.divergence.skipped_steps
             self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
+            is_best = self.progress.best_step == self.progress.step
             self.checkpoints.save(self._take_snapshot, is_best=is_best, after=self.tracker.sync)
         self._saved_step = self.progress.step
 

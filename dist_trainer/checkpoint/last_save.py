@@ -1,11 +1,13 @@
-"""The last save of a run: no other comes after it to make up for a failure."""
+"""Where no later save can make up for a failed one: after the last step, and after too many failures in a row."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from dist_trainer.checkpoint.manager import Checkpoints
+from dist_trainer.config.schema import CheckpointConfig
 from dist_trainer.distributed.collectives import barrier, broadcast_object
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import SavingFailedError, TrainingDivergedError
@@ -33,3 +35,15 @@ def see_last_save_through(checkpoints: Checkpoints, world: World, *, save_again:
         f"{trouble}, nor {len(SECONDS_BEFORE_SAVING_AGAIN)} times after that; the steps since the last checkpoint are not "
         "saved. Make room on the disk and start the same command again: it repeats them"
     )
+
+
+def stop_after_failed_saves(checkpoints: Checkpoints, world: World, config: CheckpointConfig) -> NoReturn:
+    """Raise, on all ranks, why `config.max_failures` saves in a row were not made: TrainingDivergedError where numbers are not
+    finite, else SavingFailedError.
+    """
+    trouble, diverged = broadcast_object((checkpoints.trouble(), checkpoints.diverged()), world)
+    failed = f"{config.max_failures} checkpoints in a row could not be saved (checkpoint.max_failures)"
+    if diverged:
+        raise TrainingDivergedError(f"{trouble}; {failed}. Lower optim.learning_rate")
+    last = f", the last one at {trouble}" if trouble else ""
+    raise SavingFailedError(f"{failed}{last}; make room on the disk and start the same command again")

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -29,6 +29,14 @@ STATE_FILE = "trainer_state.json"
 _SEPARATOR = "::"
 
 
+class Validated(NamedTuple):
+    """Validation loss of the weights of a step. The smallest one is the best: the lowest loss, of equal ones the earliest."""
+
+    loss: float
+    """Finite, in nats per token."""
+    step: int
+
+
 @dataclass
 class Progress:
     """How far a run is."""
@@ -43,7 +51,7 @@ class Progress:
     """What it found, in nats per token."""
     best_step: int | None = None
     best_loss: float | None = None
-    """Lowest validation loss so far, and where."""
+    """Lowest validation loss so far, and where: of the steps whose checkpoints were saved, or are about to be."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     """Updates left out because gradients were not finite: so far, and just now."""
@@ -55,6 +63,22 @@ class Progress:
         """Whether the sample of this step is still to be made."""
         return 0 < self.owed_sample_step == self.step
 
+    @property
+    def best(self) -> Validated | None:
+        """`best_loss` and `best_step`; None before the first finite validation loss."""
+        return None if self.best_step is None or self.best_loss is None else Validated(self.best_loss, self.best_step)
+
+    @best.setter
+    def best(self, best: Validated | None) -> None:
+        self.best_loss, self.best_step = (None, None) if best is None else (best.loss, best.step)
+
+    @property
+    def validated(self) -> Validated | None:
+        """Of this very step; None if it was not validated, or if its loss is not finite, which cannot be compared."""
+        loss = self.validation_loss
+        is_known = self.validated_step == self.step and loss is not None and math.isfinite(loss)
+        return Validated(loss, self.step) if is_known and loss is not None else None
+
     def note_step(self, target_tokens: int) -> None:
         """One more step is done, which learned from so many."""
         self.step += 1
@@ -63,10 +87,9 @@ class Progress:
     def note_validation(self, loss: float) -> bool:
         """Note what a validation of `step` found; whether it is the lowest loss so far."""
         self.validated_step, self.validation_loss = self.step, loss
-        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
-        if is_best:
-            self.best_step, self.best_loss = self.step, loss
-        return is_best
+        before, found = self.best, self.validated
+        self.best = min((entry for entry in (before, found) if entry is not None), default=None)
+        return self.best != before
 
 
 @dataclass(frozen=True)
@@ -80,11 +103,17 @@ class Snapshot:
     progress: Progress
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else to remember: the config, the number of ranks, the data's fingerprint."""
+    untrained: frozenset[str] = frozenset()
+    """Names in `weights` that no optimizer step changes: buffers and frozen parameters."""
 
     def is_finite(self) -> bool:
-        """Whether every number in the weights and in the optimizer's state is finite."""
-        tensors = [*self.weights.values(), *self.optimizer_tensors.values()]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point()):
+        """Whether every number in the trained weights and in the optimizer's state is finite.
+
+        Buffers and frozen parameters may be infinite for good reason, as a mask of -inf is, and tell nothing of training.
+        """
+        weights = [tensor for name, tensor in self.weights.items() if name not in self.untrained]
+        tensors = [tensor for tensor in (*weights, *self.optimizer_tensors.values()) if _has_fractions(tensor)]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             return False
         return all(math.isfinite(value) for value in self.optimizer_values.values() if isinstance(value, float))
 
@@ -103,6 +132,8 @@ def take_snapshot(
     Copied, unless no step will change it any more (`training_goes_on`): then what lies in host memory is taken as it is, and
     a run's end needs no second state's memory.
     """
+    weights = model.state_dict()
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     tensors, values = {}, {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -111,12 +142,13 @@ def take_snapshot(
             else:
                 values[f"{name}{_SEPARATOR}{key}"] = value
     return Snapshot(
-        weights=_to_host(model.state_dict(), copies=training_goes_on),
+        weights=_to_host(weights, copies=training_goes_on),
         optimizer_tensors=_to_host(tensors, copies=training_goes_on),
         optimizer_values=values,
         scaler=scaler,
         progress=Progress(**asdict(progress)),
         facts=facts,
+        untrained=frozenset(weights.keys() - trained),
     )
 
 
@@ -189,6 +221,10 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> N
         raise CheckpointError(f"{folder / OPTIMIZER_FILE} has state for {missing[0]}, which the optimizer does not know")
     state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def _has_fractions(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _to_host(tensors: Mapping[str, Tensor], *, copies: bool) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -165,3 +166,15 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def refusal_of_the_disk(error: BaseException) -> str | None:
+    """`ENOSPC: No space left on device`; None where `error` is something else.
+
+    safetensors and tokenizers, which write by themselves, raise errors of their own with the number in the text.
+    """
+    told = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number is None:
+        return str(error) if isinstance(error, OSError) else None
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"

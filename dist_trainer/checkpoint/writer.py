@@ -32,6 +32,12 @@ class BackgroundWriter:
         self._waiting: list[Save] = []
         self._thread: threading.Thread | None = None
         self._crash: BaseException | None = None
+        self._step_in_flight: int | None = None
+
+    def holds(self, step: int) -> bool:
+        """Whether a snapshot of `step` waits, or is being written."""
+        with self._lock:
+            return step == self._step_in_flight or any(save.snapshot.progress.step == step for save in self._waiting)
 
     def add(self, take: Callable[[], Snapshot], *, is_best: bool, after: Callable[[], None]) -> None:
         """Take a snapshot now, and write it as soon as the one in flight is written.
@@ -71,7 +77,8 @@ class BackgroundWriter:
         with self._lock:
             if self._crash is not None:
                 self._waiting.clear()
-            if self._waiting:
-                return self._waiting.pop(0)
-            self._thread = None
-            return None
+            save = self._waiting.pop(0) if self._waiting else None
+            self._step_in_flight = None if save is None else save.snapshot.progress.step
+            if save is None:
+                self._thread = None
+            return save

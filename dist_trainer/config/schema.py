@@ -202,7 +202,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints kept, beside the best one."""
     max_failures: int = 5
-    """Saves that may fail in a row (a full disk) before the run ends."""
+    """Saves that may fail in a row (a full disk, weights that are not finite) before the run ends."""
     resume: str = "auto"
     """auto: go on from the run folder's newest good checkpoint; never: set an earlier run aside and begin anew; or another
     run's or a checkpoint's folder to begin from."""

@@ -15,9 +15,10 @@ from dist_trainer.models.registry import can_open
 from dist_trainer.secrets import masked
 from dist_trainer.tracking.formatting import counted, duration, printable, quantity, significant
 from dist_trainer.tracking.goodput import Goodput, goodput_of
+from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.progress_bar import ProgressBar
 from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.run_history import best_validation
+from dist_trainer.tracking.run_history import was_validated
 from dist_trainer.tracking.run_log import PROGRESS_LOGGER, configure_logging
 from dist_trainer.tracking.status import read_status
 
@@ -37,7 +38,7 @@ class ConsoleTracker:
         self._clock = clock
         self._first: tuple[int, float] | None = None
         self._step = context.start_step
-        self._best = best_validation(context.folder) if context.start_step else None
+        self._is_validated = context.start_step > 0 and was_validated(context.folder)
         name = masked(context.config.run_name)
         self._bar = ProgressBar(name, total=context.max_steps, initial=context.start_step)
 
@@ -57,11 +58,11 @@ class ConsoleTracker:
     def close(self, *, state: str, reason: str | None) -> None:
         """Take the bar down; say how the run ended, how good it got, and which commands come next."""
         self._bar.close()
-        self._step = max(self._step, read_status(self._context.folder).get("step", 0))  # lines come every so many steps
-        context = self._context
-        best = "no best checkpoint, as nothing was validated"
-        if self._best is not None:
-            best = f"best checkpoint step {self._best[0]}, validation loss {self._best[1]:.4f}"
+        context, status = self._context, read_status(self._context.folder)
+        self._step = max(self._step, status.get("step", 0))  # lines come every so many steps
+        best = "no best checkpoint was saved" if self._is_validated else "no best checkpoint, as nothing was validated"
+        if is_number(step := status.get("best_step")) and is_number(loss := status.get("best_loss")):
+            best = f"best checkpoint step {step}, validation loss {loss:.4f}"
         because = f" ({reason})" if reason else ""
         spent = goodput_in_words(goodput_of(context.folder, now=time.time()))
         log.info("%s at %s%s; %s; %s", state, self._place(), because, best, spent)
@@ -121,13 +122,11 @@ class ConsoleTracker:
         return steps_left * (now - first_time) / (self._step - first_step)
 
     def _show_validation(self, line: dict[str, Any]) -> None:
-        is_best = bool(line.get("best"))
-        if is_best:
-            self._best = (line["step"], line["loss"])
+        self._is_validated = True
         parts = [f"validation loss {line['loss']:.4f}", f"perplexity {significant(line['perplexity'])}"]
         if line.get("bits_per_byte") is not None:
             parts.append(f"{line['bits_per_byte']:.3f} bits per byte")
-        if is_best:
+        if line.get("best"):
             parts.append("the best so far")
         log.info("step %d  %s", line["step"], ", ".join(parts))
 

@@ -153,17 +153,12 @@ def read_events(folder: Path) -> Iterator[dict[str, Any]]:
             yield {**event, "step": int(step), "time": number(event.get("time"))}
 
 
-def best_validation(folder: Path) -> tuple[int, float] | None:
-    """Step and loss of the best validation of the run in `folder` so far."""
-    best = None
-    for text, _ in whole_lines(folder / METRICS_FILE):
-        if b'"validation"' not in text:
-            continue
-        line = parse_object(text) or {}
-        step, loss = number(line.get("step")), number(line.get("loss"))
-        if line.get("kind") == "validation" and step >= 0 and (best is None or loss < best[1]) and loss == loss:
-            best = (int(step), loss)
-    return best
+def was_validated(folder: Path) -> bool:
+    """Whether the run in `folder` was validated so far."""
+    return any(
+        b'"validation"' in text and (parse_object(text) or {}).get("kind") == "validation"
+        for text, _ in whole_lines(folder / METRICS_FILE)
+    )
 
 
 def last_step(folder: Path) -> int:

@@ -72,22 +72,19 @@ def _replace(folder: Path, status: dict[str, Any], *, durable: bool) -> None:
 
 
 class StatusTracker:
-    """Keeps step and best loss of a running run true to within seconds; who begins and ends the run writes the rest."""
+    """Keeps the step of a running run true to within seconds; who saves, begins and ends the run writes the rest."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._written = time.monotonic()
-        self._best: dict[str, Any] = {}
 
     def log(self, line: dict[str, Any]) -> None:
-        """Note the line's step, if the last note is old or the line tells of a new best loss."""
-        if line.get("best"):
-            self._best = {"best_step": line["step"], "best_loss": line["loss"]}
-        elif time.monotonic() - self._written < SECONDS_BETWEEN:
+        """Note the line's step, if the last note is old."""
+        if time.monotonic() - self._written < SECONDS_BETWEEN:
             return
         self._written = time.monotonic()
         context = self._context
-        write_status(context.folder, "running", step=line["step"], max_steps=context.max_steps, durable=False, **self._best)
+        write_status(context.folder, "running", step=line["step"], max_steps=context.max_steps, durable=False)
 
     def sync(self) -> None:
         """Nothing: the next start does not rely on it."""

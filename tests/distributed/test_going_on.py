@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_trainer import CheckpointManager, Trainer, build_optimizer, create_dataloaders, parallelize, weights_writer
-from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.config.schema import BatchConfig, CheckpointConfig, OptimConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.distributed.launch import is_started_again, launcher

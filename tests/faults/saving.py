@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_trainer.assembly import export_to
-from dist_trainer.checkpoint.manager import CheckpointManager, Export, resume_point
+from dist_trainer.checkpoint.folders import resume_point
+from dist_trainer.checkpoint.manager import CheckpointManager, Export
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Progress, Snapshot
 from dist_trainer.config.schema import CheckpointConfig, ModelConfig, TrainingConfig
@@ -83,7 +84,7 @@ class Saver:
 
     def resume(self) -> int:
         """The same, where a script of one's own goes on with `Trainer.resume`."""
-        found = resume_point(self.checkpoints)
+        found = resume_point(self.checkpoints, keep_last=2)
         return 0 if found is None else found[1].step
 
     def start_again(self) -> int:

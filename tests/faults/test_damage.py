@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dist_trainer.checkpoint.manager import newest_intact, resume_point
+from dist_trainer.checkpoint.folders import newest_intact, resume_point
 from tests.faults.conftest import a_run
 from tests.faults.damage import DAMAGES, contents, damaged, delete, empty, flip_bit, truncate
 from tests.faults.faults import do, kill
@@ -157,7 +157,7 @@ def become_a_folder(path):
 def test_pointers_are_hints_and_are_made_anew(run, damage):
     for name in ("latest", "best"):
         damage(run.checkpoints / name)
-    checkpoint, progress = resume_point(run.checkpoints)
+    checkpoint, progress = resume_point(run.checkpoints, keep_last=3)
     assert (checkpoint.name, progress.step, progress.best_step) == ("step-00000010", 10, 10)
     for name in ("latest", "best"):
         assert str((run.checkpoints / name).readlink()) == "step-00000010"

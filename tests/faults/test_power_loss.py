@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from dist_trainer.checkpoint import manager, storage
-from dist_trainer.checkpoint.manager import step_folders
+from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.errors import CheckpointError
 from dist_trainer.manifest import verify
 from tests.faults.power import Disk

@@ -50,6 +50,8 @@ def test_dying_at_each_file_operation_of_a_save_and_of_the_rotation_loses_nothin
         step = 9 if operation > visible else 6
         assert saver.start() == step, f"died at operation {operation}, {kinds[operation]}"
         assert saver.litter() == []
+        kept = ["best", "latest", *(f"step-{kept:08d}" for kept in (step - 3, step))]
+        assert sorted(os.listdir(saver.checkpoints)) == kept, f"died at operation {operation}, {kinds[operation]}"
         assert saver.start_again() == step
         for pointer in ("latest", "best"):
             assert os.readlink(saver.checkpoints / pointer) == f"step-{step:08d}"
@@ -90,3 +92,10 @@ def test_dying_while_a_checkpoint_is_replaced_by_one_of_the_same_step_never_lose
         assert how(saver) == 6, f"died at operation {operation}, {kinds[operation]}"
         assert saver.litter() == []
         assert saver.start() == 6
+
+
+def test_the_start_of_a_finished_run_rotates_too(run):
+    run.finish()
+    assert run.saved_steps() == [10, 12]
+    assert run.start(config=run.but(checkpoint__keep_last=1)).code == 0
+    assert run.saved_steps() == [12]

@@ -186,7 +186,8 @@ def test_the_last_line_says_how_it_ended_and_why_its_best_checkpoint_restarts_an
     tracker = ConsoleTracker(context(tmp_path))
     tracker.log(train_line(10))
     tracker.log(validation_line(10, loss=1.5))
-    write_status(tmp_path, "preempted", step=13, max_steps=20)  # the last three have no line of their own
+    # The last three steps have no line of their own.
+    write_status(tmp_path, "preempted", step=13, max_steps=20, best_step=10, best_loss=1.5)
     tracker.close(state="preempted", reason="SIGTERM")
     (line,) = (line for line in (tmp_path / "rank-0.log").read_text().splitlines() if "preempted" in line)
     assert "preempted at step 13 of 20 (SIGTERM); best checkpoint step 10, validation loss 1.5000; " in line
@@ -194,9 +195,17 @@ def test_the_last_line_says_how_it_ended_and_why_its_best_checkpoint_restarts_an
     assert line.endswith(f" went into steps and validation; {restarts} restarts, {3 * restarts} steps lost to them")
 
 
-def test_the_last_line_says_that_nothing_was_validated(tmp_path, log_to):
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([train_line(20)], "no best checkpoint, as nothing was validated"),
+        ([train_line(20), validation_line(20, loss=1.5)], "no best checkpoint was saved"),
+    ],
+)
+def test_the_last_line_names_no_best_checkpoint_where_none_was_saved(tmp_path, log_to, lines, said):
     log_to(tmp_path)
     tracker = ConsoleTracker(context(tmp_path))
-    tracker.log(train_line(20))
+    for line in lines:
+        tracker.log(line)
     tracker.close(state="finished", reason=None)
-    assert "; no best checkpoint, as nothing was validated; " in (tmp_path / "rank-0.log").read_text()
+    assert f"; {said}; " in (tmp_path / "rank-0.log").read_text()
