@@ -32,6 +32,7 @@ from benchmarks.machine import ROOT, machine_and_versions
 from benchmarks.ports import reserved_port
 from benchmarks.stopwatch import FOLDER, STARTED
 from benchmarks.workloads import SIZES, Workload, prepare
+from dist_trainer.cpu_count import usable_cpus
 
 
 @dataclass(frozen=True)
@@ -284,7 +285,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     size = dataclasses.replace(SIZES[given.size], steps=given.steps) if given.steps else SIZES[given.size]
-    threads = max(1, (os.cpu_count() or 1) // given.ranks)
+    threads = max(1, usable_cpus() // given.ranks)
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
         workload = Workload(size, Path(folder), ranks=given.ranks, dtype=given.dtype, save=given.save)
         contestants = {name: CONTESTANTS[name] for name in names}

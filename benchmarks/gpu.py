@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 
 from benchmarks.compare import BASE, CONTESTANTS, Contestant, by_round, chosen, header, measure, speed_and_memory, table
 from benchmarks.workloads import SIZES, Workload
+from dist_trainer.cpu_count import usable_cpus
 
 NEEDED = ("jsonargparse", "docstring_parser", "filelock", "pyarrow", "accelerate")
 """What a machine with nothing but torch and transformers may lack."""
@@ -59,7 +59,7 @@ def rows() -> list[Row]:
 def measured(row: Row, started: float, *, smallest: bool) -> tuple[str, bool]:
     """The row's table and figures, with a line for each contestant that failed; whether none did."""
     shape = dataclasses.replace(SIZES["overhead"], steps=4) if smallest else SIZES[row.size]
-    threads = min(8, os.cpu_count() or 1)
+    threads = min(8, usable_cpus())
     failures: dict[str, str] = {}
     # What a run that was killed may still be writing there is no reason to lose the others.
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-", ignore_cleanup_errors=True) as folder:

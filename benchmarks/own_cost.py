@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.compare import BASE, CONTESTANTS, chosen, header, run, spread
 from benchmarks.workloads import SIZES, Workload, prepare
+from dist_trainer.cpu_count import usable_cpus
 
 SIZE = "overhead"
 TRAINERS = "bare, lean; ours; HF Trainer; Lightning"
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--only", default=TRAINERS, help=f"with semicolons between (default: {TRAINERS})")
     given = parser.parse_args()
     size = dataclasses.replace(SIZES[SIZE], steps=given.steps) if given.steps else SIZES[SIZE]
-    threads = os.cpu_count() or 1
+    threads = usable_cpus()
     try:
         names = [name for name in chosen(given.only) if name != BASE]
     except ValueError as error:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import statistics
 import tempfile
 from pathlib import Path
 
 from benchmarks.compare import BASE, CONTESTANTS, OURS, header, run, spread
 from benchmarks.workloads import SIZES, Workload, prepare
+from dist_trainer.cpu_count import usable_cpus
 
 SCRIPT = "bare script"
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="each block of both, which find compiled code of the run before")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    threads = os.cpu_count() or 1
+    threads = usable_cpus()
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
         size = dataclasses.replace(SIZES[given.size], steps=2)
         workload = Workload(size, Path(folder), dtype=given.dtype, warmup_steps=2, save=True)

@@ -118,12 +118,14 @@ def generate_text(arguments: argparse.Namespace) -> int:
 
     from dist_trainer.continuation import Writer, chat_template
     from dist_trainer.data.tokenization import load_tokenizer
+    from dist_trainer.distributed.world import keep_threads_within_quota
     from dist_trainer.models.hf_format import find_model
     from dist_trainer.models.registry import open_model
 
     find_model(folder)  # who gives a wrong folder wants to hear of that first, not of the tokenizer it lacks
     tokenizer = load_tokenizer(str(folder), key="RUN")
     chat = chat_template(tokenizer, folder) if arguments.chat else None
+    keep_threads_within_quota()
     model = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
     writer = Writer(model, tokenizer, arguments, chat=chat)
     if isinstance(sys.stdout, io.TextIOWrapper):

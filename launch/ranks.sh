@@ -21,7 +21,7 @@ fi
 ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
 
 # Threads are shared out on purpose: torchrun would give each of several ranks a single one.
-cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+cores=$("$python" -c 'from dist_trainer.cpu_count import usable_cpus; print(usable_cpus())')
 threads=${OMP_NUM_THREADS:-}
 share_out_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
 share_out_threads

@@ -7,7 +7,6 @@ where it gave the same ids for the texts of `probe_texts`, and some of each batc
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from dist_trainer.cpu_count import usable_cpus
 from dist_trainer.data.probe import probe_texts
 from dist_trainer.data.text_pieces import TextPiece
 from dist_trainer.data.tokenization import Tokenizer, tokenizer_description, with_prefix
@@ -77,7 +77,7 @@ class FastEncoder:
         self._description = tokenizer_description(tokenizer)
         self._lock = threading.Lock()
         self._renew()
-        self.threads = min(MOST_THREADS, _cpus())
+        self.threads = min(MOST_THREADS, usable_cpus())
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, uint32 [tokens]."""
@@ -92,11 +92,6 @@ class FastEncoder:
     def _renew(self) -> None:
         self._encode = self._tokenizer_class.from_json(self._description).encode
         self._characters = 0
-
-
-def _cpus() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.cpu_count import usable_cpus
 from dist_trainer.cpu_memory import keep_freed_memory
 from dist_trainer.distributed.addresses import interface_of
 from dist_trainer.distributed.guard import Guard
@@ -68,6 +69,7 @@ class World(Place):
         the launcher or another rank is gone; StoppedError where a signal came before all were there.
         """
         place = place_of_this_process()
+        keep_threads_within_quota()
         device = _device_of(place, config.backend)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -89,6 +91,12 @@ class World(Place):
                     yield World(**asdict(place), **world)
         finally:
             heartbeat.stop()
+
+
+def keep_threads_within_quota() -> None:
+    """Compute with no more threads than a container's CPU quota keeps busy, unless OMP_NUM_THREADS says how many."""
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cpus():
+        torch.set_num_threads(usable_cpus())
 
 
 def _device_of(place: Place, backend: str) -> torch.device:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dist_trainer.cpu_count import usable_cpus
 from dist_trainer.distributed.world import World
 from dist_trainer.secrets import masked_command
 from dist_trainer.version import __version__
@@ -35,7 +36,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
         "device": device_name(world.device),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": usable_cpus(),
         "threads": torch.get_num_threads(),
         "world_size": world.world_size,
         "local_world_size": world.local_world_size,

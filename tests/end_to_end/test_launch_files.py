@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_trainer.cpu_count import usable_cpus
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = [*sorted((REPOSITORY / "launch").glob("*.sh")), REPOSITORY / "slurm/train.sh", REPOSITORY / ".ci/run"]
 
@@ -83,9 +85,8 @@ def test_scripts_please_shellcheck() -> None:
 
 def test_a_machine_without_gpu_trains_in_one_process_with_all_cores(stand_in: Path) -> None:
     done = launch("launch/local.sh", "--train.max_steps", "3", stand_in=stand_in)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert done.returncode == 0, done.stderr
-    assert f"RUN OMP_NUM_THREADS={cores} -m dist_trainer.train --train.max_steps 3" in done.stdout
+    assert f"RUN OMP_NUM_THREADS={usable_cpus()} -m dist_trainer.train --train.max_steps 3" in done.stdout
 
 
 def test_several_ranks_share_the_cores_under_torchrun(stand_in: Path) -> None:
