@@ -18,7 +18,7 @@ from dist_trainer.data.tokenization import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
-from dist_trainer.models.generation import can_generate, context_of, generate
+from dist_trainer.models.generation import can_generate, context_of, end_tokens, generate
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ def build_sample(tokenizer: Any, *, prompt: str, prompt_tokens: Sequence[int], m
             temperature=SAMPLE_TEMPERATURE,
             top_p=SAMPLE_TOP_P,
             seed=seed,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id={tokenizer.eos_token_id, *end_tokens(model)},
         ):
             tokens.append(token)
             if interrupted():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
@@ -12,6 +12,7 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.manifest import read_json
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 REPRESENTED_TYPES = ("llama", "mistral")
 TokenIds = int | list[int] | None
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -42,6 +43,22 @@ class HFModel:
     vocabulary_size: int
     max_position_embeddings: int
     token_ids: Mapping[str, TokenIds]
+    """The end tokens are those of generation_config.json and of config.json."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """The contents of generation_config.json; empty where there is none."""
+
+
+def joined_ids(*places: TokenIds) -> TokenIds:
+    """The token ids that stand in one of several places, each once: a list where there are several."""
+    lists = [place if isinstance(place, list | tuple) else [place] for place in places]
+    ids = list(dict.fromkeys(token for place in lists for token in place if token is not None))
+    return ids if len(ids) > 1 else next(iter(ids), None)
+
+
+def with_end_token(ends: TokenIds, trained: int | None) -> TokenIds:
+    """`ends` and the token that a run's texts end with, which comes first where it is not one of them."""
+    known = ends if isinstance(ends, list) else [ends]
+    return ends if trained in known else joined_ids(trained, ends)
 
 
 def hf_config(model: HFModel) -> dict[str, Any]:
@@ -86,6 +103,9 @@ def read_hf_config(folder: Path) -> HFModel:
     raw = read_json(path.resolve())  # the Hub's cache is made of links
     _refuse_what_differs(raw, path)
     _refuse_wrong_types(raw, path)
+    settings = folder / GENERATION_FILE
+    generation = read_json(settings.resolve()) if settings.is_file() else {}
+    _refuse_wrong_ids(generation, settings)
     try:
         size, heads = raw["hidden_size"], raw["num_attention_heads"]
         head_dim = raw.get("head_dim")
@@ -104,7 +124,8 @@ def read_hf_config(folder: Path) -> HFModel:
             **_read_scaling(raw, path),
         )
         token_ids = {key: raw.get(key) for key in TOKEN_IDS}
-        return HFModel(config, raw["vocab_size"], raw.get("max_position_embeddings", 2048), token_ids)
+        token_ids["eos_token_id"] = joined_ids(generation.get("eos_token_id"), raw.get("eos_token_id"))
+        return HFModel(config, raw["vocab_size"], raw.get("max_position_embeddings", 2048), token_ids, generation)
     except KeyError as error:
         raise ConfigError(f"{path}: the field {error} is missing") from error
 
@@ -157,6 +178,10 @@ def _refuse_wrong_types(raw: Mapping[str, Any], path: Path) -> None:
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if type(raw.get(name, False)) is not bool:
             raise ConfigError(f"{path}: {name} is {raw[name]!r}, not true or false")
+    _refuse_wrong_ids(raw, path)
+
+
+def _refuse_wrong_ids(raw: Mapping[str, Any], path: Path) -> None:
     for name in TOKEN_IDS:
         value = raw.get(name)
         if any(type(one) not in (int, type(None)) for one in (value if isinstance(value, list) else [value])):

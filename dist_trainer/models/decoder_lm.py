@@ -6,8 +6,9 @@ B batch, T sequence, D model, H query heads, G key and value heads, K head size,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from dist_trainer.config.llama_json import HFModel, TokenIds, hf_config, read_hf
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError
 from dist_trainer.models.attention import DocumentMask, attend, document_mask
-from dist_trainer.models.hf_format import HEAD, from_hf_names, locate_weights, read_hf_weights, write_hf
+from dist_trainer.models.hf_format import HEAD, check_tied_head, from_hf_names, locate_weights, read_hf_weights, write_hf
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
 from dist_trainer.models.meta import materialize, on_meta
 from dist_trainer.models.rotary import rotary_tables, rotate
@@ -153,8 +154,10 @@ class DecoderLM(nn.Module):
         bos_token_id: TokenIds = None,
         eos_token_id: TokenIds = None,
         pad_token_id: TokenIds = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> None:
-        """With torch's own first weights: call init_weights for those of a run, or load some.
+        """With torch's own first weights: call init_weights for those of a run, or load some. `generation`: the contents of
+        generation_config.json that checkpoints keep, of a model that is there already.
 
         Build inside `on_meta` and `materialize` to spare memory and time.
         """
@@ -163,6 +166,7 @@ class DecoderLM(nn.Module):
         self.vocabulary_size = vocabulary_size
         self.max_position_embeddings = max_position_embeddings
         self.token_ids = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        self.generation = generation
         self.embed_tokens = nn.Embedding(vocabulary_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -292,6 +296,7 @@ class DecoderLM(nn.Module):
                 described.vocabulary_size,
                 described.max_position_embeddings,
                 **described.token_ids,
+                generation=described.generation,
             )
         return materialize(model, torch.device(device))
 
@@ -300,20 +305,24 @@ class DecoderLM(nn.Module):
         another shape, or would be left over.
         """
         mine = dict(self.named_parameters())
-        missing = set(mine)
+        missing, tied_head = set(mine), None
         with torch.no_grad():
             for name, tensor in from_hf_names(read_hf_weights(folder)):
                 if name in mine:
                     mine[name].copy_(_fitting(tensor, mine[name], name, folder))
                     missing.discard(name)
-                elif name != HEAD:  # where embedding and head are tied, some files hold it all the same
+                elif name == HEAD:  # where embedding and head are tied, some files hold it all the same
+                    tied_head = tensor
+                else:
                     raise CheckpointError(f"the weights in {folder} hold {name}, of which its config.json says nothing")
         if missing:
             raise CheckpointError(f"the weights in {folder} are not whole: there is no {sorted(missing)[0]}")
+        if tied_head is not None:
+            check_tied_head(folder, tied_head, self.embed_tokens.weight)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the model into a folder that LlamaForCausalLM.from_pretrained opens."""
-        write_hf(Path(path), state=self.state_dict(), config=self.hf_config())
+        write_hf(Path(path), state=self.state_dict(), config=self.hf_config(), generation=self.generation)
 
     def hf_config(self) -> dict[str, object]:
         """The contents of config.json."""

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_trainer.config.llama_json import CONFIG_FILE, TOKEN_IDS
+from dist_trainer.config.llama_json import CONFIG_FILE, GENERATION_FILE, TOKEN_IDS
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.hub_access import is_in_hub_cache
 from dist_trainer.manifest import MANIFEST, read_json, verify
@@ -21,14 +22,21 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 _PREFIX = "model."
+_ROWS_COMPARED = 4096
 
 
-def write_hf(folder: Path, *, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write config.json, generation_config.json and model.safetensors; `state` is a DecoderLM's state_dict."""
+def write_hf(
+    folder: Path, *, state: Mapping[str, Tensor], config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors; `state` is a DecoderLM's state_dict.
+
+    `generation`: the generation settings of the model that training started from, if any; end tokens are those of `config`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation = {"_from_model_config": True, **{key: config.get(key) for key in TOKEN_IDS}}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    kept = generation or {"_from_model_config": True, **{key: config.get(key) for key in TOKEN_IDS}}
+    settings = {**kept, "eos_token_id": config.get("eos_token_id")}
+    (folder / GENERATION_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save_file(to_hf_names(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
@@ -66,17 +74,31 @@ def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
+def check_tied_head(folder: Path, head: Tensor, embedding: Tensor) -> None:
+    """Raises CheckpointError where the `head` that `folder` holds differs from the `embedding`, to which config.json ties it.
+
+    Compared in the embedding's number format, by parts: both are large.
+    """
+    same_shape = head.shape == embedding.shape
+    parts = zip(head.split(_ROWS_COMPARED), embedding.split(_ROWS_COMPARED), strict=False)
+    if not same_shape or not all(torch.equal(ours.to(theirs), theirs) for ours, theirs in parts):
+        raise CheckpointError(
+            f"the weights in {folder} hold an output head ({HEAD}) that differs from the embedding, but its config.json has "
+            "tie_word_embeddings true; set that to false to use the head, or remove the head from the file"
+        )
+
+
 def locate_weights(path: Path) -> Path:
     """The folder with weights that `path` means: itself, or the best, latest or newest checkpoint of a run folder.
 
     Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
     """
-    return _checked(find_model(path), CONFIG_FILE, WEIGHTS_FILE)
+    return _checked(find_model(path), CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
 
 
 def locate_shape(path: Path) -> Path:
-    """As `locate_weights`, where config.json alone will be read."""
-    return _checked(find_model(path), CONFIG_FILE)
+    """As `locate_weights`, where the weights will not be read."""
+    return _checked(find_model(path), CONFIG_FILE, GENERATION_FILE)
 
 
 def _checked(folder: Path, *names: str) -> Path:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_trainer.config.initial_model import SHAPE_FIELDS, contradictions, model_folder
-from dist_trainer.config.llama_json import CONFIG_FILE, read_hf_config
+from dist_trainer.config.llama_json import CONFIG_FILE, read_hf_config, with_end_token
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
@@ -69,7 +69,12 @@ def _from_folder(init_from: str, config: ModelConfig, context: ModelContext) -> 
     )
     if problems:
         raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
-    described = replace(described, config=replace(described.config, dropout=config.dropout))
+    ends = with_end_token(described.token_ids["eos_token_id"], context.eos_token_id)
+    described = replace(
+        described,
+        config=replace(described.config, dropout=config.dropout),
+        token_ids={**described.token_ids, "eos_token_id": ends},
+    )
     model = DecoderLM.like(described, device=context.device)
     if context.resumed_from is None:
         model.load_weights(folder)
@@ -104,6 +109,7 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
             f"model.init_from: {config.init_from!r} has no {WEIGHTS_FILE} on the Hub, or not in the local cache"
         )
     refuse_lack_of_room(model, context.vocabulary_size, context.sequence_length, name=f"model.init_from: the model in {folder}")
+    transformers_lm.add_end_token(model, context.eos_token_id)
     transformers_lm.make_savable(model)
     return model.to(context.device).train()
 
@@ -213,8 +219,8 @@ def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], N
     another module as they are named.
     """
     if isinstance(model, DecoderLM):
-        config = model.hf_config()
-        return lambda weights, folder: write_hf(folder, state=weights, config=config)
+        config, generation = model.hf_config(), model.generation
+        return lambda weights, folder: write_hf(folder, state=weights, config=config, generation=generation)
     if transformers_lm.is_of_transformers(model):
         return lambda weights, folder: transformers_lm.write_weights(model, weights, folder)
     return lambda weights, folder: save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})

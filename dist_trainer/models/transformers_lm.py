@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_trainer.config.llama_json import TokenIds, joined_ids, with_end_token
 from dist_trainer.errors import CheckpointError, ConfigError
-from dist_trainer.models.hf_format import INDEX_FILE, WEIGHTS_FILE
+from dist_trainer.models.hf_format import INDEX_FILE, WEIGHTS_FILE, check_tied_head
 from dist_trainer.models.loss import takes
 from dist_trainer.models.meta import NoFirstWeights
 
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.gguf", "*.safetensors")
 """Files that hold weights in a way that is not read here: by them a folder is told from one with a config.json alone."""
+NAMES_SHOWN = 4
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls keys and values of the tokens before: newer name, older name."""
 
@@ -83,7 +85,7 @@ def open_weights(folder: Path) -> Any:
             )
         except Exception as error:  # the library raises many kinds; each ends in one message
             raise _in_a_sentence(folder, error) from error
-    _refuse_gaps(folder, told)
+    _check_tensors(folder, model, told)
     return model
 
 
@@ -160,7 +162,7 @@ def copy_weights(model: Any, folder: Path) -> None:
             )
         except Exception as error:  # the library raises many kinds; each ends in one message
             raise CheckpointError(f"{folder}: its weights cannot be read ({error})") from error
-    _refuse_gaps(folder, told)
+    _check_tensors(folder, found, told)
     model.load_state_dict(found.state_dict())
 
 
@@ -186,8 +188,27 @@ def _positions_of(config: Any) -> int | None:
 
 def end_tokens(model: Any) -> set[int]:
     """Ids after which the model says that nothing follows."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return set(ids if isinstance(ids, list) else [ids]) - {None}
+    return _as_set(_ends(model))
+
+
+def add_end_token(model: Any, trained: int | None) -> None:
+    """Make checkpoints of `model` stop at the end token that its texts are `trained` to end with, besides those that it has."""
+    ends = with_end_token(_ends(model), trained)
+    settings, config = getattr(model, "generation_config", None), model.config.get_text_config()
+    if settings is not None:
+        settings.eos_token_id = ends
+    if trained not in _as_set(getattr(config, "eos_token_id", None)):
+        config.eos_token_id = trained  # some kinds of models take no list here
+
+
+def _ends(model: Any) -> TokenIds:
+    """Those of generation_config.json and of config.json."""
+    places = (getattr(model, "generation_config", None), model.config.get_text_config())
+    return joined_ids(*(getattr(place, "eos_token_id", None) for place in places))
+
+
+def _as_set(ids: TokenIds) -> set[int]:
+    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
 
 
 def next_logits(model: Any) -> Callable[[Tensor], Tensor]:
@@ -212,12 +233,24 @@ def next_logits(model: Any) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def _refuse_gaps(folder: Path, told: Mapping[str, Any]) -> None:
-    """What is missing, transformers would draw at random, on each rank another."""
+def _check_tensors(folder: Path, model: Any, told: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for what is missing, which transformers would draw at random, on each rank another, and for a head
+    apart from the embedding that it should be; warns of what is left over.
+    """
     for kind in ("missing_keys", "mismatched_keys"):
         if told.get(kind):
             first = sorted(map(str, told[kind]))[0]
             raise CheckpointError(f"the weights in {folder} are not whole: {first} is missing, or has another shape there")
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embedding.weight:
+        check_tied_head(folder, head.weight, embedding.weight)
+        model.tie_weights()
+    if left_over := sorted(map(str, told.get("unexpected_keys") or ())):
+        names = ", ".join(left_over[:NAMES_SHOWN]) + (", ..." if len(left_over) > NAMES_SHOWN else "")
+        log.warning(
+            "the weights in %s hold %d tensors that %s does not use: %s", folder, len(left_over), type(model).__name__, names
+        )
 
 
 def _in_a_sentence(folder: Path, error: Exception) -> ConfigError:
