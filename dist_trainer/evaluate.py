@@ -17,7 +17,7 @@ from typing import Any
 
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
+from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
 from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import model_folders
 from dist_trainer.place import place_of_this_process
@@ -263,4 +263,4 @@ def evaluate_tasks(asked: Asked) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

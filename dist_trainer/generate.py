@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_trainer.errors import ConfigError
-from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
+from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
 from dist_trainer.place import place_of_this_process
 from dist_trainer.tracking.formatting import printable
 from dist_trainer.user_path import user_path
@@ -255,4 +255,4 @@ def _ask() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

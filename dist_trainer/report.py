@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_trainer.errors import ConfigError
-from dist_trainer.exit_codes import EXIT_FINISHED, exit_code_of
+from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
 from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
@@ -68,4 +67,4 @@ def _run_of(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from dist_trainer.distributed.launch import begin_as_rank
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.errors import ConfigError
-from dist_trainer.exit_codes import exit_code_of, leave_with
+from dist_trainer.exit_codes import end_process, exit_code_of, leave_with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,5 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code_of(act)
 
 
+def console_script() -> NoReturn:
+    """`dist-train`."""
+    end_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

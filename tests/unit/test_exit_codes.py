@@ -126,3 +126,33 @@ def test_what_any_library_prints_to_stderr_is_masked_while_a_command_runs(capsys
     assert exit_code_of(act) == 0
     assert capsys.readouterr().err == "using ***\n"
     assert sys.stderr is before
+
+
+ENDS = """
+import atexit, ctypes, sys, threading, time
+atexit.register(print, "registered before")
+from dist_trainer.exit_codes import end_process
+if {without}:
+    del atexit._run_exitfuncs
+class CleanedUp:
+    def __del__(self):
+        print("cleaned up")
+kept = CleanedUp()
+kept.itself = kept
+atexit.register(print, "registered after")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread done"))).start()
+ctypes.CDLL(None).puts(b"printed by C")
+print("printed", end=" ")
+end_process(75)
+"""
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_a_command_leaves_nothing_undone_but_the_interpreter_s_own_clean_up(without):
+    """With the private function of atexit that skips it, and without, should a later Python lack it."""
+    done = subprocess.run([sys.executable, "-c", ENDS.format(without=without)], capture_output=True, text=True, timeout=60)
+    lines = ["printed thread done", "registered after", "registered before"]
+    assert [line for line in done.stdout.splitlines() if line in lines] == lines
+    assert "printed by C" in done.stdout
+    assert ("cleaned up" in done.stdout) is without
+    assert (done.returncode, done.stderr) == (75, "")
