@@ -27,7 +27,7 @@ if tuple(map(int, v.split('.')[:2])) >= tuple(map(int, '$TORCH_FLOOR'.split('.')
 }
 
 # One set-up at a time: `make train` and `make test` may be started side by side.
-if command -v flock >/dev/null; then exec 9<pyproject.toml && flock 9; fi
+if command -v flock >/dev/null; then exec 9<pyproject.toml && { flock 9 || say "without a lock: start only one at a time"; }; fi
 
 # --- the virtual environment --------------------------------------------------------------------
 check_python() {

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from dist_trainer.checkpoint.run_lock import LOCK_FILE, RunLock
 from dist_trainer.checkpoint.state import Progress
-from dist_trainer.checkpoint.storage import make_folder, put_out_of_the_way, sweep, sync, write_atomically
+from dist_trainer.checkpoint.storage import make_folder, put_out_of_the_way, sweep, write_atomically
 from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.file_systems import sync
 
 log = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_trainer.errors import CheckpointError
+from dist_trainer.file_systems import NO_LOCKS
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,6 @@ SECONDS_FOR_THE_LIVING = 1.5
 SECONDS_FOR_THE_DEAD = 5.0
 _PAUSE_SECONDS = 0.1
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
-_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _OWNER = re.compile(r"host (?P<host>.*), pid (?P<pid>\d+), since (?P<since>.*)\n")
 
 _held: set[int] = set()
@@ -109,7 +109,7 @@ class RunLock:
                 owner = None  # whoever made it has removed its folder in between
             except OSError as error:
                 owner = Owner.named_in(file)
-                if error.errno in _NO_LOCKS_HERE:
+                if error.errno in NO_LOCKS:
                     self._refuse_a_living_neighbour(owner)
                     return file
                 if error.errno not in _TAKEN:

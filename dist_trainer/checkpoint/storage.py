@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.file_systems import NO_LINKS, sync, warn_once
 from dist_trainer.manifest import MANIFEST, describe_files
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,6 @@ STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
 ASIDE_PREFIX = ".aside-"
 DAMAGED_PREFIX = "damaged-"
-_NOT_FOR_FOLDERS = (errno.EINVAL, errno.ENOTSUP)
-"""What some network file systems answer to an fsync of a folder."""
 
 
 def publish(folder: Path, write: Callable[[Path], None], *, facts: dict[str, Any]) -> None:
@@ -60,7 +59,8 @@ def _seal(staging: Path, facts: dict[str, Any]) -> None:
     readable = staging.stat().st_mode & 0o666  # as the user's umask has it; safetensors makes private files
     for path in sorted(staging.rglob("*")):
         if path.is_file():
-            path.chmod(readable)
+            with contextlib.suppress(OSError):  # vfat, CIFS and FUSE mounts may refuse it, and nothing relies on it
+                path.chmod(readable)
             sync(path)
     manifest = staging / MANIFEST
     manifest.write_text(describe_files(staging, facts), encoding="utf-8")
@@ -86,7 +86,7 @@ def write_atomically(path: Path, text: str) -> None:
 def point(link: Path, target: Path) -> None:
     """Make `link` a symbolic link to `target`, a sibling; readers see the old or the new one.
 
-    What else may stand under its name is renamed out of the way.
+    What else may be there under its name is renamed. Where the file system has no links a warning says so, once.
     """
     if points_at(link) == target.name:
         return
@@ -94,7 +94,13 @@ def point(link: Path, target: Path) -> None:
         put_out_of_the_way(link)
     staging = link.with_name(f"{STAGING_PREFIX}{link.name}")
     remove(staging)
-    staging.symlink_to(target.name)
+    try:
+        staging.symlink_to(target.name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        warn_once(link.parent, "symbolic links are", error, "checkpoints are saved all the same, without `latest` and `best`")
+        return
     os.replace(staging, link)
     sync(link.parent)
 
@@ -144,8 +150,7 @@ def make_folder(path: Path) -> None:
         return
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
-    with contextlib.suppress(PermissionError):  # a folder that may be written in, but not listed
-        sync(path.parent)
+    sync(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -154,18 +159,6 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Return when the content of a file, or the names in a folder, survive a power cut. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NOT_FOR_FOLDERS or not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def refusal_of_the_disk(error: BaseException) -> str | None:

@@ -10,6 +10,8 @@ from typing import IO
 
 import numpy as np
 
+from dist_trainer.file_systems import sync_file
+
 CHUNK_BYTES = 1 << 22
 
 
@@ -29,7 +31,7 @@ class GrowingFile:
 
     def __init__(self, path: Path, extent: Extent) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        self._file = os.fdopen(descriptor, "r+b")
+        self._path, self._file = path, os.fdopen(descriptor, "r+b")
         self._hash = hashlib.sha256()
         try:
             self.num_bytes = self._read(extent.num_bytes)
@@ -56,7 +58,7 @@ class GrowingFile:
 
     def secure(self) -> Extent:
         """Return when all that was appended would survive a power cut."""
-        sync(self._file)
+        sync(self._file, self._path)
         return Extent(self.num_bytes, self._hash.hexdigest())
 
     def close(self) -> None:
@@ -64,7 +66,7 @@ class GrowingFile:
         self._file.close()
 
 
-def sync(file: IO[bytes]) -> None:
-    """Write out what Python and the system hold back."""
+def sync(file: IO[bytes], path: Path) -> None:
+    """Write out what Python and the system hold back of the open `file`, which `path` names."""
     file.flush()
-    os.fsync(file.fileno())
+    sync_file(file.fileno(), path)

@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -149,7 +148,7 @@ def _write_store(
     }
     with (staging / "index.json").open("wb") as file:
         file.write(json.dumps(index, indent=2).encode())
-        sync(file)
+        sync(file, staging / "index.json")
     for name in ("ends.bin", PROGRESS):
         (staging / name).unlink()
     return index["tokens"]
@@ -163,7 +162,7 @@ def _write_offsets(staging: Path) -> int:
     offsets[1:] = ends
     offsets.flush()
     with (staging / "offsets.npy").open("rb") as file:
-        os.fsync(file.fileno())
+        sync(file, staging / "offsets.npy")
     return len(ends)
 
 
@@ -212,7 +211,7 @@ class _Unfinished:
         new = self._progress.with_suffix(".new")
         with new.open("wb") as file:
             file.write(json.dumps(asdict(progress), indent=2).encode())
-            sync(file)
+            sync(file, new)
         new.replace(self._progress)
         self._when_recorded = time.monotonic()
         return progress

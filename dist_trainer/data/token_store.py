@@ -33,6 +33,7 @@ from dist_trainer.data.store_building import (
 from dist_trainer.data.template import TextOf
 from dist_trainer.data.tokenization import Tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError
+from dist_trainer.file_systems import NO_LOCKS
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,9 @@ def token_store(
             _build(folder, split, tokenizer, text, is_marked, max_bad_records)
         store = _open(folder, key, is_marked=is_marked)
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error or "its file system has no locks"
+        reason: object = "its file system has no locks"
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            reason = error.strerror or error
         raise DataError(
             f"data.cache_dir: {cache_dir} cannot be used ({reason}); make room there, or name another folder with "
             "--data.cache_dir or DIST_TRAINER_CACHE"

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from dist_trainer.file_systems import sync_file, sync_folder
+
 _BLOCK_BYTES = 4096
 """The smallest piece in which file systems give out room: a file that stays within it needs no more."""
 
@@ -23,25 +25,13 @@ def replace_file(path: Path, chunks: Iterable[bytes], *, durable: bool) -> None:
             file.writelines(chunks)
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno(), path)
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
     if durable:
         sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Return when the names in `folder` survive a power cut, as far as its file system can promise that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def replace_or_overwrite(path: Path, data: bytes, *, durable: bool) -> None:
@@ -59,6 +49,6 @@ def replace_or_overwrite(path: Path, data: bytes, *, durable: bool) -> None:
             # One write, and blanks over what was longer: a reader never finds the end of the old behind the new.
             os.pwrite(file, data.ljust(os.fstat(file).st_size), 0)
             if durable:
-                os.fsync(file)
+                sync_file(file, path)
         finally:
             os.close(file)

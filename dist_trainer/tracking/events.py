@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.file_systems import sync_file, sync_folder
 from dist_trainer.secrets import masked
-from dist_trainer.tracking.atomic_file import sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def append_event(folder: Path, event: str, *, step: int, durable: bool = False, 
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
             os.write(file, b"\n" + line if torn else line)
             if durable:
-                os.fsync(file)
+                sync_file(file, path)
                 sync_folder(path.parent)
         finally:
             os.close(file)

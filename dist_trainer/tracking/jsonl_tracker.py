@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.tracking.atomic_file import replace_file, sync_folder
+from dist_trainer.file_systems import sync_file, sync_folder
+from dist_trainer.tracking.atomic_file import replace_file
 from dist_trainer.tracking.run_context import METRICS_FILE, RunContext
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class JsonlTracker:
         """Return when all lines are on the disk; those that come meanwhile do not wait for it."""
         with self._writing:
             file = self._write_pending()
-        os.fsync(file)
+        sync_file(file, self._path)
 
     def close(self, *, state: str, reason: str | None) -> None:
         """Write what is left and close the file."""
@@ -134,7 +135,7 @@ def _cut_off(path: Path, size: int) -> None:
     file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(file, size)
-        os.fsync(file)
+        sync_file(file, path)
     finally:
         os.close(file)
 

@@ -10,7 +10,7 @@ from tests.architecture.sources import PACKAGE, REPOSITORY, imports_of_the_packa
 GROUND = {"version", "errors", "secrets"}
 FLOORS = [
     GROUND,
-    {"place", "cache_dir", "cpu_count", "cpu_memory", "manifest", "model_folders", "hub_access", "user_path"},
+    {"place", "cache_dir", "cpu_count", "cpu_memory", "file_systems", "manifest", "model_folders", "hub_access", "user_path"},
     {"config", "exit_codes"},
     {"distributed", "compilers"},
     {"models", "data", "optim", "parallel", "precision"},

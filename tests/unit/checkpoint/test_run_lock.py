@@ -1,5 +1,6 @@
 """One job a run folder: who holds it is named, and a dead one holds nothing."""
 
+import errno
 import fcntl
 import os
 import re
@@ -113,9 +114,10 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
     assert victim.read_text() == "precious"
 
 
-def test_where_a_file_system_has_no_locks_a_living_neighbour_is_known_by_name(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EPERM])
+def test_where_a_file_system_has_no_locks_a_living_neighbour_is_known_by_name(tmp_path, monkeypatch, caplog, number):
     def refuse(*_):
-        raise OSError(run_lock._NO_LOCKS_HERE[0], "no locks")
+        raise OSError(number, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(run_lock.log, "propagate", True)

@@ -1,0 +1,66 @@
+"""What some file systems refuse, such as vfat, CIFS and FUSE mounts: a run does without where it can, and says so once."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+NO_SUCH_OPERATION = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
+"""What a file system answers that does not have an operation, whatever it is asked to do it to."""
+NO_LOCKS = NO_SUCH_OPERATION | {errno.ENOLCK, errno.EPERM}
+NO_LINKS = NO_SUCH_OPERATION | {errno.EPERM}
+_NO_SYNC_OF_FOLDERS = NO_SUCH_OPERATION | {errno.EBADF, errno.EPERM, errno.EACCES}
+
+_said: set[tuple[str, int]] = set()
+
+
+def warn_once(folder: Path, what: str, error: OSError, consequence: str) -> None:
+    """Warn of what the file system of `folder` refuses, and of what follows from that; once for each in a process."""
+    device = folder.stat().st_dev
+    if (what, device) not in _said:
+        _said.add((what, device))
+        log.warning("%s: %s refused by this file system (%s); %s", folder, what, error.strerror, consequence)
+
+
+def sync_file(file: int, path: Path) -> None:
+    """Return when the content of the open `file`, which `path` names, survives a power cut, as far as its file system can
+    promise that. Raises OSError.
+    """
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in NO_SUCH_OPERATION:
+            raise
+        warn_once(path.parent, "fsync is", error, "a power cut may cost what was written last")
+
+
+def sync_folder(folder: Path) -> None:
+    """Return when the names in `folder` survive a power cut, as far as its file system can promise that. Raises OSError."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written in, but not listed
+        return
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in _NO_SYNC_OF_FOLDERS:
+            raise
+        warn_once(folder, "fsync of a folder is", error, "a power cut may cost the newest files in it")
+    finally:
+        os.close(file)
+
+
+def sync(path: Path) -> None:
+    """Sync a file, or a folder's names. Raises OSError."""
+    if path.is_dir():
+        sync_folder(path)
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        sync_file(file, path)
+    finally:
+        os.close(file)
