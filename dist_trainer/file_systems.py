@@ -18,12 +18,13 @@ _NO_SYNC_OF_FOLDERS = NO_SUCH_OPERATION | {errno.EBADF, errno.EPERM, errno.EACCE
 _said: set[tuple[str, int]] = set()
 
 
-def warn_once(folder: Path, what: str, error: OSError, consequence: str) -> None:
+def warn_once(folder: Path, what: str, error: Exception, consequence: str) -> None:
     """Warn of what the file system of `folder` refuses, and of what follows from that; once for each in a process."""
     device = folder.stat().st_dev
     if (what, device) not in _said:
         _said.add((what, device))
-        log.warning("%s: %s refused by this file system (%s); %s", folder, what, error.strerror, consequence)
+        reason = getattr(error, "strerror", None) or error
+        log.warning("%s: %s refused by this file system (%s); %s", folder, what, reason, consequence)
 
 
 def sync_file(file: int, path: Path) -> None:

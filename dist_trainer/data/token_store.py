@@ -14,11 +14,12 @@ import json
 import logging
 import os
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from dist_trainer.data.split import Split
 from dist_trainer.data.store_building import (
@@ -33,7 +34,7 @@ from dist_trainer.data.store_building import (
 from dist_trainer.data.template import TextOf
 from dist_trainer.data.tokenization import Tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError
-from dist_trainer.file_systems import NO_LOCKS
+from dist_trainer.file_systems import NO_LOCKS, warn_once
 
 log = logging.getLogger(__name__)
 
@@ -95,15 +96,13 @@ def token_store(
                 )
             return store
         _sweep(cache_dir / "tokens")
-        with FileLock(_lock_of(folder)):
+        with _locked(folder):
             if (store := _open(folder, key, is_marked=is_marked)) is not None:
                 return store
             _build(folder, split, tokenizer, text, is_marked, max_bad_records)
         store = _open(folder, key, is_marked=is_marked)
     except (OSError, NotImplementedError) as error:
-        reason: object = "its file system has no locks"
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            reason = error.strerror or error
+        reason = getattr(error, "strerror", None) or error or "its file system has no locks"
         raise DataError(
             f"data.cache_dir: {cache_dir} cannot be used ({reason}); make room there, or name another folder with "
             "--data.cache_dir or DIST_TRAINER_CACHE"
@@ -111,6 +110,23 @@ def token_store(
     if store is None:
         raise DataError(f"data.cache_dir: the token store in {folder} was damaged as soon as it was written")
     return store
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Generator[None]:
+    """Alone with the store `folder`, among all processes; where the file system has no locks a warning says so."""
+    lock = FileLock(_lock_of(folder))
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise
+        advice = "start no second run on the same data while its tokens are prepared"
+        warn_once(folder.parent, "locks are", error, advice)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _lock_of(folder: Path) -> Path:
@@ -127,7 +143,7 @@ def _sweep(stores: Path) -> None:
         if seconds_since_progress(half) < SECONDS_KEPT:
             continue
         lock = FileLock(_lock_of(stores / half.name.removeprefix(_BUILDING)), timeout=0)
-        with contextlib.suppress(Timeout, NotImplementedError), lock:
+        with contextlib.suppress(OSError, NotImplementedError), lock:  # also Timeout, which is one
             remove(half)
 
 

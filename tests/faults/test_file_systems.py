@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -35,16 +36,10 @@ def refuse(function: str, number: int, *, of_folders: bool = False) -> Fault:
 
 def no_locks(number: int) -> Fault:
     def lay() -> None:
-        from dist_trainer.checkpoint import run_lock
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
 
-        class NoLocks:
-            LOCK_EX, LOCK_NB = run_lock.fcntl.LOCK_EX, run_lock.fcntl.LOCK_NB
-
-            @staticmethod
-            def flock(*_):
-                raise OSError(number, os.strerror(number))
-
-        run_lock.fcntl = NoLocks
+        fcntl.flock = flock
 
     return lay
 
@@ -59,7 +54,8 @@ def no_locks(number: int) -> Fault:
     ],
     ids=["chmod", "fsync of folders", "fsync", "locks"],
 )
-def test_what_a_file_system_refuses_costs_at_most_a_warning(run, undisturbed, refusals, said):
+def test_what_a_file_system_refuses_costs_at_most_a_warning(run, undisturbed, tmp_path, monkeypatch, refusals, said):
+    monkeypatch.setenv("DIST_TRAINER_CACHE", str(tmp_path / "cache"))
     saved = do(lambda trainer: trainer.checkpoints.wait(), at_step=8)
     assert run.start(*refusals, saved, kill(at_step=8)).was_killed
     ended = run.start(*refusals)
