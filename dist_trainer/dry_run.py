@@ -120,7 +120,6 @@ def rehearse(trainer: Trainer) -> Cost:
     where the first loss or gradient is not finite.
     """
     world, steps, validations = trainer.world, *left_to_do(trainer)
-    trainer.model.train()
     world.heartbeat.at("warming up", step=trainer.progress.step)
     trainer.warm_up()
     micro_batches, target_tokens = largest_step(trainer)

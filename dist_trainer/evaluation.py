@@ -16,6 +16,8 @@ from dist_trainer.data.batch import Batch
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.collectives import all_reduce_sum
 from dist_trainer.distributed.world import World
+from dist_trainer.models.evaluation_mode import evaluation_mode
+from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.precision import Precision
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -101,17 +103,15 @@ def evaluate(
     started = time.perf_counter()
     losses = torch.zeros(num_blocks, dtype=torch.float64, device=world.device)
     target_tokens, text_bytes, cut_short = 0, 0, False
-    was_training = model.training
-    model.eval()
-    for index, batch in enumerate(batches):
-        world.heartbeat.at("validating")
-        if cut_short := interrupted():
-            break
-        target_tokens += batch.num_targets()
-        text_bytes += 0 if token_bytes is None else token_bytes.count(batch)
-        with precision.autocast():
-            losses[world.rank + index * world.world_size] = loss_function(model, batch.to(world.device))
-    model.train(was_training)
+    with evaluation_mode(model), Buffers(model, world).unchanged():
+        for index, batch in enumerate(batches):
+            world.heartbeat.at("validating")
+            if cut_short := interrupted():
+                break
+            target_tokens += batch.num_targets()
+            text_bytes += 0 if token_bytes is None else token_bytes.count(batch)
+            with precision.autocast():
+                losses[world.rank + index * world.world_size] = loss_function(model, batch.to(world.device))
 
     # Other ranks' blocks are exact zeros here, so the reduction only collects.
     facts = torch.tensor([target_tokens, text_bytes, int(cut_short)], dtype=torch.float64, device=world.device)

@@ -34,6 +34,7 @@ from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.optimizers import make_averages
 from dist_trainer.optim.schedules import build_schedule, total_steps
+from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.registry import gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample, log_sample, sample_is_due
@@ -85,6 +86,7 @@ class Trainer:
         self.progress = Progress()
 
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.buffers = Buffers(unwrap(model), world)
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
         if not isinstance(train_data.sampler, GlobalOrderSampler):
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
@@ -116,7 +118,6 @@ class Trainer:
 
     def _fit(self) -> TrainingResult:
         self._saved_step = self.progress.step
-        self.model.train()  # Hugging Face's from_pretrained leaves it in evaluation mode
         with self.world.stop_request.listen():
             try:
                 self._at("warming up")
@@ -202,6 +203,7 @@ class Trainer:
             group["lr"] = learning_rate
         self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.share()
 
         loss_sum = sum(losses[1:], losses[0])
         self.progress.note_step(target_tokens)
@@ -231,6 +233,8 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
+        if not unwrap(self.model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
+            self.model.train()
         data = (self.train_data, self.validation_data)
         warm_up(self.model, *data, self.world, self.precision, self.loss_function, self.products)
         make_averages(self.optimizer)

@@ -15,6 +15,8 @@ from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import agree
 from dist_trainer.distributed.world import World
 from dist_trainer.evaluation import LossFunction
+from dist_trainer.models.evaluation_mode import evaluation_mode
+from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.compilation import compiling_for_cpu, is_compiled
 from dist_trainer.parallel.compile_cache import number_format_in_key
 from dist_trainer.parallel.registry import gradient_sync, unwrap
@@ -34,7 +36,7 @@ def warm_up(
     """Compile where a signal can break it off, not in the first step, and bring DDP into the state it has in a run that never
     stopped.
 
-    Training, in contexts that `products` makes, and validation are compiled apart. Leaves gradients of zero. Raises
+    Training, in contexts that `products` makes, and validation are compiled apart. Buffers keep their values. Raises
     StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two
     ranks that changes the order of summation, hence the last bits, of just the first step after a resume.
     """
@@ -52,16 +54,12 @@ def warm_up(
         if validation_data is None or (first := next(iter(validation_data), None)) is None:
             return  # there are more ranks than blocks of rows
         evaluated = unwrap(model)
-        was_training = evaluated.training
-        evaluated.eval()
-        try:
-            with torch.no_grad(), precision.autocast():
-                for rows in _rows_of_blocks(validation_data):
-                    loss_function(evaluated, first.first_rows(rows).shortened(shorter_by).to(world.device))
-        finally:
-            evaluated.train(was_training)
+        with evaluation_mode(evaluated), torch.no_grad(), precision.autocast():
+            for rows in _rows_of_blocks(validation_data):
+                loss_function(evaluated, first.first_rows(rows).shortened(shorter_by).to(world.device))
 
     with ExitStack() as conditions:
+        conditions.enter_context(Buffers(unwrap(model), world).unchanged())
         conditions.enter_context(number_format_in_key(precision.name))
         if world.device.type == "cpu":
             conditions.enter_context(large_blocks_apart())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +18,10 @@ IGNORED_TARGET = -100
 class Batch:
     """Rows of tokens and what should follow each of them."""
 
-    tokens: Tensor
-    """int64, B x T."""
+    tokens: Any
+    """int64, B x T. From a data set of your own any inputs: a tensor, or tensors in dictionaries and lists, B first."""
     targets: Tensor
-    """int64, B x T: the token that follows, or IGNORED_TARGET."""
+    """int64, B x T: the token that follows, or IGNORED_TARGET. From a data set of your own of any shape, B first."""
 
     documents: Tensor | None = None
     """int32, B x T: the number of each token's document within its row, ascending, where documents must not attend to each
@@ -45,7 +46,7 @@ class Batch:
 
     def shortened(self, by: int) -> Batch:
         """The same rows without their last `by` positions."""
-        return self._each(lambda part: part[:, : part.shape[1] - by].contiguous())
+        return self if by == 0 else self._each(lambda part: part[:, : part.shape[1] - by].contiguous())
 
     def widened(self, length: int) -> Batch:
         """Rows of `length` positions, each repeated from its beginning to fill them."""
@@ -71,9 +72,23 @@ class Batch:
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of the batch until `stream` has done what it was told so far, even if it is let go of here."""
-        for part in (self.tokens, self.targets, self.documents):
-            if part is not None:
-                part.record_stream(stream)
+
+        def record(part: Tensor) -> Tensor:
+            part.record_stream(stream)
+            return part
+
+        self._each(record)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(change(self.tokens), change(self.targets), None if self.documents is None else change(self.documents))
+        documents = None if self.documents is None else change(self.documents)
+        return Batch(_each_tensor(self.tokens, change), change(self.targets), documents)
+
+
+def _each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: _each_tensor(part, change) for name, part in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return [_each_tensor(part, change) for part in inputs]
+    return inputs

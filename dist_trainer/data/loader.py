@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dist_trainer.config.loading import validated
@@ -48,8 +49,9 @@ def create_dataloaders(
     """Loaders of `Batch`es of a micro-batch's rows, for this rank of `world` (default: a single process).
 
     Loads, tokenises (once per content, whatever the number of ranks), splits and packs what `config.data` names; or takes
-    your own map-style `train_dataset` and `validation_dataset` of (inputs, targets) pairs, where a target of -100 carries
-    no loss. Raises DataError, ConfigError; the same on every rank.
+    your own map-style `train_dataset` and `validation_dataset`. Their items are (inputs, targets) pairs, or dictionaries with
+    these two keys. Inputs are tensors, arrays or numbers, or dictionaries of these; targets are one of these, and a target of
+    -100 is not trained on. Raises DataError, ConfigError; the same on every rank.
     """
     validated(config)
     world = world or World.single()
@@ -59,8 +61,8 @@ def create_dataloaders(
                 "data.document_mask: is true, but nothing says where documents end in a train_dataset of your own; set it to "
                 "false, and give rows as Batches with `documents` where they are to be kept apart"
             )
-        train = Rows(train_dataset, collate_pairs)
-        validation = None if validation_dataset is None else Rows(validation_dataset, collate_pairs)
+        train = _own_rows(train_dataset, "train_dataset")
+        validation = None if validation_dataset is None else _own_rows(validation_dataset, "validation_dataset")
     else:
         chosen = _agreed_tokenizer(config, world, tokenizer)
         train, validation = first_on_each_node(world, lambda: train_and_validation_rows(config.data, chosen))
@@ -86,6 +88,18 @@ def create_validation_loader(
     if world.is_main and rows.remark:
         log.warning("data to validate on: %s", rows.remark)
     return _validation_loader(rows, config, world, key=key)
+
+
+def _own_rows(dataset: Dataset, name: str) -> Rows:
+    """The rows of a user's own data set. Raises DataError where they cannot be trained on, by the first one."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(f"{name}: a {type(dataset).__name__} has no __len__ or no __getitem__; give a map-style data set")
+    if len(dataset) > 0:  # type: ignore[arg-type]
+        try:
+            collate_pairs([dataset[0]])
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
+    return Rows(dataset, collate_pairs)
 
 
 def _agreed_tokenizer(config: TrainingConfig, world: World, tokenizer: Tokenizer | None) -> Tokenizer:
@@ -156,9 +170,27 @@ def _loader(rows: Rows, sampler: Any, config: TrainingConfig, world: World) -> D
 
 
 def collate_pairs(pairs: Sequence[Any]) -> Batch:
-    """(inputs, targets) pairs, or Batches of a row, to one Batch."""
+    """One Batch of (inputs, targets) pairs, dictionaries with these keys, or Batches of a row. Raises ValueError for others."""
     if isinstance(pairs[0], Batch):
         documents = None if pairs[0].documents is None else torch.stack([p.documents for p in pairs])
         return Batch(torch.stack([p.tokens for p in pairs]), torch.stack([p.targets for p in pairs]), documents)
-    inputs, targets = default_collate(list(pairs))
+    pairs = [_pair_of(item) for item in pairs]
+    inputs, targets = default_collate(pairs)
+    if not isinstance(targets, Tensor):
+        raise ValueError(f"targets are a {type(pairs[0][1]).__name__}; give one tensor, array or number")
     return Batch(inputs, targets)
+
+
+def _pair_of(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        if item.keys() != {"inputs", "targets"}:
+            raise ValueError(
+                f"its items are dictionaries with the keys {', '.join(map(str, item))}; give them the keys inputs and targets "
+                "(inputs may be a dictionary of its own), or give (inputs, targets) pairs. The targets are what the model's "
+                "output is compared with as it is: labels of Hugging Face's causal models have to be shifted by one token"
+            )
+        return item["inputs"], item["targets"]
+    if not isinstance(item, list | tuple) or len(item) != 2:
+        size = f" of {len(item)}" if isinstance(item, list | tuple) else ""
+        raise ValueError(f"its items are a {type(item).__name__}{size}; give (inputs, targets) pairs")
+    return item[0], item[1]

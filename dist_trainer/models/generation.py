@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dist_trainer.errors import ConfigError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
+from dist_trainer.models.evaluation_mode import evaluation_mode
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -56,9 +57,7 @@ def generate(
     ends = eos_token_id if isinstance(eos_token_id, Collection) else {eos_token_id}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         logits_after = _next_logits(model)
         new = torch.tensor([list(prompt_tokens)], device=device)
         for _ in range(min(max_new_tokens, room)):
@@ -69,8 +68,6 @@ def generate(
                 return
             yield token
             new = torch.tensor([[token]], device=device)
-    finally:
-        model.train(was_training)
 
 
 def _next_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -171,18 +172,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """Sum of the token losses of `batch` under `model`.
 
-    A model whose forward takes `targets` sums its own loss; of any other the output is logits, or carries them as
-    `.logits` (Hugging Face). Raises ConfigError where the batch's documents are to be kept apart and the model cannot.
+    Inputs that are a dictionary are passed to the model by name. A model whose forward takes `targets` sums its own loss; of
+    any other the output is logits, or carries them as `.logits` (Hugging Face). Raises ConfigError where the batch's documents
+    are to be kept apart and the model cannot.
     """
-    apart = {}
+    by_name = isinstance(batch.tokens, Mapping)
+    inputs, named = ((), dict(batch.tokens)) if by_name else ((batch.tokens,), {})
     if getattr(batch, "documents", None) is not None:
         refuse_model_without_documents(model)
-        apart["documents"] = batch.documents
+        named["documents"] = batch.documents
     if takes(model, "targets"):
-        return model(batch.tokens, batch.targets, **apart)
-    # Keys and values of all tokens, which nobody reads, would stay in memory until the backward pass.
-    uncached = {"use_cache": False} if takes(model, "use_cache") else {}
-    output = model(batch.tokens, **apart, **uncached)
+        return model(*inputs, targets=batch.targets, **named)
+    if takes(model, "use_cache"):
+        # Keys and values of all tokens, which nobody reads, would stay in memory until the backward pass.
+        named["use_cache"] = False
+    output = model(*inputs, **named)
     return cross_entropy_sum(getattr(output, "logits", output), batch.targets)
 
 

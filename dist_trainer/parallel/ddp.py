@@ -19,14 +19,16 @@ _COMPILER = "torch._dynamo"
 
 
 def ddp(model: nn.Module, world: World) -> nn.Module:
-    """`model` in torch's DistributedDataParallel; its weights become rank 0's. One process has no one to average with."""
+    """`model` in torch's DistributedDataParallel, with rank 0's weights and buffers. A single process trains it as it is."""
     if world.world_size == 1:
         return model
-    return _kind_for(model)(
+    wrapped = _kind_for(model)(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
+    wrapped.broadcast_buffers = False  # not before each forward pass, as the trainer shares them at the end of each step
+    return wrapped
 
 
 def _kind_for(model: nn.Module) -> type[DistributedDataParallel]:

@@ -109,16 +109,6 @@ def test_a_changed_config_is_refused_by_naming_the_keys_and_never_begins_anew(fi
     assert "has finished its 20 steps already" in said.stderr
 
 
-def test_the_library_example_of_the_docs_runs(tmp_path):
-    text = (ROOT / "docs" / "library.md").read_text()
-    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    assert len([line for line in example.splitlines() if line.strip()]) <= 26
-    (tmp_path / "example.py").write_text(example)
-    done = subprocess.run([sys.executable, tmp_path / "example.py"], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    assert float(re.search(r"best_loss=([\d.]+)", done.stdout)[1]) < 0.2
-
-
 WRONG = {
     "unknown key": (["--model.hiden_size", "3"], "did you mean model.hidden_size?"),
     "wrong type": (["--seed", "x"], "seed: 'x' is not a whole number"),

@@ -1,0 +1,187 @@
+"""Modules of a user's own, trained from Python on several ranks: the programs of docs/library.md, and what holds for any."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_trainer import CheckpointManager, Trainer, TrainingConfig, World, create_dataloaders, parallelize, weights_writer
+from dist_trainer.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    OptimConfig,
+    TrackingConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from dist_trainer.models.registry import load_weights
+from dist_trainer.optim.optimizers import build_optimizer
+from tests.distributed.ranks import run_ranks
+
+ROWS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 9, 200)[:, None]
+PAIRS = [(row, (row.sum() > 0).long()) for row in ROWS]
+CONFIG = TrainingConfig(
+    batch=BatchConfig(global_batch_size=24, micro_batch_size=4),
+    optim=OptimConfig(learning_rate=1e-2),
+    train=TrainConfig(max_steps=8),
+    validation=ValidationConfig(every_steps=4),
+    checkpoint=CheckpointConfig(every_steps=4),
+    tracking=TrackingConfig(log_every_steps=1),
+)
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "library.md").read_text("utf-8")
+EXAMPLES = [code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) if "World.join" in code]
+
+
+def run_example(code: str, folder: Path) -> Any:
+    """What the program's trainer ends with, run in `folder` on this rank as a file would be."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    found: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(code, "docs/library.md", "exec"), found)
+    return found["trainer"].progress
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("example", range(len(EXAMPLES)))
+def test_the_programs_of_the_page_run(example, world_size, tmp_path):
+    outcomes = run_ranks(world_size, lambda: run_example(EXAMPLES[example], tmp_path))
+    assert {progress.step for progress in outcomes} == {[100, 300][example]}
+    if example == 0:
+        assert outcomes[0].best_loss == pytest.approx(0.0702761, rel=1e-4), "the losses are the same on any number of ranks"
+
+
+def test_the_program_that_saves_resumes_on_another_number_of_ranks(tmp_path):
+    _, code = EXAMPLES
+    run_ranks(2, lambda: run_example(code.replace("max_steps=300", "max_steps=150"), tmp_path))
+    assert (tmp_path / "runs/sine/checkpoints/latest").resolve().name == "step-00000150"
+    resumed = code.replace("trainer.resume(folder)", "assert trainer.resume(folder)")
+    assert run_ranks(1, lambda: run_example(resumed, tmp_path))[0].step == 300
+
+
+def test_the_first_program_is_short():
+    assert len([line for line in EXAMPLES[0].splitlines() if line.strip()]) <= 26
+
+
+def test_a_model_that_is_compiled_trains_on_targets_of_one_number(monkeypatch, tmp_path):
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: None)  # the rehearsals are the same without
+    code = EXAMPLES[0].replace("parallelize(model, world)", "parallelize(model, world, compile=True)")
+    assert code != EXAMPLES[0]
+    [progress] = run_ranks(1, lambda: run_example(code, tmp_path))
+    assert progress.best_loss == pytest.approx(0.0702761, rel=1e-4)
+
+
+class Lines(list[dict[str, Any]]):
+    """A tracker that keeps what it gets."""
+
+    log = list.append
+
+    def sync(self) -> None: ...
+
+    def close(self, *, state: str, reason: str) -> None: ...
+
+    def losses(self, kind: str) -> list[float]:
+        return [line["loss"] for line in self if line["kind"] == kind]
+
+
+def fit(
+    make: Callable[[], nn.Module],
+    folder: Path,
+    *,
+    stop_after: int | None = None,
+    optimizer_of: Callable[[nn.Module], Optimizer] = lambda model: build_optimizer(CONFIG.optim, model),
+) -> tuple[Lines, dict[str, np.ndarray]]:
+    """Train on this rank, from where `folder` is, as docs/library.md does; the lines of rank 0, and the model's state."""
+    torch.set_num_threads(1)
+    with World.join(CONFIG.distributed) as world:
+        torch.manual_seed(0)
+        model = make()
+        train, validation = create_dataloaders(CONFIG, world, train_dataset=PAIRS[:170], validation_dataset=PAIRS[170:])
+        lines = Lines()
+        trainer = Trainer(
+            CONFIG,
+            world,
+            model=parallelize(model, world),
+            optimizer=optimizer_of(model),
+            train_data=train,
+            validation_data=validation,
+            checkpoints=CheckpointManager(folder, CONFIG.checkpoint, export=weights_writer(model)) if world.is_main else None,
+            tracker=lines,
+        )
+        trainer.resume(folder)
+
+        def note_step(step: int) -> None:
+            if step == stop_after:
+                world.stop_request.signal_number = 15
+
+        trainer.note_step = note_step
+        trainer.fit()
+    return lines, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+class Counting(nn.Module):
+    """Has buffers of several types: one that is added to, one that is replaced, one that no checkpoint holds."""
+
+    seen: Tensor
+    largest: Tensor
+    scratch: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("largest", torch.zeros(8))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen += len(inputs)
+        if self.training:
+            self.largest = torch.maximum(self.largest, inputs.detach().abs().amax(0))
+        self.scratch.add_(1)
+        return inputs / self.largest
+
+
+def with_buffers() -> nn.Module:
+    return nn.Sequential(Counting(), nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_validation_that_is_logged_is_that_of_the_saved_weights_and_buffers(world_size, tmp_path):
+    (lines, state), *others = run_ranks(world_size, lambda: fit(with_buffers, tmp_path))
+    for _, other in others:
+        assert all(np.array_equal(other[name], tensor) for name, tensor in state.items())
+    saved = with_buffers()
+    load_weights(saved, tmp_path / "latest")
+    inputs, targets = torch.stack([row for row, _ in PAIRS[170:]]), torch.stack([target for _, target in PAIRS[170:]])
+    with torch.no_grad():
+        loss = F.cross_entropy(saved.eval()(inputs), targets)
+    assert lines.losses("validation")[-1] == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_rehearsal_and_no_validation_leaves_a_trace_in_buffers(world_size, tmp_path):
+    [(_, state), *_] = run_ranks(world_size, lambda: fit(with_buffers, tmp_path))
+    micro_batches = 8 * 24 // 4 // world_size  # of rank 0
+    assert int(state["2.num_batches_tracked"]) == micro_batches
+    assert int(state["0.seen"]) == 4 * micro_batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_model_with_buffers_resumes_exactly(world_size, tmp_path):
+    [(whole, state), *_] = run_ranks(world_size, lambda: fit(with_buffers, tmp_path / "whole"))
+    [(first, _), *_] = run_ranks(world_size, lambda: fit(with_buffers, tmp_path / "stopped", stop_after=5))
+    [(then, resumed), *_] = run_ranks(world_size, lambda: fit(with_buffers, tmp_path / "stopped"))
+    assert 5 <= len(first.losses("train")) < 8
+    for kind in ("train", "validation"):
+        assert first.losses(kind) + then.losses(kind) == whole.losses(kind)
+    assert all(np.array_equal(resumed[name], tensor) for name, tensor in state.items())
