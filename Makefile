@@ -2,7 +2,7 @@
 # make test  [ARGS="-k sampler"]              set-up, then the tests
 # make bench [ARGS="--ranks 2"]               beside HF Trainer, Lightning and a bare loop (see benchmarks/README.md)
 # make lint | format | check                  style and types | repair the style | lint and test, as CI does
-# make setup [PYTHON=python3.12] [TORCH=gpu]  set-up alone, into .venv/ (see launch/setup.sh)
+# make setup [PYTHON=python3.12] [TORCH=gpu]  set-up alone, into .venv/ (see launch/setup.sh; TORCH=cu126: a build by name)
 # make clean                                  removes .venv/ and caches, never runs/
 
 PYTHON ?= python3
@@ -52,6 +52,13 @@ $(STAMP)-bench: $(STAMP)
 # Once more where the folder was moved, or where the Python below .venv/ has gone.
 ifneq ($(shell test -x $(VENV) && cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): again
+endif
+
+# Once more where another build of torch is asked for.
+ifneq ($(TORCH),auto)
+ifneq ($(shell cat .venv/.torch 2>/dev/null),$(TORCH))
+$(STAMP): again
+endif
 endif
 
 clean:

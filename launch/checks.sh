@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Read by the launch files and slurm/train.sh: settings that cannot be meant, in a sentence and with exit code 2.
+# Read by the launch files, slurm/train.sh and setup.sh: refuses settings that cannot be meant, in a sentence and with exit
+# code 2, and looks for a GPU.
 
 # A variable that is set must be a whole number from LEAST to MOST.
 check_number() { # NAME LEAST MOST WHAT-IT-IS
@@ -10,6 +11,24 @@ check_number() { # NAME LEAST MOST WHAT-IT-IS
 }
 check_ranks() {
   check_number NPROC 1 1024 "ranks on each machine; leave it unset for one on each GPU"
+  check_number CORES 1 99999 "cores for the ranks to share; leave it unset for all that they may use"
   check_number MAX_RESTARTS 0 999999999 "times that torchrun restarts crashed ranks"
   check_number SHUTDOWN_TIMEOUT 1 999999999 "seconds that ranks may take to save after a signal"
+}
+
+has_nvidia_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU || [[ -e /dev/nvidia0 ]]; }
+# Many processors have a graphics part with a /dev/kfd; who computes with it has AMD's tools.
+has_amd_gpu() { [[ -e /dev/kfd ]] && { command -v rocm-smi || command -v amd-smi; } >/dev/null; }
+has_gpu() { has_nvidia_gpu || has_amd_gpu; }
+
+# Which build of torch can use this machine's GPU.
+torch_advice() {
+  local driver
+  if ! has_nvidia_gpu; then
+    echo "make setup TORCH=rocm6.4, or another of the builds for AMD that pytorch.org lists"
+    return
+  fi
+  driver=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p')
+  echo "make setup TORCH=gpu, or one of the builds that pytorch.org lists, such as make setup TORCH=cu126" \
+    "${driver:+(the driver is made for CUDA $driver and older)}"
 }

@@ -13,15 +13,19 @@ fi
 # Works from any folder, whether or not the package is installed.
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 
-# One rank for each GPU that torch can use (it heeds CUDA_VISIBLE_DEVICES), else one for the whole CPU; NPROC overrides.
+# One rank for each GPU that torch can use (it heeds CUDA_VISIBLE_DEVICES), else for each that SLURM gave this node, else one
+# for the whole CPU; NPROC overrides.
 gpus=0
-if command -v nvidia-smi >/dev/null || command -v rocm-smi >/dev/null; then
+if command -v nvidia-smi >/dev/null || has_gpu; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  if ((gpus == 0)) && has_gpu && [[ -n ${CUDA_VISIBLE_DEVICES-all} ]]; then
+    echo "WARNING: this machine has a GPU, but the torch of $python cannot use it, and training runs on the CPU: $(torch_advice)" >&2
+  fi
 fi
-ranks=${NPROC:-$((gpus > 0 ? gpus : 1))}
+ranks=${NPROC:-$((gpus > 0 ? gpus : ${SLURM_GPUS_ON_NODE:-1}))}
 
 # Threads are shared out on purpose: torchrun would give each of several ranks a single one.
-cores=$("$python" -c 'from dist_trainer.cpu_count import usable_cpus; print(usable_cpus())')
+cores=${CORES:-$("$python" -c 'from dist_trainer.cpu_count import usable_cpus; print(usable_cpus())')}
 threads=${OMP_NUM_THREADS:-}
 share_out_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
 share_out_threads

@@ -5,15 +5,19 @@
 #   EXTRAS=harness launch/setup.sh        with more of pyproject.toml's optional dependencies
 #   TORCH=gpu|cpu|auto launch/setup.sh     which build of torch (auto: looks for a GPU on this machine; say gpu on a
 #                                          cluster's login node, where there is none)
+#   TORCH=cu126 launch/setup.sh            a build of PyTorch's own index, by its name there: for a driver that is too old
+#                                          for the newest, for AMD's GPUs (rocm...). TORCH_INDEX=URL names a mirror of it
 #
-# A torch that is there already, in .venv/ or in $PYTHON itself, is kept. Interrupted? Start it again.
+# A torch that is there already, in .venv/ or in $PYTHON itself, is kept, unless TORCH asks for another build. Interrupted?
+# Start it again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3} TORCH=${TORCH:-auto}
 venv=.venv stamp=.venv/.set-up unfinished=.venv/.unfinished
-# PyTorch's own index of builds without CUDA, asked for torch alone and only where pip's configuration offers none.
-TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+# PyTorch's own index, asked for torch alone: for a build by its name, and for the CPU's where pip's configuration offers none.
+TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl}
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-$TORCH_INDEX/cpu}
 TORCH_CPU_VERSION=${TORCH_CPU_VERSION:-2.13.0+cpu}
 TORCH_FLOOR=2.11 # as in pyproject.toml
 
@@ -25,6 +29,18 @@ torch_of() {
   "$1" -c "import torch; v = torch.__version__
 if tuple(map(int, v.split('.')[:2])) >= tuple(map(int, '$TORCH_FLOOR'.split('.'))): print(v)" 2>/dev/null || true
 }
+
+# Prints which build it is: cpu, cu126, rocm6.4. Not by an import: torch's own dependencies may come later.
+build_of() {
+  "$1" -c "import importlib.util, runpy
+build = runpy.run_path(importlib.util.find_spec('torch').submodule_search_locations[0] + '/version.py')
+cuda, hip = build.get('cuda'), build.get('hip')
+print('cu' + cuda.replace('.', '') if cuda else 'rocm' + '.'.join(hip.split('.')[:2]) if hip else 'cpu')" 2>/dev/null || true
+}
+
+asked=$TORCH
+[[ $TORCH =~ ^(auto|gpu|cpu|cu[0-9]+|rocm[0-9.]+)$ ]] ||
+  die "TORCH is '$TORCH'; it can be auto, gpu, cpu, or a build that pytorch.org lists, such as cu126"
 
 # One set-up at a time: `make train` and `make test` may be started side by side.
 if command -v flock >/dev/null; then exec 9<pyproject.toml && { flock 9 || say "without a lock: start only one at a time"; }; fi
@@ -80,17 +96,30 @@ install() {
 }
 
 # --- torch --------------------------------------------------------------------------------------
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+source launch/checks.sh
 if [[ $TORCH == auto ]]; then
   TORCH=cpu
-  if has_gpu; then TORCH=gpu; fi
+  if has_nvidia_gpu; then TORCH=gpu; fi # AMD's builds are in PyTorch's index alone, and must be asked for by name
 fi
-version=$(torch_of $python)
-if [[ -n $version ]]; then
+version=$(torch_of $python) build=$(build_of $python)
+# Whether the torch that is there is what was asked for.
+fits() {
+  case $asked in
+    gpu) [[ $build != cpu || $(uname -s) != Linux ]] ;;
+    cu* | rocm*) [[ $build == "$asked" ]] ;;
+  esac
+}
+if [[ -n $version ]] && fits; then
   say "keeping torch $version"
+elif [[ $TORCH == cu* || $TORCH == rocm* ]]; then
+  say "torch, the newest build for $TORCH"
+  { [[ -n $uv ]] && "$uv" pip install --quiet --python $python --default-index "$TORCH_INDEX/$TORCH" --reinstall-package torch \
+    "torch>=$TORCH_FLOOR"; } ||
+    PIP_FIND_LINKS='' PIP_EXTRA_INDEX_URL='' pip --index-url "$TORCH_INDEX/$TORCH" --force-reinstall "torch>=$TORCH_FLOOR" || die \
+    "torch $TORCH_FLOOR or newer was not found at $TORCH_INDEX/$TORCH (see above): pytorch.org lists the builds that there are; TORCH_INDEX=URL names a mirror of $TORCH_INDEX"
 elif [[ $TORCH == gpu || $(uname -s) != Linux ]]; then
   say "torch, the registry's newest build"
-  install "torch>=$TORCH_FLOOR" || die "torch could not be installed (see above): install one of $TORCH_FLOOR or newer into $venv yourself, then start again"
+  install ${version:+--upgrade} "torch>=$TORCH_FLOOR" || die "torch could not be installed (see above): install one of $TORCH_FLOOR or newer into $venv yourself, then start again"
 else
   # The version names the CPU build: where it is not to be had this fails, rather than fetch gigabytes of CUDA.
   say "torch $TORCH_CPU_VERSION"
@@ -99,7 +128,8 @@ else
     pip "${wheel[@]}" --index-url "$TORCH_CPU_INDEX" || die \
     "torch $TORCH_CPU_VERSION was found neither where pip looks nor at $TORCH_CPU_INDEX (see above). Name a folder with its wheel: PIP_FIND_LINKS=/path make setup; or another index: TORCH_CPU_INDEX=URL make setup; or install torch $TORCH_FLOOR or newer into $venv yourself and start again"
 fi
-version=$($python -c 'import importlib.metadata as m; print(m.version("torch"))')
+version=$($python -c 'import importlib.metadata as m; print(m.version("torch"))') build=$(build_of $python)
+fits || die "TORCH=$asked was asked for, but torch $version is built for $build: make clean, then make setup TORCH=$asked"
 
 # --- everything else ------------------------------------------------------------------------------
 say "the other packages"
@@ -108,9 +138,10 @@ install --constraint $venv/constraints.txt --editable ".[dev${EXTRAS:+,$EXTRAS}]
   "the packages named in pyproject.toml could not be installed (see above): is the package registry reachable? Start again when it is"
 
 if has_gpu && ! $python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  say "WARNING: torch $version cannot use this machine's GPU (is the driver too old, or is this a build without CUDA?)." \
-    "Install one that can into $venv, then start again; until then training runs on the CPU."
+  say "WARNING: torch $version cannot use this machine's GPU (is the driver too old, or is this a build without CUDA?), and" \
+    "training runs on the CPU: $(torch_advice)"
 fi
+echo "$asked" >$venv/.torch
 pwd -P >$stamp
 rm -f $unfinished
 say "done: $($python --version), torch $version, in $venv"

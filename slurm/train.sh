@@ -4,14 +4,17 @@
 #   sbatch [sbatch's options] slurm/train.sh [--config FILE] [--section.key VALUE]...
 #
 # Submit it from the repository's folder, on a file system that all nodes share, after `make setup` (slurm/README.md).
-# From the environment: LAUNCHER=torchrun|srun, NPROC (ranks a node; default: its GPUs), MAX_TRIES (100), MAX_RESTARTS (0),
-# SHUTDOWN_TIMEOUT (110 seconds), PYTHON, SWEEP (a file with further arguments, a line for each task of a job array).
+# From the environment, or from slurm/site.sh (see slurm/site.example.sh): LAUNCHER=torchrun|srun, NPROC (ranks a node;
+# default: its GPUs), MAX_TRIES (100), MAX_RESTARTS (0), SHUTDOWN_TIMEOUT (110 seconds), PYTHON, RANKS_PYTHON, SRUN_OPTIONS,
+# CONTAINER, SWEEP (a file with further arguments, a line for each task of a job array).
 #
 # What a cluster or a job may want otherwise; options given to sbatch win over these lines:
 #SBATCH --job-name=dist_trainer
 #SBATCH --nodes=2
 #SBATCH --gres=gpu:8
 #SBATCH --cpus-per-task=32
+# Without --mem a job has what the cluster gives by default, often a few GB a core; 0: all memory of each node.
+##SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --output=slurm-%j.out
 #
@@ -27,8 +30,7 @@
 set -uo pipefail
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch}" || exit 2
 
-LAUNCHER=${LAUNCHER:-torchrun} TRY=${SLURM_RESTART_COUNT:-0} MAX_TRIES=${MAX_TRIES:-100}
-export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+TRY=${SLURM_RESTART_COUNT:-0} MAX_TRIES=${MAX_TRIES:-100}
 # The name that SLURM's commands take: the id alone would mean the whole array where this is its last task.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-$SLURM_JOB_ID}
@@ -89,6 +91,19 @@ trap told_to_end TERM
 
 [[ -x launch/multinode.sh ]] || refuse "$PWD is not the repository's folder: cd there before sbatch"
 source launch/checks.sh
+# A cluster's own: modules, an environment, a container. Such scripts often read variables that are not set.
+site=${SITE:-slurm/site.sh}
+if [[ -r $site ]]; then
+  set +u
+  # shellcheck source=slurm/site.example.sh
+  source "$(realpath "$site")"
+  set -u
+elif [[ -n ${SITE:-} ]]; then
+  refuse "there is no $SITE (SITE)"
+fi
+LAUNCHER=${LAUNCHER:-torchrun}
+export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+RANKS_PYTHON=${RANKS_PYTHON:-$PYTHON}
 check_ranks
 check_number MAX_TRIES 1 999999999 "how often the job may start"
 # SLURM's own requeueing, after a node's failure, counts too.
@@ -96,16 +111,31 @@ check_number MAX_TRIES 1 999999999 "how often the job may start"
 
 command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON: run \`make setup TORCH=gpu\` there before sbatch, or set PYTHON"
 [[ $LAUNCHER == torchrun || $LAUNCHER == srun ]] || refuse "LAUNCHER is $LAUNCHER; it can be torchrun or srun"
-export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
-if [[ -n ${SLURM_GPUS_ON_NODE:-} && $("$PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))') == *+cpu ]]; then
-  say "WARNING: the job has GPUs, but $PYTHON has a torch without CUDA: run \`make clean && make setup TORCH=gpu\`"
+if [[ -n ${SLURM_GPUS_ON_NODE:-} && $RANKS_PYTHON == "$PYTHON" &&
+  $("$PYTHON" -c 'import importlib.metadata as m; print(m.version("torch"))') == *+cpu ]]; then
+  say "WARNING: the job has GPUs, but $PYTHON has a torch without CUDA: run \`make setup TORCH=gpu\`, or where the driver is older" \
+    "than that build of torch, one such as \`make setup TORCH=cu126\`"
 fi
 
+words=()
+split() { # TEXT WHERE-FROM: its words into `words`; quotes count as in a shell, and nothing is executed
+  local lines print_words='import shlex, sys; print(*shlex.split(sys.argv[1]), "end", sep="\n")'
+  lines=$("$PYTHON" -c "$print_words" "$1" 2>/dev/null) || refuse "$2 has a quote without its end: $1"
+  mapfile -t words <<<"$lines"
+  unset 'words[-1]'
+}
+split "${SRUN_OPTIONS:-}" SRUN_OPTIONS
+on_node=(${words[@]+"${words[@]}"}) # between srun and the command of a node, or of a rank
+split "${CONTAINER:-}" CONTAINER
+on_node+=(${words[@]+"${words[@]}"})
+
 if [[ -n ${SWEEP:-} ]]; then
-  line=$(sed -n "${SLURM_ARRAY_TASK_ID:?SWEEP needs an array: sbatch --array=1-LINES}p" "$SWEEP")
-  [[ -n $line ]] || refuse "$SWEEP has no line $SLURM_ARRAY_TASK_ID"
-  mapfile -t arguments < <(xargs -n 1 printf '%s\n' <<<"$line") # quotes count, nothing is executed
-  set -- "$@" "${arguments[@]}"
+  [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || refuse "SWEEP needs a job array: sbatch --array=1-LINES"
+  [[ -r $SWEEP ]] || refuse "there is no $SWEEP (SWEEP)"
+  line=$(sed -n "$SLURM_ARRAY_TASK_ID{s/\r\$//;p;q}" "$SWEEP" 2>/dev/null)
+  split "$line" "line $SLURM_ARRAY_TASK_ID of $SWEEP"
+  ((${#words[@]})) || refuse "$SWEEP has no line $SLURM_ARRAY_TASK_ID, or an empty one"
+  set -- "$@" "${words[@]}"
 fi
 
 # What is asked of the command alone needs no ranks, and a dry run leaves nothing behind, so its ranks speak into this job's log.
@@ -170,24 +200,42 @@ export MASTER_ADDR MASTER_PORT RDZV_ID
 export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # as launch/multinode.sh has it
 
 # --- the ranks' environment ---------------------------------------------------------------------------
-cores=${SLURM_CPUS_PER_TASK:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / NPROC > 0 ? cores / NPROC : 1))}
+# On clusters where sbatch has --export=NONE, srun would leave all of this behind.
+export SLURM_EXPORT_ENV=ALL
+# Each node's step has its own; this is the first node's.
+gpus_here=${SLURM_GPUS_ON_NODE:-}
+unset SLURM_GPUS_ON_NODE
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-110}
 # Some versions of SLURM do not hand --cpus-per-task on to srun: then all ranks of a node share one core.
-export SRUN_CPUS_PER_TASK=$cores
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK CORES=$SLURM_CPUS_PER_TASK; fi
+
+# torchrun starts a rank on each GPU of its own node; srun must be told one number for all of them.
+if [[ $LAUNCHER == srun && -z ${NPROC:-} ]]; then
+  # shellcheck disable=SC2016 # for that shell to expand
+  count='source launch/ranks.sh >&2; echo "$ranks"'
+  counts=$(PYTHON=$RANKS_PYTHON srun --ntasks-per-node=1 ${on_node[@]+"${on_node[@]}"} bash -c "$count") ||
+    refuse "the nodes do not say how many GPUs they have (see above): set NPROC"
+  NPROC=$(sort -nu <<<"$counts")
+  [[ $NPROC != *$'\n'* ]] || refuse "nodes have ${NPROC//$'\n'/ and } GPUs, but LAUNCHER=srun starts as many ranks on each: set" \
+    "NPROC, or LAUNCHER=torchrun, which starts a rank on each GPU"
+fi
+export NPROC=${NPROC:-}
 
 # --- train ------------------------------------------------------------------------------------------------
-say "$run_folder on $SLURM_JOB_NODELIST, $NPROC ranks a node, meeting at $MASTER_ADDR:$MASTER_PORT"
+say "$run_folder on $SLURM_JOB_NODELIST, ${NPROC:-${gpus_here:-as many as GPUs}} ranks a node, meeting at $MASTER_ADDR:$MASTER_PORT"
 code=143
 if [[ -z $asked$ended ]]; then # else there is nothing to save yet
   if [[ $LAUNCHER == torchrun ]]; then
     output=$(log_of %N)
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${output:+"$output"} launch/multinode.sh "$@" &
+    PYTHON=$RANKS_PYTHON srun --ntasks-per-node=1 --kill-on-bad-exit=1 ${output:+"$output"} \
+      ${on_node[@]+"${on_node[@]}"} launch/multinode.sh "$@" &
   else
     output=$(log_of %N-rank-%t)
+    threads=$((${CORES:-1} / NPROC))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     srun --ntasks=$((NODES * NPROC)) --ntasks-per-node="$NPROC" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1 \
-      ${output:+"$output"} "$PYTHON" -m dist_trainer.train "$@" &
+      ${output:+"$output"} ${on_node[@]+"${on_node[@]}"} "$RANKS_PYTHON" -m dist_trainer.train "$@" &
   fi
   step=$!
   if [[ -n $asked ]]; then tell_ranks; fi # the signal came between these lines

@@ -16,7 +16,7 @@ import pytest
 from dist_trainer.cpu_count import usable_cpus
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = [*sorted((REPOSITORY / "launch").glob("*.sh")), REPOSITORY / "slurm/train.sh", REPOSITORY / ".ci/run"]
+SCRIPTS = [*(path for name in ("launch", "slurm") for path in sorted((REPOSITORY / name).glob("*.sh"))), REPOSITORY / ".ci/run"]
 
 # A python that prints what it should run with ranks, answers for the config, and is the real one for everything else.
 STAND_IN = """#!/bin/bash
@@ -342,9 +342,28 @@ def test_each_task_of_a_sweep_takes_its_own_line(stand_in: Path, slurm: dict[str
     task = {"SLURM_ARRAY_JOB_ID": "12340", "SWEEP": str(sweep)}
     done = launch("slurm/train.sh", "--a", stand_in=stand_in, **slurm, **task, SLURM_ARRAY_TASK_ID="2")
     assert '-m dist_trainer.train --a --seed 2 --data.template {text}  $(id) "now"\n' in done.stdout
-    beyond = launch("slurm/train.sh", stand_in=stand_in, **slurm, **task, SLURM_ARRAY_TASK_ID="3")
-    assert beyond.returncode == 2
-    assert f"{sweep} has no line 3" in beyond.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "refusal"),
+    [
+        ("1", "line 1 of {sweep} has a quote without its end: --data.template 'a"),
+        ("2", "{sweep} has no line 2, or an empty one"),
+        ("4", "{sweep} has no line 4, or an empty one"),
+        ("0", "{sweep} has no line 0, or an empty one"),
+        ("", "SWEEP needs a job array"),
+    ],
+)
+def test_a_task_without_a_line_that_can_be_read_is_refused(
+    stand_in: Path, slurm: dict[str, str], tmp_path: Path, number: str, refusal: str
+) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_bytes(b"--data.template 'a\n \r\n--seed 3 --data.template ''\r\n")
+    done = launch("slurm/train.sh", stand_in=stand_in, **slurm, SWEEP=str(sweep), SLURM_ARRAY_TASK_ID=number)
+    assert (done.returncode, refusal.format(sweep=sweep) in done.stdout) == (2, True), done.stdout
+    assert "xargs" not in done.stderr
+    good = launch("slurm/train.sh", stand_in=stand_in, **slurm, SWEEP=str(sweep), SLURM_ARRAY_TASK_ID="3")
+    assert "-m dist_trainer.train --seed 3 --data.template \n" in good.stdout, "an empty word, and no carriage return"
 
 
 @pytest.mark.parametrize(("save_seconds", "given", "warned"), [(80, "", True), (60, "", False), (60, "B:USR1@100", True)])
@@ -359,6 +378,65 @@ def test_a_signal_too_late_for_the_save_that_was_measured_is_warned_of(
     signal = {"SBATCH_SIGNAL": given} if given else {}
     done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **signal)
     assert (f"WARNING: this run needs {2 * save_seconds + 33} s to save and leave" in done.stdout) == warned, done.stdout
+
+
+def test_what_a_step_needs_reaches_it_where_sbatch_exports_nothing(stand_in: Path, slurm: dict[str, str]) -> None:
+    """There SLURM sets SLURM_EXPORT_ENV=NONE for the sruns of a job."""
+    write_program(stand_in / "srun", '#!/bin/bash\necho "EXPORTS $SLURM_EXPORT_ENV, GPUS ${SLURM_GPUS_ON_NODE:-its own}"\n')
+    given = {**slurm, "SLURM_EXPORT_ENV": "NONE", "SLURM_GPUS_ON_NODE": "8"}
+    assert "EXPORTS ALL, GPUS its own" in launch("slurm/train.sh", stand_in=stand_in, **given).stdout
+
+
+@pytest.mark.parametrize(
+    ("on_node", "ranks"),
+    [
+        ({"GPUS": "8"}, 8),  # without GRES SLURM knows of no GPUs
+        ({"GPUS": "4", "SLURM_GPUS_ON_NODE": "4"}, 4),  # a node with fewer than the first one
+        ({"GPUS": "0", "SLURM_GPUS_ON_NODE": "2"}, 2),
+        ({"GPUS": "0"}, 1),
+    ],
+)
+def test_each_node_starts_a_rank_on_each_of_its_own_gpus(
+    stand_in: Path, slurm: dict[str, str], on_node: dict[str, str], ranks: int
+) -> None:
+    write_program(stand_in / "nvidia-smi", "#!/bin/bash\n")
+    variables = " ".join(f"export {name}={value};" for name, value in on_node.items())
+    started = FAKE_SLURM["srun"].replace("SLURM_NODEID=0", f"{variables} SLURM_NODEID=0")
+    write_program(stand_in / "srun", f"#!/bin/bash\n{started}\n")
+    given = {**slurm, "NPROC": "", "SLURM_GPUS_ON_NODE": "8"}
+    done = launch("slurm/train.sh", stand_in=stand_in, **given)
+    assert f"--nproc-per-node={ranks} --nnodes=2 " in done.stdout, done.stdout + done.stderr
+    assert f"OMP_NUM_THREADS={32 // ranks} " in done.stdout
+
+
+@pytest.mark.parametrize(("counts", "ranks"), [("4 4", "4"), ("8 4", None)])
+def test_srun_starts_as_many_ranks_as_each_node_has_gpus_or_refuses(
+    stand_in: Path, slurm: dict[str, str], counts: str, ranks: str | None
+) -> None:
+    counting = f'case "$*" in *ranks.sh*) printf "%s\\n" {counts}; exit ;; esac\n'
+    write_program(stand_in / "srun", f"#!/bin/bash\n{counting}{FAKE_SLURM['srun']}\n")
+    done = launch("slurm/train.sh", stand_in=stand_in, LAUNCHER="srun", **{**slurm, "NPROC": ""})
+    if ranks is None:
+        assert done.returncode == 2
+        assert "nodes have 4 and 8 GPUs, but LAUNCHER=srun starts as many ranks on each: set NPROC" in done.stdout
+    else:
+        assert f"SRUN --ntasks={2 * int(ranks)} --ntasks-per-node={ranks} --cpus-per-task={32 // int(ranks)} " in done.stdout
+
+
+def test_a_site_s_file_and_options_of_srun_come_between(stand_in: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text(
+        'if [[ -z $NOT_SET ]]; then export FROM_SITE=1; fi\nRANKS_PYTHON=inside\nCONTAINER="env A=1"\n'
+        "SRUN_OPTIONS=\"--container-image=x.sqsh --container-mounts='/a b',/c\"\n"
+    )
+    write_program(stand_in / "inside", '#!/bin/bash\necho "INSIDE FROM_SITE=$FROM_SITE A=$A"; exec python "$@"\n')
+    for launcher, command in (("torchrun", "launch/multinode.sh"), ("srun", "inside -m dist_trainer.train")):
+        done = launch("slurm/train.sh", stand_in=stand_in, SITE=str(site), LAUNCHER=launcher, **slurm)
+        (started,) = [line for line in done.stdout.splitlines() if line.startswith("SRUN ")]
+        assert f" --container-image=x.sqsh --container-mounts=/a b,/c env A=1 {command}" in started
+        assert "INSIDE FROM_SITE=1 A=1" in done.stdout, done.stdout + done.stderr
+    missing = launch("slurm/train.sh", stand_in=stand_in, SITE="nowhere.sh", **slurm)
+    assert (missing.returncode, "there is no nowhere.sh (SITE)" in missing.stdout) == (2, True)
 
 
 def test_what_is_left_of_the_time_limit_is_checked_when_the_signal_comes(stand_in: Path, slurm: dict[str, str]) -> None:
@@ -383,22 +461,3 @@ def test_a_job_from_the_wrong_folder_is_refused(stand_in: Path, slurm: dict[str,
     done = launch("slurm/train.sh", stand_in=stand_in, **{**slurm, "SLURM_SUBMIT_DIR": str(tmp_path)})
     assert done.returncode == 2
     assert "is not the repository's folder: cd there before sbatch" in done.stdout
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_a_second_set_up_has_nothing_to_do() -> None:
-    if not (REPOSITORY / ".venv/.set-up").exists():
-        pytest.skip("these tests were not started by `make test`")
-    subprocess.run(["make", "--question", "setup"], cwd=REPOSITORY, check=True)
-
-
-def test_set_up_refuses_an_old_python_in_a_sentence(tmp_path: Path) -> None:
-    """On a copy without .venv/, so that nothing is made."""
-    (tmp_path / "launch").mkdir()
-    for name in ("launch/setup.sh", "pyproject.toml"):
-        shutil.copy(REPOSITORY / name, tmp_path / name)
-    write_program(tmp_path / "old", '#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.2 && exit\nexit 1\n')
-    environment = {**os.environ, "PYTHON": str(tmp_path / "old")}
-    done = subprocess.run([tmp_path / "launch/setup.sh"], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "is Python 3.9.2, but Python 3.11 or newer is needed: make setup PYTHON=" in done.stderr

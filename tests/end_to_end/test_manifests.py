@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,34 @@ def bash(words: list[str], stand_in: Path, **environment: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def pod() -> dict[str, Any]:
-    (job,) = RUNTIME["spec"]["template"]["spec"]["replicatedJobs"]
+def pod(runtime: dict[str, Any] = RUNTIME) -> dict[str, Any]:
+    (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     assert job["template"]["spec"]["backoffLimit"] == 0, "a pod that begins anew alone would wait for the others in vain"
     return job["template"]["spec"]["template"]["spec"]
+
+
+def with_rdma() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The runtime and the job without the comment signs that RDMA takes away."""
+    text = (REPOSITORY / "launch/kubeflow.yaml").read_text()
+    runtime, job = yaml.safe_load_all(
+        re.sub(r"^( *)# (?=securityContext:| +capabilities:| +add:|rdma/)", r"\1", text, flags=re.M)
+    )
+    return runtime, job
+
+
+def test_kubeflow_s_pods_may_lock_memory_and_have_the_device_where_rdma_is_wanted() -> None:
+    runtime, job = with_rdma()
+    (container,) = pod(runtime)["containers"]
+    assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    limits = job["spec"]["trainer"]["resourcesPerNode"]["limits"]
+    assert sorted(name.partition("/")[0] for name in limits) == ["nvidia.com", "rdma"]
 
 
 def test_kubeflow_s_manifest_is_what_its_schema_says() -> None:
     """Its models pass over keys that they do not know: only what comes back whole was understood."""
     models = pytest.importorskip("kubeflow_trainer_api.models")
     kinds = {"TrainingRuntime": models.TrainerV1alpha1TrainingRuntime, "TrainJob": models.TrainerV1alpha1TrainJob}
-    for document in KUBEFLOW:
+    for document in [*KUBEFLOW, *with_rdma()]:
         assert document["apiVersion"] == "trainer.kubeflow.org/v1alpha1"
         assert kinds[document["kind"]].from_dict(document).to_dict() == document
     mistaken = copy.deepcopy(JOB)

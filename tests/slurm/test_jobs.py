@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,9 @@ def test_a_job_of_two_nodes_saves_and_requeues_itself_when_its_time_is_nearly_up
 
 
 def test_scancel_saves_and_the_job_is_not_resurrected(cluster: Cluster, output: Path) -> None:
-    job = cluster.train(output, options=("--gres=gpu:1",), **SLOW)
+    """Submitted as on clusters whose jobs get nothing of the user's environment: nor do the steps in them, by default."""
+    exported = ",".join(f"{name}={value}" for name, value in {"PYTHON": sys.executable, **SLOW}.items())
+    job = cluster.train(output, options=("--gres=gpu:1", f"--export={exported}"))
     job.wait_for_step(SLOW_FROM_STEP)
     job.cancel()
     job.wait_for("CANCELLED")
@@ -78,7 +81,8 @@ def test_scancel_saves_and_the_job_is_not_resurrected(cluster: Cluster, output: 
 
 @pytest.mark.slow
 def test_a_failing_rank_fails_the_job(cluster: Cluster, output: Path) -> None:
-    job = cluster.train(output, FAIL_RANK="3", FAIL_AT_STEP="4")
+    """On nodes without GPUs, as slurm/README.md has it."""
+    job = cluster.train(output, options=("--gres=none",), NPROC="2", FAIL_RANK="3", FAIL_AT_STEP="4")
     job.wait_for("FAILED")
     assert "RuntimeError: failing on purpose" in (job.run / f"logs/job-{job.number}-try-0-node10.log").read_text()
     assert "back to the queue" not in job.log()
