@@ -22,6 +22,7 @@ from dist_trainer.config.schema import PrecisionConfig
 from dist_trainer.data.tokenization import Tokenizer, load_tokenizer, text_prefix
 from dist_trainer.errors import ConfigError
 from dist_trainer.hub_access import hub_is_reachable
+from dist_trainer.models import transformers_lm
 from dist_trainer.models.hf_format import locate_weights
 from dist_trainer.precision import build_precision
 from dist_trainer.secrets import masked_within
@@ -163,22 +164,21 @@ def open_for_harness(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prefix = text_prefix(tokenizer)
+    # Opened here, as lm_eval would open pickles too.
+    model = transformers_lm.open_weights(folder).to(device).eval()
     try:
         return model_class(
-            pretrained=str(folder),
+            pretrained=model,
             tokenizer=tokenizer,
-            device=device.type,
-            dtype="float32",
             mixed_precision_dtype=AUTOCAST[build_precision(precision, device).name],
             softmax_dtype="float32",
             batch_size=options.batch_size,
-            trust_remote_code=False,
             prefix_token_id=prefix[-1] if prefix else tokenizer.eos_token_id,
             add_bos_token=bool(prefix) and not options.apply_chat_template,
         )
     except (ValueError, KeyError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"--harness: transformers cannot open the model in {folder}: {reason}") from error
+        raise ConfigError(f"--harness: lm_eval does not take the model in {folder}: {reason}") from error
 
 
 def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:

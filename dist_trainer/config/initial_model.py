@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from dist_trainer.config.llama_json import CONFIG_FILE, read_hf_config
+from dist_trainer.config.llama_json import read_hf_config
+from dist_trainer.config.model_files import CONFIG_FILE, check_model_folder
 from dist_trainer.config.schema import ModelConfig, TrainingConfig
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.hub_access import is_hub_name, model_from_hub
@@ -64,10 +65,11 @@ def model_folder(named: str, *, weights: bool, key: str = "model.init_from") -> 
     """The folder that model.init_from means, or RUN of a command (`key`, for messages), fetched from the Hub where it is a name
     there; `weights`: with them.
 
-    Raises ConfigError.
+    Raises ConfigError, and CheckpointError as `check_model_folder` does.
     """
     path = user_path(named)
     if path.is_dir():
+        check_model_folder(path)
         return path
     if path.exists() or not is_hub_name(named):
         raise ConfigError(f"{key}: {path} {_NO_FOLDER}")

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
+from dist_trainer.config.model_files import CONFIG_FILE, check_model_folder
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.manifest import read_json
 
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 REPRESENTED_TYPES = ("llama", "mistral")
 TokenIds = int | list[int] | None
@@ -98,7 +98,11 @@ def _scaling(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_hf_config(folder: Path) -> HFModel:
-    """The model that `folder`/config.json describes; ConfigError names a field that DecoderLM cannot represent."""
+    """The model that `folder`/config.json describes; ConfigError names a field that DecoderLM cannot represent.
+
+    Raises CheckpointError as `check_model_folder` does.
+    """
+    check_model_folder(folder)
     path = folder / CONFIG_FILE
     raw = read_json(path.resolve())  # the Hub's cache is made of links
     _refuse_what_differs(raw, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,7 +30,9 @@ def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
 
     datasets.config.HF_HUB_OFFLINE = not reachable
     try:
-        loaded = datasets.load_dataset(name, config.dataset_config)
+        loaded = _load_inside("hf://datasets", name, config)
+    except DataError:
+        raise
     except Exception as error:  # the library raises many kinds; each ends in one message
         if not reachable:
             raise DataError(
@@ -53,11 +56,33 @@ def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
     try:
         if is_arrow_folder(folder):
             loaded = datasets.load_from_disk(str(folder))
+            tables = loaded.values() if isinstance(loaded, dict) else [loaded]
+            _check_inside(os.path.abspath(folder), (file["filename"] for table in tables for file in table.cache_files))
         else:
-            loaded = datasets.load_dataset(str(folder.resolve()), config.dataset_config)
+            loaded = _load_inside(str(folder.resolve()), str(folder.resolve()), config)
+    except DataError:
+        raise
     except Exception as error:  # the library raises many kinds; each ends in one message
         raise DataError(f"{folder} cannot be loaded: {_in_a_sentence(error)}") from error
     return _splits(str(folder), loaded, config)
+
+
+def _load_inside(root: str, name: str, config: DataConfig) -> Any:
+    """As `datasets.load_dataset`, of files under `root` alone. Raises DataError."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(name, config.dataset_config)
+    _check_inside(root, (str(file) for files in (builder.config.data_files or {}).values() for file in files))
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _check_inside(root: str, files: Iterable[str]) -> None:
+    """Raises DataError where the description of a data set names files outside of `root`: it may come from a stranger."""
+    for file in files:
+        path = file if "://" in file else os.path.abspath(file)
+        if not path.startswith(f"{root}/"):
+            raise DataError(f"{root} names {file}, a file outside of it, which is not read; put the file there")
 
 
 def _splits(name: str, loaded: Any, config: DataConfig) -> dict[str, Split]:

@@ -12,14 +12,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_trainer.config.llama_json import CONFIG_FILE, GENERATION_FILE, TOKEN_IDS
+from dist_trainer.config.llama_json import GENERATION_FILE, TOKEN_IDS
+from dist_trainer.config.model_files import CONFIG_FILE, WEIGHTS_FILE, check_model_folder, weight_files
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.hub_access import is_in_hub_cache
-from dist_trainer.manifest import MANIFEST, read_json, verify
+from dist_trainer.manifest import MANIFEST, verify
 from dist_trainer.model_folders import model_folders
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 _PREFIX = "model."
 _ROWS_COMPARED = 4096
@@ -55,17 +54,11 @@ def from_hf_names(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
 def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of each weight in `folder`, one file or sharded, in the format in which it stands there.
 
-    Bounded in memory: files are mapped, one at a time, and their tensors are views that the caller copies from.
+    Bounded in memory: files are mapped, one at a time, and their tensors are views that the caller copies from. Raises
+    CheckpointError.
     """
-    index = folder / INDEX_FILE
-    names = [WEIGHTS_FILE]
-    if not (folder / WEIGHTS_FILE).is_file() and index.is_file():
-        shards = _read_json(index).get("weight_map")
-        names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise CheckpointError(f"{path} is missing: {folder} must hold {WEIGHTS_FILE}, or shards and {INDEX_FILE}")
+    check_model_folder(folder)
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -122,13 +115,9 @@ def find_model(path: Path) -> Path:
             f"{described_by_code} is a checkpoint of a model of your own (model.name), without {CONFIG_FILE}: only "
             "training can go on from it; generate, evaluate and model.init_from open DecoderLM and models of transformers"
         )
+    check_model_folder(path)
     raise CheckpointError(f"{path} is neither a run folder with checkpoints, nor a checkpoint, nor a Hugging Face model folder")
 
 
 def _is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and (folder / WEIGHTS_FILE).is_file()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """As `read_json`, also through a link: the Hub's cache is made of them."""
-    return read_json(path.resolve())

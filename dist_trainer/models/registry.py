@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dist_trainer.config.initial_model import SHAPE_FIELDS, contradictions, model_folder
-from dist_trainer.config.llama_json import CONFIG_FILE, read_hf_config, with_end_token
+from dist_trainer.config.llama_json import read_hf_config, with_end_token
 from dist_trainer.config.lookup import build
+from dist_trainer.config.model_files import CONFIG_FILE, WEIGHTS_FILE
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.hf_format import WEIGHTS_FILE, find_model, locate_shape, locate_weights, write_hf
+from dist_trainer.models.hf_format import find_model, locate_shape, locate_weights, write_hf
 from dist_trainer.models.meta import materialize, on_meta
 from dist_trainer.user_path import user_path
 

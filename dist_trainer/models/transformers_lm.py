@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_trainer.config.llama_json import TokenIds, joined_ids, with_end_token
+from dist_trainer.config.model_files import INDEX_FILE, WEIGHTS_FILE, check_model_folder
 from dist_trainer.errors import CheckpointError, ConfigError
-from dist_trainer.models.hf_format import INDEX_FILE, WEIGHTS_FILE, check_tied_head
+from dist_trainer.models.hf_format import check_tied_head
 from dist_trainer.models.loss import takes
 from dist_trainer.models.meta import NoFirstWeights
 
@@ -60,6 +61,7 @@ def _config_of(folder: Path) -> Any:
 
     with _quietly():
         try:
+            check_model_folder(folder)
             return transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception:  # the library raises many kinds
             return None
@@ -69,10 +71,12 @@ def open_weights(folder: Path) -> Any:
     """The causal language model in `folder`, in float32 on the CPU; weights that the files hold in float32 are not read, but
     mapped.
 
-    Raises ConfigError where transformers cannot make one of it, CheckpointError where weights are missing or damaged.
+    Raises ConfigError where transformers cannot make one of it, CheckpointError where weights are missing or damaged, and as
+    `check_model_folder` does.
     """
     import transformers
 
+    check_model_folder(folder)
     with _quietly():
         try:
             model, told = transformers.AutoModelForCausalLM.from_pretrained(
@@ -123,6 +127,7 @@ def make_skeleton(folder: Path) -> Any:
 def _from_config(folder: Path) -> Any:
     import transformers
 
+    check_model_folder(folder)
     with _quietly():
         try:
             config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -150,6 +155,7 @@ def make_savable(model: Any) -> None:
 
 def copy_weights(model: Any, folder: Path) -> None:
     """Copy what `write_weights` wrote into `folder` back into `model`. Raises CheckpointError."""
+    check_model_folder(folder)
     with _quietly():
         try:
             found, told = type(model).from_pretrained(

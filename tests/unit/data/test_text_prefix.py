@@ -132,6 +132,7 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
     )
     monkeypatch.setattr("dist_trainer.sampling.can_generate", lambda _: True)
     monkeypatch.setattr("dist_trainer.sampling.context_of", lambda _: 64)
+    monkeypatch.setattr("dist_trainer.sampling.end_tokens", lambda _: set())
     asked = []
     monkeypatch.setattr("dist_trainer.sampling.generate", lambda _, tokens, **__: asked.append(tokens) or [])
     config = TrainingConfig(tracking=TrackingConfig(sample_prompt=prompt))
@@ -143,7 +144,8 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
 
 @pytest.mark.parametrize("prefix", [(), ("<s>",), ("[gMASK]", "<sop>")])
 @pytest.mark.parametrize("chat", [False, True])
-def test_lm_eval_is_told_to_begin_texts_likewise(tmp_path, prefix, chat):
+def test_lm_eval_is_told_to_begin_texts_likewise(tmp_path, prefix, chat, monkeypatch):
+    monkeypatch.setattr("dist_trainer.models.transformers_lm.open_weights", lambda _: torch.nn.Identity())
     tokenizer = beginning_with(*prefix)
     options = HarnessOptions(tasks=(), apply_chat_template=chat)
     told = open_for_harness(lambda **said: said, tmp_path, tokenizer, options, PrecisionConfig(dtype="fp32"))
