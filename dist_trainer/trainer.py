@@ -35,7 +35,7 @@ from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.optimizers import make_averages
 from dist_trainer.optim.schedules import build_schedule, total_steps
 from dist_trainer.parallel.buffers import Buffers
-from dist_trainer.parallel.registry import gradient_sync, unwrap
+from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.sampling import Sample, log_sample, sample_is_due
 from dist_trainer.step import StepInput, StepResult, seed_dropout
@@ -190,7 +190,7 @@ class Trainer:
             seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
             with self.products(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
                 with self.precision.autocast():
-                    micro_loss_sum = self.loss_function(self.model, batch)
+                    micro_loss_sum = compute_loss(self.model, self.loss_function, batch)
                 self._at("exchanging gradients" if index == len(micro_batches) - 1 else "training")
                 # Ranks average their gradients; times their number, the average is the sum again.
                 self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))

@@ -19,7 +19,7 @@ from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.compilation import compiling_for_cpu, is_compiled
 from dist_trainer.parallel.compile_cache import number_format_in_key
-from dist_trainer.parallel.registry import gradient_sync, unwrap
+from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.precision import Precision
 from dist_trainer.step import seed_dropout
 
@@ -46,7 +46,7 @@ def warm_up(
         seed_dropout(0, 0, block=0)
         with products(), gradient_sync(model, enabled=exchange):
             with precision.autocast():
-                loss = loss_function(model, batch)
+                loss = compute_loss(model, loss_function, batch)
             (loss * 0.0).backward()
         model.zero_grad(set_to_none=True)
 
@@ -70,7 +70,8 @@ def warm_up(
             if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
                 agree(world, lambda: rehearse(exchange=False, shorter_by=1))
                 agree(world, lambda: rehearse_validation(shorter_by=1))
-        if world.world_size > 2:
+        # torch sorts no buckets anew where it looks for unused parameters.
+        if world.world_size > 2 and not getattr(model, "find_unused_parameters", False):
             rehearse(exchange=True)
 
 

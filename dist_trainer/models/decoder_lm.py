@@ -145,6 +145,9 @@ class Block(nn.Module):
 class DecoderLM(nn.Module):
     """Token ids to logits of the next token. Parameters bear Hugging Face Llama's names without their "model."."""
 
+    uses_all_parameters = True
+    """In each loss: data parallelism needs not look for unused ones."""
+
     def __init__(
         self,
         config: ModelConfig,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.distributed.world import World
@@ -22,8 +24,13 @@ def ddp(model: nn.Module, world: World) -> nn.Module:
     """`model` in torch's DistributedDataParallel, with rank 0's weights and buffers. A single process trains it as it is."""
     if world.world_size == 1:
         return model
+    # A model that does not promise to use all parameters may leave out some in some batches, and on some ranks alone.
+    may_leave_out = not getattr(model, "uses_all_parameters", False)
+    if may_leave_out:
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # and there are none: good
     wrapped = _kind_for(model)(
         model,
+        find_unused_parameters=may_leave_out,
         device_ids=[world.device] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
@@ -31,13 +38,42 @@ def ddp(model: nn.Module, world: World) -> nn.Module:
     return wrapped
 
 
-def _kind_for(model: nn.Module) -> type[DistributedDataParallel]:
+def _kind_for(model: nn.Module) -> type[LossDDP]:
     if not is_compiled(model):
-        return DistributedDataParallel if _COMPILER in sys.modules else UncompiledDDP
-    return UncutDDP if hasattr(model, "compiled_parts") else DistributedDataParallel
+        return LossDDP if _COMPILER in sys.modules else UncompiledDDP
+    return UncutDDP if hasattr(model, "compiled_parts") else LossDDP
 
 
-class UncutDDP(DistributedDataParallel):
+@dataclass(frozen=True)
+class _Loss:
+    """What `LossDDP.compute_loss` passes through DistributedDataParallel's forward."""
+
+    function: Callable[[nn.Module, Any], Tensor]
+    batch: Any
+
+
+class LossDDP(DistributedDataParallel):
+    """DistributedDataParallel whose forward can be the whole loss function, which gets the module itself.
+
+    So the loss alone decides which parameters took part, not all that the model returns; and a loss function may call the
+    module more than once, or call its other methods, on several ranks as on one.
+    """
+
+    _cuts_graphs = True
+
+    def compute_loss(self, loss_function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+        """`loss_function(module, batch)`; its backward pass exchanges gradients."""
+        return self(_Loss(loss_function, batch))
+
+    def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
+        # torch's own, but for the loss; the context tells its compiler which module runs.
+        with self._inside_ddp_forward() if self._cuts_graphs else nullcontext():
+            if inputs and isinstance(inputs[0], _Loss):
+                return inputs[0].function(self.module, inputs[0].batch)
+            return self.module(*inputs, **named)
+
+
+class UncutDDP(LossDDP):
     """DistributedDataParallel for a model of which parts are compiled, each for itself.
 
     torch's compiler cuts a data-parallel model's graphs where buckets end, so that the exchange of the last gradients need not
@@ -45,8 +81,7 @@ class UncutDDP(DistributedDataParallel):
     alone, it would be other code with other last bits.
     """
 
-    def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
-        return self.module(*inputs, **named)  # without the note for the compiler of which module runs
+    _cuts_graphs = False
 
 
 class UncompiledDDP(UncutDDP):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.config.lookup import build
 from dist_trainer.distributed.world import World
 from dist_trainer.parallel.compilation import compile_parts, is_worth_compiling
-from dist_trainer.parallel.ddp import ddp
+from dist_trainer.parallel.ddp import LossDDP, ddp
 
 
 def single(model: nn.Module, world: World) -> nn.Module:
@@ -46,6 +46,11 @@ def parallelize(
 def unwrap(model: nn.Module) -> nn.Module:
     """The module that a strategy wrapped."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def compute_loss(model: nn.Module, loss_function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
+    """`loss_function` of `batch` and of the module that `ddp` wrapped; a strategy of the user's own passes its wrapper."""
+    return model.compute_loss(loss_function, batch) if isinstance(model, LossDDP) else loss_function(model, batch)
 
 
 def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:

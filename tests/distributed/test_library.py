@@ -24,6 +24,9 @@ from dist_trainer.config.schema import (
     TrainConfig,
     ValidationConfig,
 )
+from dist_trainer.data.batch import Batch
+from dist_trainer.evaluation import LossFunction
+from dist_trainer.models.loss import model_loss
 from dist_trainer.models.registry import load_weights
 from dist_trainer.optim.optimizers import build_optimizer
 from tests.distributed.ranks import run_ranks
@@ -100,6 +103,7 @@ def fit(
     folder: Path,
     *,
     stop_after: int | None = None,
+    loss_function: LossFunction = model_loss,
     optimizer_of: Callable[[nn.Module], Optimizer] = lambda model: build_optimizer(CONFIG.optim, model),
 ) -> tuple[Lines, dict[str, np.ndarray]]:
     """Train on this rank, from where `folder` is, as docs/library.md does; the lines of rank 0, and the model's state."""
@@ -116,6 +120,7 @@ def fit(
             optimizer=optimizer_of(model),
             train_data=train,
             validation_data=validation,
+            loss_function=loss_function,
             checkpoints=CheckpointManager(folder, CONFIG.checkpoint, export=weights_writer(model)) if world.is_main else None,
             tracker=lines,
         )
@@ -185,3 +190,49 @@ def test_a_model_with_buffers_resumes_exactly(world_size, tmp_path):
     for kind in ("train", "validation"):
         assert first.losses(kind) + then.losses(kind) == whole.losses(kind)
     assert all(np.array_equal(resumed[name], tensor) for name, tensor in state.items())
+
+
+class WithSpareParts(nn.Module):
+    """`head` makes the logits, `sometimes` adds to those of a few rows; `output` is returned and `never` not even that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.sometimes, self.output, self.never = (nn.Linear(8, 2) for _ in range(4))
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        logits, is_rare = self.head(inputs), inputs[:, 0] > 12
+        if is_rare.any():
+            logits = logits + is_rare[:, None] * self.sometimes(inputs)
+        return logits, self.output(inputs)
+
+    def loss(self, batch: Batch) -> Tensor:
+        return F.cross_entropy(self(batch.tokens)[0], batch.targets, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "loss_function",
+    [
+        lambda model, batch: F.cross_entropy(model(batch.tokens)[0], batch.targets, reduction="sum"),
+        lambda model, batch: model.loss(batch),
+        lambda model, batch: (model.loss(batch) + model.loss(batch)) / 2,
+    ],
+    ids=["forward", "a method of its own", "several passes"],
+)
+def test_parameters_that_take_no_part_in_a_loss_stay_as_they_are_on_any_number_of_ranks(loss_function, tmp_path):
+    rare = [bool(row[0] > 12) for row, _ in PAIRS[:170]]
+    assert 0 < sum(rare) < 10, "on few ranks and in few batches"
+    outcomes = [
+        run_ranks(ranks, lambda ranks=ranks: fit(WithSpareParts, tmp_path / str(ranks), loss_function=loss_function))
+        for ranks in (1, 2, 3)
+    ]
+    torch.manual_seed(0)
+    fresh = {name: tensor.numpy() for name, tensor in WithSpareParts().state_dict().items()}
+    (lines, state), *_ = outcomes[0]
+    for name, tensor in state.items():
+        is_spare = name.startswith(("output", "never"))
+        assert np.array_equal(tensor, fresh[name]) == is_spare, name
+    for several in outcomes[1:]:
+        for kind in ("train", "validation"):
+            assert several[0][0].losses(kind) == pytest.approx(lines.losses(kind), rel=1e-4)
+        for _, other in several:
+            assert all(np.allclose(other[name], tensor, atol=1e-5) for name, tensor in state.items())
