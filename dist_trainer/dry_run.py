@@ -30,7 +30,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import evaluate, validation_is_due
 from dist_trainer.exit_codes import EXIT_FINISHED
-from dist_trainer.out_of_memory import explaining_out_of_memory, state_bytes, total_memory
+from dist_trainer.out_of_memory import explaining_out_of_memory, snapshot_bytes, state_bytes, total_memory
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
@@ -253,7 +253,8 @@ def memory_in_words(cost: Cost, trainer: Trainer) -> str:
     total = total_memory(device)
     ranks = f" on rank {cost.peak_bytes.index(most)}, {memory(least)} at least" if most > least else ""
     if device.type == "cuda":
-        return f"at most {memory(most)} ({most / total:.0%}) of a GPU's {memory(total)}{ranks}"
+        pinned = f"saves pin {memory(snapshot_bytes(trainer))} of host memory on rank 0"
+        return f"at most {memory(most)} ({most / total:.0%}) of a GPU's {memory(total)}{ranks}; {pinned}"
     processes = f"; {len(cost.peak_bytes)} processes" if len(cost.peak_bytes) > 1 else ""
     return f"at most {memory(most)} of the machine's {memory(total)} in a process{ranks}{processes}"
 

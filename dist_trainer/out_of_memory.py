@@ -101,6 +101,13 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
     }
 
 
+def snapshot_bytes(trainer: Trainer) -> int:
+    """Bytes of host memory that a save on rank 0 copies weights and optimizer state into; from a GPU that memory is pinned at
+    the first save and kept.
+    """
+    return _bytes_of(unwrap(trainer.model).state_dict().values()) + _optimizer_bytes(trainer.optimizer)
+
+
 def total_memory(device: torch.device) -> int:
     """Bytes that a GPU has; of a CPU those of the machine, or this process's limit (ulimit -v) where that is lower."""
     if device.type == "cuda":

@@ -8,7 +8,7 @@ import torch
 
 from dist_trainer.data.rows import varies_in_length
 from dist_trainer.models.registry import begins_trained
-from dist_trainer.out_of_memory import state_bytes, total_memory
+from dist_trainer.out_of_memory import snapshot_bytes, state_bytes, total_memory
 from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.tracking.environment import device_name
@@ -87,7 +87,10 @@ def memory_in_words(trainer: Trainer) -> str:
     parts = " + ".join(f"{memory(size)} {name}" for name, size in state.items())
     device = trainer.world.device
     where = "the machine" if device.type == "cpu" else str(device)
-    return f"{parts} = {memory(sum(state.values()))} a rank, and activations; {where} has {memory(total_memory(device))}"
+    pinned = f"; saves pin {memory(snapshot_bytes(trainer))} of host memory on rank 0" if device.type == "cuda" else ""
+    return (
+        f"{parts} = {memory(sum(state.values()))} a rank, and activations; {where} has {memory(total_memory(device))}{pinned}"
+    )
 
 
 def results_in_words(trainer: Trainer) -> str:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_trainer.checkpoint.folders import resume_point
+from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.last_save import see_last_save_through, stop_after_failed_saves
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
 from dist_trainer.checkpoint.state import Progress, Snapshot, Validated, restore, take_snapshot
@@ -100,6 +101,7 @@ class Trainer:
         self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
         self.note_step: Callable[[int], None] = lambda step: None
+        self.pinned = PinnedMemory()
         self._saved_step = self._logged_step = 0
         self._stopped = False
 
@@ -345,4 +347,4 @@ class Trainer:
     def _take_snapshot(self) -> Snapshot:
         goes_on = not self._stopped and self.progress.step < self.max_steps
         parts = {"scaler": self.precision.state_dict(), "progress": self.progress, "facts": self.facts}
-        return take_snapshot(unwrap(self.model), self.optimizer, **parts, training_goes_on=goes_on)
+        return take_snapshot(unwrap(self.model), self.optimizer, **parts, training_goes_on=goes_on, pinned=self.pinned)

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dist_trainer.checkpoint.host_copy import PinnedMemory, to_host
 from dist_trainer.errors import CheckpointError
 from dist_trainer.manifest import read_json, verify
 from dist_trainer.models.registry import load_weights
@@ -126,11 +126,12 @@ def take_snapshot(
     progress: Progress,
     facts: Mapping[str, Any],
     training_goes_on: bool = True,
+    pinned: PinnedMemory | None = None,
 ) -> Snapshot:
     """Everything in host memory: all that training has to wait for when a checkpoint is saved.
 
     Copied, unless no step will change it any more (`training_goes_on`): then what lies in host memory is taken as it is, and
-    a run's end needs no second state's memory.
+    a run's end needs no second state's memory. Copies from a GPU use `pinned` while no other snapshot does.
     """
     weights = model.state_dict()
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -141,15 +142,19 @@ def take_snapshot(
                 tensors[f"{name}{_SEPARATOR}{key}"] = value
             else:
                 values[f"{name}{_SEPARATOR}{key}"] = value
-    return Snapshot(
-        weights=_to_host(weights, copies=training_goes_on),
-        optimizer_tensors=_to_host(tensors, copies=training_goes_on),
+    on_host, borrows = to_host({**tensors, **weights}, copies=training_goes_on, pinned=pinned)
+    snapshot = Snapshot(
+        weights={name: on_host[name] for name in weights},
+        optimizer_tensors={name: on_host[name] for name in tensors},
         optimizer_values=values,
         scaler=scaler,
         progress=Progress(**asdict(progress)),
         facts=facts,
         untrained=frozenset(weights.keys() - trained),
     )
+    if pinned is not None and borrows:
+        pinned.lend_to(snapshot)
+    return snapshot
 
 
 def write_training_state(snapshot: Snapshot, folder: Path) -> None:
@@ -225,25 +230,3 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> N
 
 def _has_fractions(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _to_host(tensors: Mapping[str, Tensor], *, copies: bool) -> dict[str, Tensor]:
-    """In host memory, each apart from the others; copies from a GPU run side by side and are awaited once."""
-    taken: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        # Files hold whole tensors: one that is a part of another, or the same under a second name, needs memory of its own.
-        is_apart = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
-        storages.add(storage.data_ptr())
-        as_it_is = not copies and is_apart and not tensor.is_cuda and tensor.is_contiguous()
-        taken[name] = tensor.detach() if as_it_is else _host_copy(tensor.detach())
-    if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()
-    return taken
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.clone().contiguous()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True).contiguous()

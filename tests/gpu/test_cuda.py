@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 
+from dist_trainer.checkpoint.host_copy import PinnedMemory
+from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.dry_run import dry_run
 from dist_trainer.models.decoder_lm import DecoderLM
@@ -96,6 +98,23 @@ def test_a_dry_run_tells_how_much_of_the_gpu_it_took(texts, tmp_path, capfd):
     assert run_ranks(1, lambda: dry_run(config)) == [0]
     assert re.search(r"memory +at most \S+ MiB \(\d+%\) of a GPU's \S+ GiB", capfd.readouterr().err)
     assert not folder(config).exists()
+
+
+def test_snapshots_reuse_pinned_memory_of_exactly_their_size_and_hold_what_the_gpu_holds():
+    model = torch.nn.Linear(512, 300, device="cuda")
+    model.weight = torch.nn.Parameter(torch.randn(512, 300, device="cuda").t())  # strided
+    optimizer, pinned = torch.optim.AdamW(model.parameters()), PinnedMemory()
+    addresses = set()
+    for step in range(3):
+        model(torch.ones(4, 512, device="cuda")).sum().backward()
+        optimizer.step()
+        snapshot = take_snapshot(model, optimizer, scaler={}, progress=Progress(step), facts={}, pinned=pinned)
+        assert all(tensor.is_pinned() and tensor.is_contiguous() for tensor in snapshot.weights.values())
+        assert all(torch.equal(snapshot.weights[name], tensor.cpu()) for name, tensor in model.state_dict().items())
+        addresses.add(snapshot.weights["weight"].data_ptr())
+        del snapshot
+    assert len(addresses) == 1
+    assert torch.zeros(1, device="cuda").item() == 0, "no error is left behind"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")

@@ -1,0 +1,138 @@
+"""Copies of a state in host memory; those from a GPU go into pinned memory that is allocated once and reused."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_ALIGNMENT = 64
+"""Bytes; at least that of every dtype."""
+
+
+class PinnedMemory:
+    """Host memory for the GPU tensors of one snapshot at a time: as large as they are, pinned at the first one, then reused.
+
+    Pinning is as slow as copying. torch's own pinned memory is made per tensor, rounded up to powers of two, and kept for
+    good (pytorch/pytorch#150517), so it could take twice the state, once for each snapshot that is in memory.
+    """
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._unpin = weakref.finalize(self, lambda: None)
+        self._borrower: weakref.ref[object] | None = None
+
+    def take(self, num_bytes: int) -> mmap.mmap | None:
+        """Memory of at least this size; None while the snapshot that has borrowed it is still being written."""
+        if self._borrower is not None and self._borrower() is not None:
+            return None
+        if self._memory is None or len(self._memory) < num_bytes:
+            self._unpin()
+            self._memory = mmap.mmap(-1, num_bytes)  # shared, so that a fork of this process does not move its pages
+            if pin(self._memory):
+                self._unpin = weakref.finalize(self, unpin, self._memory)
+                self._unpin.atexit = False  # the system gives it back then, and CUDA may be gone
+        return self._memory
+
+    def lend_to(self, snapshot: object) -> None:
+        """`snapshot` holds what was taken last, for as long as it lives."""
+        self._borrower = weakref.ref(snapshot)
+
+
+def to_host(tensors: Mapping[str, Tensor], *, copies: bool, pinned: PinnedMemory | None) -> tuple[dict[str, Tensor], bool]:
+    """`tensors` in host memory, contiguous, each in storage of its own; and whether `pinned` is in use for them.
+
+    Without `copies` what lies in host memory is taken as it is, where it can be. Copies from a GPU run next to one another and
+    are awaited once; they are not to be read, nor copied on, before that.
+    """
+    taken: dict[str, Tensor] = {}
+    on_gpu: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage()
+        # Files hold whole tensors: one that is a part of another, or the same under a second name, needs memory of its own.
+        is_apart = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
+        storages.add(storage.data_ptr())
+        if is_on_gpu(tensor):
+            on_gpu[name] = tensor.detach()
+        elif not copies and is_apart and tensor.is_contiguous():
+            taken[name] = tensor.detach()
+        else:
+            taken[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+    memory = None if pinned is None or not on_gpu else pinned.take(_bytes_of(on_gpu))
+    offset = 0
+    for name, tensor in on_gpu.items():
+        taken[name] = _empty_like(tensor, memory, offset)
+        offset += _aligned(tensor)
+        start_copy(taken[name], tensor)
+    if on_gpu:
+        await_copies()
+    return {name: taken[name] for name in tensors}, memory is not None
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Whether `tensor` is in a GPU's memory."""
+    return tensor.is_cuda
+
+
+def start_copy(to: Tensor, tensor: Tensor) -> None:
+    """Copy a GPU's `tensor` into host memory, which holds it after `await_copies`."""
+    to.copy_(tensor, non_blocking=True)
+
+
+def await_copies() -> None:
+    """Wait for all copies from the GPU."""
+    torch.cuda.synchronize()
+
+
+def pin(memory: mmap.mmap) -> bool:
+    """Keep `memory` where it is, so that a GPU can write into it by itself; whether CUDA does so. If not, copies are slower."""
+    register = _cuda_runtime("cudaHostRegister")
+    code = None if register is None else int(register(_address(memory), len(memory), 0))
+    if code == 0:
+        return True
+    log.warning("%.1f GiB of host memory could not be pinned (CUDA error %s); saving is slower", len(memory) / 2**30, code)
+    if code is not None:
+        with contextlib.suppress(RuntimeError):  # CUDA reports the error once more to the next kernel: one that nobody needs
+            torch.zeros((), device="cuda")
+    return False
+
+
+def unpin(memory: mmap.mmap) -> None:
+    """Undo `pin`."""
+    unregister = _cuda_runtime("cudaHostUnregister")
+    if unregister is not None:
+        unregister(_address(memory))
+
+
+def _cuda_runtime(function: str) -> Callable[..., Any] | None:
+    """A function of CUDA's runtime, which gives an error code; None where this torch has none of that name."""
+    return getattr(torch.cuda.cudart(), function, None) if torch.cuda.is_available() else None
+
+
+def _address(memory: mmap.mmap) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+def _empty_like(tensor: Tensor, memory: mmap.mmap | None, offset: int) -> Tensor:
+    """An empty contiguous tensor of the same shape and dtype: in `memory` from byte `offset` on, or in memory of its own."""
+    if memory is None or tensor.nbytes == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
+    return raw.view(tensor.dtype).view(tensor.shape)
+
+
+def _aligned(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    return max(1, sum(map(_aligned, tensors.values())))
