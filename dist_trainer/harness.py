@@ -19,6 +19,8 @@ from typing import Any
 import torch
 
 from dist_trainer.config.schema import PrecisionConfig
+from dist_trainer.data.chat import own_template
+from dist_trainer.data.template_limits import TemplateLimitError, check_length, check_template, within_limits
 from dist_trainer.data.tokenization import Tokenizer, load_tokenizer, text_prefix
 from dist_trainer.errors import ConfigError
 from dist_trainer.hub_access import hub_is_reachable
@@ -68,6 +70,8 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
     tokenizer = load_tokenizer(str(path), key="RUN")
     if options.apply_chat_template and not tokenizer.chat_template:
         raise ConfigError(f"--apply_chat_template: the tokenizer in {folder} has none; leave it out")
+    if options.apply_chat_template:
+        limit_chat_template(tokenizer, f"the chat template of {folder}")
     online = hub_is_reachable()  # before the import: the data sets' library asks once whether it is to stay offline
     try:
         import lm_eval
@@ -91,6 +95,26 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
         )
     # Through JSON once, so that what is written and what is returned are the same plain values.
     return json.loads(json.dumps(found, default=_plain))
+
+
+def limit_chat_template(tokenizer: Tokenizer, name: str) -> None:
+    """Let whoever asks `tokenizer` to render its chat template, which messages call `name`, do so within limits.
+
+    Raises DataError where it is no template that can be limited.
+    """
+    check_template(own_template(tokenizer), name)
+    render = tokenizer.apply_chat_template
+
+    def limited(*arguments: Any, **options: Any) -> Any:
+        try:
+            rendered = within_limits(lambda: render(*arguments, **options))
+            return check_length(rendered) if isinstance(rendered, str) else rendered
+        except TemplateLimitError as error:
+            raise TemplateLimitError(
+                f"--apply_chat_template: {name}: {error}; leave it out, or use another template"
+            ) from error
+
+    tokenizer.apply_chat_template = limited
 
 
 def find_tasks(options: HarnessOptions, manager_class: Any) -> tuple[Any, list[str]]:

@@ -15,6 +15,7 @@ from typing import Any
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.template import kind_of, missing_column
+from dist_trainer.data.template_limits import check_length, check_template, within_limits
 from dist_trainer.data.tokenization import Tokenizer, read_chat_template, text_prefix
 from dist_trainer.errors import DataError
 
@@ -37,6 +38,7 @@ class ChatTemplate:
         self._name = (
             f"data.chat_template {config.chat_template}" if config.chat_template else f"the chat template of {config.tokenizer}"
         )
+        check_template(self.text, self._name)
         self._is_marked = _MARKED.search(self.text) is not None
         self._special = tuple(tokenizer.get_added_vocab())
         self._is_tried = False
@@ -119,9 +121,12 @@ class ChatTemplate:
 
     def _rendered(self, where: str, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+            text = within_limits(
+                lambda: self._tokenizer.apply_chat_template(
+                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
             )
+            return check_length(text)
         except Exception as error:  # templates raise what they like
             raise self._refusal(where, messages, error) from error
 
@@ -129,12 +134,15 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans_of_texts = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.text,
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
+            texts, spans_of_texts = within_limits(
+                lambda: render_jinja_template(
+                    conversations=[messages],
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=True,
+                    **self._tokenizer.special_tokens_map,
+                )
             )
+            check_length(texts[0])
         except Exception as error:  # templates raise what they like
             raise self._refusal(where, messages, error) from error
         return texts[0], [(int(start), int(end)) for start, end in spans_of_texts[0] if end > start]

@@ -42,6 +42,7 @@ DOORS = {
     "transformers": {"data/tokenization.py", "data/packing.py", "data/chat.py", "models/transformers_lm.py"},
     "tokenizers": {"data/tokenization.py"},
     "gigatoken": {"data/encoding.py"},
+    "jinja2": {"data/template_limits.py"},
     "lm_eval": {"harness.py"},
     "shtab": {"config/completion.py"},
     "docstring_parser": {"config/keys.py"},
