@@ -12,6 +12,7 @@
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
     ├── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
     ├── PeerLostError          exit code 1: another rank has died
+    ├── LauncherLostError      exit code 1: torchrun or srun has died; what was trained is saved
     └── StoppedError           exit code 75: a signal came before the first step; the same command begins again
 
 Each message names the key or the path, the value, and the remedy; commands print it without a traceback.
@@ -88,6 +89,10 @@ class PeerLostError(DistTrainerError):
         """`told_by`: the one rank that prints it; None: the first one of each machine."""
         super().__init__(message)
         self.told_by = told_by
+
+
+class LauncherLostError(DistTrainerError):
+    """The launcher of a rank has died; all ranks have saved and leave."""
 
 
 class StoppedError(DistTrainerError):

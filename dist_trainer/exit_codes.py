@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_trainer.cache_dir import ensure_home
-from dist_trainer.errors import DistTrainerError, MissingPackageError, PeerLostError, StoppedError
+from dist_trainer.errors import DistTrainerError, LauncherLostError, MissingPackageError, PeerLostError, StoppedError
 from dist_trainer.place import Place, place_or_none
 from dist_trainer.secrets import MaskedStream, masked
 
@@ -25,8 +25,8 @@ EXIT_CRASHED = 1
 EXIT_PREEMPTED = 75
 """Stopped by a signal after saving; EX_TEMPFAIL of sysexits.h: the same command goes on from there."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What asks a run to stop."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""What asks a run to stop. SIGHUP: its terminal was closed, or the connection to it was lost."""
 HOLD_BACK_SECONDS = 5.0
 """How long ranks that don't speak let the one that does go first."""
 
@@ -118,7 +118,7 @@ def leave_with(error: DistTrainerError) -> int:
     told = threading.Event() if alone else _take_stop_signals()
     if _says(error, place):
         print(f"dist_trainer: {error}", file=sys.stderr)
-    elif not isinstance(error, (PeerLostError, StoppedError)):
+    elif not isinstance(error, (PeerLostError, LauncherLostError, StoppedError)):
         told.wait(HOLD_BACK_SECONDS)
     if not alone:
         _end_at_once(error.exit_code)
@@ -134,11 +134,16 @@ def _says(error: DistTrainerError, place: Place | None) -> bool:
     return place.local_rank == 0
 
 
+def heeded_stop_signals() -> list[signal.Signals]:
+    """Those of STOP_SIGNALS that are to be taken: not SIGHUP where this process was started to ignore it, as by nohup."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 def _take_stop_signals() -> threading.Event:
     """From now on these signals do nothing but set the event."""
     told = threading.Event()
     if threading.current_thread() is threading.main_thread():  # Python delivers them there alone
-        for number in STOP_SIGNALS:
+        for number in heeded_stop_signals():
             signal.signal(number, lambda *_: told.set())
     return told
 

@@ -27,7 +27,7 @@ from dist_trainer.data.rows import varies_in_length
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.beats import Phase
-from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, gather_objects, on_main
+from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, on_main
 from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
 from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
@@ -42,7 +42,7 @@ from dist_trainer.sampling import Sample, log_sample, sample_is_due
 from dist_trainer.step import StepInput, StepResult, seed_dropout
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import NullTracker, Tracker
-from dist_trainer.training_result import TrainingResult
+from dist_trainer.training_result import TrainingResult, result_when_stopped
 from dist_trainer.warm_up import warm_up
 
 log = logging.getLogger(__name__)
@@ -110,8 +110,8 @@ class Trainer:
     def fit(self) -> TrainingResult:
         """Train to `max_steps`, or until a signal on any rank asks to stop; both end in a checkpoint.
 
-        Raises TrainingDivergedError, SavingFailedError: on all ranks at the same step. Nothing is being written any more
-        when it returns or raises.
+        Raises TrainingDivergedError, SavingFailedError, and LauncherLostError after saving: on all ranks at the same step.
+        Nothing is being written any more when it returns or raises.
         """
         try:
             return self._fit()
@@ -155,8 +155,7 @@ class Trainer:
         see_last_save_through(self.checkpoints, self.world, save_again=self._save)
         self.progress.best = self._best_saved()
         if self._stopped:
-            signals = gather_objects(self.world.stop_request.signal_number, self.world)
-            return TrainingResult("preempted", self.progress, max(signals))
+            return result_when_stopped(self.progress, self.world)
         return TrainingResult("finished", self.progress)
 
     def resume(self, checkpoints: Path) -> bool:

@@ -2,8 +2,9 @@
 
 Two threads of each rank see to it, since its main thread may be waiting in a collective for ever. One tells rank 0 several
 times a second how far its rank is, over a TCPStore that rank 0 keeps, and reads what rank 0 makes of all of them. The other
-looks whether the launcher and the ranks of this machine are alive, and ends this process where the run cannot go on, after
-one line in the log that names the rank, its machine, and where it was last seen.
+looks whether the launcher and the ranks of this machine are alive. A run whose launcher is gone saves and leaves; where it
+cannot continue without a rank, this process is ended after one line in the log that names the rank, its machine, and where it
+was last seen.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dist_trainer.distributed.beats import (
     IS_GONE,
     LATER_MINUTES,
     STEPPING,
+    WAITING,
     Beat,
     Finding,
     Phase,
@@ -76,6 +78,8 @@ class Heartbeat:
         self._first_step_is_done = False
         self._exchanging: threading.Thread | None = None
         self._launcher: int | None = None
+        self._note_lost_launcher: Callable[[str], None] = lambda reason: None
+        self._is_orphan = self._has_begun_to_train = False
         self._members: list[ProcessId] = []
         self._beats: dict[int, Beat] = {}
         self._changed: dict[int, float] = {}
@@ -97,6 +101,7 @@ class Heartbeat:
             if step > before.step:
                 self._longest_step_seconds = max(self._longest_step_seconds, self._step_seconds)
                 self._step_seconds = 0.0
+        self._has_begun_to_train |= phase == "reading data"
         # What may take long only once, such as compilation, is over where another step begins.
         self._first_step_is_done |= phase == "training" and self._longest_step_seconds > 0
         self._place = Place(phase, step, now)
@@ -144,9 +149,11 @@ class Heartbeat:
 
     # ------------------------------------------------------------------------------------------------ watching
 
-    def watch_launcher(self, parent: int) -> None:
-        """End this process soon after `parent`, the one that started it, has ended."""
-        self._launcher = parent
+    def watch_launcher(self, parent: int, note_lost_launcher: Callable[[str], None]) -> None:
+        """Soon after `parent`, the process that started this one, has ended, tell `note_lost_launcher` so: the main thread is
+        to save and leave. Where it has not begun to train, or makes no progress, end this process instead.
+        """
+        self._launcher, self._note_lost_launcher = parent, note_lost_launcher
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def lay_out(self, store: dist.Store, num_ranks: int) -> None:
@@ -221,13 +228,22 @@ class Heartbeat:
 
     def _look(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
-            if self._launcher is not None and os.getppid() != self._launcher:
-                if self.rank == 0:
-                    self._say(f"the launcher (pid {self._launcher}) is gone")
-                os._exit(EXIT_CRASHED)
+            if self._launcher is not None:
+                self._look_after_launcher(f"the launcher (pid {self._launcher}) is gone")
             self._look_after_near_ranks()
             if findings := self._to_act_on():
                 self._leave(findings)
+
+    def _look_after_launcher(self, lost: str) -> None:
+        if not self._is_orphan and os.getppid() != self._launcher:
+            self._is_orphan = True
+            self._note_lost_launcher(lost)
+        beat = self._own_beat()
+        is_stuck = beat.lacks_progress and beat.phase not in WAITING
+        if self._is_orphan and (is_stuck or not self._has_begun_to_train):
+            if self.rank == 0:
+                self._say(lost)
+            os._exit(EXIT_CRASHED)
 
     def _look_after_near_ranks(self) -> None:
         if self._peers_may_leave:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: SIGTERM, SIGUSR1, SIGINT.
+"""Signals that ask a run to stop: SIGTERM, SIGUSR1, SIGINT, and SIGHUP unless it was ignored at the start, as by nohup.
 
 The handler only sets a flag, which the trainer shares over all ranks once a step: all stop at the same step. In the long
 preparations before the first step, where nothing can be lost, it raises StoppedError instead, and again where a library
@@ -20,14 +20,15 @@ from types import FrameType
 from typing import Any
 
 from dist_trainer.errors import StoppedError
-from dist_trainer.exit_codes import STOP_SIGNALS
+from dist_trainer.exit_codes import STOP_SIGNALS, heeded_stop_signals
 
 SECONDS_TO_RAISE_AGAIN = 0.5
 """A tick: so often StoppedError is raised anew where it was swallowed."""
 TICKS_TO_CLEAN_UP = 10
 """So often what handles the error is left in peace; then it is broken off too, for it may be a library that goes on."""
 PATIENCE = 3
-"""The signal of this count ends the process without saving."""
+"""The signal of this count ends the process without saving. SIGHUP does not count: nobody's impatience sends it, and a terminal
+that is closed may send several, by its shell, the kernel and the session's manager."""
 _GOODBYE = b"\0"
 """No signal has the number 0."""
 
@@ -37,6 +38,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self.lost_launcher = ""
+        """What was lost, where that asked, and no signal."""
         self._count = 0
         self._listening = False
         self._breaks_off = False
@@ -47,7 +50,11 @@ class StopRequest:
         self._ticks = 0
 
     def __bool__(self) -> bool:
-        return self.signal_number != 0
+        return self.signal_number != 0 or self.lost_launcher != ""
+
+    def note_lost_launcher(self, reason: str) -> None:
+        """Ask this rank to stop because its launcher has died; called by the thread that noticed."""
+        self.lost_launcher = reason
 
     @contextmanager
     def listen(self, *, for_good: bool = False) -> Generator[StopRequest]:
@@ -59,7 +66,7 @@ class StopRequest:
             yield self
             return
         self._listening = True
-        before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        before = {number: signal.signal(number, self._handle) for number in heeded_stop_signals()}
         try:
             with self._third_signal_ends_at_once():
                 yield self
@@ -99,7 +106,7 @@ class StopRequest:
             raise StoppedError(self.signal_number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
+        self._count += number != signal.SIGHUP
         if self._count >= PATIENCE and not self._is_answered:
             os._exit(128 + number)
         first = not self
@@ -148,7 +155,7 @@ class StopRequest:
     def _count_signals(self, pipe: int) -> None:
         count = 0
         while _GOODBYE not in (numbers := os.read(pipe, 64)):
-            asked = [number for number in numbers if number in STOP_SIGNALS]
+            asked = [number for number in numbers if number in STOP_SIGNALS and number != signal.SIGHUP]
             count += len(asked)
             if count >= PATIENCE and not self._is_answered:
                 os._exit(128 + asked[-1])

@@ -81,7 +81,7 @@ class World(Place):
         if guard is not None:
             guard.patience_seconds = heartbeat.patience_seconds
         if is_launched():
-            heartbeat.watch_launcher(living_launcher())
+            heartbeat.watch_launcher(living_launcher(), stop_request.note_lost_launcher)
         try:
             if place.world_size == 1:
                 yield World(device=device, stop_request=stop_request, heartbeat=heartbeat)

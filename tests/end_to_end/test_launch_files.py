@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,12 @@ case "$*" in
   *) exec {python} "$@" ;;
 esac
 """
+
+
+def torchrun_source() -> str:
+    """Read, not imported: that would take seconds."""
+    import_path = next(p for p in map(Path, sys.path) if (p / "torch/distributed/run.py").is_file())
+    return (import_path / "torch/distributed/run.py").read_text()
 
 
 @pytest.fixture
@@ -95,7 +102,17 @@ def test_several_ranks_share_the_cores_under_torchrun(stand_in: Path) -> None:
     run = done.stdout.splitlines()[-1]
     assert run.startswith("RUN OMP_NUM_THREADS=3 -m torch.distributed.run --max-restarts=0")
     assert run.endswith("--nproc-per-node=2 --standalone -m dist_trainer.train --seed 1")
-    assert "SIGUSR1" in run or "signals-to-handle" not in torchrun_source()
+    assert "SIGUSR1,SIGHUP" in run or "signals-to-handle" not in torchrun_source()
+
+
+@pytest.mark.skipif("signals-to-handle" not in torchrun_source(), reason="this torchrun takes the signals it likes")
+def test_under_nohup_torchrun_leaves_the_hang_up_ignored(stand_in: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        done = launch("launch/local.sh", stand_in=stand_in, NPROC="2")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "--signals-to-handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1 " in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
@@ -208,12 +225,6 @@ def test_a_number_that_cannot_be_meant_is_refused_in_a_sentence(
     assert done.returncode == 2
     (said,) = (done.stdout + done.stderr).splitlines()
     assert f"{name} is '{value}', but must be a whole number from " in said
-
-
-def torchrun_source() -> str:
-    """Read, not imported: that would take seconds."""
-    import_path = next(p for p in map(Path, sys.path) if (p / "torch/distributed/run.py").is_file())
-    return (import_path / "torch/distributed/run.py").read_text()
 
 
 # --------------------------------------------------------------------------------------------------- SLURM

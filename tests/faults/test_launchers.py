@@ -22,6 +22,8 @@ SECONDS_TO_LEAVE = 10
 SECONDS_TO_LEAVE_A_HANGING_RANK = 20
 SECONDS_TO_START = 20
 TIMEOUT_MINUTES = 0.1
+LOCAL = (str(ROOT / "launch/local.sh"),)
+BARE = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dist_trainer.train")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,9 @@ def undisturbed(tmp_path_factory):
 
 
 @contextmanager
-def launched(output: Path, *arguments: str, ranks: int = 2, **options: str):
+def launched(output: Path, *arguments: str, ranks: int = 2, by: tuple[str, ...] = LOCAL, **options: str):
     """launch/local.sh, which becomes torchrun; its process and those of its ranks are gone at the end."""
-    words = [str(ROOT / "launch/local.sh"), *RUN, "--output_dir", str(output), *arguments]
+    words = [*by, *RUN, "--output_dir", str(output), *arguments]
     settings = environment(PYTHON=sys.executable, NPROC=str(ranks), **options)
     with (output / "said.txt").open("ab") as said, subprocess.Popen(words, env=settings, stdout=said, stderr=said) as process:
         try:
@@ -128,6 +130,24 @@ def a_killed_rank_is_started_again_by_torchrun(output, ranks):
 
 def is_training_again(folder, resumed_from):
     return status(folder)["state"] == "running" and logged(folder) > resumed_from
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_ranks_whose_torchrun_dies_of_a_signal_save_and_leave(tmp_path, number):
+    """Without the launch file's option torchrun does not take SIGUSR1, which ends it at once."""
+    folder = tmp_path / "debug"
+    with launched(tmp_path, "--train.max_steps", "100000", "--checkpoint.every_steps", "50000", by=BARE) as launcher:
+        wait_until(lambda: logged(folder) >= 5, seconds=90, of=launcher)
+        processes = ranks_of(launcher)
+        launcher.send_signal(number)
+        assert launcher.wait(SECONDS_TO_LEAVE) == -number
+        wait_until(lambda: not any(process.is_alive() for process in processes), seconds=SECONDS_TO_LEAVE)
+    step = lines(folder)[-1]["step"]
+    assert os.readlink(folder / "checkpoints" / "latest") == f"step-{step:08d}"
+    reason = f"the launcher (pid {launcher.pid}) is gone; step {step} is saved"
+    assert (status(folder)["state"], status(folder)["step"]) == ("failed", step)
+    assert status(folder)["reason"].startswith(reason)
+    assert (tmp_path / "said.txt").read_text().count(f"dist_trainer: {reason}") == 1
 
 
 def test_ranks_whose_torchrun_dies_while_they_start_do_not_train_without_it(tmp_path):

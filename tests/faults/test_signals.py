@@ -1,8 +1,11 @@
 """A signal to the one process of a run: saved at that very step, out soon, nothing lost; wherever the run stands."""
 
+import fcntl
 import json
 import os
 import signal
+import sys
+import termios
 
 import pytest
 
@@ -20,8 +23,8 @@ def send(*numbers, at_step):
 
 @pytest.mark.parametrize(
     "numbers",
-    [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT], [signal.SIGUSR1, signal.SIGTERM]],
-    ids=["TERM", "USR1", "INT", "two"],
+    [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT], [signal.SIGHUP], [signal.SIGUSR1, signal.SIGTERM]],
+    ids=["TERM", "USR1", "INT", "HUP", "two"],
 )
 def test_a_signal_saves_that_very_step_and_loses_none(run, undisturbed, numbers):
     assert run.start(send(*numbers, at_step=7)).code == 75
@@ -29,6 +32,38 @@ def test_a_signal_saves_that_very_step_and_loses_none(run, undisturbed, numbers)
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert status["step"] in (7, 8)
     assert run.newest().name == f"step-{status['step']:08d}"
+    run.finish()
+    assert run.resumed_at()[-1] == status["step"]
+    run.equals(undisturbed)
+
+
+def test_a_terminal_that_is_closed_loses_nothing(run, undisturbed, tmp_path):
+    """The kernel sends SIGHUP, and whatever is printed after that fails."""
+    master, slave = os.openpty()
+    trains = tmp_path / "trains"
+
+    def take_terminal():
+        os.close(master)
+        os.setsid()
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        for descriptor in (0, 1, 2):
+            os.dup2(slave, descriptor)
+        os.close(slave)
+        sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+    def wait_for_the_end_of_the_terminal(trainer):
+        trains.touch()
+        wait_until(lambda: bool(trainer.world.stop_request))
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(2, b"x")
+
+    process = run.begin(take_terminal, do(wait_for_the_end_of_the_terminal, at_step=7))
+    os.close(slave)
+    wait_until(trains.exists, of=process)
+    os.close(master)
+    assert process.wait().code == 75
+    status = run.status()
+    assert (status["state"], status["reason"]) == ("preempted", "SIGHUP")
     run.finish()
     assert run.resumed_at()[-1] == status["step"]
     run.equals(undisturbed)

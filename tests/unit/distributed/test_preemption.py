@@ -6,10 +6,13 @@ import time
 
 import pytest
 
+from dist_trainer.checkpoint.state import Progress
 from dist_trainer.distributed import preemption
 from dist_trainer.distributed.preemption import SECONDS_TO_RAISE_AGAIN, StopRequest, signal_name
-from dist_trainer.errors import StoppedError
+from dist_trainer.distributed.world import World
+from dist_trainer.errors import LauncherLostError, StoppedError
 from dist_trainer.exit_codes import STOP_SIGNALS
+from dist_trainer.training_result import result_when_stopped
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -42,6 +45,40 @@ print("still here")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM
     assert "still here" not in done.stdout
+
+
+def test_signals_of_a_terminal_that_is_closed_are_not_counted_as_impatience():
+    code = """
+import os, signal
+from dist_trainer.distributed.preemption import StopRequest
+with StopRequest().listen() as stop:
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+print(bool(stop))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+
+
+def test_a_hang_up_that_was_ignored_at_the_start_is_ignored_as_nohup_means_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest().listen(for_good=True) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_launcher_that_is_gone_asks_to_stop_and_a_signal_is_the_better_reason():
+    stop = StopRequest()
+    stop.note_lost_launcher("the launcher (pid 7) is gone")
+    assert stop
+    with pytest.raises(LauncherLostError, match=r"the launcher \(pid 7\) is gone; step 4 is saved"):
+        result_when_stopped(Progress(4), World(stop_request=stop))
+    stop.signal_number = signal.SIGUSR1
+    assert result_when_stopped(Progress(4), World(stop_request=stop)).signal_number == signal.SIGUSR1
 
 
 def test_the_third_signal_ends_also_a_process_that_hangs_outside_python():
