@@ -43,6 +43,8 @@ def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
             f"there are {place.world_size} ranks, but {unset}, the place where they meet; start with torchrun, "
             "or unset RANK and WORLD_SIZE for one process"
         )
+    if place.world_size > 1:
+        _number(environment, "MASTER_PORT", 0)
     return place
 
 
@@ -59,16 +61,20 @@ def started_by_srun(environment: Mapping[str, str]) -> bool:
     return "SLURM_PROCID" in environment and "MASTER_ADDR" in environment
 
 
+def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
+    text = environment.get(name)
+    if text is None:
+        return otherwise
+    try:
+        return int(text)
+    except ValueError as error:
+        remedy = "leave it to torchrun or srun to set"
+        raise ConfigError(f"the environment variable {name} is {text!r}, not a whole number; {remedy}") from error
+
+
 def _by_launcher(environment: Mapping[str, str]) -> Place:
     def number(name: str, otherwise: int) -> int:
-        text = environment.get(name)
-        if text is None:
-            return otherwise
-        try:
-            return int(text)
-        except ValueError as error:
-            remedy = "leave it to torchrun or srun to set"
-            raise ConfigError(f"the environment variable {name} is {text!r}, not a whole number; {remedy}") from error
+        return _number(environment, name, otherwise)
 
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)

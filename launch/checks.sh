@@ -16,7 +16,7 @@ check_ranks() {
   check_number SHUTDOWN_TIMEOUT 1 999999999 "seconds that ranks may take to save after a signal"
 }
 
-has_nvidia_gpu() { nvidia-smi -L 2>/dev/null | grep -q GPU || [[ -e /dev/nvidia0 ]]; }
+has_nvidia_gpu() { [[ -e /dev/nvidia0 || $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; }
 # Many processors have a graphics part with a /dev/kfd; who computes with it has AMD's tools.
 has_amd_gpu() { [[ -e /dev/kfd ]] && { command -v rocm-smi || command -v amd-smi; } >/dev/null; }
 has_gpu() { has_nvidia_gpu || has_amd_gpu; }

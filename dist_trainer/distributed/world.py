@@ -30,6 +30,8 @@ CONTROL_TIMEOUT = timedelta(days=7)
 """Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Patience of collectives on the device, at least; the heartbeat notices sooner, and knows what is worth waiting for."""
+MOST_COMPILE_THREADS = 32
+"""torch compiles with a process for each core, up to these, and knows of no quota."""
 ERROR_PATIENCE_SECONDS = 20.0
 POLL_SECONDS = 0.02
 
@@ -94,9 +96,15 @@ class World(Place):
 
 
 def keep_threads_within_quota() -> None:
-    """Compute with no more threads than a container's CPU quota keeps busy, unless OMP_NUM_THREADS says how many."""
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cpus():
-        torch.set_num_threads(usable_cpus())
+    """Compute, and compile, with no more threads than a container's CPU quota keeps busy.
+
+    OMP_NUM_THREADS and TORCHINDUCTOR_COMPILE_THREADS, where they are set, say how many.
+    """
+    cpus = usable_cpus()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpus:
+        torch.set_num_threads(cpus)
+    if cpus < min(MOST_COMPILE_THREADS, os.cpu_count() or 1):
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cpus))
 
 
 def _device_of(place: Place, backend: str) -> torch.device:

@@ -24,9 +24,18 @@ class Hosts:
     def __init__(self, state: Path, names: tuple[str, ...]) -> None:
         self._state, self.names = state, names
         subprocess.run([SCRIPT, "up", *names], env=self._settings(), check=True, timeout=60)
+        self.master = self.address(names[0])
 
     def _settings(self, **changes: str) -> dict[str, str]:
         return environment(NETNS_STATE=str(self._state), **changes)
+
+    def name_them_as_debian_does(self) -> None:
+        """Each host's own name means a loopback address to itself, and the others know it by its true one."""
+        for own in self.names:
+            others = [f"{self.address(name)} {name}" for name in self.names if name != own]
+            lines = ["127.0.0.1 localhost", f"127.0.1.1 {own}", *others]
+            (self._state / "hosts" / own / "etc-hosts").write_text("\n".join(lines) + "\n")
+        self.master = self.names[0]
 
     def address(self, name: str) -> str:
         return (self._state / "hosts" / name / "addr").read_text().strip()
@@ -34,7 +43,7 @@ class Hosts:
     @contextmanager
     def train(self, output: Path, *arguments: str, **variables: str) -> Generator[list[subprocess.Popen[bytes]]]:
         """One run over all hosts; the launchers, by host. What still runs at the end dies with its host."""
-        meeting = {"NODES": str(len(self.names)), "MASTER_ADDR": self.address(self.names[0]), "MASTER_PORT": "29501"}
+        meeting = {"NODES": str(len(self.names)), "MASTER_ADDR": self.master, "MASTER_PORT": "29501"}
         ranks = {"PYTHON": sys.executable, "NPROC": str(RANKS), "SHUTDOWN_TIMEOUT": "10"}
         launchers = []
         try:

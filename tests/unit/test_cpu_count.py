@@ -68,10 +68,13 @@ def test_without_control_groups_those_count_that_the_process_may_run_on(tmp_path
 
 
 @pytest.mark.parametrize(("omp", "threads"), [(None, 2), ("5", 5)])
-def test_torch_computes_with_no_more_threads_than_the_quota_pays_for(
+def test_torch_computes_and_compiles_with_no_more_threads_than_the_quota_pays_for(
     monkeypatch: pytest.MonkeyPatch, omp: str | None, threads: int
 ) -> None:
-    """OpenMP counts all cores of the machine."""
+    """OpenMP and torch's compiler count all cores of the machine."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")  # so that it is put back
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     before = torch.get_num_threads()
     monkeypatch.setattr(world, "usable_cpus", lambda: 2)
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -81,5 +84,6 @@ def test_torch_computes_with_no_more_threads_than_the_quota_pays_for(
         torch.set_num_threads(5)
         with World.join(DistributedConfig()):
             assert torch.get_num_threads() == threads
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
     finally:
         torch.set_num_threads(before)
