@@ -12,6 +12,7 @@ from dist_trainer.data.chat import ChatTemplate, Message, own_template
 from dist_trainer.data.tokenization import Tokenizer, prompt_ids
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.generation import context_of, end_tokens, generate
+from dist_trainer.plural import counted
 from dist_trainer.sampling import BROKEN
 
 CONTEXT_TOKENS = 6
@@ -52,7 +53,7 @@ class Writer:
         length = len(self.prompt_tokens(text))
         if self.context is None or length < self.context:
             return None
-        return f"the prompt has {length} tokens; the model's context is {self.context}: shorten it"
+        return f"the prompt has {counted(length, 'token')}; the model's context is {self.context}: shorten it"
 
     def keep(self, question: str, answer: str) -> None:
         """The chat's next prompt comes after these."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_trainer.errors import TrainingDivergedError
+from dist_trainer.plural import counted
 from dist_trainer.step import StepResult
 
 
@@ -70,6 +71,6 @@ class DivergenceWatch:
             )
         if self.skipped_in_a_row > self.max_skipped_steps:
             raise TrainingDivergedError(
-                f"step {step}: gradients were not finite {self.skipped_in_a_row} steps in a row "
+                f"step {step}: gradients were not finite {counted(self.skipped_in_a_row, 'step')} in a row "
                 f"(train.max_skipped_steps is {self.max_skipped_steps})"
             )

@@ -32,11 +32,12 @@ from dist_trainer.evaluation import evaluate, validation_is_due
 from dist_trainer.exit_codes import EXIT_FINISHED
 from dist_trainer.out_of_memory import explaining_out_of_memory, snapshot_bytes, state_bytes, total_memory
 from dist_trainer.parallel.registry import unwrap
+from dist_trainer.plural import counted
 from dist_trainer.run_header import run_header
 from dist_trainer.run_record import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.starting_point import StartingPoint, look_for_starting_point
 from dist_trainer.step import StepResult
-from dist_trainer.tracking.formatting import aligned, counted, duration, memory, quantity, significant
+from dist_trainer.tracking.formatting import aligned, duration, memory, quantity, significant
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.throughput import peak_memory_bytes
 from dist_trainer.trainer import Trainer
@@ -77,7 +78,7 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
             if trainer.has_finished:
                 log.info("dry run: %s", has_finished_in_words(trainer))
                 return EXIT_FINISHED
-            log.info("dry run of %s", run_header(trainer, folder))
+            log.info("dry run of %s", run_header(trainer, folder, is_dry=True))
             with explaining_out_of_memory(config, world, trainer):
                 cost = rehearse(trainer)
         except StoppedError as stopped:

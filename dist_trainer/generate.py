@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from dist_trainer.errors import ConfigError
 from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
 from dist_trainer.place import place_of_this_process
+from dist_trainer.plural import counted
 from dist_trainer.tracking.formatting import printable
 from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
@@ -182,7 +183,7 @@ def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
             writer.keep(prompt.text, "".join(pieces))
         if written.ended_by == "context":
             print(
-                f"dist_trainer: stopped after {len(written.tokens)} new tokens, "
+                f"dist_trainer: stopped after {counted(len(written.tokens), 'new token')}, "
                 f"where the model's context of {writer.context} ends",
                 file=sys.stderr,
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.errors import CheckpointError
+from dist_trainer.plural import counted
 
 MANIFEST = "manifest.json"
 DIGEST = "sha256"
@@ -106,7 +107,9 @@ def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
     try:
         size = path.stat().st_size
         if size != entry.get("bytes"):
-            raise CheckpointError(f"{path} is damaged: it has {size} bytes where the manifest says {entry.get('bytes')!r}")
+            raise CheckpointError(
+                f"{path} is damaged: it has {counted(size, 'byte')} where the manifest says {entry.get('bytes')!r}"
+            )
         if digest_of_file(path) != entry.get(DIGEST):
             raise CheckpointError(f"{path} is damaged: its {DIGEST} is not the manifest's")
     except OSError as error:

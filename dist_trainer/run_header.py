@@ -11,21 +11,24 @@ from dist_trainer.models.registry import begins_trained
 from dist_trainer.out_of_memory import snapshot_bytes, state_bytes, total_memory
 from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import unwrap
+from dist_trainer.plural import counted
 from dist_trainer.tracking.environment import device_name
 from dist_trainer.tracking.follower_tracker import rows_in_words
-from dist_trainer.tracking.formatting import aligned, counted, memory, quantity
+from dist_trainer.tracking.formatting import aligned, memory, quantity
 from dist_trainer.trainer import Trainer
 
 
-def run_header(trainer: Trainer, folder: Path) -> str:
-    """A line each on steps, model, tokens, updates, devices, memory, results and how to go on; `folder` is the run's."""
+def run_header(trainer: Trainer, folder: Path, *, is_dry: bool = False) -> str:
+    """A line each on steps, model, tokens, updates, devices, memory, results and how to go on; `folder` is the run's.
+    `is_dry`: whether it is a dry run, which writes nothing there.
+    """
     rows = {
         "model": model_in_words(trainer),
         "tokens": tokens_in_words(trainer),
         "updates": updates_in_words(trainer),
         "devices": devices_in_words(trainer),
         "memory": memory_in_words(trainer),
-        "results": results_in_words(trainer),
+        "results": f"{'none; a run writes ' if is_dry else ''}{results_in_words(trainer, folder)}",
         "resume": resume_in_words(trainer),
     }
     title = f"{trainer.config.run_name}: {steps_in_words(trainer.progress.step, trainer.max_steps)}, into {folder}"
@@ -42,7 +45,7 @@ def model_in_words(trainer: Trainer) -> str:
     config, step = trainer.config.model, trainer.progress.step
     size = f"{quantity(sum(parameter.numel() for parameter in trainer.parameters))} parameters"
     if config.name == "decoder_lm":
-        size += f" in {config.num_hidden_layers} layers of {config.hidden_size}"
+        size += f" in {counted(config.num_hidden_layers, 'layer')} of {config.hidden_size}"
     if step:
         origin = f"going on after step {step}"
     else:
@@ -57,7 +60,7 @@ def tokens_in_words(trainer: Trainer) -> str:
     at_most = "at most " if varies_in_length(trainer.train_data.dataset) else ""
     return (
         f"{rows} x {at_most}{length} = {quantity(rows * length)} a step, {quantity(trainer.max_steps * rows * length)} in all: "
-        f"{sampler.epoch_of(trainer.max_steps):.3g} epochs of {config.data.dataset} ({sampler.num_rows} rows)"
+        f"{sampler.epoch_of(trainer.max_steps):.3g} epochs of {config.data.dataset} ({counted(sampler.num_rows, 'row')})"
     )
 
 
@@ -93,9 +96,9 @@ def memory_in_words(trainer: Trainer) -> str:
     )
 
 
-def results_in_words(trainer: Trainer) -> str:
+def results_in_words(trainer: Trainer, folder: Path) -> str:
     """Which files, and where else lines go."""
-    return f"report.html, metrics.jsonl, checkpoints/ and logs/ there; {rows_in_words(trainer.config.tracking)}"
+    return f"report.html, metrics.jsonl, checkpoints/ and logs/ in {folder}; {rows_in_words(trainer.config.tracking)}"
 
 
 def resume_in_words(trainer: Trainer) -> str:

@@ -27,6 +27,7 @@ from dist_trainer.errors import (
 )
 from dist_trainer.exit_codes import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.out_of_memory import explaining_out_of_memory
+from dist_trainer.plural import counted
 from dist_trainer.profiling.recorder import profiled
 from dist_trainer.run_header import run_header
 from dist_trainer.tracking.environment import describe_environment
@@ -175,9 +176,9 @@ def has_finished_in_words(trainer: Trainer) -> str:
     config, step = trainer.config, trainer.progress.step
     path = config.run_folder
     if step > trainer.max_steps:
-        done = f"has done {step} steps, more than the {trainer.max_steps} that it is to do now"
+        done = f"has done {counted(step, 'step')}, more than the {trainer.max_steps} that it is to do now"
     else:
-        done = f"has finished its {step} steps already"
+        done = f"has finished its {counted(step, 'step')} already"
     key = "--train.max_steps" if config.train.epochs is None or config.train.max_steps is not None else "--train.epochs"
     return f"{path} {done}; raise {key} to go on, or choose another --run_name"
 

@@ -19,6 +19,7 @@ from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.generation import can_generate, context_of, end_tokens, generate
+from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,8 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
         prompt, prompt_tokens = given_prompt(tracking.sample_prompt, config.data, tokenizer)
         if not 0 < len(prompt_tokens) < context:
             raise ConfigError(
-                f"tracking.sample_prompt: {tracking.sample_prompt!r} has {len(prompt_tokens)} tokens; the model's context has "
-                f'{context}, and one must be left to generate. Give another prompt, or "" for no samples'
+                f"tracking.sample_prompt: {tracking.sample_prompt!r} has {counted(len(prompt_tokens), 'token')}; the "
+                f'model\'s context has {context}, and one must be left to generate. Give another prompt, or "" for no samples'
             )
     else:
         first = dataset[0]

@@ -17,10 +17,12 @@ from dist_trainer.checkpoint.folders import (
 )
 from dist_trainer.checkpoint.run_folder import CHECKPOINTS, RunFolder
 from dist_trainer.checkpoint.state import Progress, read_training_state
+from dist_trainer.config.keys import as_written
 from dist_trainer.config.loading import config_differences
 from dist_trainer.config.schema import TrainConfig, TrainingConfig
 from dist_trainer.distributed.launch import is_started_again
 from dist_trainer.errors import AnotherRunError, CheckpointError
+from dist_trainer.plural import counted
 from dist_trainer.tracking.events import FIRST_CHECKPOINT
 from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.run_history import read_events
@@ -134,12 +136,12 @@ def tell_of_other_ranks(start: StartingPoint, world_size: int, *, masks_depend_o
         return
     if masks_depend_on_ranks:
         log.warning(
-            "going on with %d ranks (it was %d): the same global batches, but other dropout masks than without the change; "
+            "going on with %s (it was %d): the same global batches, but other dropout masks than without the change; "
             "with batch.micro_batch_size set they do not depend on the ranks",
-            *(world_size, before),
+            *(counted(world_size, "rank"), before),
         )
     else:
-        log.info("going on with %d ranks (it was %d): the same global batches", world_size, before)
+        log.info("going on with %s (it was %d): the same global batches", counted(world_size, "rank"), before)
 
 
 def _began_in_this_launch(folder: RunFolder) -> bool:
@@ -178,11 +180,13 @@ def _refuse_another_run(config: TrainingConfig, state: Mapping[str, Any], checkp
         raise _another_run(defining, checkpoint)
     for key, before, now in differences:
         if not key.startswith("checkpoint.resume"):
-            log.info("going on with %s %r (it was %r)", key, now, before)
+            log.info("going on with %s %s (it was %s)", key, as_written(now), as_written(before))
 
 
 def _another_run(differences: list[tuple[str, Any, Any]], checkpoint: Path) -> AnotherRunError:
-    lines = "\n".join(f"  {key}: {now!r}, but the run began with {before!r}" for key, before, now in differences)
+    lines = "\n".join(
+        f"  {key}: {as_written(now)}, but the run began with {as_written(before)}" for key, before, now in differences
+    )
     return AnotherRunError(
         f"this config is not that of the run in {checkpoint}:\n{lines}\n"
         "set these keys back, choose another --run_name, or begin anew with --checkpoint.resume never"

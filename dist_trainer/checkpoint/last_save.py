@@ -11,6 +11,7 @@ from dist_trainer.config.schema import CheckpointConfig
 from dist_trainer.distributed.collectives import barrier, broadcast_object
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import SavingFailedError, TrainingDivergedError
+from dist_trainer.plural import counted
 
 SECONDS_BEFORE_SAVING_AGAIN = (0.5, 1.0, 2.0)
 """Long enough for someone else's temporary file to go, short enough for who sent a signal."""
@@ -42,7 +43,7 @@ def stop_after_failed_saves(checkpoints: Checkpoints, world: World, config: Chec
     finite, else SavingFailedError.
     """
     trouble, diverged = broadcast_object((checkpoints.trouble(), checkpoints.diverged()), world)
-    failed = f"{config.max_failures} checkpoints in a row could not be saved (checkpoint.max_failures)"
+    failed = f"{counted(config.max_failures, 'checkpoint')} in a row could not be saved (checkpoint.max_failures)"
     if diverged:
         raise TrainingDivergedError(f"{trouble}; {failed}. Lower optim.learning_rate")
     last = f", the last one at {trouble}" if trouble else ""

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from dist_trainer.config.keys import as_written
 from dist_trainer.config.llama_json import read_hf_config
 from dist_trainer.config.model_files import CONFIG_FILE, check_model_folder
 from dist_trainer.config.schema import ModelConfig, TrainingConfig
@@ -117,7 +118,8 @@ def contradictions(asked: Mapping[str, Any], model: ModelConfig, folder: Path) -
             continue
         if value != there:
             problems.append(
-                f"{key}: is {value!r}, but the model in {folder} has {there!r}; leave the key out, or set it to that"
+                f"{key}: is {as_written(value)}, but the model in {folder} has {as_written(there)}; leave the key out, or "
+                "set it to that"
             )
     return problems
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
+from dist_trainer.config.other_names import key_called, value_called, what_follows
 from dist_trainer.config.schema import TrainingConfig
 
 PATH_KEYS = ("data.dataset", "data.validation_dataset", "data.tokenizer", "data.chat_template", "data.cache_dir")
@@ -73,14 +76,28 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def no_such_key(key: str) -> str:
     """The complaint, with the key that may be meant."""
     known = list(leaf_types())
-    last = key.rsplit(".", 1)[-1]
+    last = key.rsplit(".", 1)[-1].replace("-", "_")
+    if (message := what_follows(last)) is not None:
+        return message
+    elsewhere = [found for found in (key_called(last),) if found is not None]
     near = (
-        [name for name in known if name.rsplit(".", 1)[-1] == last]
+        (elsewhere if "." not in key else [])
+        or [name for name in known if name.rsplit(".", 1)[-1] == last]
+        or elsewhere
         or [name for name in known if _initials(name) == last]
         or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
     )
     return f"no such key; did you mean {near[0]}?" if near else "no such key; --help all lists them all"
+
+
+def near_value(value: Any, kind: Any) -> str:
+    """`; did you mean bf16?`, where one of the few values of a key of this type may be meant; else nothing."""
+    values = [str(one) for option in options_of(kind) if get_origin(option) is Literal for one in get_args(option)]
+    written = str(value)
+    near = [found for found in (value_called(written, values),) if found is not None]
+    near = near or difflib.get_close_matches(written.lower(), values, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _initials(key: str) -> str:
@@ -100,6 +117,11 @@ def in_words(kind: Any) -> str:
         else:
             words.append(names.get(option, str(option)))
     return " or ".join([*words, "null"] if may_be_null(kind) else words)
+
+
+def as_written(value: Any) -> str:
+    """A value as a config file has it: null, true, [0.9, 0.95]; text in quotes."""
+    return repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
 
 
 def options_of(kind: Any) -> list[Any]:

@@ -29,6 +29,7 @@ from dist_trainer.config.keys import (
     keys_of,
     leaf_types,
     may_be_null,
+    near_value,
     no_such_key,
     section_classes,
     sections,
@@ -208,7 +209,7 @@ def _checked(assignment: Assignment) -> Any:
     if value is None or (value in ("null", "None") and nullable):  # as YAML, and as Python (W&B's sweeps) write it
         if nullable:
             return None
-        raise ConfigError(f"{where}: {key}: must not be null; it is {in_words(types[key])}")
+        raise ConfigError(f"{where}: {key}: must not be null; it is {in_words(types[key])}{near_value(None, types[key])}")
     if str in (types[key], *get_args(types[key])) and isinstance(value, str):
         if key in PATH_KEYS:
             try:
@@ -221,7 +222,8 @@ def _checked(assignment: Assignment) -> Any:
     try:
         return _parser(types[key]).parse_object({"value": value})["value"]
     except (ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {key}: {value!r} is not {in_words(types[key])}") from error
+        hint = near_value(value, types[key])
+        raise ConfigError(f"{where}: {key}: {value!r} is not {in_words(types[key])}{hint}") from error
 
 
 def _whole(value: Any) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from dist_trainer.errors import ConfigError
@@ -25,11 +28,22 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
         try:
             found = getattr(importlib.import_module(module_name), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{key}: {name!r} cannot be imported ({error})") from error
+            is_missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "-")
+            remedy = f"; {_where_modules_are_found()}" if is_missing else ""
+            raise ConfigError(f"{key}: {name!r} cannot be imported ({error}){remedy}") from error
         if not callable(found):
             raise ConfigError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
         return cast(T, found)
     raise ConfigError(no_such_row(table, name, key))
+
+
+def _where_modules_are_found() -> str:
+    """The remedy: which folders Python looks in depends on how it was started."""
+    here = Path.cwd()
+    if any(Path(entry or ".").absolute() == here for entry in sys.path):
+        return "its module must be in the current folder, installed, or in a folder on PYTHONPATH"
+    start = f"PYTHONPATH={shlex.quote(str(here))}"
+    return f"the current folder is not searched: set {start}, or start with `python -m dist_trainer.train`"
 
 
 def no_such_row(rows: Iterable[str], name: str, key: str) -> str:

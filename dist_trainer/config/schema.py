@@ -215,7 +215,8 @@ class TrackingConfig:
     log_every_steps: int = 10
     """Steps between training lines: in metrics.jsonl, in the log file, and on a console that is no terminal."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    """Weights & Biases: offline files under the run folder, online, or none. WANDB_MODE, where set, wins."""
+    """Weights & Biases: files in the run folder (offline), its server (online), or neither (disabled). If set, WANDB_MODE
+    wins."""
     wandb_project: str | None = None
     """W&B project, and trackio's; null: WANDB_PROJECT, else dist_trainer."""
     wandb_entity: str | None = None

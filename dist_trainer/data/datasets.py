@@ -18,6 +18,7 @@ from dist_trainer.data.template import columns_of
 from dist_trainer.data.text_file import COMPRESSIONS
 from dist_trainer.errors import ConfigError, DataError
 from dist_trainer.hub_access import is_hub_name
+from dist_trainer.plural import counted
 from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
     left_out = {
         "not data": _some(ignored, folder),
         "test split": _some(of_test, folder),
-        "hidden": _files(len(all_files) - len(found)) if len(all_files) > len(found) else "",
+        "hidden": counted(len(all_files) - len(found), "file") if len(all_files) > len(found) else "",
         "may not be read": _some(unreadable, folder),
     }
     told = "".join(f"; left out ({why}): {what}" for why, what in left_out.items() if what)
@@ -152,7 +153,7 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
         logging.WARNING if is_loss else logging.INFO,
         "%s: %s read of %s%s",
         key,
-        _files(len(files) - len(of_test)),
+        counted(len(files) - len(of_test), "file"),
         folder,
         told,
     )
@@ -186,12 +187,8 @@ def _files_under(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _some(paths: list[Path], folder: Path) -> str:
     """The first names, and how many there are beside them."""
-    more = f" and {_files(len(paths) - NAMES_SHOWN)} more" if len(paths) > NAMES_SHOWN else ""
+    more = f" and {counted(len(paths) - NAMES_SHOWN, 'file')} more" if len(paths) > NAMES_SHOWN else ""
     return ", ".join(str(path.relative_to(folder)) for path in paths[:NAMES_SHOWN]) + more
-
-
-def _files(number: int) -> str:
-    return f"{number} file{'' if number == 1 else 's'}"
 
 
 def _split_word(path: Path) -> str:

@@ -23,6 +23,7 @@ from dist_trainer.data.tokenization import Tokenizer, tokenizer_of
 from dist_trainer.distributed.collectives import first_on_each_node
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError
+from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +111,8 @@ def _train_loader(rows: Rows, config: TrainingConfig, world: World, *, origin: s
     found, needed = len(rows.dataset), config.batch.global_batch_size  # type: ignore[arg-type]
     if found < needed:
         raise DataError(
-            f"{origin} makes {found} rows to train on, of {config.data.sequence_length} tokens, fewer than one global batch "
-            f"({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
+            f"{origin} makes {counted(found, 'row')} to train on, of {counted(config.data.sequence_length, 'token')}, fewer "
+            f"than one global batch ({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
         )
     sampler = GlobalOrderSampler(
         rows.dataset, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed

@@ -15,6 +15,7 @@ from dist_trainer.data.marked_text import has_token_over_border, tokens_in_spans
 from dist_trainer.data.text_pieces import TextPiece
 from dist_trainer.data.tokenization import Tokenizer, text_prefix, with_prefix
 from dist_trainer.errors import DataError
+from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ def encoded_with_masks(batches: Iterable[list[TextPiece]], tokenizer: Tokenizer)
         yield encoder(pieces)
     if encoder.texts_with_token_over_border:
         log.warning(
-            "in %d of %d documents one token holds the end of the prompt and the beginning of the answer (it carries loss), as "
+            "in %d of %s one token holds the end of the prompt and the beginning of the answer (it carries loss), as "
             "where a prompt ends with a space: a prompt alone would be cut into other tokens. Let the answer begin with the "
             "space instead (data.completion_template, data.chat_template)",
-            *(encoder.texts_with_token_over_border, encoder.texts),
+            *(encoder.texts_with_token_over_border, counted(encoder.texts, "document")),
         )

@@ -18,6 +18,7 @@ from typing import IO, Any
 from dist_trainer.data.template import missing_column
 from dist_trainer.data.text_file import COMPRESSIONS, READING_ERRORS, LongText, open_binary, text_parts, unreadable
 from dist_trainer.errors import DataError
+from dist_trainer.plural import counted
 
 Record = dict[str, Any]
 Records = Iterator[tuple[str, Record | DataError]]
@@ -125,7 +126,12 @@ def read_csv(path: Path, delimiter: str) -> Records:
                 elif len(values) == len(columns):
                     yield place, dict(zip(columns, values, strict=True))
                 elif values:
-                    yield place, DataError(f"{place}: {len(values)} values, but line 1 names {len(columns)} columns")
+                    yield (
+                        place,
+                        DataError(
+                            f"{place}: {counted(len(values), 'value')}, but line 1 names {counted(len(columns), 'column')}"
+                        ),
+                    )
     except READING_ERRORS as error:
         raise unreadable(path, error) from error
 

@@ -21,6 +21,7 @@ from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenization import Tokenizer
 from dist_trainer.data.whole_documents import Fitted, WholeDocumentRows, fitted
 from dist_trainer.errors import DataError
+from dist_trainer.plural import counted
 from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
@@ -66,10 +67,7 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
         validation = _all_documents(held_out, config, tokenizer)
     else:
         train, validation = split_by_document(train, config.validation_fraction)
-    log.info(
-        "data %s: %d documents, %d tokens to train on; %d documents, %d tokens to validate on",
-        *(config.dataset, len(train.spans), train.num_tokens, len(validation.spans), validation.num_tokens),
-    )
+    log.info("data %s: %s to train on; %s to validate on", config.dataset, _in_words(train), _in_words(validation))
     return _rows(train, config, tokenizer), _rows(validation, config, tokenizer) if len(validation.spans) else None
 
 
@@ -168,13 +166,17 @@ def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: To
     return Rows(rows, as_it_is, remark)
 
 
+def _in_words(documents: Documents) -> str:
+    return f"{counted(len(documents.spans), 'document')}, {counted(documents.num_tokens, 'token')}"
+
+
 def _remark(found: Fitted, documents: int, sequence_length: int) -> str:
     """What was cut or left out, in a sentence; empty where nothing was."""
-    length = f"data.sequence_length ({sequence_length} tokens)"
+    length = f"data.sequence_length ({counted(sequence_length, 'token')})"
     counts = {
         f"cut, being longer than {length}": found.cut,
         f"left out, as their answers begin behind {length}": found.answer_cut_off,
         "left out, as they have no answer": found.without_answer,
     }
     parts = [f"{count} {what}" for what, count in counts.items() if count]
-    return f"of {documents} documents {'; '.join(parts)}" if parts else ""
+    return f"of {counted(documents, 'document')} {'; '.join(parts)}" if parts else ""

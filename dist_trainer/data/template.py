@@ -12,6 +12,8 @@ from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError
 
+PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
+COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
 TextOf = Callable[[str, dict[str, Any]], str | LongText | MarkedText]
 """(place, record) to text; raises DataError naming the place."""
 
@@ -40,7 +42,18 @@ def columns_of(config: DataConfig) -> list[str]:
 def missing_column(column: str, present: list[str], where: str) -> DataError:
     """The message for a column that is not there."""
     return DataError(
-        f"{where}: there is no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; "
+        f"{where}: there is no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {_how_to_read(present)}"
+    )
+
+
+def _how_to_read(columns: list[str]) -> str:
+    """The keys to set: those for prompts and completions, if the columns have the names that such columns often have."""
+    prompts = [name for name in columns if name in PROMPT_COLUMNS]
+    completion = next((name for name in columns if name in COMPLETION_COLUMNS), None)
+    if prompts and completion is not None:
+        prompt = "\\n".join(f"{{{name}}}" for name in prompts)
+        return f'set --data.template "{prompt}\\n" and --data.completion_template "{{{completion}}}" to train on {completion!r}'
+    return (
         "set --data.text_column, --data.template for text of several columns, or --data.messages_column for conversations "
         "(null: for none)"
     )

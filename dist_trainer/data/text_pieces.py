@@ -15,6 +15,7 @@ from dist_trainer.data.template import TextOf
 from dist_trainer.data.text_file import LongText
 from dist_trainer.data.tokenization import Tokenizer
 from dist_trainer.errors import DataError
+from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ class BadRecords:
     def skip(self, error: DataError) -> None:
         """Log what is wrong with the record that `error` names. Raises it if that is one too many."""
         if self.skipped >= self.limit:
-            raise DataError(f"{error} (data.bad_records allows {self.limit} such records)") if self.limit else error
+            raise DataError(f"{error} (data.bad_records allows {counted(self.limit, 'such record')})") if self.limit else error
         self.skipped += 1
-        log.warning("%s; skipped, as %d of at most %d records (data.bad_records)", error, self.skipped, self.limit)
+        log.warning("%s; skipped, as %d of at most %s (data.bad_records)", error, self.skipped, counted(self.limit, "record"))
 
 
 def text_pieces(split: Split, text: TextOf, border: Border, bad_records: BadRecords) -> Iterator[TextPiece]:

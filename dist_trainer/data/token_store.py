@@ -35,6 +35,7 @@ from dist_trainer.data.template import TextOf
 from dist_trainer.data.tokenization import Tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError
 from dist_trainer.file_systems import NO_LOCKS, warn_once
+from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,9 @@ def token_store(
         if (store := _open(folder, key, is_marked=is_marked)) is not None:
             if store.skipped_records:
                 log.warning(
-                    "%s: %d records were skipped when it was tokenised (data.bad_records)",
+                    "%s: %s skipped when it was tokenised (data.bad_records)",
                     split.description,
-                    store.skipped_records,
+                    counted(store.skipped_records, "record"),
                 )
             return store
         _sweep(cache_dir / "tokens")
@@ -184,4 +185,4 @@ def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, is_ma
     except BaseException:  # a full disk, a text that cannot be read
         remove(staging)
         raise
-    log.info("tokenised %s: %d tokens in %.1f s", split.description, num_tokens, time.perf_counter() - started)
+    log.info("tokenised %s: %s in %.1f s", split.description, counted(num_tokens, "token"), time.perf_counter() - started)

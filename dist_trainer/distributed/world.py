@@ -25,6 +25,7 @@ from dist_trainer.distributed.meeting import meet
 from dist_trainer.distributed.preemption import StopRequest
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError
 from dist_trainer.place import Place, place_of_this_process
+from dist_trainer.plural import counted
 
 CONTROL_TIMEOUT = timedelta(days=7)
 """Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
@@ -118,8 +119,8 @@ def _device_of(place: Place, backend: str) -> torch.device:
     index = 0 if one_gpu_each else place.local_rank
     if index >= available:
         raise ConfigError(
-            f"{place.local_world_size} ranks on this machine, but it has {available} GPUs: start at most {available} "
-            f"ranks (--nproc_per_node={available}), or train on CPU with --distributed.backend gloo"
+            f"{place.local_world_size} ranks on this machine, but it has {counted(available, 'GPU')}: start at most "
+            f"{available} ranks (--nproc_per_node={available}), or train on CPU with --distributed.backend gloo"
         )
     return torch.device("cuda", index)
 

@@ -11,6 +11,7 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.evaluation_mode import evaluation_mode
+from dist_trainer.plural import counted
 
 
 def can_generate(model: nn.Module) -> bool:
@@ -53,7 +54,9 @@ def generate(
     context = context_of(model)
     room = max_new_tokens if context is None else context - len(prompt_tokens)
     if room <= 0 < max_new_tokens:
-        raise ConfigError(f"the prompt has {len(prompt_tokens)} tokens; the model's context is {context}: shorten it")
+        raise ConfigError(
+            f"the prompt has {counted(len(prompt_tokens), 'token')}; the model's context is {context}: shorten it"
+        )
     ends = eos_token_id if isinstance(eos_token_id, Collection) else {eos_token_id}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

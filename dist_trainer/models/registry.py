@@ -21,6 +21,7 @@ from dist_trainer.models import transformers_lm
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.hf_format import find_model, locate_shape, locate_weights, write_hf
 from dist_trainer.models.meta import materialize, on_meta
+from dist_trainer.plural import counted
 from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _lack_of_room(known_tokens: int, positions: int | None, vocabulary_size: int
     problems = []
     if known_tokens < vocabulary_size:
         problems.append(
-            f"data.tokenizer: has {vocabulary_size} tokens, the model knows {known_tokens}; use the model's own "
+            f"data.tokenizer: has {counted(vocabulary_size, 'token')}, the model knows {known_tokens}; use the model's own "
             "tokenizer (--data.tokenizer with its folder or name), or extend the model first (transformers' "
             "resize_token_embeddings, then save_pretrained, tokenizer beside it)"
         )

@@ -20,6 +20,7 @@ from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.models.hf_format import check_tied_head
 from dist_trainer.models.loss import takes
 from dist_trainer.models.meta import NoFirstWeights
+from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +256,8 @@ def _check_tensors(folder: Path, model: Any, told: Mapping[str, Any]) -> None:
     if left_over := sorted(map(str, told.get("unexpected_keys") or ())):
         names = ", ".join(left_over[:NAMES_SHOWN]) + (", ..." if len(left_over) > NAMES_SHOWN else "")
         log.warning(
-            "the weights in %s hold %d tensors that %s does not use: %s", folder, len(left_over), type(model).__name__, names
+            "the weights in %s hold %s that %s does not use: %s",
+            *(folder, counted(len(left_over), "tensor"), type(model).__name__, names),
         )
 
 

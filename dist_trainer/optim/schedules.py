@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, ScheduleConfig, TrainConfig, TrainingConfig
+from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,8 @@ def warn_of_unfinished_warmup(config: ScheduleConfig, total_steps: int) -> None:
     """Say it where the run ends before the peak. No refusal: trying a long run's config for a few steps is a good habit."""
     if config.warmup_steps > total_steps:
         log.warning(
-            "schedule.warmup_steps: %d, but the run has %d steps: it ends before the learning rate has reached its peak",
-            *(config.warmup_steps, total_steps),
+            "schedule.warmup_steps: %d, but the run has %s: it ends before the learning rate has reached its peak",
+            *(config.warmup_steps, counted(total_steps, "step")),
         )
 
 
@@ -102,9 +103,9 @@ def warn_of_changed_length(config: TrainingConfig, before: TrainConfig, *, step:
         return
     peak = config.optim.learning_rate
     log.warning(
-        "the learning rate changes from %.3g at step %d to %.3g at step %d: the schedule (%s) now spans %d steps, it spanned "
+        "the learning rate changes from %.3g at step %d to %.3g at step %d: the schedule (%s) now spans %s, it spanned "
         "%d (train.max_steps, train.epochs); see docs/resuming.md",
-        *(peak * last, step, peak * following, step + 1, config.schedule.name, most, most_before),
+        *(peak * last, step, peak * following, step + 1, config.schedule.name, counted(most, "step"), most_before),
     )
 
 

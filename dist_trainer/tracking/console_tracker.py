@@ -12,8 +12,9 @@ from typing import Any
 
 from dist_trainer.config.command_line import python_in_words
 from dist_trainer.models.registry import can_open
+from dist_trainer.plural import counted
 from dist_trainer.secrets import masked
-from dist_trainer.tracking.formatting import counted, duration, printable, quantity, significant
+from dist_trainer.tracking.formatting import duration, printable, quantity, significant
 from dist_trainer.tracking.goodput import Goodput, goodput_of
 from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.progress_bar import ProgressBar

@@ -60,11 +60,6 @@ def aligned(rows: Mapping[str, str]) -> Iterator[str]:
     return (f"  {name:<9}{text}" for name, text in rows.items())
 
 
-def counted(number: int, thing: str, ending: str = "s") -> str:
-    """`1 row`, `2 rows`, `0 batches`."""
-    return f"{number} {thing}{'' if number == 1 else ending}"
-
-
 def significant(value: float, digits: int = 4) -> str:
     """`value` with so many significant digits, plain where that is short, else as 2e-05; `nan`, `inf` as such."""
     if not math.isfinite(value):

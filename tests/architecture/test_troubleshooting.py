@@ -16,16 +16,28 @@ TABLES = re.findall(r"^\| message \|.*?\n\|---\|---\|\n((?:\|.*\n)+)", PAGE, re.
 MESSAGES = [message for table in TABLES for message in re.findall(r"^\| `(.*?)` \| ", table, re.MULTILINE)]
 
 
-def strings(node: ast.AST) -> Iterator[str]:
-    """Each text in a module but docstrings; what is filled in stands as an ellipsis."""
+def strings(node: ast.AST, *, things: bool = True) -> Iterator[str]:
+    """Each text in a module but docstrings; what is filled in stands as an ellipsis, and of what `counted` fills in, where
+    `things` are asked for, its things follow: `... rows`.
+    """
     docstrings = {id(part.value) for part in ast.walk(node) if isinstance(part, ast.Expr)}
     for part in ast.walk(node):
         if id(part) in docstrings:
             continue
         if isinstance(part, ast.JoinedStr):
-            yield "".join(str(value.value) if isinstance(value, ast.Constant) else "..." for value in part.values)
+            yield "".join(
+                str(value.value) if isinstance(value, ast.Constant) else "..." + (_thing(value) if things else "")
+                for value in part.values
+            )
         elif isinstance(part, ast.Constant) and isinstance(part.value, str):
             yield part.value
+
+
+def _thing(filled_in: ast.AST) -> str:
+    match filled_in:
+        case ast.FormattedValue(value=ast.Call(func=ast.Name(id="counted"), args=[_, ast.Constant(value=thing), *_])):
+            return f" {thing}s"
+    return ""
 
 
 @cache

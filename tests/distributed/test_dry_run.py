@@ -46,6 +46,7 @@ def test_it_says_what_a_step_takes_and_leaves_no_folder(stories, tmp_path, capfd
     assert not (tmp_path / "two words").exists()
     said = capfd.readouterr().err
     assert "dry run of run: steps 1 to 12, into" in said
+    assert "results  none; a run writes report.html, metrics.jsonl, checkpoints/ and logs/ in " in said
     assert "2 ranks x " in said
     assert re.search(r"time +\S+ s a step \(\S+ tokens/s\): 12 steps and 3 validations of \S+ s take about ", said)
     assert re.search(r"memory +at most \S+ [MG]iB of the machine's .* on rank [01], \S+ [MG]iB at least; 2 processes", said)
@@ -108,7 +109,7 @@ def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_
     config = small_config(stories, tmp_path, train__max_steps=1)
     run(config, 1)
     assert dry(config) == [0]
-    assert f"dry run: {folder(config)} has finished its 1 steps already" in capfd.readouterr().err
+    assert f"dry run: {folder(config)} has finished its 1 step already" in capfd.readouterr().err
     assert dry(changed(config, optim__learning_rate=1.0)) == [2]
     assert "optim.learning_rate: 1.0, but the run began with 0.01" in capfd.readouterr().err
     (weights,) = (folder(config) / "checkpoints").glob("step-*/model.safetensors")

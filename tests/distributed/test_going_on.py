@@ -116,7 +116,7 @@ def test_the_same_text_under_another_path_resumes_the_run(stories, tmp_path):
         run(moved, 1)
     assert status(config)["state"] == "preempted", "a refusal touches nothing"
     (second / "stories.jsonl").write_text(stories.read_text())
-    with pytest.raises(AssertionError, match=r"data\.validation_dataset: '.*stories\.jsonl', but the run began with None"):
+    with pytest.raises(AssertionError, match=r"data\.validation_dataset: '.*stories\.jsonl', but the run began with null"):
         run(changed(moved, data__validation_dataset=str(second / "stories.jsonl")), 1)
     assert run(moved, 1) == [0]
     assert losses(moved) == losses(undisturbed)

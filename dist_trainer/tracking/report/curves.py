@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, repeat
 from typing import Any
 
-from dist_trainer.tracking.formatting import counted, duration
+from dist_trainer.plural import counted
+from dist_trainer.tracking.formatting import duration
 from dist_trainer.tracking.goodput import END_EVENTS, START_EVENTS
 from dist_trainer.tracking.report.svg_charts import Chart, Line, Mark
 from dist_trainer.tracking.run_history import RunHistory
@@ -148,7 +149,7 @@ def _end_in_words(end: dict[str, Any] | None) -> str:
     if end["event"] == "preempted":
         return f"stopped by {reason or 'a signal'} at step {end['step']}, saved"
     if end["event"] == "finished":
-        return f"finished its {end['step']} steps"
+        return f"finished its {counted(end['step'], 'step')}"
     if f"step {end['step']}:" in reason:
         return f"failed, {reason}"
     return f"failed at step {end['step']}{': ' if reason else ''}{reason}"

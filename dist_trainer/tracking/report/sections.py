@@ -7,7 +7,8 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 
-from dist_trainer.tracking.formatting import counted, duration, memory, quantity, short
+from dist_trainer.plural import counted
+from dist_trainer.tracking.formatting import duration, memory, quantity, short
 from dist_trainer.tracking.goodput import Goodput
 from dist_trainer.tracking.report.curves import numbered_marks, skipped_steps, style_of
 from dist_trainer.tracking.report.markup import folded, section, table

@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.plural import counted
 from dist_trainer.tracking.report.markup import folded, section, table
 from dist_trainer.tracking.run_history import RunHistory
 
@@ -41,7 +42,7 @@ def config(run: RunHistory, title: str) -> str:
     changed, kept = [row for same, row in rows if not same], [row[:2] for same, row in rows if same]
     parts = [table("Keys that differ from the default", ["key", "value", "default"], changed)] if changed else []
     if kept:
-        words = f"{len(kept)} keys as they are by default"
+        words = f"{counted(len(kept), 'key')} at the default"
         parts.append(folded(words, table("Keys with their default", ["key", "value"], kept)))
     return section(title, "".join(parts))
 

@@ -4,14 +4,16 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from dist_trainer.assembly import check_rows
 from dist_trainer.cache_dir import default_cache_dir
-from dist_trainer.config.keys import PATH_KEYS, leaf_types
+from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of
 from dist_trainer.config.loading import config_differences, dump_config, load_config, validated
-from dist_trainer.config.lookup import build
+from dist_trainer.config.lookup import build, resolve
+from dist_trainer.config.other_names import FOLLOWING, OTHER_NAMES, OTHER_VALUES
 from dist_trainer.config.row_names import ROW_NAMES
 from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import Source
@@ -144,6 +146,20 @@ REFUSED = {
     "--seed": "command line: seed: a value must follow",
     "--learning_rate 1": "learning_rate: no such key; did you mean optim.learning_rate?",
     "--optim.lr 1": "optim.lr: no such key; did you mean optim.learning_rate?",
+    "--lr 1": "lr: no such key; did you mean optim.learning_rate?",
+    "--batch_size 8": "batch_size: no such key; did you mean batch.global_batch_size?",
+    "--per-device-train-batch-size 8": "no such key; did you mean batch.micro_batch_size?",
+    "--gradient_accumulation_steps 4": "no such key: it follows, as batch.global_batch_size / (batch.micro_batch_size x ranks)",
+    "--resume never": "resume: no such key; did you mean checkpoint.resume?",
+    "--resume_from_checkpoint x": "no such key; did you mean checkpoint.resume?",
+    "--steps 5": "steps: no such key; did you mean train.max_steps?",
+    "--profil.steps 5": "profil.steps: no such key; did you mean profile.steps?",
+    "--model_name_or_path x": "no such key; did you mean model.init_from?",
+    "--vocab_size 5": "vocab_size: no such key: it follows from data.tokenizer",
+    "--tracking.wandb none": "tracking.wandb: 'none' is not one of offline, online, disabled; did you mean disabled?",
+    "--tracking.wandb ofline": "did you mean offline?",
+    "--precision.dtype bfloat16": "precision.dtype: 'bfloat16' is not one of auto, fp32, bf16, fp16; did you mean bf16?",
+    "--precision.dtype zzz": "precision.dtype: 'zzz' is not one of auto, fp32, bf16, fp16",
     "--zzz 1": "zzz: no such key; --help all lists them all",
     "stray": "'stray' stands alone",
     "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are auto, adamw, muon,",
@@ -205,6 +221,22 @@ def test_a_duplicate_key_hides_no_other_problem_of_its_file(tmp_path):
         assert path + line in message
 
 
+def test_null_and_false_in_a_file_are_told_which_value_they_may_mean(tmp_path):
+    for value in ("null", "false", "off", "none"):
+        path = write(tmp_path / "c.yaml", f"tracking:\n  wandb: {value}\n")
+        assert f"{path}:2: tracking.wandb: " in (said := refused("--config", path))
+        assert said.endswith("one of offline, online, disabled; did you mean disabled?")
+
+
+def test_names_of_other_trainers_lead_to_keys_that_there_are_and_each_to_one():
+    assert OTHER_NAMES.keys() <= leaf_types().keys()
+    names = [name for words in (*OTHER_NAMES.values(), *FOLLOWING) for name in words.split()]
+    assert len(set(names)) == len(names)
+    assert not set(names) & leaf_types().keys(), "this is a key"
+    values = {str(value) for kind in leaf_types().values() for one in options_of(kind) for value in get_args(one)}
+    assert OTHER_VALUES.keys() <= values
+
+
 def test_whole_numbers_may_be_written_with_a_point_or_an_exponent(tmp_path):
     assert load_config(["--train.max_steps", "1e3", "--seed", "5.0"]).train.max_steps == 1000
     path = write(tmp_path / "c.yaml", "train: {max_steps: 1.5e+3}\nseed: 9007199254740993.0e0\nmodel: {hidden_size: 192.0}\n")
@@ -242,6 +274,23 @@ def test_a_function_of_ones_own_that_cannot_be_imported_is_refused_before_data_a
     config = load_config(["--schedule.name", "nowhere_at_all:f"])
     with pytest.raises(ConfigError, match=r"schedule\.name: 'nowhere_at_all:f' cannot be imported"):
         check_rows(config)
+
+
+def test_where_python_looks_for_modules_is_part_of_the_refusal(tmp_path, monkeypatch):
+    """`python -m` looks in the current folder, `dist-train` does not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needs_more.py").write_text("import no_such_package")
+
+    def said(name: str) -> str:
+        with pytest.raises(ConfigError) as refusal:
+            resolve({}, name, "schedule.name")
+        return str(refusal.value)
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    assert said("nowhere_at_all:f").endswith("must be in the current folder, installed, or in a folder on PYTHONPATH")
+    assert said("needs_more:f").endswith("cannot be imported (No module named 'no_such_package')")
+    monkeypatch.setattr(sys, "path", ["/usr/local/bin", *sys.path[1:]])
+    assert f"; the current folder is not searched: set PYTHONPATH={tmp_path}, or start with" in said("nowhere_at_all:f")
 
 
 def test_a_config_made_in_python_is_checked_too_and_cannot_change():

@@ -238,6 +238,11 @@ def test_templates_only_look_up(template):
 BAD = {
     "malformed line": ("x.jsonl", '{"text": "a"}\n{"text": \n', r"x\.jsonl:2: not a JSON object"),
     "a number a line": ("x.jsonl", "1\n", r"x\.jsonl:1: a JSON int"),
+    "columns of prompts and completions": (
+        "x.jsonl",
+        '{"instruction": "a", "input": "b", "output": "c"}\n',
+        r'only .* set --data.template "{instruction}\\n{input}\\n" and --data.completion_template "{output}" to train on',
+    ),
     "no such column": ("x.jsonl", '{"body": "a"}\n', r"x\.jsonl:1: there is no column 'text', only 'body'"),
     "not text": ("x.jsonl", '{"text": "a"}\n{"text": 3}\n', r"x\.jsonl:2: the column 'text' holds a int"),
     "null": ("x.jsonl", '{"text": null}\n', r"x\.jsonl:1: .* nothing \(null\)"),
@@ -252,7 +257,7 @@ BAD = {
     "only blanks": ("x.txt", " \n ", r"x\.txt: there is no text"),
     "not Parquet": ("x.parquet", "text", r"x\.parquet: cannot be read"),
     "another format": ("x.pdf", "text", r"files of type \.pdf are not read"),
-    "values beyond the columns": ("x.csv", 'text\n"a\nb"\nc,d\n', r"x\.csv:4: 2 values, but line 1 names 1 columns"),
+    "values beyond the columns": ("x.csv", 'text\n"a\nb"\nc,d\n', r"x\.csv:4: 2 values, but line 1 names 1 column"),
     "a quote that is not closed": ("x.csv", 'text\na\n"b\nc\n', r"x\.csv:3: not CSV"),
     "CSV that is not UTF-8": ("x.csv", b"text\na\n\xff\n", r"x\.csv:3: not UTF-8 \(byte 0xff\)"),
     "two columns of one name": ("x.tsv", "text\ttext\n", r"x\.tsv:1: two columns are named 'text'"),
@@ -260,7 +265,7 @@ BAD = {
     "cut off zstd": ("x.txt.zst", pa.compress(bytes(range(256)) * 9, codec="zstd", asbytes=True)[:-9], r"x\.txt\.zst: cannot"),
     "cut off bzip2": ("x.txt.bz2", bz2.compress(b"text" * 1000)[:-9], r"x\.txt\.bz2: cannot be read"),
     "not zstd": ("x.txt.zst", b"text" * 1000, r"x\.txt\.zst: cannot be read"),
-    "too little": ("x.txt", "a few words only", r"makes 1 rows to train on, of 16 tokens, fewer than one global batch \(4\)"),
+    "too little": ("x.txt", "a few words only", r"makes 1 row to train on, of 16 tokens, fewer than one global batch \(4\)"),
 }
 
 
@@ -310,7 +315,7 @@ def test_messages_name_the_key_that_is_wrong(tmp_path):
     empty = str(write(tmp_path / "none.jsonl", ""))
     with pytest.raises(DataError, match=r"none\.jsonl"):
         create_validation_loader(small(here, tmp_path, validation_dataset=empty), World.single(), key="--data")
-    with pytest.raises(DataError, match=r"^train_dataset makes 1 rows"):
+    with pytest.raises(DataError, match=r"^train_dataset makes 1 row"):
         create_dataloaders(small(here, tmp_path), train_dataset=[([1, 2], [2, 3])])
 
 
@@ -428,7 +433,7 @@ def test_bad_records_are_skipped_up_to_a_limit_and_each_is_named(tmp_path, caplo
         assert "at most 4 records (data.bad_records)" in line
     caplog.clear()
     create_dataloaders(small(path, tmp_path, bad_records=4))
-    assert [f"{path}: 4 records were skipped when it was tokenised (data.bad_records)"] == caplog.messages
+    assert [f"{path}: 4 records skipped when it was tokenised (data.bad_records)"] == caplog.messages
     table = write(tmp_path / "x.csv", 'text,n\nbefore,1\nb,2,3\n"c"d,1\n' + "".join(f"{story},0\n" for story in STORIES))
     caplog.clear()
     create_dataloaders(small(table, tmp_path, bad_records=2))

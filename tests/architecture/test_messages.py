@@ -1,0 +1,55 @@
+"""Messages read well for one of a thing: `1 row`, not `1 rows`."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from tests.architecture.sources import PACKAGE
+from tests.architecture.test_troubleshooting import strings
+
+THINGS = (
+    "batches bytes checkpoints columns conversations documents epochs examples files layers lines machines processes questions "
+    "ranks records restarts rows runs samples sequences steps tensors times tokens validations values words"
+)
+NUMBER_AND_THING = re.compile(rf"(%d|\.\.\.)(?: \w+)? (?:{THINGS.replace(' ', '|')})\b(?!/)")
+NEVER_ONE = {
+    "checkpoint/folders.py: ... holds checkpoints": "a folder's name",
+    "checkpoint/last_save.py: ... times": "of the tries, which are several",
+    "config/profile_steps.py: ... steps": "more than fifty",
+    "config/rules.py: ... sequences": "of several ranks",
+    "data/rows.py: %d tokens": "two or more",
+    "data/sampler.py: ... sequences": "of several ranks",
+    "data/token_store.py: ... bad records": "no message, a part of a key",
+    "distributed/world.py: ... ranks": "more than there are GPUs",
+    "dry_run.py: ... processes": "only said of several",
+    "evaluate.py: ... ranks": "only said of several",
+    "generate.py: ... ranks": "only said of several",
+    "manifest.py: ... bytes": "a limit of millions",
+    "out_of_memory.py: ... tokens": "a product",
+    "out_of_memory.py: ... words": "a product",
+    "place.py: ... ranks": "only said of several",
+    "profiling/recorder.py: %d ranks": "only said of several",
+    "report.py: ... runs": "more than fit on a page",
+    "run_header.py: ... epochs": "mostly a fraction",
+    "run_header.py: ... machines": "only said of several",
+    "tracking/report/sections.py: ... runs": "only said of several",
+}
+
+
+def test_numbers_of_things_that_may_be_one_are_counted() -> None:
+    found = {
+        f"{file.relative_to(PACKAGE).as_posix()}: {match[0]}"
+        for file in PACKAGE.rglob("*.py")
+        for text in strings(ast.parse(file.read_text("utf-8")), things=False)
+        for match in NUMBER_AND_THING.finditer(text)
+    }
+    assert found == NEVER_ONE.keys(), "write these with plural.counted, or say here why they are never one"
+
+
+@pytest.mark.parametrize("text", ["%d documents", "... rows", "... new tokens"])
+def test_such_texts_would_be_found(text: str) -> None:
+    assert NUMBER_AND_THING.search(f"data: {text} here")
+    assert not NUMBER_AND_THING.search("... tokens/s")
