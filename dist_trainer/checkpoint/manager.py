@@ -156,9 +156,10 @@ class CheckpointManager:
         snapshot, started = save.snapshot, time.perf_counter()
         step = snapshot.progress.step
         try:
-            self._diverged = not snapshot.is_finite()
+            spoiled = snapshot.non_finite()
+            self._diverged = spoiled is not None
             if self._diverged:
-                self._refuse(f"step {step}: not every number in the weights and the optimizer is finite")
+                self._refuse(f"step {step}: not every number in the weights and the optimizer is finite ({spoiled})")
                 return
             save.after()
             folder = self._publish(snapshot)

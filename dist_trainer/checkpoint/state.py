@@ -106,16 +106,20 @@ class Snapshot:
     untrained: frozenset[str] = frozenset()
     """Names in `weights` that no optimizer step changes: buffers and frozen parameters."""
 
-    def is_finite(self) -> bool:
-        """Whether every number in the trained weights and in the optimizer's state is finite.
+    def non_finite(self) -> str | None:
+        """The first of the trained weights and of the optimizer's state that holds NaN or infinity; None: they are finite.
 
         Buffers and frozen parameters may be infinite for good reason, as a mask of -inf is, and tell nothing of training.
         """
-        weights = [tensor for name, tensor in self.weights.items() if name not in self.untrained]
-        tensors = [tensor for tensor in (*weights, *self.optimizer_tensors.values()) if _has_fractions(tensor)]
-        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
-            return False
-        return all(math.isfinite(value) for value in self.optimizer_values.values() if isinstance(value, float))
+        weights = {name: tensor for name, tensor in self.weights.items() if name not in self.untrained}
+        for name, value in {**weights, **self.optimizer_tensors, **self.optimizer_values}.items():
+            if isinstance(value, Tensor):
+                finite = not (value.is_floating_point() or value.is_complex()) or bool(value.isfinite().all())
+            else:
+                finite = not isinstance(value, float) or math.isfinite(value)
+            if not finite:
+                return name.replace(_SEPARATOR, ": optimizer's ")
+        return None
 
 
 def take_snapshot(
@@ -226,7 +230,3 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> N
         raise CheckpointError(f"{folder / OPTIMIZER_FILE} has state for {missing[0]}, which the optimizer does not know")
     state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
     optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})
-
-
-def _has_fractions(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
