@@ -42,7 +42,12 @@ keeps_store=$((NODE_RANK == 0))
 local_address=$MASTER_ADDR
 if ((NODE_RANK > 0)); then
   own='import sys; from dist_trainer.distributed.addresses import own_address; print(own_address(sys.argv[1]) or "unknown")'
-  local_address=$(printf '~%05d,%s' "$NODE_RANK" "$("$python" -c "$own" "$MASTER_ADDR")")
+  own_address=$("$python" -c "$own" "$MASTER_ADDR")
+  local_address=$(printf '~%05d,%s' "$NODE_RANK" "$own_address")
+  if [[ $own_address == unknown ]]; then
+    echo "launch/multinode.sh: WARNING: MASTER_ADDR ($MASTER_ADDR) is a name that this machine does not know, or without a route" \
+      "to it; trying for a minute. Its address would do as well." >&2
+  fi
 fi
 export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # or torchrun would choose the ranks' port by chance
 become "${torchrun[@]}" --local-addr="$local_address" --nproc-per-node="$ranks" --nnodes="$NODES" \

@@ -196,6 +196,26 @@ def test_torchrun_gives_rank_0_to_machine_0_and_an_address_of_it_that_all_reach(
     assert found == sorted(found)
 
 
+def test_a_machine_0_that_cannot_be_found_is_said_before_torchrun_tries(stand_in: Path) -> None:
+    """Only that: in a cluster that starts its machines together, names may be known a moment later."""
+    meeting = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "no-such-machine.invalid", "MASTER_PORT": "29501", "NPROC": "1"}
+    done = launch("launch/multinode.sh", stand_in=stand_in, **meeting)
+    assert "MASTER_ADDR (no-such-machine.invalid) is a name that this machine does not know" in done.stderr
+    assert "--local-addr=~00001,unknown " in done.stdout
+
+
+def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(stand_in: Path) -> None:
+    table = 'echo "| Driver Version: 550.54   CUDA Version: 12.4  |"'
+    nvidia = f'#!/bin/bash\nif [[ ${{1:-}} == -L ]]; then echo "GPU 0: A"; else {table}; fi\n'
+    write_program(stand_in / "nvidia-smi", nvidia)
+    done = launch("launch/local.sh", stand_in=stand_in)
+    assert "WARNING: this machine has a GPU, but the torch of" in done.stderr
+    assert "such as make setup TORCH=cu126 (the driver is made for CUDA 12.4 and older)" in done.stderr
+    hidden = launch("launch/local.sh", stand_in=stand_in, CUDA_VISIBLE_DEVICES="")
+    assert "WARNING" not in hidden.stderr, "which was asked for"
+    assert "WARNING" not in launch("launch/local.sh", stand_in=stand_in, GPUS="1").stderr
+
+
 def test_ranks_of_one_machine_do_not_depend_on_its_name(stand_in: Path) -> None:
     assert "--local-addr=localhost " in launch("launch/local.sh", stand_in=stand_in, NPROC="2").stdout
 

@@ -41,6 +41,7 @@ case "$*" in
   *"pip "*" install "*torch*) echo "PIP $*"; echo "${GIVES:-cu130}" >"$has" ;;
   *version.py*) cat "$has" 2>/dev/null ;;
   *torch.__version__* | *metadata*) [[ -e $has ]] && echo "2.13.0+$(cat "$has")" ;;
+  *is_available*) exit 1 ;;
   --version) echo Python 3.11.7 ;;
 esac
 """
@@ -73,6 +74,16 @@ def test_set_up_refuses_a_build_that_it_does_not_know_or_did_not_get(tmp_path: P
     other = set_up(tmp_path, "", TORCH="cu126", GIVES="cpu")
     assert (other.returncode, "TORCH=cu126 was asked for, but torch 2.13.0+cpu is built for cpu" in other.stderr) == (1, True)
     assert not (tmp_path / ".venv/.torch").exists()
+
+
+def test_set_up_says_how_to_get_a_build_that_can_use_the_gpu(tmp_path: Path) -> None:
+    """A torch that is there is kept."""
+    (tmp_path / "nvidia").mkdir()
+    write_program(tmp_path / "nvidia/nvidia-smi", '#!/bin/bash\necho "GPU 0: A   CUDA Version: 12.4"\n')
+    done = set_up(tmp_path, "cpu", PATH=f"{tmp_path}/nvidia:/usr/bin:/bin")
+    assert "keeping torch 2.13.0+cpu" in done.stdout
+    assert "torch 2.13.0+cpu cannot use this machine's GPU" in done.stdout
+    assert "make setup TORCH=cu126 (the driver is made for CUDA 12.4 and older)" in done.stdout
 
 
 def set_up(folder: Path, torch: str, **variables: str) -> subprocess.CompletedProcess[str]:
