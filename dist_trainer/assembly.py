@@ -44,7 +44,7 @@ from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer, warn_of_d
 from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_changed_length, warn_of_unfinished_warmup
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
-from dist_trainer.precision import build_precision
+from dist_trainer.precision import build_precision, warn_of_emulated_bf16
 from dist_trainer.run_record import (
     SaveNotes,
     exit_code_when_preempted,
@@ -236,6 +236,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
         depend = drops_out and config.batch.micro_batch_size is None
         warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
+        warn_of_emulated_bf16(trainer.precision, world.device)
         if (before := start.train_before) is not None:
             per_epoch = trainer.sampler.steps_per_epoch
             warn_of_changed_length(config, before, step=start.progress.step, steps_per_epoch=per_epoch)

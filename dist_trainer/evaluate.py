@@ -216,7 +216,7 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
     from dist_trainer.models.hf_format import find_model
     from dist_trainer.models.loss import model_loss
     from dist_trainer.models.registry import open_model, refuse_lack_of_room
-    from dist_trainer.precision import build_precision
+    from dist_trainer.precision import build_precision, warn_of_emulated_bf16
     from dist_trainer.tracking.run_log import configure_logging
 
     tokenizer_key, data_key = ((typed or {}).get(key, key) for key in (DATA_TOKENIZER, DATA_VALIDATION))
@@ -229,12 +229,15 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
         loader = create_validation_loader(config, world, tokenizer=tokenizer, key=data_key)
         model = open_model(folder, device=world.device)
         refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
+        precision = build_precision(config.precision, world.device)
+        if world.is_main:
+            warn_of_emulated_bf16(precision, world.device)
         result = evaluate(
             model,
             loader,
             num_blocks=loader.sampler.num_blocks,  # type: ignore[attr-defined]
             world=world,
-            precision=build_precision(config.precision, world.device),
+            precision=precision,
             loss_function=model_loss,
             token_bytes=token_bytes_of(tokenizer),
         )

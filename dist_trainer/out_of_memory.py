@@ -22,7 +22,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.errors import DoesNotFitError, OutOfMemoryError
 from dist_trainer.optim.optimizers import bytes_of_averages
 from dist_trainer.parallel.registry import unwrap
-from dist_trainer.precision import build_precision
+from dist_trainer.precision import build_precision, emulates_bf16
 from dist_trainer.tracking.formatting import memory
 from dist_trainer.tracking.throughput import peak_memory_bytes
 from dist_trainer.trainer import Trainer
@@ -150,9 +150,8 @@ def _smaller_batches(config: TrainingConfig, world: World, *, dtype: str) -> Ite
             f"--batch.micro_batch_size {fewer} (it is {micro}): the same global batch of {config.batch.global_batch_size} "
             f"in smaller parts; {same}, and the run can go on with it"
         )
-    if dtype == "fp32":
-        has_bf16 = world.device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-        name = "bf16" if has_bf16 else "fp16"
+    name = "bf16" if not emulates_bf16(world.device) else "fp16" if world.device.type == "cuda" else None
+    if dtype == "fp32" and name is not None:
         yield f"--precision.dtype {name} (it is fp32): activations take about half; the run can go on with it"
     length = config.data.sequence_length
     if length > 1:

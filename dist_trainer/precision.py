@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_trainer.config.schema import PrecisionConfig
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -88,5 +91,25 @@ def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
         return Precision(config.dtype, device)
     if device.type != "cuda":
         return Precision("fp32", device)
-    # including_emulation=False: older GPUs emulate bf16, slowly.
-    return Precision("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16", device)
+    return Precision("fp16" if emulates_bf16(device) else "bf16", device)
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether `device` has no instructions for bf16 and converts each number to float32 and back: GPUs before Ampere, x86
+    CPUs with neither AVX-512 nor AMX. False where this torch cannot tell.
+    """
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    is_known = capabilities.get("architecture") == "x86_64"
+    return is_known and not (capabilities.get("avx512_bw") or capabilities.get("amx_bf16"))
+
+
+def warn_of_emulated_bf16(precision: Precision, device: torch.device) -> None:
+    """Say it before the first step: on a CPU the run takes tens of times as long as in fp32."""
+    if precision.dtype is torch.bfloat16 and emulates_bf16(device):
+        slower, better = ("tens of times slower than fp32", "fp32") if device.type == "cpu" else ("slowly", "fp16")
+        log.warning(
+            "precision.dtype: bf16, which this %s has no instructions for and emulates, %s; --precision.dtype %s is faster",
+            *("CPU" if device.type == "cpu" else "GPU", slower, better),
+        )

@@ -61,11 +61,13 @@ def test_other_errors_are_not():
     assert not is_out_of_memory(OSError("No space left on device"))
 
 
-def test_a_smaller_micro_batch_comes_first_then_the_format_then_rows():
-    first, second, third, fourth = remedies(CONFIG, CPU, ROOMY, dtype="fp32")
+@pytest.mark.parametrize("emulates", [False, True])
+def test_a_smaller_micro_batch_comes_first_then_a_format_that_is_not_emulated_then_rows(monkeypatch, emulates):
+    monkeypatch.setattr("dist_trainer.out_of_memory.emulates_bf16", lambda device: emulates)
+    first, *formats, third, fourth = remedies(CONFIG, CPU, ROOMY, dtype="fp32")
     assert first.startswith("--batch.micro_batch_size 3 (it is 6): the same global batch of 24")
     assert "the losses stay the same" in first
-    assert second.startswith("--precision.dtype bf16 (it is fp32)")
+    assert [words.startswith("--precision.dtype bf16 (it is fp32)") for words in formats] == ([] if emulates else [True])
     assert third.startswith("--data.sequence_length 512 (it is 1024)")
     assert fourth.startswith("--model.num_hidden_layers 4 (it is 8, of width 192)")
 

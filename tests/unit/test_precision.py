@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_trainer.config.schema import OptimConfig, PrecisionConfig
 from dist_trainer.optim.optimizers import build_optimizer
-from dist_trainer.precision import Precision, build_precision
+from dist_trainer.precision import Precision, build_precision, warn_of_emulated_bf16
 
 CPU = torch.device("cpu")
 
@@ -111,3 +111,23 @@ def test_autocast_computes_in_the_named_format():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
     with Precision("fp32", CPU).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
+NARROW = {"architecture": "x86_64", "avx2": True, "avx512_bw": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype", "warned"),
+    [
+        (NARROW, "bf16", True),
+        (NARROW, "fp32", False),
+        (NARROW | {"avx512_bw": True}, "bf16", False),
+        (NARROW | {"amx_bf16": True}, "bf16", False),
+        ({"architecture": "aarch64"}, "bf16", False),
+        ({}, "bf16", False),
+    ],
+)
+def test_a_cpu_that_emulates_bf16_is_told_of_before_the_first_step(monkeypatch, caplog, capabilities, dtype, warned):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    warn_of_emulated_bf16(build_precision(PrecisionConfig(dtype=dtype), CPU), CPU)
+    assert ("emulates, tens of times slower than fp32; --precision.dtype fp32 is faster" in caplog.text) == warned
