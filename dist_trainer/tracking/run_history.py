@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,12 +129,12 @@ def run_folder_of(path: Path, *, is_run: Callable[[Path], bool] = is_run_folder)
 
 
 def whole_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Each line of `path` that has its end, from byte `start` on, with the position after it; none where it cannot be read."""
+    """Each line of `path` that has its end, from byte `start` on, with the position after it, as far as it can be read."""
     try:
         file = path.open("rb")
     except OSError:
         return
-    with file:
+    with file, suppress(OSError):
         file.seek(start)
         for line in file:
             if not line.endswith(b"\n"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -39,7 +40,8 @@ class StepCounter:
         """No more steps."""
         file, self._file = self._file, None
         if file is not None:
-            os.close(file)
+            with contextlib.suppress(OSError):  # file systems of a network may refuse only here what they had no room for
+                os.close(file)
 
     def _give_up(self, error: OSError) -> None:
         log.warning("%s could not be written (%s); lost_steps will count logged steps alone", STEPS_FILE, error.strerror)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +24,17 @@ def shown(capsys, *argv: str) -> str:
         load_config(argv)
     assert stopped.value.code == 0
     return capsys.readouterr().out
+
+
+def test_the_console_script_is_the_command(capsys, monkeypatch):
+    scripts = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts.keys() == {CONSOLE_SCRIPT}
+    monkeypatch.setattr(sys, "argv", [CONSOLE_SCRIPT, "--version"])
+    monkeypatch.setattr("atexit.register", lambda handler: None)  # this process goes on
+    with pytest.raises(SystemExit) as stopped:
+        pkgutil.resolve_name(scripts[CONSOLE_SCRIPT])()
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("dist_trainer ")
 
 
 def options_in(text: str) -> set[str]:

@@ -1,8 +1,10 @@
 """What a run's lines become: metrics.jsonl, W&B's own files, throughput."""
 
+import errno
 import json
 import logging
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from dist_trainer.distributed.world import World
 from dist_trainer.tracking.follower_tracker import FollowerTracker
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.run_history import whole_lines
+from dist_trainer.tracking.step_counter import StepCounter
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
 from tests.unit.tracking.runs import sample_line, train_line, validation_line
@@ -91,6 +95,20 @@ def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkey
     assert [record.message for record in caplog.records] == [
         f"tracking: {name} has trouble (ValueError: no); training goes on" for name in ("first", "last")
     ]
+
+
+def test_a_disk_that_refuses_the_end_of_a_finished_run_does_not_make_it_a_crash(tmp_path, monkeypatch):
+    counter = StepCounter(tmp_path)
+    close = os.close
+
+    def close_and_refuse(file):
+        close(file)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "close", close_and_refuse)
+        counter.close()
+    assert list(whole_lines(Path("/proc/self/mem"))) == [], "it can be opened, but not read"
 
 
 def test_only_the_main_rank_tracks(tmp_path):
