@@ -7,6 +7,7 @@ within a document are the same wherever it begins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,30 +23,38 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 DocumentMask: TypeAlias = "Tensor | BlockMask"
-"""Who attends to whom: a bool tensor [B, 1, T, T], or what FlexAttention makes of it, which skips blocks with nobody to see."""
+"""Who attends to whom: a tensor [B, 1, T, T] that is added to the scores, or what FlexAttention makes of it, which skips blocks
+with nobody to see."""
 
 
 SMALLEST_FLEX_HEAD = 16
 """Numbers of a head that FlexAttention takes on a GPU at least; they need be no power of two."""
+LARGEST_FLASH_HEAD = 256
+"""Numbers of a head that torch's flash kernel takes at most."""
 
 
-def document_mask(documents: Tensor, *, head_size: int, drops_out: bool) -> DocumentMask:
+def document_mask(documents: Tensor, *, head_size: int, drops_out: bool, dtype: torch.dtype) -> DocumentMask:
     """The causal mask within `documents` [B, T], the number of each token's document in its row.
 
     FlexAttention's on GPUs, which pays for the tokens that are seen alone; but it must be compiled, takes no small heads,
-    cannot drop out attention (`drops_out`), and on a CPU has no backward pass: there the exact mask serves, of B * T * T bytes.
+    cannot drop out attention (`drops_out`), and on a CPU has no backward pass: there the exact mask serves, B * T * T numbers
+    of `dtype`, that of the scores.
     """
     suits = documents.device.type == "cuda" and head_size >= SMALLEST_FLEX_HEAD and not drops_out
     # What compiles the caller compiles this with it, and need not follow the question.
     if suits and (torch.compiler.is_compiling() or missing_compiler(documents.device) is None):
         return block_mask(documents)
-    return exact_mask(documents)
+    return exact_mask(documents, dtype)
 
 
-def exact_mask(documents: Tensor) -> Tensor:
-    """bool [B, 1, T, T]: whether query t (third) sees key s (last)."""
+def exact_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T] of `dtype`: 0 where query t (third) sees key s (last), else -inf.
+
+    Not bool: each layer would make such numbers of it and keep them for its backward pass, where one tensor serves all layers.
+    """
     same = documents[:, None, :, None] == documents[:, None, None, :]
-    return same.logical_and_(same.new_ones(same.shape[-2:]).tril_())
+    sees = same.logical_and_(same.new_ones(same.shape[-2:]).tril_())
+    return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(sees.logical_not_(), -math.inf)
 
 
 def block_mask(documents: Tensor) -> BlockMask:
@@ -85,9 +94,27 @@ def attend(
         return flex(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=grouped)
     if fixed_length and mask is None and causal and dropout == 0 and is_faster_by_products(q_BHTK, k_BGTK):
         return causal_attention(q_BHTK, k_BGTK, v_BGTK)
+    if grouped and not takes_groups(q_BHTK, mask):
+        repeats = q_BHTK.shape[1] // k_BGTK.shape[1]
+        k_BGTK, v_BGTK = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTK, v_BGTK))
+        grouped = False
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGTK, v_BGTK, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
     )
+
+
+def takes_groups(q_BHTK: Tensor, mask: Tensor | None) -> bool:
+    """Whether torch has a kernel here for fewer key and value heads than query heads whose memory is linear in T.
+
+    On a GPU that is flash attention, for half precision on Ampere and later, without a mask. What it cannot serve goes to a
+    kernel that writes out all scores, H * T * T of them, while repeated keys and values are taken by the memory-efficient
+    kernel (torch.nn.functional.scaled_dot_product_attention on `enable_gqa`). The same rule for compiled code: what torch's
+    compiler traces cannot ask torch.backends.cuda.can_use_flash_attention.
+    """
+    if q_BHTK.device.type != "cuda":
+        return True
+    suits = mask is None and q_BHTK.dtype in (torch.float16, torch.bfloat16) and q_BHTK.shape[-1] <= LARGEST_FLASH_HEAD
+    return suits and torch.version.hip is None and torch.cuda.get_device_properties(q_BHTK.device).major >= 8
 
 
 def _compiled_on_gpu(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:

@@ -219,8 +219,9 @@ class DecoderLM(nn.Module):
         return linear_cross_entropy_sum(x_BTD.flatten(0, 1), self.head_weight, targets.flatten(), logit_loss=self.logit_loss)
 
     def _document_mask(self, documents: Tensor) -> DocumentMask:
-        drops_out = self.training and self.config.dropout > 0
-        return document_mask(documents, head_size=self.config.head_size, drops_out=drops_out)
+        drops_out, kind = self.training and self.config.dropout > 0, documents.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
+        return document_mask(documents, head_size=self.config.head_size, drops_out=drops_out, dtype=dtype)
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:

@@ -7,11 +7,13 @@ import re
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.dry_run import dry_run
+from dist_trainer.models.attention import attend, exact_mask
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.parallel.compilation import compile_parts
 from tests.distributed.ranks import run_ranks
@@ -132,3 +134,18 @@ def test_two_gpus_tell_what_their_exchange_costs(texts, tmp_path):
     (line,) = metrics(config, "profile")
     assert 0 <= line["comm_exposed_ms"] <= line["comm_ms"]
     assert line["comm_ms"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "exact document mask"])
+def test_grouped_attention_never_writes_out_all_scores(dtype, masked):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 256, 64, generator=generator) for heads in (8, 2, 2))
+    documents = torch.arange(256).div(100, rounding_mode="floor").int().expand(2, -1)
+    mask = exact_mask(documents, torch.float32) if masked else None
+    expected = attend(q, k, v, mask, causal=not masked, dropout=0.0)
+    on_gpu = [x.to("cuda", dtype).requires_grad_() for x in (q, k, v)]
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+        found = attend(*on_gpu, exact_mask(documents.cuda(), dtype) if masked else None, causal=not masked, dropout=0.0)
+        found.sum().backward()
+    torch.testing.assert_close(found.float().cpu(), expected, atol=1e-2 if dtype == torch.float16 else 1e-3, rtol=1e-2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
@@ -118,7 +119,7 @@ def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
     monkeypatch.setattr(decoder_lm, "document_mask", lambda given, **named: asked.append(named) or block_mask(given))
     with pytest.warns(UserWarning, match="without torch.compile"):
         found = model(tokens, documents=documents)
-    assert asked == [{"head_size": 8, "drops_out": False}]
+    assert asked == [{"head_size": 8, "drops_out": False, "dtype": torch.float32}]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -136,16 +137,112 @@ def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
 def test_flex_attention_serves_where_it_can(monkeypatch, device, missing, head_size, drops_out, expected):
     monkeypatch.setattr(attention, "missing_compiler", lambda _: missing)
     monkeypatch.setattr(attention, "block_mask", lambda _: "blocks")
-    monkeypatch.setattr(attention, "exact_mask", lambda _: "exact")
+    monkeypatch.setattr(attention, "exact_mask", lambda *_: "exact")
     documents = SimpleNamespace(device=torch.device(device))
-    assert attention.document_mask(documents, head_size=head_size, drops_out=drops_out) == expected
+    found = attention.document_mask(documents, head_size=head_size, drops_out=drops_out, dtype=torch.float32)
+    assert found == expected
 
 
 def test_the_exact_mask_is_causal_within_documents():
-    assert exact_mask(documents_of([[2, 1], [3]]))[:, 0].int().tolist() == [
+    mask = exact_mask(documents_of([[2, 1], [3]]), torch.float16)
+    assert mask.dtype == torch.float16
+    assert ((mask == 0) | (mask == -torch.inf)).all()
+    assert (mask == 0)[:, 0].int().tolist() == [
         [[1, 0, 0], [1, 1, 0], [0, 0, 1]],
         [[1, 0, 0], [1, 1, 0], [1, 1, 1]],
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_exact_mask_is_made_once_for_all_layers_and_changes_no_bit(dtype, monkeypatch):
+    batch, masks, found = packed(), [], []
+    own = F.scaled_dot_product_attention
+
+    def with_numbers(*inputs, attn_mask, **named):
+        masks.append(attn_mask)
+        return own(*inputs, attn_mask=attn_mask, **named)
+
+    def with_bool(*inputs, attn_mask, **named):
+        return own(*inputs, attn_mask=attn_mask == 0, **named)
+
+    for function in (with_numbers, with_bool):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", function)
+        model = build()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model_loss(model, batch)
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(mask.dtype == dtype for mask in masks)
+    assert len({id(mask) for mask in masks}) == 1
+    assert len(masks) == GROUPED.num_hidden_layers
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("device", "major", "hip", "dtype", "head_size", "masked", "expected"),
+    [
+        ("cpu", None, None, torch.float32, 64, True, True),
+        ("cuda", 9, None, torch.bfloat16, 128, False, True),
+        ("cuda", 8, None, torch.float16, 256, False, True),
+        ("cuda", 8, None, torch.float16, 264, False, False),
+        ("cuda", 7, None, torch.float16, 64, False, False),
+        ("cuda", 9, None, torch.float32, 64, False, False),
+        ("cuda", 9, None, torch.bfloat16, 64, True, False),
+        ("cuda", 9, "6.4", torch.bfloat16, 64, False, False),
+    ],
+    ids=["a CPU", "H100", "A100", "a large head", "T4 or V100", "float32", "a mask", "ROCm"],
+)
+def test_groups_are_left_to_torch_where_a_kernel_takes_them(
+    monkeypatch, device, major, hip, dtype, head_size, masked, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 8, head_size))
+    assert attention.takes_groups(q, torch.zeros(1) if masked else None) == expected
+
+
+def as_a_gpu_without_flash(q, k, v, *, attn_mask, dropout_p, is_causal, enable_gqa):
+    """torch's own choice there: groups go to the kernel that writes out all scores, equal heads to the efficient one."""
+    if enable_gqa:
+        with sdpa_kernel(SDPBackend.MATH):
+            named = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
+            return F.scaled_dot_product_attention(q, k, v, **named, enable_gqa=True)
+    mask = None if attn_mask is None else attn_mask.expand(-1, q.shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout_p, is_causal)[0]
+
+
+def kept_for_backward(length: int, *, masked: bool, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Numbers that attention of `length` tokens keeps, beside the mask, which it shares with all layers."""
+    with torch.device("meta"):
+        q, k, v = (torch.empty(2, heads, length, 16, dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2))
+        mask = exact_mask(torch.empty(2, length, dtype=torch.int32), torch.float16) if masked else None
+    kept = []
+    with monkeypatch.context() as other, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        other.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=as_a_gpu_without_flash))
+        attend(q, k, v, mask, causal=not masked, dropout=0.0)
+    return sum(x.numel() for x in kept if mask is None or x.untyped_storage()._cdata != mask.untyped_storage()._cdata)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "exact document mask"])
+def test_without_flash_memory_of_grouped_attention_grows_with_the_length_alone(monkeypatch, masked):
+    monkeypatch.setattr(attention, "takes_groups", lambda *_: False)
+    short, long = (kept_for_backward(length, masked=masked, monkeypatch=monkeypatch) for length in (128, 1024))
+    assert long < 8.1 * short
+    monkeypatch.setattr(attention, "takes_groups", lambda *_: True)
+    short, long = (kept_for_backward(length, masked=masked, monkeypatch=monkeypatch) for length in (128, 1024))
+    assert long > 30 * short, "what the kernel that takes groups would keep"
+
+
+def test_repeated_keys_and_values_give_the_same_outputs_and_gradients(monkeypatch):
+    found = []
+    for repeated in (False, True):
+        monkeypatch.setattr(attention, "takes_groups", lambda *_, takes=not repeated: takes)
+        generator = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(2, heads, 40, 8, generator=generator, requires_grad=True) for heads in (6, 2, 2)]
+        y = attend(*inputs, None, causal=True, dropout=0.0)
+        found.append([y, *torch.autograd.grad(y.pow(2).sum(), inputs)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_cache_and_documents_do_not_go_together():
@@ -182,7 +279,7 @@ def test_a_model_gets_the_documents_if_it_takes_them_and_is_refused_if_it_does_n
     assert (batch.targets == IGNORED_TARGET).any()
 
 
-@pytest.mark.parametrize("make", [exact_mask, block_mask])
+@pytest.mark.parametrize("make", [lambda given: exact_mask(given, torch.float32), block_mask], ids=["exact", "blocks"])
 @torch.no_grad()
 def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_borders(monkeypatch, make):
     model, compiled, graphs = build(), build(), []
