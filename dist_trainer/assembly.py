@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
+from dist_trainer.checkpoint.optimizer_state import refuse_what_cannot_be_saved
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.config.lookup import resolve
@@ -230,6 +231,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         flops_per_token=per_token,
         facts=facts,
     )
+    refuse_what_cannot_be_saved(trainer.optimizer, model)
     if start.checkpoint is not None:
         trainer.restore(start.checkpoint, start.progress)
     if world.is_main:

@@ -8,6 +8,7 @@ import torch
 
 from dist_trainer.data.rows import varies_in_length
 from dist_trainer.models.registry import begins_trained
+from dist_trainer.optim.schedules import initial_learning_rate
 from dist_trainer.out_of_memory import snapshot_bytes, state_bytes, total_memory
 from dist_trainer.parallel.compilation import is_compiled
 from dist_trainer.parallel.registry import unwrap
@@ -66,9 +67,10 @@ def tokens_in_words(trainer: Trainer) -> str:
 
 def updates_in_words(trainer: Trainer) -> str:
     """`MuonWithAdamW, learning rate up to 0.005 over 40 steps, then cosine`."""
-    config, schedule = trainer.config.optim, trainer.config.schedule
+    schedule, groups = trainer.config.schedule, trainer.optimizer.param_groups
+    peak = max((rate for group in groups if (rate := initial_learning_rate(group)) is not None), default=0.0)
     warmup = f" over {counted(schedule.warmup_steps, 'step')}, then" if schedule.warmup_steps else ","
-    return f"{type(trainer.optimizer).__name__}, learning rate up to {config.learning_rate:g}{warmup} {schedule.name}"
+    return f"{type(trainer.optimizer).__name__}, learning rate up to {peak:g}{warmup} {schedule.name}"
 
 
 def devices_in_words(trainer: Trainer) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from dist_trainer.checkpoint.folders import resume_point
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.last_save import see_last_save_through, stop_after_failed_saves
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
+from dist_trainer.checkpoint.optimizer_state import FirstStepCheck
 from dist_trainer.checkpoint.state import Progress, Snapshot, Validated, restore, take_snapshot
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
@@ -34,7 +34,7 @@ from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.optimizers import make_averages
-from dist_trainer.optim.schedules import build_schedule, total_steps
+from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
 from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.precision import Precision
@@ -44,8 +44,6 @@ from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import NullTracker, Tracker
 from dist_trainer.training_result import TrainingResult, result_when_stopped
 from dist_trainer.warm_up import warm_up
-
-log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -103,6 +101,7 @@ class Trainer:
         self.note_step: Callable[[int], None] = lambda step: None
         self.pinned = PinnedMemory()
         self._saved_step = self._logged_step = 0
+        self._resumed: Path | None = None
         self._stopped = False
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -142,6 +141,7 @@ class Trainer:
                 self._at("training")
                 self.device_copy.wait(upcoming.micro_batches)
                 result = self.train_step(upcoming.micro_batches, target_tokens)
+                self.first_step_check.after_step()
                 self._watch(result)
                 self.note_step(result.step)
                 self._at("reading data")
@@ -172,10 +172,9 @@ class Trainer:
         """Stand where `checkpoint` was taken, after `progress`. For all ranks; raises CheckpointError on all of them."""
         verifies = self.world.local_rank == 0
         agree(self.world, lambda: restore(checkpoint, unwrap(self.model), self.optimizer, self.precision, verifies=verifies))
-        self.progress = progress
+        self.progress, self._resumed = progress, checkpoint
         self.checkpoints.begin_with(progress.best)
-        self.divergence.skipped_steps = progress.skipped_steps
-        self.divergence.skipped_in_a_row = progress.skipped_in_a_row
+        self.divergence.skipped_steps, self.divergence.skipped_in_a_row = progress.skipped_steps, progress.skipped_in_a_row
 
     @property
     def has_finished(self) -> bool:
@@ -199,9 +198,7 @@ class Trainer:
 
         self.precision.unscale(self.optimizer)
         grad_norm = self._clip_gradients()
-        learning_rate = self.config.optim.learning_rate * self.learning_rate_factor(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        learning_rate = set_learning_rates(self.optimizer, self.learning_rate_factor(step))
         self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.buffers.share()
@@ -238,6 +235,8 @@ class Trainer:
             self.model.train()
         data = (self.train_data, self.validation_data)
         warm_up(self.model, *data, self.world, self.precision, self.loss_function, self.products)
+        saves = broadcast_object(not isinstance(self.checkpoints, NoCheckpoints), self.world)
+        self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
         make_averages(self.optimizer)
 
     def _at(self, phase: Phase) -> None:

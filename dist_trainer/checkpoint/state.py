@@ -14,19 +14,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_trainer.checkpoint.host_copy import PinnedMemory, to_host
+from dist_trainer.checkpoint.optimizer_state import (
+    GROUPS,
+    OPTIMIZER_FILE,
+    SEPARATOR,
+    STATE_FILE,
+    group_values,
+    restore_optimizer,
+    state_tensors,
+    state_values,
+)
 from dist_trainer.errors import CheckpointError
 from dist_trainer.manifest import read_json, verify
 from dist_trainer.models.registry import load_weights
 from dist_trainer.precision import Precision
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer_state.json"
-_SEPARATOR = "::"
 
 
 class Validated(NamedTuple):
@@ -105,6 +111,8 @@ class Snapshot:
     """What else to remember: the config, the number of ranks, the data's fingerprint."""
     untrained: frozenset[str] = frozenset()
     """Names in `weights` that no optimizer step changes: buffers and frozen parameters."""
+    optimizer_groups: list[dict[str, Any]] | None = None
+    """Values of each parameter group; settings among them may be infinite."""
 
     def non_finite(self) -> str | None:
         """The first of the trained weights and of the optimizer's state that holds NaN or infinity; None: they are finite.
@@ -118,7 +126,7 @@ class Snapshot:
             else:
                 finite = not isinstance(value, float) or math.isfinite(value)
             if not finite:
-                return name.replace(_SEPARATOR, ": optimizer's ")
+                return name.replace(SEPARATOR, ": optimizer's ")
         return None
 
 
@@ -139,22 +147,17 @@ def take_snapshot(
     """
     weights = model.state_dict()
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    tensors, values = {}, {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}{_SEPARATOR}{key}"] = value
-            else:
-                values[f"{name}{_SEPARATOR}{key}"] = value
+    tensors = state_tensors(optimizer, model)
     on_host, borrows = to_host({**tensors, **weights}, copies=training_goes_on, pinned=pinned)
     snapshot = Snapshot(
         weights={name: on_host[name] for name in weights},
         optimizer_tensors={name: on_host[name] for name in tensors},
-        optimizer_values=values,
+        optimizer_values=state_values(optimizer, model),
         scaler=scaler,
         progress=Progress(**asdict(progress)),
         facts=facts,
         untrained=frozenset(weights.keys() - trained),
+        optimizer_groups=group_values(optimizer),
     )
     if pinned is not None and borrows:
         pinned.lend_to(snapshot)
@@ -168,6 +171,7 @@ def write_training_state(snapshot: Snapshot, folder: Path) -> None:
         "progress": asdict(snapshot.progress),
         "scaler": snapshot.scaler,
         "optimizer_values": snapshot.optimizer_values,
+        GROUPS: snapshot.optimizer_groups,
         "random_state": "derived from (seed, step, micro-batch): nothing to save",
         **snapshot.facts,
     }
@@ -205,28 +209,10 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, precision: Pre
     except (OSError, SafetensorError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its weights do not fit this model ({error})") from error
     try:
-        restore_optimizer(optimizer, model, folder)
-        precision.load_state_dict(read_training_state(folder)["scaler"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        state = read_training_state(folder)
+        restore_optimizer(optimizer, model, folder, state)
+        precision.load_state_dict(state["scaler"])
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error!r})") from error
     if verifies:
         verify(folder)
-
-
-def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path) -> None:
-    """Give `optimizer` the state that `folder` holds for the parameters of `model`, on their devices."""
-    try:
-        tensors: dict[str, Any] = dict(load_file(folder / OPTIMIZER_FILE))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / OPTIMIZER_FILE} cannot be read: {error}") from error
-    by_name: dict[str, dict[str, Any]] = {}
-    for key, value in {**tensors, **read_training_state(folder)["optimizer_values"]}.items():
-        name, _, entry = key.rpartition(_SEPARATOR)
-        by_name.setdefault(name, {})[entry] = value
-    current = optimizer.state_dict()
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
-    if missing := [name for name in by_name if name not in ordered]:
-        raise CheckpointError(f"{folder / OPTIMIZER_FILE} has state for {missing[0]}, which the optimizer does not know")
-    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
-    optimizer.load_state_dict({"state": state, "param_groups": current["param_groups"]})

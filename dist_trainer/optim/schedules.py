@@ -10,6 +10,10 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
 
 from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, ScheduleConfig, TrainConfig, TrainingConfig
@@ -76,6 +80,26 @@ def build_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[int], 
     schedule = resolve(SCHEDULES, config.name, "schedule.name")
     span = Span(config.warmup_steps, total_steps, config.min_lr_ratio)
     return lambda step: schedule(step, span)
+
+
+def initial_learning_rate(group: dict[str, Any]) -> float | None:
+    """The learning rate that a parameter group of an optimizer had before training, kept under `initial_lr` as by torch's
+    schedulers; None for a group that has none (of an Adafactor that finds its own, for example).
+    """
+    return None if group.get("lr") is None else group.setdefault("initial_lr", float(group["lr"]))
+
+
+def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
+    """Give each parameter group `factor` times its initial learning rate; returns the first group's, 0 if it has none."""
+    rates = []
+    for group in optimizer.param_groups:
+        initial = initial_learning_rate(group)
+        rates.append(0.0 if initial is None else initial * factor)
+        if initial is not None and isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rates[-1])
+        elif initial is not None:
+            group["lr"] = rates[-1]
+    return rates[0]
 
 
 def warn_of_unfinished_warmup(config: ScheduleConfig, total_steps: int) -> None:

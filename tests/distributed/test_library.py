@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 from collections.abc import Callable
@@ -29,6 +31,7 @@ from dist_trainer.evaluation import LossFunction
 from dist_trainer.models.loss import model_loss
 from dist_trainer.models.registry import load_weights
 from dist_trainer.optim.optimizers import build_optimizer
+from dist_trainer.optim.schedules import build_schedule
 from tests.distributed.ranks import run_ranks
 
 ROWS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 9, 200)[:, None]
@@ -236,3 +239,40 @@ def test_parameters_that_take_no_part_in_a_loss_stay_as_they_are_on_any_number_o
             assert several[0][0].losses(kind) == pytest.approx(lines.losses(kind), rel=1e-4)
         for _, other in several:
             assert all(np.allclose(other[name], tensor, atol=1e-5) for name, tensor in state.items())
+
+
+class AdaptsItsStep(Optimizer):
+    """Keeps the size of its steps, and their number, in its parameter groups, as Prodigy does."""
+
+    def __init__(self, groups: Any) -> None:
+        super().__init__(groups, {"lr": 1.0, "d": 1e-3, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["d"], group["k"] = group["d"] * 1.3, group["k"] + 1
+            for parameter in group["params"]:
+                parameter -= group["lr"] * group["d"] * parameter.grad
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_state_in_parameter_groups_resumes_exactly_and_each_group_has_its_own_rate(world_size, tmp_path):
+    def optimizer_of(model: nn.Module) -> Optimizer:
+        return AdaptsItsStep([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.25}])
+
+    def run(name: str, stop_after: int | None = None) -> tuple[Lines, dict[str, np.ndarray]]:
+        act = functools.partial(fit, mlp, tmp_path / name, stop_after=stop_after, optimizer_of=optimizer_of)
+        return run_ranks(world_size, act)[0]
+
+    def mlp() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    whole, state = run("whole")
+    first, _ = run("stopped", stop_after=5)
+    then, resumed = run("stopped")
+    assert first.losses("train") + then.losses("train") == whole.losses("train")
+    assert all(np.array_equal(resumed[name], tensor) for name, tensor in state.items())
+    factor = build_schedule(CONFIG.schedule, 8)
+    assert [line["lr"] for line in whole if line["kind"] == "train"] == [factor(step) for step in range(8)]
+    saved = json.loads((tmp_path / "whole/latest/trainer_state.json").read_text())
+    assert [group["k"] for group in saved["optimizer_groups"]] == [8, 8]

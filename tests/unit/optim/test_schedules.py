@@ -1,8 +1,15 @@
 import pytest
+import torch
 
 from dist_trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.optim.schedules import SCHEDULES, build_schedule, warn_of_changed_length, warn_of_unfinished_warmup
+from dist_trainer.optim.schedules import (
+    SCHEDULES,
+    build_schedule,
+    set_learning_rates,
+    warn_of_changed_length,
+    warn_of_unfinished_warmup,
+)
 
 
 def schedule(name: str, *, warmup_steps: int = 10, min_lr_ratio: float = 0.1, total_steps: int = 110):
@@ -121,3 +128,22 @@ def test_a_schedule_of_the_users_own_is_not_asked_beyond_its_end(caplog, monkeyp
     monkeypatch.setitem(SCHEDULES, "listed", lambda step, span: rates[step if span.total_steps == 4 else step // 2])
     found = warning_of_length(caplog, TrainConfig(max_steps=8), TrainConfig(max_steps=4), step=4, name="listed")
     assert "changes from 0.2 at step 4 to 0.25 at step 5" in found
+
+
+def test_each_group_gets_its_own_initial_rate_times_the_factor():
+    weight, bias, own = (torch.nn.Parameter(torch.ones(1)) for _ in range(3))
+    capturable = torch.tensor(0.3)
+    groups = [{"params": [weight]}, {"params": [bias], "lr": 0.02}, {"params": [own], "lr": capturable}]
+    optimizer = torch.optim.SGD(groups, lr=0.7, foreach=False)
+    for factor in (0.1, 1.0, 1 / 3):
+        assert set_learning_rates(optimizer, factor) == 0.7 * factor
+        assert [group["lr"] for group in optimizer.param_groups[:2]] == [0.7 * factor, 0.02 * factor]
+        assert optimizer.param_groups[2]["lr"] is capturable
+        assert float(capturable) == pytest.approx(0.3 * factor)
+
+
+def test_a_group_without_a_rate_is_left_alone():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    assert set_learning_rates(optimizer, 0.5) == 0.0
+    assert optimizer.param_groups[0]["lr"] is None

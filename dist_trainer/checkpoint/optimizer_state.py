@@ -1,0 +1,174 @@
+"""What an optimizer keeps, to and from the files of a checkpoint: tensors by safetensors, numbers and text by JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.manifest import read_json
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+GROUPS = "optimizer_groups"
+"""Key of the groups' values in a checkpoint's JSON; versions of dist_trainer that did not save them have none."""
+SEPARATOR = "::"
+_GROUP = f"param_groups{SEPARATOR}"
+_NOT_STATE = ("params", "lr", "initial_lr")
+"""Of a group: its parameters, and learning rates, which follow from the config and the step."""
+
+
+def state_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """`parameter::entry` → tensor of its state, and `param_groups::index::entry` → tensor of a group."""
+    state = {
+        f"{name}{SEPARATOR}{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+    groups = {
+        f"{_GROUP}{index}{SEPARATOR}{key}": value
+        for index, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if isinstance(value, Tensor) and key not in _NOT_STATE
+    }
+    return {**state, **groups}
+
+
+def state_values(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """`parameter::entry` → number or text of its state."""
+    return {
+        f"{name}{SEPARATOR}{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if not isinstance(value, Tensor)
+    }
+
+
+def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Numbers and text of each parameter group: settings, and the state that some optimizers keep there (Prodigy's `d`)."""
+    return [
+        {key: _copied(value) for key, value in group.items() if key not in _NOT_STATE and not isinstance(value, Tensor)}
+        for group in optimizer.param_groups
+    ]
+
+
+def refuse_what_cannot_be_saved(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises ConfigError, by name, for what `optimizer` keeps and a checkpoint of it and `model` would lose."""
+    kind, own = type(optimizer).__name__, {id(parameter) for parameter in model.parameters()}
+    for key in optimizer.state_dict():
+        if key not in ("state", "param_groups"):
+            raise ConfigError(f"optimizer: the state_dict of {kind} has {key!r} next to state and param_groups; {_REMEDY}")
+    for index, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if id(parameter) not in own:
+                raise ConfigError(
+                    f"optimizer: group {index} of {kind} has a parameter of shape {tuple(parameter.shape)} that is not one of "
+                    "the model's; make it a parameter of the model, which is saved, and whose gradients all ranks share"
+                )
+        _refuse_entries(f"parameter group {index} of {kind}", group)
+    for parameter, state in optimizer.state.items():
+        if id(parameter) not in own:
+            raise ConfigError(f"optimizer: {kind} has state under {parameter!r}, which is no parameter of the model; {_REMEDY}")
+        _refuse_entries(f"the state of {kind}", state)
+
+
+def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> None:
+    """Give `optimizer` the state that `folder` holds for the parameters of `model`, on their devices; `saved` is its JSON.
+
+    Learning rates stay as they are. A checkpoint without values of groups leaves these as they are, too.
+    """
+    try:
+        tensors: dict[str, Any] = dict(load_file(folder / OPTIMIZER_FILE))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / OPTIMIZER_FILE} cannot be read: {error}") from error
+    by_name: dict[str, dict[str, Any]] = {}
+    for key, value in {**tensors, **saved["optimizer_values"]}.items():
+        name, _, entry = key.rpartition(SEPARATOR)
+        by_name.setdefault(name, {})[entry] = value
+    groups = optimizer.state_dict()["param_groups"]
+    values = saved.get(GROUPS)
+    if values is not None and len(values) != len(groups):
+        raise CheckpointError(f"{folder} has {len(values)} parameter groups, the optimizer {len(groups)}; build it as it was")
+    for index, group in enumerate(groups):
+        device = next((parameter.device for parameter in optimizer.param_groups[index]["params"]), None)
+        for key, value in {**(values[index] if values else {}), **by_name.pop(f"{_GROUP}{index}", {})}.items():
+            group[key] = _as_before(value, group.get(key), device)
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    if missing := [name for name in by_name if name not in ordered]:
+        raise CheckpointError(f"{folder / OPTIMIZER_FILE} has state for {missing[0]}, which the optimizer does not know")
+    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    _keep_formats(optimizer, names, by_name)
+
+
+class FirstStepCheck:
+    """Refuses, after a run's first step, an optimizer that turns out to keep what would be lost: state comes with the step."""
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, *, saves: bool, resumed: Path | None) -> None:
+        """`saves`: checkpoints will be saved; `resumed`: the one that was resumed from. Raises as `after_step` does."""
+        self._optimizer, self._model, self._saves = optimizer, model, saves
+        self._without_groups = resumed if resumed is not None and GROUPS not in read_json(resumed / STATE_FILE) else None
+        self._before: list[dict[str, Any]] | None = group_values(optimizer)
+        if saves:
+            refuse_what_cannot_be_saved(optimizer, model)
+
+    def after_step(self) -> None:
+        """Raises ConfigError for what cannot be saved, CheckpointError where the checkpoint lacked state of the groups."""
+        before, self._before = self._before, None
+        if before is None:
+            return
+        if self._saves:
+            refuse_what_cannot_be_saved(self._optimizer, self._model)
+        now = group_values(self._optimizer)
+        changed = sorted({key for a, b in zip(before, now, strict=True) for key in b if a.get(key) != b[key]})
+        if self._without_groups is not None and changed:
+            kind = type(self._optimizer).__name__
+            raise CheckpointError(
+                f"{self._without_groups} was saved by an older version, without what {kind} keeps in its parameter groups "
+                f"({', '.join(changed)}), so it cannot be resumed exactly; start over with --checkpoint.resume never, or from "
+                "its weights alone (--model.init_from)"
+            )
+
+
+_REMEDY = "checkpoints hold tensors, numbers, text and lists of these, in state of parameters and in param_groups: keep it so"
+
+
+def _refuse_entries(where: str, entries: Mapping[str, Any]) -> None:
+    for key, value in entries.items():
+        if key != "params" and not (isinstance(value, Tensor) or _is_plain(value)):
+            raise ConfigError(f"optimizer: {where} has {key!r}, a {type(value).__name__}, which cannot be saved; {_REMEDY}")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _copied(value: Any) -> Any:
+    return [_copied(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _as_before(value: Any, current: Any, device: torch.device | None) -> Any:
+    """`value` from a file, of the type and on the device of `current`."""
+    if isinstance(value, Tensor):
+        return value.to(current.device if isinstance(current, Tensor) else device)
+    return tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
+
+
+def _keep_formats(optimizer: Optimizer, names: Mapping[int, str], by_name: Mapping[str, Mapping[str, Any]]) -> None:
+    """torch casts state to its parameter's format when it is loaded; it is to have its own, as in the run that saved it."""
+    for parameter, state in optimizer.state.items():
+        for key, value in by_name.get(names[id(parameter)], {}).items():
+            if isinstance(value, Tensor) and isinstance(state[key], Tensor) and state[key].dtype != value.dtype:
+                state[key] = value.to(state[key].device)
