@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+_USUAL_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
+
 
 def usable_cpus(root: Path = Path("/")) -> int:
     """1 or more; `root` is where /proc is.
@@ -19,6 +21,9 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 def _quotas(root: Path) -> Iterator[float]:
     """In CPUs, of this process's control group and all around it; none where nothing limits, or not on Linux."""
+    # Where they usually are, too: what a sandbox says of its mounts may be anything.
+    for usual in _USUAL_MOUNTS:
+        yield from _quota_of(root / usual)
     for folder, mount in _groups(root):
         while True:
             yield from _quota_of(folder)

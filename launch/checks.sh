@@ -11,7 +11,7 @@ check_number() { # NAME LEAST MOST WHAT-IT-IS
 }
 check_ranks() {
   check_number NPROC 1 1024 "ranks on each machine; leave it unset for one on each GPU"
-  check_number CORES 1 99999 "cores for the ranks to share; leave it unset for all that they may use"
+  check_number RANKS_CORES 1 99999 "cores for the ranks to share; leave it unset for all that they may use"
   check_number MAX_RESTARTS 0 999999999 "times that torchrun restarts crashed ranks"
   check_number SHUTDOWN_TIMEOUT 1 999999999 "seconds that ranks may take to save after a signal"
 }

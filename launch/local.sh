@@ -5,7 +5,7 @@
 #
 # Fewer ranks than GPUs where the global batch cannot be shared out evenly among all. NPROC=2 sets the number of ranks,
 # CUDA_VISIBLE_DEVICES=0,1 the GPUs, OMP_NUM_THREADS the threads of a rank
-# (or CORES=16 how many cores they share), MAX_RESTARTS=3 how often torchrun starts ranks that crashed anew.
+# (or RANKS_CORES=16 how many cores they share), MAX_RESTARTS=3 how often torchrun starts ranks that crashed anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 

@@ -25,7 +25,7 @@ fi
 ranks=${NPROC:-$((gpus > 0 ? gpus : ${SLURM_GPUS_ON_NODE:-1}))}
 
 # Threads are shared out on purpose: torchrun would give each of several ranks a single one.
-cores=${CORES:-$("$python" -c 'from dist_trainer.cpu_count import usable_cpus; print(usable_cpus())')}
+cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.cpu_count import usable_cpus; print(usable_cpus())')}
 threads=${OMP_NUM_THREADS:-}
 share_out_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
 share_out_threads

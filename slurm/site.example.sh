@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # What your cluster needs before it can train. Copy this to slurm/site.sh, which slurm/train.sh reads in each job's first shell
-# (SITE=FILE names another), and keep what fits; what is exported here reaches all ranks.
+# (SITE_FILE=FILE names another), and keep what fits; what is exported here reaches all ranks.
 
 # --- modules, where the cluster has them. Without a login shell `module` must be defined first:
 # source /etc/profile.d/modules.sh
@@ -27,10 +27,10 @@
 # SRUN_OPTIONS="--container-image=$PWD/trainer.sqsh --container-mounts=$PWD,/scratch --container-workdir=$PWD"
 #
 # Apptainer is a command before the command:
-# CONTAINER="apptainer exec --nv --bind $PWD,/scratch --pwd $PWD trainer.sif"
+# CONTAINER_COMMAND="apptainer exec --nv --bind $PWD,/scratch --pwd $PWD trainer.sif"
 #
 # enroot by itself, with an image that was created on each node (enroot create --name trainer trainer.sqsh):
-# CONTAINER="enroot start --rw --mount $PWD --mount /scratch trainer"
+# CONTAINER_COMMAND="enroot start --rw --mount $PWD --mount /scratch trainer"
 
 # --- anything else that srun should be told:
 # SRUN_OPTIONS="--cpu-bind=none --mpi=none"

@@ -6,7 +6,7 @@
 # Submit it from the repository's folder, on a file system that all nodes share, after `make setup` (slurm/README.md).
 # From the environment, or from slurm/site.sh (see slurm/site.example.sh): LAUNCHER=torchrun|srun, NPROC (ranks a node;
 # default: its GPUs), MAX_TRIES (100), MAX_RESTARTS (0), SHUTDOWN_TIMEOUT (110 seconds), PYTHON, RANKS_PYTHON, SRUN_OPTIONS,
-# CONTAINER, SWEEP (a file with further arguments, a line for each task of a job array).
+# CONTAINER_COMMAND, SWEEP (a file with further arguments, a line for each task of a job array).
 #
 # What a cluster or a job may want otherwise; options given to sbatch win over these lines:
 #SBATCH --job-name=dist_trainer
@@ -92,14 +92,14 @@ trap told_to_end TERM
 [[ -x launch/multinode.sh ]] || refuse "$PWD is not the repository's folder: cd there before sbatch"
 source launch/checks.sh
 # A cluster's own: modules, an environment, a container. Such scripts often read variables that are not set.
-site=${SITE:-slurm/site.sh}
+site=${SITE_FILE:-slurm/site.sh}
 if [[ -r $site ]]; then
   set +u
   # shellcheck source=slurm/site.example.sh
   source "$(realpath "$site")"
   set -u
-elif [[ -n ${SITE:-} ]]; then
-  refuse "there is no $SITE (SITE)"
+elif [[ -n ${SITE_FILE:-} ]]; then
+  refuse "there is no $SITE_FILE (SITE_FILE)"
 fi
 LAUNCHER=${LAUNCHER:-torchrun}
 export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
@@ -126,7 +126,7 @@ split() { # TEXT WHERE-FROM: its words into `words`; quotes count as in a shell,
 }
 split "${SRUN_OPTIONS:-}" SRUN_OPTIONS
 on_node=(${words[@]+"${words[@]}"}) # between srun and the command of a node, or of a rank
-split "${CONTAINER:-}" CONTAINER
+split "${CONTAINER_COMMAND:-}" CONTAINER_COMMAND
 on_node+=(${words[@]+"${words[@]}"})
 
 if [[ -n ${SWEEP:-} ]]; then
@@ -208,7 +208,7 @@ unset SLURM_GPUS_ON_NODE
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-110}
 # Some versions of SLURM do not hand --cpus-per-task on to srun: then all ranks of a node share one core.
-if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK CORES=$SLURM_CPUS_PER_TASK; fi
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK RANKS_CORES=$SLURM_CPUS_PER_TASK; fi
 
 # torchrun starts a rank on each GPU of its own node; srun must be told one number for all of them.
 if [[ $LAUNCHER == srun && -z ${NPROC:-} ]]; then
@@ -232,7 +232,7 @@ if [[ -z $asked$ended ]]; then # else there is nothing to save yet
       ${on_node[@]+"${on_node[@]}"} launch/multinode.sh "$@" &
   else
     output=$(log_of %N-rank-%t)
-    threads=$((${CORES:-1} / NPROC))
+    threads=$((${RANKS_CORES:-1} / NPROC))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     srun --ntasks=$((NODES * NPROC)) --ntasks-per-node="$NPROC" --cpus-per-task="$OMP_NUM_THREADS" --kill-on-bad-exit=1 \
       ${output:+"$output"} ${on_node[@]+"${on_node[@]}"} "$RANKS_PYTHON" -m dist_trainer.train "$@" &

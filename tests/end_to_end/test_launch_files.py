@@ -462,12 +462,12 @@ def test_a_site_s_file_and_options_of_srun_come_between(stand_in: Path, slurm: d
     )
     write_program(stand_in / "inside", '#!/bin/bash\necho "INSIDE FROM_SITE=$FROM_SITE A=$A"; exec python "$@"\n')
     for launcher, command in (("torchrun", "launch/multinode.sh"), ("srun", "inside -m dist_trainer.train")):
-        done = launch("slurm/train.sh", stand_in=stand_in, SITE=str(site), LAUNCHER=launcher, **slurm)
+        done = launch("slurm/train.sh", stand_in=stand_in, SITE_FILE=str(site), LAUNCHER=launcher, **slurm)
         (started,) = [line for line in done.stdout.splitlines() if line.startswith("SRUN ")]
         assert f" --container-image=x.sqsh --container-mounts=/a b,/c env A=1 {command}" in started
         assert "INSIDE FROM_SITE=1 A=1" in done.stdout, done.stdout + done.stderr
-    missing = launch("slurm/train.sh", stand_in=stand_in, SITE="nowhere.sh", **slurm)
-    assert (missing.returncode, "there is no nowhere.sh (SITE)" in missing.stdout) == (2, True)
+    missing = launch("slurm/train.sh", stand_in=stand_in, SITE_FILE="nowhere.sh", **slurm)
+    assert (missing.returncode, "there is no nowhere.sh (SITE_FILE)" in missing.stdout) == (2, True)
 
 
 def test_what_is_left_of_the_time_limit_is_checked_when_the_signal_comes(stand_in: Path, slurm: dict[str, str]) -> None:

@@ -62,6 +62,11 @@ def test_a_container_that_sees_its_own_group_as_the_root_of_the_mount(tmp_path: 
     assert usable_cpus(system(tmp_path, "4:cpu,cpuacct:/docker/12", [V1.format(root=root)], files)) == 2
 
 
+def test_a_sandbox_that_shows_a_quota_at_its_usual_place_alone(tmp_path: Path) -> None:
+    mount = "30 23 0:26 / /sys/fs/cgroup ro - tmpfs none ro"
+    assert usable_cpus(system(tmp_path, "0::/", [mount], {"cpu.max": "300000 100000"})) == 3
+
+
 def test_without_control_groups_those_count_that_the_process_may_run_on(tmp_path: Path) -> None:
     assert usable_cpus(tmp_path) == 16
     assert usable_cpus(system(tmp_path, "1:name=systemd:/", [], {})) == 16
