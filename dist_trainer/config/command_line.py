@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from dist_trainer.config.keys import leaf_types, no_such_key, section_classes, sections
 from dist_trainer.config.presets import PRESETS
-from dist_trainer.config.yaml_lines import Assignment
+from dist_trainer.config.yaml_lines import Assignment, load_yaml
+from dist_trainer.errors import ConfigError
 
 CONSOLE_SCRIPT, MODULE = "dist-train", "python -m dist_trainer.train"
 COMMAND_LINE = "command line"
@@ -122,8 +121,8 @@ def _of_section(key: str, value: str) -> list[Assignment]:
     """One assignment; or those of a section's keys, where a W&B sweep of nested parameters gives them as one dictionary."""
     if key in sections() and value.startswith("{"):
         try:
-            nested = yaml.safe_load(value)
-        except yaml.YAMLError:
+            nested = load_yaml(value, COMMAND_LINE)
+        except ConfigError:
             nested = None
         if isinstance(nested, dict):
             return [Assignment(f"{key}.{name}", inner, COMMAND_LINE) for name, inner in nested.items()]

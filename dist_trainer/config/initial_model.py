@@ -11,12 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dist_trainer.config.keys import as_written
 from dist_trainer.config.llama_json import read_hf_config
 from dist_trainer.config.model_files import CONFIG_FILE, check_model_folder
 from dist_trainer.config.schema import ModelConfig, TrainingConfig
+from dist_trainer.config.yaml_lines import load_yaml
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.hub_access import is_hub_name, model_from_hub
 from dist_trainer.manifest import MANIFEST
@@ -138,9 +137,9 @@ def _keys_of_the_run(asked: Mapping[str, Any]) -> dict[str, Any] | None:
     if asked.get("checkpoint.resume") == "never" or not any((folder / "checkpoints").glob("step-*")):
         return None
     try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        saved = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
         keys = {f"{section}.{name}": value for section in ("model", "data") for name, value in saved[section].items()}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, ConfigError, KeyError, TypeError, AttributeError):
         return None
     same = all(keys.get(f"model.{name}") == asked.get(f"model.{name}", LLAMA) for name in ("name", "init_from"))
     return keys if same else None

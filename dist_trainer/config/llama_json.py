@@ -33,6 +33,7 @@ _SCALINGS = {
 }
 """What each rope_type is described by."""
 _MOST = 1 << 31
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def _refuse_what_differs(raw: Mapping[str, Any], path: Path) -> None:
     # Where the field is missing, transformers takes 4096 positions for Mistral's window.
     if kind == "mistral" and raw.get("sliding_window", 4096) is not None:
         refuse("sliding_window", raw.get("sliding_window", 4096), "null")
-    if any(layer != "full_attention" for layer in raw.get("layer_types") or ()):
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list) or any(layer != "full_attention" for layer in layers):
         refuse("layer_types", raw["layer_types"], "full_attention")
     if raw.get("quantization_config") is not None:
         refuse("quantization_config", raw["quantization_config"], "weights that are not quantised")
@@ -173,16 +175,21 @@ def _refuse_wrong_types(raw: Mapping[str, Any], path: Path) -> None:
     for name in _WHOLE_NUMBERS:
         value = raw.get(name)
         if value is not None and not (type(value) is int and 0 < value < _MOST):
-            raise ConfigError(f"{path}: {name} is {value!r}, which is no size of a model")
+            raise ConfigError(f"{path}: {name} is {value!r:.80}, which is no size of a model")
     for name in ("rms_norm_eps", "rope_theta"):
-        if type(raw.get(name, 1.0)) not in (int, float):
-            raise ConfigError(f"{path}: {name} is {raw[name]!r}, not a number")
-    if type(_rope(raw).get("rope_theta", 1.0)) not in (int, float):
+        if not _is_number(raw.get(name, 1.0)):
+            raise ConfigError(f"{path}: {name} is {raw[name]!r:.80}, not a number")
+    if not _is_number(_rope(raw).get("rope_theta", 1.0)):
         raise ConfigError(f"{path}: {_rope_field(raw)}.rope_theta is {_rope(raw)['rope_theta']!r}, not a number")
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if type(raw.get(name, False)) is not bool:
             raise ConfigError(f"{path}: {name} is {raw[name]!r}, not true or false")
     _refuse_wrong_ids(raw, path)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether `value` can be computed with: JSON has numbers without end, too."""
+    return type(value) in (int, float) and abs(value) < _LARGEST
 
 
 def _refuse_wrong_ids(raw: Mapping[str, Any], path: Path) -> None:

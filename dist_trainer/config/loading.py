@@ -220,10 +220,13 @@ def _checked(assignment: Assignment) -> Any:
     if int in (types[key], *get_args(types[key])):
         value = _whole(value)
     try:
-        return _parser(types[key]).parse_object({"value": value})["value"]
-    except (ArgumentError, TypeError, ValueError) as error:
+        value = _parser(types[key]).parse_object({"value": value})["value"]
+    except (ArgumentError, TypeError, ValueError, OverflowError, RecursionError) as error:
         hint = near_value(value, types[key])
-        raise ConfigError(f"{where}: {key}: {value!r} is not {in_words(types[key])}{hint}") from error
+        raise ConfigError(f"{where}: {key}: {value!r:.200} is not {in_words(types[key])}{hint}") from error
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        raise ConfigError(f"{where}: {key}: {value!r:.80} is too large; it must fit into 64 bits")
+    return value
 
 
 def _whole(value: Any) -> Any:

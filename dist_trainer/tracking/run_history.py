@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dist_trainer.config.yaml_lines import load_yaml
+from dist_trainer.errors import ConfigError
 from dist_trainer.tracking.events import EVENTS_FILE
 from dist_trainer.tracking.lenient_json import number, parse_object, text_of
 from dist_trainer.tracking.run_context import METRICS_FILE
@@ -170,7 +170,7 @@ def last_step(folder: Path) -> int:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = yaml.safe_load(text_of(path))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        config = load_yaml(text_of(path), str(path))
+    except ConfigError:
         return {}
     return config if isinstance(config, dict) else {}

@@ -22,6 +22,7 @@ NEVER_ONE = {
     "config/rules.py: ... sequences": "of several ranks",
     "data/rows.py: %d tokens": "two or more",
     "data/sampler.py: ... sequences": "of several ranks",
+    "config/yaml_lines.py: ... values": "a limit of many thousands",
     "data/token_store.py: ... bad records": "no message, a part of a key",
     "distributed/world.py: ... ranks": "more than there are GPUs",
     "dry_run.py: ... processes": "only said of several",
