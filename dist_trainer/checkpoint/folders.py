@@ -6,8 +6,9 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-from dist_trainer.checkpoint.state import Progress, Validated, read_training_state
+from dist_trainer.checkpoint.state import STATE_FILE, Progress, Validated, read_training_state
 from dist_trainer.checkpoint.storage import (
     DAMAGED_PREFIX,
     discard,
@@ -190,7 +191,7 @@ def _take_in_copy(link: Path) -> None:
     except CheckpointError:
         return
     if os.path.lexists(original) and is_intact(original):
-        if read_manifest(original) == copy:
+        if _weights_and_optimizer(read_manifest(original)) == _weights_and_optimizer(copy):
             log.info("%s is a copy of %s; it is replaced by a link", link, original.name)
             discard(link)
     elif is_intact(link):
@@ -198,3 +199,8 @@ def _take_in_copy(link: Path) -> None:
             put_out_of_the_way(original)
         link.rename(original)
         log.info("%s was the only complete copy of its checkpoint; it was renamed to %s", link, original.name)
+
+
+def _weights_and_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Digests of all files but the state, which differs where a step was saved again after its validation."""
+    return {name: entry for name, entry in manifest["files"].items() if name != STATE_FILE}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.checkpoint.folders import resume_point
+from dist_trainer.manifest import describe_files
 from dist_trainer.model_folders import model_folders
 from tests.faults.damage import contents, flip_bit
 from tests.faults.faults import Fault, do, kill
@@ -134,3 +136,16 @@ def test_what_is_no_copy_of_a_checkpoint_is_kept(saver, name):
     assert found is not None
     assert os.readlink(saver.checkpoints / name) == "step-00000006"
     assert contents(saver.checkpoints / f"damaged-{name}").keys() == before.keys()
+
+
+def test_a_copy_of_a_step_that_was_saved_again_is_not_kept(saver):
+    latest = saver.checkpoints / "latest"
+    state = json.loads((latest / "trainer_state.json").read_text())
+    state["progress"]["validation_loss"] = None
+    (latest / "trainer_state.json").write_text(json.dumps(state))
+    facts = {"format_version": 1, "step": 6, "world_size": None}
+    (latest / "manifest.json").unlink()
+    (latest / "manifest.json").write_text(describe_files(latest, facts))
+    assert saver.start() == 6
+    assert sorted(os.listdir(saver.checkpoints)) == ["best", "latest", "step-00000003", "step-00000006"]
+    assert latest.is_symlink()
