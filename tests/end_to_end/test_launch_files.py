@@ -457,7 +457,7 @@ def test_srun_starts_as_many_ranks_as_each_node_has_gpus_or_refuses(
 def test_a_site_s_file_and_options_of_srun_come_between(stand_in: Path, slurm: dict[str, str], tmp_path: Path) -> None:
     site = tmp_path / "site.sh"
     site.write_text(
-        'if [[ -z $NOT_SET ]]; then export FROM_SITE=1; fi\nRANKS_PYTHON=inside\nCONTAINER="env A=1"\n'
+        'if [[ -z $NOT_SET ]]; then export FROM_SITE=1; fi\nRANKS_PYTHON=inside\nCONTAINER_COMMAND="env A=1"\n'
         "SRUN_OPTIONS=\"--container-image=x.sqsh --container-mounts='/a b',/c\"\n"
     )
     write_program(stand_in / "inside", '#!/bin/bash\necho "INSIDE FROM_SITE=$FROM_SITE A=$A"; exec python "$@"\n')
