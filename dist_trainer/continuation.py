@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.chat import ChatTemplate, Message, own_template
+from dist_trainer.data.chat import ChatTemplate, own_template
+from dist_trainer.data.messages import Message
 from dist_trainer.data.tokenization import Tokenizer, prompt_ids
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.generation import context_of, end_tokens, generate

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dist_trainer.config.schema import DataConfig, TrackingConfig, TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
-from dist_trainer.data.chat import ChatTemplate, messages_of
+from dist_trainer.data.chat import ChatTemplate
+from dist_trainer.data.messages import messages_of
 from dist_trainer.data.tokenization import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.world import World

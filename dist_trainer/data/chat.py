@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.marked_text import MarkedText
-from dist_trainer.data.template import kind_of, missing_column
+from dist_trainer.data.messages import ASSISTANT, SAID_BESIDE_CONTENT, Message, is_learnt
 from dist_trainer.data.template_limits import check_length, check_template, within_limits
 from dist_trainer.data.tokenization import Tokenizer, read_chat_template, text_prefix
 from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
 
-ASSISTANT = "assistant"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_ASKS_FOR_DATE = "asks for today's date"
+_WITHOUT_DATE = f'{{% macro strftime_now(_) %}}{{{{ raise_exception("{_ASKS_FOR_DATE}") }}}}{{% endmacro %}}\n'
+"""Goes before a template, in place of transformers' function for the date. Like any tag's, its line end is not written."""
 _MARKS = "{% generation %} and {% endgeneration %} around what the assistant says"
-
-Message = dict[str, Any]
 
 
 class ChatTemplate:
@@ -45,6 +44,7 @@ class ChatTemplate:
 
     def __call__(self, where: str, messages: list[Message]) -> MarkedText:
         """The conversation as text; the spans are the answers, each with what ends it. Raises DataError naming `where`."""
+        self._refuse_lost_parts(where, messages)
         if self._is_marked:
             text, spans = self._rendered_with_marks(where, messages)
         else:
@@ -58,12 +58,12 @@ class ChatTemplate:
 
     def prompt(self, where: str, messages: list[Message]) -> str:
         """The conversation so far, and what begins the assistant's answer. Raises DataError naming `where`."""
-        return self._rendered(where, messages, add_generation_prompt=True)
+        return self._rendered(where, messages, add_generation_prompt=True, may_ask_for_date=True)
 
     def _spans(self, where: str, messages: list[Message], whole: str) -> list[tuple[int, int]]:
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != ASSISTANT:
+            if not is_learnt(message):
                 continue
             if number == 0:
                 raise DataError(
@@ -119,11 +119,16 @@ class ChatTemplate:
                 *(prefix, self._name),
             )
 
-    def _rendered(self, where: str, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    def _rendered(
+        self, where: str, messages: list[Message], *, add_generation_prompt: bool = False, may_ask_for_date: bool = False
+    ) -> str:
         try:
             text = within_limits(
                 lambda: self._tokenizer.apply_chat_template(
-                    messages, chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages,
+                    chat_template=self.text if may_ask_for_date else _WITHOUT_DATE + self.text,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
             )
             return check_length(text)
@@ -137,7 +142,7 @@ class ChatTemplate:
             texts, spans_of_texts = within_limits(
                 lambda: render_jinja_template(
                     conversations=[messages],
-                    chat_template=self.text,
+                    chat_template=_WITHOUT_DATE + self.text,
                     return_assistant_tokens_mask=True,
                     **self._tokenizer.special_tokens_map,
                 )
@@ -145,9 +150,42 @@ class ChatTemplate:
             check_length(texts[0])
         except Exception as error:  # templates raise what they like
             raise self._refusal(where, messages, error) from error
-        return texts[0], [(int(start), int(end)) for start, end in spans_of_texts[0] if end > start]
+        spans = [(int(start), int(end)) for start, end in spans_of_texts[0]]
+        answers = [message for message in messages if message["role"] == ASSISTANT]
+        if not all(map(is_learnt, answers)):
+            if len(spans) != len(answers):
+                raise DataError(
+                    f"{where}: {self._name} marks {len(spans)} parts of a conversation with {len(answers)} answers, so the one "
+                    "that is not to be learnt (empty, or with a weight of 0) cannot be told from the others; remove it"
+                )
+            spans = [span for span, message in zip(spans, answers, strict=True) if is_learnt(message)]
+        return texts[0], [(start, end) for start, end in spans if end > start]
+
+    def _refuse_lost_parts(self, where: str, messages: list[Message]) -> None:
+        """Raises DataError where a message says something beside its content that is not written: a tool call, say."""
+        for number, message in enumerate(messages, start=1):
+            for key in SAID_BESIDE_CONTENT:
+                if not message.get(key):
+                    continue
+                before = messages[: number - 1]
+                without = {name: value for name, value in message.items() if name != key}
+                try:
+                    is_lost = self._rendered(where, [*before, message]) == self._rendered(where, [*before, without])
+                except DataError:
+                    continue  # the template heeds the key: it refuses the message with it, or without it
+                if is_lost:
+                    raise DataError(
+                        f'{where}: message {number} has "{key}", which {self._name} does not write, so it would be lost; name '
+                        "a data.chat_template that writes it, put it into the content, or remove it"
+                    )
 
     def _refusal(self, where: str, messages: list[Message], error: Exception) -> DataError:
+        if str(error) == _ASKS_FOR_DATE:
+            return DataError(
+                f"{where}: {self._name} {_ASKS_FOR_DATE} (strftime_now), so the same conversations would be other text "
+                "tomorrow, and the run could not resume; name a copy by data.chat_template that has a date in its place (for "
+                'Llama 3\'s, {% set date_string = "26 Jul 2024" %} as its first line is enough)'
+            )
         roles = ", ".join(str(message["role"]) for message in messages[:8]) + (", ..." if len(messages) > 8 else "")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return DataError(
@@ -172,29 +210,3 @@ def _required_template(config: DataConfig, tokenizer: Tokenizer) -> str:
             "configs/plain_chat.jinja), or the tokenizer of a chat model"
         )
     return template
-
-
-def messages_of(where: str, record: dict[str, Any], column: str) -> list[Message]:
-    """The messages of a record. Raises DataError naming the place, and what is wrong with them."""
-    if column not in record:
-        raise missing_column(column, list(record), where)
-    messages = record[column]
-    if isinstance(messages, dict) and messages and all(isinstance(part, list) for part in messages.values()):
-        # As `datasets` keeps lists of records that are declared as a Sequence: a list of each field.
-        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
-    if not isinstance(messages, list):
-        raise DataError(
-            f'{where}: the column {column!r} holds {kind_of(messages)}, not a list of {{"role", "content"}} messages'
-        )
-    if not messages:
-        raise DataError(f"{where}: the conversation in {column!r} has no message; remove the record")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise DataError(f'{where}: message {number} is {kind_of(message)}, not an object with "role" and "content"')
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                what = f"holds {kind_of(message[key])}, not text" if key in message else f"is missing ({', '.join(message)})"
-                raise DataError(
-                    f'{where}: "{key}" of message {number} in {column!r} {what}; each message needs "role" and "content"'
-                )
-    return messages

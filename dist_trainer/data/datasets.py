@@ -14,7 +14,7 @@ from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_folder
 from dist_trainer.data.records import ALL_SUFFIXES, DATA_SUFFIXES, OTHER_FORMATS, Records, format_suffix, read_file
 from dist_trainer.data.split import Split
-from dist_trainer.data.template import columns_of
+from dist_trainer.data.template import columns_of, optional_columns_of
 from dist_trainer.data.text_file import COMPRESSIONS
 from dist_trainer.errors import ConfigError, DataError
 from dist_trainer.hub_access import is_hub_name
@@ -117,11 +117,11 @@ def _from_splits(name: str, splits: dict[str, Split]) -> Source:
 def files_split(files: Iterable[Path], config: DataConfig) -> Split:
     """The records of local files, one file after the other."""
     paths = sorted(files)
-    columns = columns_of(config)
+    columns, optional = columns_of(config), optional_columns_of(config)
 
     def records() -> Records:
         for path in paths:
-            yield from read_file(path, columns)
+            yield from read_file(path, columns, optional)
 
     return Split(", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else ""), records, files=paths)
 

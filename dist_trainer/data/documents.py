@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.chat import ChatTemplate, messages_of
+from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.marked_text import MarkedText
+from dist_trainer.data.messages import messages_of
 from dist_trainer.data.template import TextOf, completion_of, text_of
 from dist_trainer.data.tokenization import Tokenizer
 
@@ -40,7 +41,12 @@ def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> 
     def make(where: str, record: dict[str, Any]) -> MarkedText:
         return template(where, messages_of(where, record, column))
 
-    parts = ["messages", column, template.text, sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items())]
+    parts = [
+        "messages, with their flags",
+        column,
+        template.text,
+        sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()),
+    ]
     return DocumentMaker(make, json.dumps(parts), is_marked=True)
 
 
@@ -48,9 +54,10 @@ def _of_completions(config: DataConfig, completion_template: str, prompt: TextOf
     completion = completion_of(completion_template)
 
     def make(where: str, record: dict[str, Any]) -> MarkedText:
-        before = str(prompt(where, record))
-        whole = before + completion(where, record)
-        return MarkedText(whole, [(len(before), len(whole))] if len(whole) > len(before) else [], is_complete=False)
+        before, after = str(prompt(where, record)), completion(where, record)
+        whole = before + after
+        # To learn a completion of white space alone, and its end, would be to learn to say nothing.
+        return MarkedText(whole, [(len(before), len(whole))] if after.strip() else [], is_complete=False)
 
-    parts = ["completion", config.text_column, config.template, completion_template]
+    parts = ["completion, not an empty one", config.text_column, config.template, completion_template]
     return DocumentMaker(make, json.dumps(parts), is_marked=True)

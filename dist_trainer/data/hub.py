@@ -14,7 +14,7 @@ from typing import Any
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
-from dist_trainer.data.template import columns_of, missing_column
+from dist_trainer.data.template import columns_of, missing_column, optional_columns_of
 from dist_trainer.errors import DataError
 from dist_trainer.hub_access import hub_is_reachable
 
@@ -91,10 +91,11 @@ def _splits(name: str, loaded: Any, config: DataConfig) -> dict[str, Split]:
 
 
 def _split(where: str, table: Any, config: DataConfig) -> Split:
-    columns = columns_of(config)
+    required = columns_of(config)
+    columns = [*required, *(column for column in optional_columns_of(config) if column in table.column_names)]
 
     def records() -> Iterator[tuple[str, Record]]:
-        for column in columns:
+        for column in required:
             if column not in table.column_names:
                 raise missing_column(column, table.column_names, where)
         row = 0

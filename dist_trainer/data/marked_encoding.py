@@ -55,7 +55,7 @@ class MarkedEncoder:
             if not marked.is_complete:  # else a chat template has written both
                 begun = np.array(with_prefix(ids.tolist(), self._prefix), dtype=np.int64)
                 mask = np.append(np.zeros(len(begun) - len(ids), dtype=bool), mask)
-                ids, mask = np.append(begun, self._end), np.append(mask, True)
+                ids, mask = np.append(begun, self._end), np.append(mask, bool(marked.loss_spans))
             mask[:1] = False
             all_ids.append(ids)
             masks.append(mask)

@@ -16,7 +16,7 @@ class MarkedText:
     loss_spans: Sequence[tuple[int, int]]
     """[start, end) in characters, ascending, apart from one another."""
     is_complete: bool
-    """Whether the text says itself where it ends; otherwise the EOS follows, and carries loss."""
+    """Whether the text says itself where it ends; otherwise the EOS follows, and carries loss if anything does."""
 
 
 def tokens_in_spans(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -143,8 +143,8 @@ def _column_names(path: Path, values: list[str]) -> list[str]:
     return values
 
 
-def read_parquet(path: Path, columns: Sequence[str]) -> Records:
-    """One record a row, with these columns only; a few thousand rows in memory at a time."""
+def read_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Records:
+    """One record a row, with these columns and the `optional` ones that are there; a few thousand rows in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -154,7 +154,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Records:
             for column in columns:
                 if column not in file.schema_arrow.names:
                     raise missing_column(column, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME, columns=list(columns)):
+            chosen = [*columns, *(column for column in optional if column in file.schema_arrow.names)]
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME, columns=chosen):
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path} row {row}", record
@@ -197,9 +198,11 @@ def reading_of(path: Path) -> str:
     return suffix + (compression if compression in COMPRESSIONS else "")
 
 
-def read_file(path: Path, columns: Sequence[str]) -> Records:
-    """The records of `path`, by its suffix, with at least these columns; a file of unknown suffix is read as text."""
+def read_file(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Records:
+    """The records of `path`, by its suffix, with at least these columns, and the `optional` ones that are there; a file of
+    unknown suffix is read as text.
+    """
     suffix = format_suffix(path)
     if suffix in OTHER_FORMATS:
         raise DataError(f"{path}: files of type {suffix} are not read; convert it to one of {ALL_SUFFIXES}")
-    return read_parquet(path, columns) if suffix == ".parquet" else READERS.get(suffix, read_text)(path)
+    return read_parquet(path, columns, optional) if suffix == ".parquet" else READERS.get(suffix, read_text)(path)

@@ -66,9 +66,10 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
     if held_out is not None:
         validation = _all_documents(held_out, config, tokenizer)
     else:
-        train, validation = split_by_document(train, config.validation_fraction)
+        train, validation = split_by_document(train, config.validation_fraction, config.sequence_length)
     log.info("data %s: %s to train on; %s to validate on", config.dataset, _in_words(train), _in_words(validation))
-    return _rows(train, config, tokenizer), _rows(validation, config, tokenizer) if len(validation.spans) else None
+    train_rows = _rows(train, config, tokenizer, f"data.dataset: {config.dataset}")
+    return train_rows, _validation_rows(validation, config, tokenizer, VALIDATION_KEY)
 
 
 def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALIDATION_KEY) -> Rows | None:
@@ -81,8 +82,13 @@ def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALI
         source = open_source(config.dataset, config)
         documents = _all_documents(source.validation or source.train, config, tokenizer)
         if source.validation is None:
-            _, documents = split_by_document(documents, config.validation_fraction)
-    return _rows(documents, config, tokenizer) if len(documents.spans) else None
+            _, documents = split_by_document(documents, config.validation_fraction, config.sequence_length)
+    return _validation_rows(documents, config, tokenizer, key)
+
+
+def _validation_rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer, key: str) -> Rows | None:
+    name = config.validation_dataset or f"the validation data of {config.dataset}"
+    return _rows(documents, config, tokenizer, f"{key}: {name}") if len(documents.spans) else None
 
 
 def _other_text(name: str, config: DataConfig, *, key: str = VALIDATION_KEY) -> Split:
@@ -105,31 +111,39 @@ def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Do
     return Documents(store, np.stack([store.offsets[:-1], store.offsets[1:]], axis=1))
 
 
-def split_by_document(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
-    """Hold out `fraction` of the documents, at least one, the same ones each time; of a single document, its last part."""
+def split_by_document(documents: Documents, fraction: float, sequence_length: int) -> tuple[Documents, Documents]:
+    """Hold out `fraction` of the documents, at least one, the same ones each time; of a single document, its last part. Of
+    documents of which only parts carry loss, those that have some within `sequence_length`: the others cannot be validated on.
+    """
     store, spans = documents
-    if fraction == 0:
+    usable = np.ones(len(spans), dtype=bool)
+    if store.loss_mask is not None:
+        usable = np.isin(spans[:, 0], fitted(store, spans, sequence_length).spans[:, 0])
+    num_usable = int(usable.sum())
+    if fraction == 0 or num_usable == 0:
         return documents, Documents(store, spans[:0])
-    if len(spans) == 1 and store.loss_mask is not None:
+    if num_usable == 1 and store.loss_mask is not None:
         raise DataError(
-            "data.validation_fraction: there is a single document, of which no part can be held out to validate on; give more, "
-            "name data.validation_dataset, or set it to 0"
+            "data.validation_fraction: there is a single document to learn from, of which no part can be held out to validate "
+            "on; give more, name data.validation_dataset, or set it to 0"
         )
     if len(spans) == 1:
         start, end = spans[0].tolist()
         border = max(start + 1, end - max(2, round(fraction * (end - start))))
         log.info("the data is a single document: its last %d tokens are held out for validation", end - border)
         return Documents(store, np.array([[start, border]])), Documents(store, np.array([[border, end]]))
-    count = min(len(spans) - 1, max(1, round(fraction * len(spans))))
+    count = min(num_usable - 1, max(1, round(fraction * num_usable)))
+    in_order = KeyedPermutation(len(spans), SPLIT_KEY)(np.arange(count if usable.all() else len(spans)))
     held_out = np.zeros(len(spans), dtype=bool)
-    held_out[KeyedPermutation(len(spans), SPLIT_KEY)(np.arange(count))] = True
+    held_out[in_order[usable[in_order]][:count]] = True
     return Documents(store, spans[~held_out]), Documents(store, spans[held_out])
 
 
-def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Rows:
+def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer, name: str) -> Rows:
+    """`name` is what a message calls the documents, beginning with the key."""
     store, spans = documents
     if store.loss_mask is not None:
-        return _whole_document_rows(documents, config, tokenizer)
+        return _whole_document_rows(documents, config, tokenizer, name)
     if not config.packing:
         return Rows(DocumentRows(store, spans, config.sequence_length), PaddingCollator(tokenizer))
     stream = TokenStream(store, spans)
@@ -143,18 +157,20 @@ def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Row
     return Rows(packed, as_it_is)
 
 
-def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer) -> Rows:
+def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer, name: str) -> Rows:
     """Raises DataError where no row would have anything to learn."""
     store, spans = documents
     found = fitted(store, spans, config.sequence_length)
     remark = _remark(found, len(spans), config.sequence_length)
     if not len(found.spans):
-        wanted = (
-            'there is no message with the role "assistant" in them'
-            if config.messages_column is not None and not found.answer_cut_off
-            else "data.sequence_length is too short for any"
-        )
-        raise DataError(f"{config.dataset}: no document has an answer to learn: {wanted}")
+        answer = "completion" if config.messages_column is None else 'message of the role "assistant"'
+        length = counted(config.sequence_length, "token")
+        reasons = {
+            f"without text in a {answer}": found.without_answer,
+            f"with answers that begin after data.sequence_length ({length})": found.answer_cut_off,
+        }
+        counts = ", ".join(f"{count} {what}" for what, count in reasons.items() if count)
+        raise DataError(f"{name}: no document has an answer to learn (of {len(spans)}: {counts})")
     rows = WholeDocumentRows(
         store,
         found.spans,

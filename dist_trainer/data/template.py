@@ -12,6 +12,8 @@ from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError
 
+TOOLS = "tools"
+"""A column that describes tools to a conversation."""
 PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
 COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
 TextOf = Callable[[str, dict[str, Any]], str | LongText | MarkedText]
@@ -37,6 +39,11 @@ def columns_of(config: DataConfig) -> list[str]:
     if config.template is None:
         columns.add(config.text_column)
     return sorted(columns)
+
+
+def optional_columns_of(config: DataConfig) -> list[str]:
+    """The columns that `config` reads if they are there."""
+    return [TOOLS] if config.messages_column is not None else []
 
 
 def missing_column(column: str, present: list[str], where: str) -> DataError:

@@ -3,6 +3,7 @@
 import json
 import logging
 import multiprocessing
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from dist_trainer.config.loading import load_config
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import store_building, text_pieces
 from dist_trainer.data.batch import IGNORED_TARGET
+from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.documents import document_maker
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
 from dist_trainer.data.marked_text import tokens_in_spans
 from dist_trainer.data.rows import SPLIT_KEY, train_and_validation_rows
+from dist_trainer.data.sampler import KeyedPermutation
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenization import load_tokenizer, tokenizer_of
 from dist_trainer.data.whole_documents import WholeDocumentRows, best_fit_decreasing, fitted
@@ -254,7 +257,7 @@ def test_of_a_prompt_and_its_completion_the_completion_carries_loss_with_its_end
     tokenizer = load_tokenizer("austen")
     config = small(write(tmp_path / "x.jsonl", QUESTIONS), tmp_path, template=SQUAD, completion_template=" {answers[text][0]}")
     store = stored(config, tokenizer)
-    assert learnt(store, tokenizer) == [[" at Hartfield<|endoftext|>"], [" <|endoftext|>"]]
+    assert learnt(store, tokenizer) == [[" at Hartfield<|endoftext|>"], []], "a blank answer is none"
     assert tokenizer.decode(store.tokens[: store.offsets[1]]) == (
         "Emma lives at Hartfield.\nQuestion: Where?\nAnswer: at Hartfield<|endoftext|>"
     )
@@ -307,17 +310,114 @@ def test_conversations_come_from_every_kind_of_file(tmp_path):
         assert store.loss_mask.tolist() == expected.loss_mask.tolist()
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Bath"}}}
+WITH_CALLS = CHATML.replace(
+    "message['content'] +",
+    "(message['reasoning_content'] | default('')) + message['content'] + "
+    "(message['tool_calls'] | map(attribute='function') | list | tojson if message['tool_calls'] else '') +",
+)
+
+
+def test_sharegpt_s_conversations_are_read_as_they_are(tmp_path):
+    tokenizer = byte_level(CHATML, "<|im_end|>")
+    speakers = {"system": "system", "user": "human", "assistant": "gpt"}
+    conversations = [[SYSTEM, *CONVERSATIONS[0]], *CONVERSATIONS[1:]]
+    records = [
+        {"conversations": [{"from": speakers[m["role"]], "value": m["content"]} for m in messages]}
+        for messages in conversations
+    ]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
+    expected = stored(small(chats(tmp_path / "a.jsonl", conversations), tmp_path, messages_column="messages"), tokenizer)
+    for path in (write(tmp_path / "x.jsonl", records), tmp_path / "x.parquet"):
+        store = stored(small(path, tmp_path, messages_column="conversations"), tokenizer)
+        assert store.tokens.tolist() == expected.tokens.tolist()
+        assert store.loss_mask.tolist() == expected.loss_mask.tolist()
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["plain", "with marks"])
+def test_of_flagged_and_empty_answers_nothing_is_learnt(tmp_path, template):
+    flags = [{"weight": 0}, {"weight": 1}, {"train": False}, {"training": True}, {"weight": None}]
+    messages = [m for n, flag in enumerate(flags) for m in (user(f"Q{n}") | {"weight": 0}, assistant(f"A{n}") | flag)]
+    path = chats(tmp_path / "x.jsonl", [[assistant("Hello") | {"weight": 0}, *messages, user("?"), assistant(" \n")]])
+    tokenizer = byte_level(template, "<|im_end|>")
+    store = stored(small(path, tmp_path, messages_column="messages"), tokenizer)
+    assert learnt(store, tokenizer) == [["A1<|im_end|>", "A3<|im_end|>", "A4<|im_end|>"]]
+    assert "A0<|im_end|>" in tokenizer.decode(store.tokens)
+
+
+def test_marks_that_are_not_one_to_an_answer_cannot_tell_which_one_is_flagged(tmp_path):
+    path = chats(tmp_path / "x.jsonl", [[user("a"), assistant("b") | {"weight": 0}, user("c"), assistant("d")]])
+    twice = MARKED_CHATML.replace("{% endgeneration %}", "{% endgeneration %}{% generation %}!{% endgeneration %}")
+    with pytest.raises(DataError, match=r"x\.jsonl:1: .* marks 4 parts of a conversation with 2 answers"):
+        stored(small(path, tmp_path, messages_column="messages"), byte_level(twice, "<|im_end|>"))
+
+
+def test_a_template_that_writes_tool_calls_and_thoughts_learns_them(tmp_path):
+    as_text = CALL | {"function": CALL["function"] | {"arguments": '{"city": "Bath"}'}}
+    conversations = [
+        [user("Weather?"), {"role": "assistant", "content": content, "tool_calls": [call]}, {"role": "tool", "content": "Rain"}]
+        for content, call in ((None, CALL), ("", as_text))
+    ]
+    path = chats(tmp_path / "x.jsonl", [*conversations, [user("Hi"), assistant("Ho") | {"reasoning_content": "Hm. "}]])
+    tokenizer = byte_level(WITH_CALLS, "<|im_end|>")
+    called = '[{"name": "weather", "arguments": {"city": "Bath"}}]<|im_end|>'
+    assert learnt(stored(small(path, tmp_path, messages_column="messages"), tokenizer), tokenizer) == [
+        [called],
+        [called],
+        ["Hm. Ho<|im_end|>"],
+    ]
+
+
+def test_tools_beside_the_messages_are_refused_from_every_kind_of_file(tmp_path):
+    records = [{"messages": CONVERSATIONS[0], "tools": json.dumps([CALL])}]
+    write(tmp_path / "x.jsonl", records)
+    pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
+    datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
+    for name in ("x.jsonl", "x.parquet", "saved"):
+        with pytest.raises(DataError, match=rf"{name}.*1: the column 'tools' describes tools"):
+            stored(small(tmp_path / name, tmp_path, messages_column="messages"), byte_level(CHATML, "<|im_end|>"))
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["plain", "with marks"])
+def test_a_template_that_asks_for_the_date_is_refused_and_one_with_a_date_is_not(tmp_path, template):
+    dated = "{% if date is not defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ date }}: " + template
+    config = small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages")
+    with pytest.raises(DataError, match=r"x\.jsonl:1: the chat template of .* asks for today's date \(strftime_now\)"):
+        stored(config, byte_level(dated, "<|im_end|>"))
+    tokenizer = byte_level("{% set date = '1 May 1816' %}" + dated, "<|im_end|>")
+    assert tokenizer.decode(stored(config, tokenizer).tokens).startswith("1 May 1816: ")
+    asked = ChatTemplate(config, byte_level(dated, "<|im_end|>")).prompt("--chat", CONVERSATIONS[0][:1])
+    assert re.match(r"\d\d \w+ \d{4}: ", asked), "who asks now means today"
+
+
 BAD = {
     "no role": ([{"content": "Hi"}], r'x\.jsonl:2: "role" of message 1 in \'messages\' is missing \(content\)'),
-    "other names": (
-        [{"from": "human", "value": "Hi"}],
-        r'"role" of message 1 .* is missing \(from, value\); each message needs',
+    "a speaker whose role is unknown": (
+        [{"from": "function_call", "value": "{}"}],
+        r"x\.jsonl:2: message 1 in 'messages' is \"from\" 'function_call'; known are human, user, gpt",
     ),
+    "tool calls": (
+        [user("Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+        r'x\.jsonl:2: message 2 has "tool_c',
+    ),
+    "tool calls and no content": (
+        [user("Hi"), {"role": "assistant", "tool_calls": [CALL]}],
+        r'message 2 has "tool_calls", which',
+    ),
+    "thoughts": (
+        [user("Hi"), assistant("Ho") | {"reasoning_content": "Hm"}],
+        r"the chat template of .* does not write, so it w",
+    ),
+    "half a weight": (
+        [user("Hi"), assistant("Ho") | {"weight": 0.5}],
+        r'"weight" of message 2 in \'messages\' is 0\.5; it must',
+    ),
+    "a weight of a question": ([user("Hi") | {"train": True}, assistant("Ho")], r'"train" of message 1 .* what the user says'),
     "no text": (
         [user("Hi"), {"role": "assistant", "content": None}],
         r'"content" of message 2 .* holds nothing \(null\), not text',
     ),
-    "no object": (["Hi"], r"x\.jsonl:2: message 1 is a str, not an object"),
+    "no object": (["Hi"], r"x\.jsonl:2: message 1 in 'messages' is a str, not an object"),
     "no list": ("Hi", r"x\.jsonl:2: the column 'messages' holds a str, not a list"),
     "nothing": ([], r"x\.jsonl:2: the conversation in 'messages' has no message"),
     "roles in an order that the template refuses": (
@@ -507,14 +607,36 @@ def test_one_warning_tells_of_what_was_cut_or_left_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([user("Hi")], 'no document has an answer to learn: there is no message with the role "assistant"'),
-        ([user("Hi " * 99), assistant("Ho")], "data.sequence_length is too short for any"),
+        (
+            [user("Hi")],
+            'x.jsonl: no document has an answer to learn (of 1: 1 without text in a message of the role "assistant")',
+        ),
+        ([user("Hi " * 99), assistant("Ho")], "(of 1: 1 with answers that begin after data.sequence_length (32 tokens))"),
     ],
 )
 def test_data_in_which_there_is_nothing_to_learn_are_refused(tmp_path, messages, message):
     config = small(chats(tmp_path / "x.jsonl", [messages]), tmp_path, messages_column="messages", chat_template=PLAIN)
-    with pytest.raises(DataError, match=message):
-        create_dataloaders(TrainingConfig(data=replace(config, sequence_length=32), batch=BatchConfig(1, 1)))
+    config = replace(config, sequence_length=32, validation_fraction=0.5)
+    with pytest.raises(DataError, match=r"^data\.dataset: .*" + re.escape(message)):
+        create_dataloaders(TrainingConfig(data=config, batch=BatchConfig(1, 1)))
+    good = str(chats(tmp_path / "good.jsonl", [[user("Hi"), assistant("Ho")]]))
+    config = replace(config, dataset=good, validation_dataset=config.dataset)
+    with pytest.raises(DataError, match=r"^data\.validation_dataset: .*" + re.escape(message)):
+        create_dataloaders(TrainingConfig(data=config, batch=BatchConfig(1, 1)))
+
+
+@pytest.mark.parametrize("unusable", [[user("Hi")], [user("Hi " * 99), assistant("Ho")], [user("Hi"), assistant(" ")]])
+def test_validation_data_are_held_out_of_the_documents_that_have_an_answer(tmp_path, unusable):
+    first, second, third = KeyedPermutation(40, SPLIT_KEY)(np.arange(3)).tolist()
+    conversations = [[user("Hi"), assistant(f"Answer {number}.")] for number in range(40)]
+    conversations[first] = unusable
+    path = chats(tmp_path / "x.jsonl", conversations)
+    config = small(path, tmp_path, messages_column="messages", chat_template=PLAIN, document_mask=True)
+    tokenizer = tokenizer_of(config)
+    held_out = train_and_validation_rows(replace(config, sequence_length=32, validation_fraction=0.05), tokenizer)[1]
+    targets = [t for i in range(len(held_out.dataset)) for t in held_out.dataset[i].targets[0].tolist() if t >= 0]
+    told = tokenizer.decode(targets).split("<|endoftext|>")[:-1]
+    assert sorted(told) == sorted([f"Answer {second}.", f"Answer {third}."])
 
 
 def test_conversations_are_held_out_whole_and_validated_alone(tmp_path):

@@ -24,7 +24,7 @@ def documents(*lengths: int) -> Documents:
 
 
 def spans(fraction: float, *lengths: int) -> tuple[list[list[int]], list[list[int]]]:
-    train, validation = split_by_document(documents(*lengths), fraction)
+    train, validation = split_by_document(documents(*lengths), fraction, 8)
     return train.spans.tolist(), validation.spans.tolist()
 
 
