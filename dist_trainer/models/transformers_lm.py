@@ -21,7 +21,6 @@ from dist_trainer.models.hf_format import check_tied_head
 from dist_trainer.models.loss import takes
 from dist_trainer.models.meta import NoFirstWeights
 from dist_trainer.plural import counted
-from dist_trainer.plural import counted
 
 log = logging.getLogger(__name__)
 

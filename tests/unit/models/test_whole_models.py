@@ -182,4 +182,4 @@ def test_a_tensor_that_the_model_has_no_use_for_is_named(tmp_path, kind, caplog,
             open_model(folder)
     else:
         open_model(folder)
-        assert "hold 1 tensors that Qwen2ForCausalLM does not use: v_head.summary.weight" in caplog.text
+        assert "hold 1 tensor that Qwen2ForCausalLM does not use: v_head.summary.weight" in caplog.text
