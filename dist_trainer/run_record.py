@@ -111,7 +111,8 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, 
     folder.is_new = False  # whatever comes: from now on it holds what must not be lost
     environment = describe_environment(trainer.world)  # takes a while: nothing has begun until then
     lost_steps = steps_to_redo(folder.path, start_step=step)
-    facts = {"began": began, "lost_steps": lost_steps, "environment": environment}
+    parameters = sum(parameter.numel() for parameter in trainer.parameters)
+    facts = {"began": began, "lost_steps": lost_steps, "environment": environment, "parameters": parameters}
     append_event(folder.path, "resume" if step else "start", step=step, **facts)
     counter.note(step)  # or the lost ones would be lost once more where this life comes to no step
     trainer.note_step = counter.note

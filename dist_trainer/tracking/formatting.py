@@ -35,12 +35,15 @@ def quantity(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """As few digits as tell it, four at most: `1.5k`, `0.0003`, `2M`. For axes, as `short` in report/script.js; where numbers
-    stand alone, those of `quantity` are steadier.
+    """As few digits as tell it, four at most: `1.5k`, `0.003`, `1.25e-5`, `2M`. For axes, which have room for seven characters,
+    as `short` in report/script.js; where numbers stand alone, those of `quantity` are steadier.
     """
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.4g}"
 
 

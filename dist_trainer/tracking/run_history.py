@@ -69,6 +69,8 @@ class RunHistory:
     status: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     """Of the latest start."""
+    parameters: float = math.nan
+    """Trainable numbers in the model, as the latest start has them."""
     _read_bytes: int = 0
 
     @property
@@ -86,6 +88,8 @@ class RunHistory:
         self.status = read_status(self.folder)
         environments = [e["environment"] for e in self.events if isinstance(e.get("environment"), dict)]
         self.environment = environments[-1] if environments else {}
+        counts = [number(event["parameters"]) for event in self.events if "parameters" in event]
+        self.parameters = counts[-1] if counts else math.nan
 
     def _take(self, text: bytes) -> None:
         line = parse_object(text)

@@ -52,13 +52,19 @@ addEventListener('load', () => {
   document.querySelector('[value=tokens]').click(); seen.by_tokens = labels();
   document.querySelector('[value=hours]').click(); seen.by_hours = labels();
   const whole = document.querySelector('[name=whole]');
-  seen.clipped = !loss.querySelector('.clipnote')?.hidden;
+  seen.clipped = loss.querySelector('.clipnote')?.hidden === false;
   seen.offers_whole = whole.offsetParent !== null;
   seen.clips = charts.some(chart => chart.querySelector('.clipnote'));
   whole.click(); seen.whole = labels();
   seen.charts = charts.length;
   seen.pictures = charts.filter(chart => chart.querySelector('.plot svg').getBoundingClientRect().height > 150).length;
   seen.smallest_text = Math.min(...charts.flatMap(texts).map(text => text.getBoundingClientRect().height));
+  seen.cut = charts.flatMap(chart => texts(chart).filter(
+    text => text.getBoundingClientRect().left < chart.querySelector('.plot svg').getBoundingClientRect().left - 0.5
+  )).map(text => text.textContent);
+  seen.about = all('.about').map(line => line.textContent);
+  const overview = document.querySelector('.overview .table');
+  seen.hidden_columns = overview ? overview.scrollWidth - overview.clientWidth : 0;
   seen.overflow = document.documentElement.scrollWidth - innerWidth;
   seen.spilling = all('.facts div, figcaption, .key, .sample, .happened').filter(e => e.scrollWidth > e.clientWidth + 1)
     .map(e => e.textContent);
@@ -97,6 +103,7 @@ def check(seen: dict[str, Any]) -> None:
     assert seen["errors"] == []
     assert seen["requests"] == 0
     assert seen["overflow"] <= 0
+    assert seen["cut"] == [], "labels of an axis"
     assert seen["spilling"] == []
     assert seen["charts"] == seen["pictures"] >= 6
     assert seen["smallest_text"] >= 11, "pixels, at any width"
@@ -114,7 +121,7 @@ def check(seen: dict[str, Any]) -> None:
 
 
 def test_a_run_with_restarts_works_at_each_width_and_in_the_dark(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_run(tmp_path / "run", learning_rate=1.25e-5)
     assert report.main([str(run)]) == 0
     phone, desk, dark = look_at(run / "report.html", [(390, "light"), (1400, "light"), (390, "dark")])
     for seen in (phone, desk, dark):
@@ -124,21 +131,30 @@ def test_a_run_with_restarts_works_at_each_width_and_in_the_dark(tmp_path):
         assert seen["before"].startswith("step 39 ·")
         assert "[2] ended without a word (killed); started again, from step 25, 2 steps done again" in seen["touched"]
         assert seen["by_steps"].count("×") == 2
-        assert seen["clipped"]
         assert seen["by_tokens"].split()[0] == seen["by_steps"].split()[0], "the values' axis is what it was"
-        assert seen["whole"].startswith("4 6 8 10 ")
-        assert seen["by_hours"].startswith("3.95 4 4.05 ")
+        assert seen["by_steps"].startswith("4 6 8 10 "), "the first drop of the loss is seen"
+        assert not seen["clipped"]
+        assert seen["about"][0].startswith("model decoder_lm, 1.23M parameters, 4 layers of 192")
+        assert seen["about"][1] == "python -m dist_trainer.train --seed 1"
+        assert seen["by_hours"].startswith("4 6 8 10 ")
     assert not phone["dark"]
     assert dark["dark"]
     assert (phone["background"], dark["background"]) == ("rgb(247, 247, 245)", "rgb(20, 23, 28)")
 
 
 def test_several_runs_work_at_each_width(tmp_path):
-    runs = [write_run(tmp_path / name / "run", learning_rate=rate) for name, rate in (("a", 0.1), ("b", 0.2), ("c", 0.3))]
+    rates = {"a": 0.1, "b": 0.2, "c": 0.3}
+    runs = [write_run(tmp_path / name / "run", learning_rate=rate, steps=400, spike_at=300) for name, rate in rates.items()]
     output = tmp_path / "several.html"
     assert report.main([*map(str, runs), "--output", str(output)]) == 0
-    for seen in look_at(output, [(390, "dark"), (1400, "light")]):
+    phone, *wider = look_at(output, [(390, "dark"), (800, "light"), (1400, "light")])
+    for seen in (phone, *wider):
         check(seen)
+        assert seen["about"] == wider[0]["about"], "what they have in common"
+        assert seen["hidden_columns"] <= 0 or seen is phone
+        assert seen["clipped"]
+        assert seen["by_steps"].startswith("4 6 8 10 ")
+        assert seen["whole"].startswith("10 20 30 40 "), "the spike too"
         assert "a/run: training" in seen["last"]
         assert "c/run: validation" in seen["last"]
 

@@ -25,8 +25,8 @@ POINTS_OF_AN_AXIS = 200
 MOST_MARKS = 200
 
 SMOOTHING_IN_WORDS = (
-    "Smoothed: the mean of all points j around point i, weighted by exp(−|i − j| · 50 / n), n the number of points: "
-    "a fiftieth of the run to each side, so it neither lags behind nor hides a short run."
+    "The smoothed value at point i is the mean of all points j, weighted by exp(−|i − j| · 50 / n) where n is the number of "
+    "points. It looks a fiftieth of the run to each side, so it neither lags behind nor hides a short run."
 )
 
 
@@ -35,15 +35,16 @@ def charts(runs: Sequence[RunHistory], labels: Sequence[str]) -> Iterator[Chart]
     marks = [mark for _, mark in numbered_marks(runs)]
     losses = [line for number, run in enumerate(runs) for line in _loss_lines(run, labels[number], number, len(runs))]
     skips = [(step, number) for number, run in enumerate(runs) for step in skipped_steps(run)]
-    yield Chart("Loss", "nats per token", losses, marks, skips, clips=True, explains_marks=True)
+    (time_unit, time_factor), (wait_unit, wait_factor) = (unit_of_time(runs, of) for of in ("step_seconds", "data_seconds"))
+    yield Chart("Loss", "nats per token", losses, marks, skips, clips=True, shows_beginning=True, explains_marks=True)
     for title, unit, column, factor, is_noisy in (
         ("Learning rate", "", "lr", 1.0, False),
         ("Gradient norm", "before clipping", "grad_norm", 1.0, True),
         ("Throughput", "tokens a second", "tokens_per_second", 1.0, True),
         ("MFU", "% of the devices' peak", "mfu", 100.0, True),
         ("Peak memory", "GiB, rank 0", "peak_memory_bytes", 2.0**-30, False),
-        ("Time of a step", "ms, waiting for data included", "step_seconds", 1000.0, True),
-        ("Waiting for data", "ms a step", "data_seconds", 1000.0, True),
+        ("Time of a step", f"{time_unit}, waiting for data included", "step_seconds", time_factor, True),
+        ("Waiting for data", f"{wait_unit} a step", "data_seconds", wait_factor, True),
     ):
         lines: list[Line] = []
         for number, run in enumerate(runs):
@@ -52,6 +53,12 @@ def charts(runs: Sequence[RunHistory], labels: Sequence[str]) -> Iterator[Chart]
             lines += _lines(run.train["step"], values, label, number, len(runs), is_noisy=is_noisy)
         told = f"{unit}, smoothed" if is_noisy and len(runs) > 1 else unit
         yield Chart(title, told, lines, marks, from_zero=True, clips=is_noisy)
+
+
+def unit_of_time(runs: Sequence[RunHistory], column: str) -> tuple[str, float]:
+    """Seconds if any value reaches one, else milliseconds; and how many there are in a second."""
+    reaches_one = any(value >= 1 for run in runs for value in run.train[column])
+    return ("s", 1.0) if reaches_one else ("ms", 1000.0)
 
 
 def style_of(number: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dist_trainer.secrets import masked, masked_within
 from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.report.curves import SMOOTHING_IN_WORDS, axes_of, charts
+from dist_trainer.tracking.report.markup import folded
 from dist_trainer.tracking.report.sections import happened, heading, samples, time_spent
 from dist_trainer.tracking.report.settings import config, differences, environment
 from dist_trainer.tracking.report.svg_charts import as_script_data, figure
@@ -40,7 +41,9 @@ def html_report(runs: Sequence[RunHistory]) -> str:
             heading(runs, labels, spent),
             differences(runs, labels),
             CONTROLS if loss or drawn else '<p class="faded">No step has been logged yet.</p>',
-            f'<div class="wide">{loss}<p class="note">{SMOOTHING_IN_WORDS}</p></div>' if loss else "",
+            f'<div class="wide">{loss}{folded("how curves are smoothed", f"<p>{SMOOTHING_IN_WORDS}</p>")}</div>'
+            if loss
+            else "",
             happened(runs, labels),
             f'<div class="charts">{drawn}</div>' if drawn else "",
             time_spent(spent, labels),

@@ -29,11 +29,17 @@
     return values[low] + (values[high] - values[low]) * (step - steps[low]) / (steps[high] - steps[low]);
   };
 
+  // 0.003, but 1.25e-5: there is room for seven characters beside an axis.
+  const digits = (value, most) => {
+    const rounded = +value.toPrecision(most);
+    return rounded && Math.abs(rounded) < 1e-3 ? rounded.toExponential() : String(rounded);
+  };
+
   const short = value => {
     for (const [size, letter] of [[1e12, 'T'], [1e9, 'G'], [1e6, 'M'], [1e3, 'k']]) {
       if (Math.abs(value) >= size) return +(value / size).toPrecision(4) + letter;
     }
-    return String(+value.toPrecision(4));
+    return digits(value, 4);
   };
 
   const ticks = (low, high, count) => {
@@ -122,7 +128,7 @@
     const words = [named(value)];
     for (const line of chart.lines) {
       const i = nearest(line, value, chart.near);
-      if (i >= 0) words.push(`${line.label} ${+line.y[i].toPrecision(5)}`);
+      if (i >= 0) words.push(`${line.label} ${digits(line.y[i], 5)}`);
     }
     for (const [step, run, number, what] of chart.data.marks) {
       if (Math.abs(along(run, step) - value) <= chart.near / 4) words.push(`[${number}] ${what}`);

@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from dist_trainer.plural import counted
 from dist_trainer.tracking.formatting import duration, memory, quantity, short
 from dist_trainer.tracking.goodput import Goodput
 from dist_trainer.tracking.report.curves import numbered_marks, skipped_steps, style_of
 from dist_trainer.tracking.report.markup import folded, section, table
+from dist_trainer.tracking.report.settings import flat
 from dist_trainer.tracking.report.svg_charts import key
 from dist_trainer.tracking.run_history import RunHistory, SampleText
 
@@ -41,7 +42,8 @@ def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[G
             f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts_of(runs[0], spent[0])
         )
         state = html.escape(state_of(runs[0]))
-        return f'<h1>{html.escape(labels[0])}</h1><p class="faded">{state}; {made}</p><dl class="facts">{facts}</dl>'
+        about = what_was_trained(runs[0])
+        return f'<h1>{html.escape(labels[0])}</h1>{about}<p class="faded">{state}; {made}</p><dl class="facts">{facts}</dl>'
     facts = [dict(facts_of(run, each)) for run, each in zip(runs, spent, strict=True)]
     names = list(dict.fromkeys(name for known in facts for name in known))
     rows = [
@@ -49,10 +51,39 @@ def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[G
         for run, label, known in zip(runs, labels, facts, strict=True)
     ]
     keys = "".join(key(label, style_of(number)) for number, label in enumerate(labels))
+    abouts = {what_was_trained(run, command=False) for run in runs}
+    about = abouts.pop() if len(abouts) == 1 else ""
     return (
-        f'<h1>{len(runs)} runs</h1><p class="faded">{made}</p><p class="keys runs">{keys}</p>'
-        f"{table('The runs', ['run', *names, 'state'], rows, numbers=True)}"
+        f'<h1>{len(runs)} runs</h1>{about}<p class="faded">{made}</p><p class="keys runs">{keys}</p>'
+        f'<div class="overview">{table("The runs", ["run", *names, "state"], rows, numbers=True)}</div>'
     )
+
+
+def what_was_trained(run: RunHistory, *, command: bool = True) -> str:
+    """Model, data, device and, if asked for, the command, under the title; what is not known is left out."""
+    config, environment = dict(flat(run.config)), run.environment
+    layers, width = config.get("model.num_hidden_layers"), config.get("model.hidden_size")
+    rows, length = config.get("batch.global_batch_size"), config.get("data.sequence_length")
+    ranks, dtype = environment.get("world_size"), config.get("precision.dtype")
+    facts = {
+        "model": [
+            config.get("model.name"),
+            math.isfinite(run.parameters) and f"{quantity(run.parameters)} parameters",
+            isinstance(layers, int) and f"{counted(layers, 'layer')} of {width}",
+            config.get("model.init_from") and f"starting from {config['model.init_from']}",
+        ],
+        "data": [config.get("data.dataset"), rows and length and f"{rows} x {length} tokens per step"],
+        "device": [
+            environment.get("device"),
+            isinstance(ranks, int) and counted(ranks, "rank"),
+            dtype != "auto" and dtype,
+        ],
+    }
+    known = {name: ", ".join(str(value) for value in values if value) for name, values in facts.items()}
+    words = "".join(f"<span><small>{name}</small> {html.escape(text)}</span>" for name, text in known.items() if text)
+    typed = environment.get("command") if command else None
+    lines = [words, f"<code>{html.escape(str(typed))}</code>" if typed else ""]
+    return "".join(f'<p class="about">{line}</p>' for line in lines if line)
 
 
 def state_of(run: RunHistory) -> str:
@@ -71,17 +102,21 @@ def facts_of(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
     if finite:
         best = min(finite, key=validation["loss"].__getitem__)
         yield "best validation loss", f"{validation['loss'][best]:.4f}"
-        yield "at step", f"{validation['step'][best]:.0f}"
-        yield "perplexity there", short(validation["perplexity"][best])
+        yield "best step", f"{validation['step'][best]:.0f}"
+        if math.isfinite(perplexity := validation["perplexity"][best]):
+            yield "perplexity at best", short(perplexity)
         if math.isfinite(bits := validation["bits_per_byte"][best]):
-            yield "bits per byte there", f"{bits:.3f}"
+            yield "bits per byte at best", f"{bits:.3f}"
     if len(train["loss"]):
-        yield "last training loss", f"{train['loss'][-1]:.4f}"
-        yield "tokens", quantity(train["tokens"][-1])
-        yield "tokens a second", quantity(_median(train["tokens_per_second"]))
-        mfu = _median(train["mfu"])
-        yield "MFU", f"{mfu:.1%}" if math.isfinite(mfu) else "unknown"
-        yield "peak memory", memory(max((b for b in train["peak_memory_bytes"] if math.isfinite(b)), default=math.nan))
+        if math.isfinite(last := train["loss"][-1]):
+            yield "last training loss", f"{last:.4f}"
+        known: dict[str, tuple[float, Callable[[float], str]]] = {
+            "tokens": (train["tokens"][-1], quantity),
+            "tokens per second": (_median(train["tokens_per_second"]), quantity),
+            "MFU": (_median(train["mfu"]), "{:.1%}".format),
+            "peak memory": (max((b for b in train["peak_memory_bytes"] if math.isfinite(b)), default=math.nan), memory),
+        }
+        yield from ((name, shown(value)) for name, (value, shown) in known.items() if math.isfinite(value))
         if spent.wall_seconds > 0:
             yield "time", duration(spent.wall_seconds)
     if skipped := skipped_steps(run):

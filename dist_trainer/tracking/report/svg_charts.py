@@ -64,7 +64,8 @@ class Chart:
     """(step, run) of updates that were skipped."""
     from_zero: bool = False
     clips: bool = False
-    """Whether the axis may leave out the beginning and rare spikes."""
+    """Whether the axis may leave out rare spikes, and the beginning unless `shows_beginning`."""
+    shows_beginning: bool = False
     explains_marks: bool = False
     """Whether its legend says what the marks are."""
 
@@ -98,7 +99,7 @@ def figure(chart: Chart) -> str:
     low_x, high_x = _span([x for line in lines for x in line.x], room=1.0)
     low_y, top = _span([y for line in lines for y in line.y])
     low_y = min(0.0, low_y) if chart.from_zero else low_y
-    high_y = clipped_top(lines, low_y, top) if chart.clips else top
+    high_y = clipped_top(lines, low_y, top, shows_beginning=chart.shows_beginning) if chart.clips else top
     scale = Scale(low_x, high_x, low_y, high_y)
     skips = chart.skips[:: math.ceil(len(chart.skips) / MOST_SKIPS) or 1]
     title, unit = html.escape(chart.title), html.escape(chart.unit)
@@ -139,9 +140,9 @@ def thin(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tup
     return [x[place] for place in places], [y[place] for place in places]
 
 
-def clipped_top(lines: Sequence[Line], low: float, top: float) -> float:
-    """Where the axis ends: at `top`, or lower where that leaves out only the beginning and rare spikes, and gives the rest a
-    third more room at least.
+def clipped_top(lines: Sequence[Line], low: float, top: float, *, shows_beginning: bool = False) -> float:
+    """Where the axis ends: at `top`, or lower where that leaves out only rare spikes, and the beginning unless
+    `shows_beginning`, and gives the rest a third more room at least.
     """
     first, last = _span([x for line in lines for x in line.x])
     start = first + BEGINNING * (last - first)
@@ -150,6 +151,8 @@ def clipped_top(lines: Sequence[Line], low: float, top: float) -> float:
         return top
     reached = later[min(len(later) - 1, math.ceil(CLIPPED_QUANTILE * len(later)))]
     reached += 0.04 * (reached - low)
+    if shows_beginning:
+        reached = max([reached, *(y for line in lines for x, y in zip(line.x, line.y, strict=True) if x < start)])
     return reached if low < reached and 4 / 3 * (reached - low) < top - low else top
 
 

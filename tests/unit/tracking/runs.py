@@ -35,13 +35,15 @@ def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     (folder / "metrics.jsonl").write_bytes(b"".join(map(encode_line, lines)))
 
 
-def write_run(folder: Path, *, learning_rate: float = 1e-3, steps: int = 40) -> Path:
-    """A run that was stopped by SIGTERM, killed later, and finished; two of its losses are not finite."""
+def write_run(folder: Path, *, learning_rate: float = 1e-3, steps: int = 40, spike_at: int | None = None) -> Path:
+    """A run that was stopped by SIGTERM, killed later, and finished; two of its losses are not finite, and that of step
+    `spike_at` is 45.
+    """
     losses = {step: 4 + 20 * math.exp(-step) + 0.1 * math.sin(step) for step in range(1, steps + 1)}
-    losses |= {17: math.nan, 18: math.nan}
+    losses |= {17: math.nan, 18: math.nan} | ({} if spike_at is None else {spike_at: 45.0})
     lines: list[dict[str, Any]] = []
     for step, loss in losses.items():
-        lines.append(train_line(step, loss))
+        lines.append(train_line(step, loss) | {"lr": learning_rate * step / steps})
         if step % 10 == 0:
             lines += [validation_line(step, 4 + 1 / step), sample_line(step, f" {step} <script>alert(1)</script>")]
     for line in lines:
@@ -56,8 +58,10 @@ def write_run(folder: Path, *, learning_rate: float = 1e-3, steps: int = 40) -> 
         ("resume", 25, 30.0, {"began": 1e9 + 29.5, "lost_steps": 2}),
         ("finished", steps, steps + 6.0, {"reason": None}),
     ):
-        environment = {"environment": {"host": "<b>", "device": "CPU"}} if event in ("start", "resume") else {}
-        append_event(folder, event, step=step, time=1e9 + time, **facts, **environment)
+        if event in ("start", "resume"):
+            command = "python -m dist_trainer.train --seed 1"
+            facts |= {"environment": {"host": "<b>", "device": "CPU", "command": command}, "parameters": 1_234_567}
+        append_event(folder, event, step=step, time=1e9 + time, **facts)
     config = as_dict(TrainingConfig(run_name=folder.name))
     config["optim"]["learning_rate"] = learning_rate
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

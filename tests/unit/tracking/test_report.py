@@ -11,6 +11,7 @@ import pytest
 
 from dist_trainer import report
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.tracking.formatting import short
 from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.report.curves import (
     RUNS_WITH_RAW_LOSS,
@@ -179,6 +180,7 @@ def test_the_beginning_and_rare_spikes_do_not_squash_the_rest():
     assert 2.03 < top < 2.2
     drawn = figure(Chart("Loss", "", [line], clips=True))
     assert re.search(r"The axis ends at 2\.\d+; higher values, up to 90, are cut off", drawn)
+    assert clipped_top([line], 2.0, 90.0, shows_beginning=True) == losses[0], "a loss shows where it came from"
     assert clipped_top([Line("flat", range(100), [float(i) for i in range(100)], "c0")], 0.0, 99.0) == 99.0
 
 
@@ -279,3 +281,36 @@ def test_text_and_lines_have_the_contrast_that_wcag_aa_asks_for(theme):
         faint = blended(colours[f"c{number}"], colours["card"], float(opacity[1]))
         assert contrast(faint, colours["card"]) >= 3, number
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0"), (2e-5, "2e-5"), (1.25e-4, "1.25e-4"), (-5e-6, "-5e-6"), (0.0015, "0.0015"), (0.5, "0.5"), (12500.0, "12.5k")],
+)
+def test_numbers_beside_an_axis_have_seven_characters_at_most(value, shown):
+    assert short(value) == shown
+    assert len(shown) <= 7
+
+
+@pytest.mark.parametrize(("seconds", "unit"), [(0.5, "ms, waiting"), (12.5, "s, waiting")])
+def test_times_are_in_the_unit_that_suits_them(tmp_path, seconds, unit):
+    write_metrics(tmp_path, [train_line(step) | {"step_seconds": seconds} for step in (1, 2, 3)])
+    page = html_report([read_run(tmp_path)])
+    assert f"<b>Time of a step</b> <small>{unit} for data included</small>" in page
+
+
+def test_what_is_not_known_has_no_tile_and_what_was_trained_stands_under_the_title(tmp_path):
+    write_run(tmp_path / "run")
+    page = html_report([read_run(tmp_path / "run")])
+    head = page[page.index("<h1>") : page.index("</dl>")]
+    assert "unknown" not in head
+    assert "<dt>MFU</dt>" not in head
+    assert "decoder_lm, 1.23M parameters, 4 layers of 192" in head
+    assert "austen, 16 x 256 tokens per step" in head
+    assert "<code>python -m dist_trainer.train --seed 1</code>" in head
+    assert "exp(" not in page.replace("<details><summary>how curves are smoothed</summary>", "<hidden>").split("<hidden>")[0]
+
+
+def test_a_page_of_a_folder_without_config_or_events_says_nothing_of_what_was_trained(tmp_path):
+    write_metrics(tmp_path, [train_line(1)])
+    assert 'class="about"' not in html_report([read_run(tmp_path)])
