@@ -124,7 +124,9 @@ class CheckpointManager:
 
     def best(self, noted: Validated | None) -> Validated | None:
         """`noted`, if its checkpoint is saved or is being saved; else, as that save has failed, the best that is saved."""
-        return noted if noted is not None and self._writer.holds(noted.step) else self._best
+        if noted is not None and self._writer.holds(noted.step):
+            return noted
+        return self._best if self._is_there(self._best) else None
 
     def save(self, take: Callable[[], Snapshot], *, is_best: bool, after: Callable[[], None]) -> None:
         """Take a snapshot now and write it in the background, `after` what it counts on is durable (see BackgroundWriter.add).

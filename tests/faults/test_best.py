@@ -174,7 +174,10 @@ def test_a_best_checkpoint_that_someone_deleted_is_none_any_more(tmp_path):
     for step, loss in ((1, 2.0), (2, 1.0)):
         saved(tmp_path, model, optimizer, Progress(step, validated_step=step, validation_loss=loss))
     assert best_checkpoint(tmp_path) == Validated(1.0, 2)
+    checkpoints = CheckpointManager(tmp_path, CheckpointConfig(), export=lambda weights, into: None)
+    checkpoints.begin_with(Validated(1.0, 2))
     (tmp_path / "step-00000002").rename(tmp_path.with_name("elsewhere"))
+    assert checkpoints.best(Validated(1.0, 2)) is None
     saved(tmp_path, model, optimizer, Progress(3, validated_step=3, validation_loss=3.0))
     assert os.readlink(tmp_path / "best") == "step-00000003"
     found = resume_point(tmp_path, keep_last=1)
