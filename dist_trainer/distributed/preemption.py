@@ -109,8 +109,9 @@ class StopRequest:
         self._count += number != signal.SIGHUP
         if self._count >= PATIENCE and not self._is_answered:
             os._exit(128 + number)
-        first = not self
-        self.signal_number = number
+        first = self.signal_number == 0
+        if first:  # later ones may be a launcher's way to hurry: this one is the reason
+            self.signal_number = number
         if first and self._breaks_off:
             if self._alarm_before is not None:
                 self._timer_before = signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RAISE_AGAIN, SECONDS_TO_RAISE_AGAIN)
