@@ -191,11 +191,12 @@ class Trainer:
             with self.products(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
                 with self.precision.autocast():
                     micro_loss_sum = compute_loss(self.model, self.loss_function, batch)
-                self._at("exchanging gradients" if index == len(micro_batches) - 1 else "training")
+                self._at("backward" if index == len(micro_batches) - 1 else "training")
                 # Ranks average their gradients; times their number, the average is the sum again.
                 self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))
             losses.append(micro_loss_sum.detach().float())
 
+        self._at("updating")
         self.precision.unscale(self.optimizer)
         grad_norm = self._clip_gradients()
         learning_rate = set_learning_rates(self.optimizer, self.learning_rate_factor(step))

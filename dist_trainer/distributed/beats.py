@@ -18,19 +18,20 @@ Phase = Literal[
     "reading data",
     "waiting for others",
     "training",
-    "exchanging gradients",
+    "backward",
+    "updating",
     "logging",
     "validating",
     "summing losses",
     "sampling",
     "saving",
 ]
-"""What the main thread is at. `exchanging gradients`: in the last backward pass of a step, and the update after it."""
+"""What the main thread is at. `backward`: in the last backward pass of a step, which exchanges gradients."""
 UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving"})
 """These may take hours, as long as the process shows signs of life."""
-WAITING: frozenset[Phase] = frozenset({"waiting for others", "exchanging gradients", "logging", "summing losses"})
+WAITING: frozenset[Phase] = frozenset({"waiting for others", "backward", "updating", "logging", "summing losses"})
 """In these a rank without progress is not to blame: it may be waiting for one that is behind."""
-STEPPING: frozenset[Phase] = frozenset({"reading data", "training", "exchanging gradients", "logging"})
+STEPPING: frozenset[Phase] = frozenset({"reading data", "training", "backward", "updating", "logging"})
 """What a step's time is spent in, apart from waiting for others before it."""
 
 

@@ -190,7 +190,7 @@ def test_each_micro_batch_each_fetched_batch_and_each_validation_batch_is_progre
     notes = [tuple(note) for note in told["notes"]]
     for step in (0, 1, 2):
         assert notes.count((step, "training")) == 1 + 3, "when the step begins, and after each micro-batch but the last"
-        assert notes.count((step, "exchanging gradients")) == 1
+        assert notes.count((step, "backward")) == 1
     for step in (1, 2):
         assert notes.count((step, "reading data")) >= 4
     assert notes.count((3, "validating")) >= told["blocks"] > 1

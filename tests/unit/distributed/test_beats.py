@@ -22,7 +22,8 @@ def blamed(*beats: Beat, silent: tuple[float, ...] | None = None) -> list[int]:
     ("behind", "waiting"),
     [
         ("reading data", "waiting for others"),
-        ("training", "exchanging gradients"),
+        ("training", "backward"),
+        ("training", "updating"),
         ("validating", "summing losses"),
         ("sampling", "waiting for others"),
         ("warming up", "waiting for others"),
@@ -33,7 +34,7 @@ def test_the_rank_that_is_behind_is_to_blame_and_not_those_that_wait_for_it(behi
     assert judge([beat(behind), beat(waiting)], [0, 0]) == [Finding(0, "hangs: no progress for 240 s", beat(behind))]
 
 
-@pytest.mark.parametrize("phase", ["warming up", "reading data", "training", "exchanging gradients", "logging", "validating"])
+@pytest.mark.parametrize("phase", ["warming up", "reading data", "training", "backward", "logging", "validating"])
 def test_ranks_that_are_slow_all_together_never_hang(phase: Phase) -> None:
     assert blamed(*[beat(phase, idle=1e9)] * 3) == []
 
@@ -51,7 +52,7 @@ def test_patience_is_ten_times_the_longest_step_or_the_timeout_if_that_is_more()
     for longest_step, patience in ((1.0, PATIENCE), (60.0, 600.0)):
         behind, waiting = (
             [beat(phase, idle=patience + extra, longest_step=longest_step) for extra in (-1.0, 1.0)]
-            for phase in ("training", "exchanging gradients")
+            for phase in ("training", "backward")
         )
         assert blamed(behind[0], waiting[1]) == []
         assert blamed(behind[1], waiting[0]) == []
@@ -65,7 +66,7 @@ def test_a_silent_rank_is_named_after_the_timeout_however_long_steps_are() -> No
 
 
 def test_a_rank_that_died_comes_before_all_others() -> None:
-    assert blamed(beat("training"), beat("exchanging gradients", gone=(2,)), beat("training"), silent=(0.0, LONG, 0.0)) == [2]
+    assert blamed(beat("training"), beat("backward", gone=(2,)), beat("training"), silent=(0.0, LONG, 0.0)) == [2]
 
 
 def test_what_a_rank_tells_of_itself_is_heard_as_it_was() -> None:

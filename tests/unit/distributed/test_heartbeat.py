@@ -51,7 +51,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def steps(heartbeat: Heartbeat, clock: list[float], *, start: int, seconds: list[float]) -> None:
     """Each of two micro-batches that are read and trained on, and a wait for others that is longer than all of it."""
     for step, each in enumerate(seconds, start):
-        for phase in ("reading data", "reading data", "training", "exchanging gradients"):
+        for phase in ("reading data", "reading data", "training", "backward"):
             heartbeat.at(phase, step=step)  # type: ignore[arg-type]
             clock[0] += each / 4
             with heartbeat.waiting():
