@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import ConfigError, DataError
 from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
 from dist_trainer.place import place_of_this_process
 from dist_trainer.plural import counted
@@ -29,7 +29,6 @@ from dist_trainer.version import VERSION_LINE
 if TYPE_CHECKING:
     from dist_trainer.continuation import Writer
 
-JSON_LINES = (".jsonl", ".ndjson")
 DESCRIPTION = (
     "Text from a run's best checkpoint, or from any Hugging Face model, also of the Hub. Without --prompt and --prompts_file "
     "it asks for prompts, or takes the lines of standard input where that is no terminal."
@@ -44,7 +43,7 @@ class Prompt:
     given: dict[str, Any] = field(default_factory=dict)
     """What else stood beside it in a file of JSON lines; comes out again."""
     place: str = ""
-    """`line 3`, in a file."""
+    """`prompts.txt:3`, in a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--prompts_file",
         metavar="FILE",
         type=user_path,
-        help='a text file, one prompt a line; .jsonl: one JSON object a line, with the text under "prompt"',
+        help='a text file, one prompt a line; JSONL, CSV or Parquet: records with the text under "prompt"',
     )
     parser.add_argument("--output", metavar="FILE", type=user_path, help="file for JSON lines (default: standard output)")
     parser.add_argument(
@@ -110,7 +109,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def generate_text(arguments: argparse.Namespace) -> int:
     """Continue each prompt."""
-    in_file = None if arguments.prompts_file is None else prompts_in(arguments.prompts_file)
+    in_file = None if arguments.prompts_file is None else prompts_of(arguments.prompts_file)
     from dist_trainer.config.initial_model import model_folder
 
     folder = model_folder(arguments.path, weights=True, key="RUN")
@@ -132,8 +131,8 @@ def generate_text(arguments: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
     with ExitStack() as open_files:
-        if in_file is not None and arguments.prompts_file is not None:
-            refuse_prompts_without_room(writer, in_file, arguments.prompts_file)
+        if in_file is not None:
+            refuse_prompts_without_answer(writer, in_file)
         if in_file is not None or arguments.output is not None:
             to = sys.stdout if arguments.output is None else open_files.enter_context(_opened(arguments.output))
             write_json_lines(writer, asked_for(arguments) if in_file is None else in_file, to)
@@ -189,11 +188,18 @@ def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
             )
 
 
-def refuse_prompts_without_room(writer: Writer, prompts: list[Prompt], path: Path) -> None:
-    """Raises ConfigError naming every line that cannot be continued, before any other is."""
-    problems = [f"{prompt.place}: {problem}" for prompt in prompts if (problem := writer.lack_of_room(prompt.text))]
+def refuse_prompts_without_answer(writer: Writer, prompts: list[Prompt]) -> None:
+    """Raises ConfigError naming every prompt of a file that cannot be continued, before any other is."""
+    problems = []
+    for prompt in prompts:
+        try:
+            problem = writer.lack_of_room(prompt.text)
+        except DataError as error:  # the chat template refuses it
+            problem = str(error)
+        if problem:
+            problems.append(f"{prompt.place}: {problem}")
     if problems:
-        raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
+        raise ConfigError("--prompts_file: " + "\n  ".join(problems))
 
 
 def asked_for(arguments: argparse.Namespace) -> Iterator[Prompt]:
@@ -210,34 +216,14 @@ def asked_for(arguments: argparse.Namespace) -> Iterator[Prompt]:
             raise ConfigError(f"standard input is not UTF-8 text ({error})") from error
 
 
-def prompts_in(path: Path) -> list[Prompt]:
+def prompts_of(path: Path) -> list[Prompt]:
     """The prompts of a file. Raises ConfigError where it cannot be read, naming every line that holds none."""
+    from dist_trainer.data.prompts import prompts_in
+
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ConfigError(f"--prompts_file: {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts_file: {path} is not UTF-8 text ({error})") from error
-    numbered = [(f"line {number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
-        raise ConfigError(f"--prompts_file: {path} has no prompt in it")
-    if path.suffix not in JSON_LINES:
-        return [Prompt(line, place=place) for place, line in numbered]
-    prompts, problems = [], []
-    for place, line in numbered:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{place}: is not JSON ({error})")
-            continue
-        given = value if isinstance(value, dict) else {"prompt": value}
-        if isinstance(given.get("prompt"), str):
-            prompts.append(Prompt(given["prompt"], given, place))
-        else:
-            problems.append(f'{place}: has no text under "prompt"')
-    if problems:
-        raise ConfigError(f"--prompts_file: {path}, " + "\n  ".join(problems))
-    return prompts
+        return [Prompt(record["prompt"], record, place) for place, record in prompts_in(path)]
+    except DataError as error:
+        raise ConfigError(f"--prompts_file: {error}") from error
 
 
 def _opened(path: Path) -> TextIO:

@@ -80,8 +80,8 @@ def test_too_long_prompts_of_a_file_are_all_named_before_any_is_continued(traine
     assert generate.main([str(trained), "--prompts_file", str(prompts), "--max_new_tokens", "2"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert "line 3: the prompt has" in said.err
-    assert "line 5: the prompt has" in said.err
+    assert f"{prompts}:3: the prompt has" in said.err
+    assert f"{prompts}:5: the prompt has" in said.err
 
 
 def test_a_typed_prompt_that_is_too_long_does_not_end_the_session(trained, capsys, monkeypatch):

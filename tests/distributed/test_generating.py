@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import shutil
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -189,18 +192,57 @@ def test_lines_that_hold_no_prompt_are_all_named(trained, tmp_path, capsys):
     lines.write_text('{"prompt": "x"}\n{"text": "x"}\n{"prompt\n')
     assert generate.main([str(trained), "--prompts_file", str(lines)]) == 2
     complaint = capsys.readouterr().err
-    assert 'line 2: has no text under "prompt"' in complaint
-    assert "line 3: is not JSON" in complaint
+    assert f'--prompts_file: {lines}:2: has no text under "prompt"' in complaint
+    assert f"{lines}:3: is not JSON" in complaint
     (tmp_path / "empty.txt").write_text("\n \n")
     assert generate.main([str(trained), "--prompts_file", str(tmp_path / "empty.txt")]) == 2
     assert generate.main([str(trained), "--prompts_file", str(lines), "--prompt", "x"]) == 2
     assert generate.main([str(trained), "--prompt", "x", "--output", str(tmp_path / "no" / "out")]) == 2
     assert "--output: " in capsys.readouterr().err
     assert generate.main([str(trained), "--prompts_file", str(tmp_path / "gone")]) == 2
-    assert capsys.readouterr().err.endswith(f"--prompts_file: {tmp_path / 'gone'} cannot be read (No such file or directory)\n")
+    assert capsys.readouterr().err.endswith(
+        f"--prompts_file: {tmp_path / 'gone'}: cannot be read (No such file or directory)\n"
+    )
     lines.write_bytes("café".encode("latin-1"))
     assert generate.main([str(trained), "--prompts_file", str(lines)]) == 2
-    assert f"--prompts_file: {lines} is not UTF-8 text" in capsys.readouterr().err
+    assert f"--prompts_file: {lines}:1: not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_file_of_prompts_is_read_as_data_sets_are(trained, tmp_path, capsys):
+    as_text = "\ufeffIt was\r\n\r\nEmma\r\n".encode()
+    as_csv = b'\xef\xbb\xbfid,prompt\r\n1,It was\r\n2,"Emma"\r\n'
+    files = {
+        "a.txt": as_text,
+        "a.txt.gz": gzip.compress(as_text),
+        "a.JSONL": b'\xef\xbb\xbf{"prompt": "It was"}\r\n{"prompt": "Emma"}\r\n',
+        "a.json": b'[{"prompt": "It was"},\n "Emma"]',
+        "a.csv": as_csv,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    pyarrow.parquet.write_table(pa.table({"prompt": ["It was", "Emma"]}), tmp_path / "a.parquet")
+    for name in (*files, "a.parquet"):
+        printed = said(capsys, trained, "--prompts_file", tmp_path / name, "--max_new_tokens", "1")
+        assert [json.loads(line)["prompt"] for line in printed.splitlines()] == ["It was", "Emma"], name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "\\ud83d"}\n', ":2: half of a character (a lone surrogate"),
+        ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "x", "id": "\\ud83d"}\n', ":2: half of a character (a lone surrogate"),
+        ("a.txt", b"x\nx\n\xff\n", ":3: not UTF-8 text (byte 0xff)"),
+        ("a.csv", b"prompt\nx\nx,y\n", ":3: 2 values, but line 1 names 1 column"),
+        ("a.json", b'["x", 1]', ' element 2: has no text under "prompt"'),
+        ("a.pdf", b"x", ": files of type .pdf are not read"),
+    ],
+)
+def test_nothing_is_printed_before_all_prompts_are_known_to_be_good(trained, tmp_path, capsys, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert generate.main([str(trained), "--prompts_file", str(tmp_path / name)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"--prompts_file: {tmp_path / name}{message}" in printed.err
 
 
 def test_lines_from_a_pipe_are_prompts(trained, capsys, monkeypatch, tmp_path):
