@@ -47,7 +47,7 @@ class Beat:
     patience_seconds: float = 60 * FIRST_STEP_MINUTES
     """How long others are to bear its silence, and at least how long it may go without progress in a limited phase."""
     longest_step_seconds: float = 0.0
-    """Of its steps so far."""
+    """Of its steps so far, without the first one, which may compile, once there is a second."""
     gone: tuple[int, ...] = ()
     """Ranks that it knows to have died."""
     number: int = 0

@@ -75,6 +75,7 @@ class Heartbeat:
         """The last one of this rank that the others can know."""
         self._place = Place("preparing", 0, time.monotonic())
         self._step_seconds = self._longest_step_seconds = 0.0
+        self._steps_done = 0
         self._first_step_is_done = False
         self._exchanging: threading.Thread | None = None
         self._launcher: int | None = None
@@ -99,11 +100,12 @@ class Heartbeat:
         if before.phase in STEPPING:
             self._step_seconds += now - before.since
             if step > before.step:
-                self._longest_step_seconds = max(self._longest_step_seconds, self._step_seconds)
-                self._step_seconds = 0.0
+                longest = self._longest_step_seconds if self._steps_done > 1 else 0.0
+                self._longest_step_seconds, self._step_seconds = max(longest, self._step_seconds), 0.0
+                self._steps_done += 1
         self._has_begun_to_train |= phase == "reading data"
         # What may take long only once, such as compilation, is over where another step begins.
-        self._first_step_is_done |= phase == "training" and self._longest_step_seconds > 0
+        self._first_step_is_done |= phase == "training" and self._steps_done > 0
         self._place = Place(phase, step, now)
 
     @contextmanager

@@ -71,6 +71,13 @@ def test_the_longest_step_counts_what_a_rank_does_itself_from_its_first_step_on(
     assert heartbeat._own_beat().longest_step_seconds == 8.0
 
 
+def test_the_first_step_counts_only_until_there_is_another(clock: list[float]) -> None:
+    heartbeat = Heartbeat()
+    for seconds, longest in ((60.0, 60.0), (2.0, 2.0), (1.0, 2.0)):
+        steps(heartbeat, clock, start=heartbeat._own_beat().step, seconds=[seconds])
+        assert heartbeat._own_beat().longest_step_seconds == longest
+
+
 def test_each_note_is_progress_also_in_the_same_phase(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     for _ in range(3):
