@@ -32,6 +32,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.divergence import DivergenceWatch
 from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
+from dist_trainer.garbage import AgreedCollections
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.optimizers import make_averages
 from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
@@ -72,10 +73,8 @@ class Trainer:
         `loss_function(model, batch)` gives the sum of the batch's token losses. `flops_per_token` is for MFU, `token_bytes` for
         bits per byte; `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
         """
-        self.config = validated(config)
-        self.world = world
-        self.model = model
-        self.optimizer = optimizer
+        self.config, self.world = validated(config), world
+        self.model, self.optimizer = model, optimizer
         self.train_data, self.validation_data = train_data, validation_data
         self.precision = precision or Precision("fp32", world.device)
         self.loss_function = loss_function
@@ -85,7 +84,7 @@ class Trainer:
         self.progress = Progress()
 
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.buffers = Buffers(unwrap(model), world)
+        self.buffers, self.garbage = Buffers(unwrap(model), world), AgreedCollections()
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
         if not isinstance(train_data.sampler, GlobalOrderSampler):
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
@@ -119,7 +118,7 @@ class Trainer:
 
     def _fit(self) -> TrainingResult:
         self._saved_step = self.progress.step
-        with self.world.stop_request.listen():
+        with self.world.stop_request.listen(), self.garbage:
             try:
                 self._at("warming up")
                 self.warm_up()
@@ -195,6 +194,7 @@ class Trainer:
                 # Ranks average their gradients; times their number, the average is the sum again.
                 self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))
             losses.append(micro_loss_sum.detach().float())
+            self.garbage.collect(step)
 
         self._at("updating")
         self.precision.unscale(self.optimizer)
@@ -234,8 +234,9 @@ class Trainer:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         if not unwrap(self.model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
             self.model.train()
-        data = (self.train_data, self.validation_data)
-        warm_up(self.model, *data, self.world, self.precision, self.loss_function, self.products)
+        warm_up(
+            self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function, self.products
+        )
         saves = broadcast_object(not isinstance(self.checkpoints, NoCheckpoints), self.world)
         self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
         make_averages(self.optimizer)
@@ -247,7 +248,7 @@ class Trainer:
         step = result.step
         if step % self.config.tracking.log_every_steps == 0 or step in (1, self.max_steps):
             self._log_step(result)
-        with self.throughput.paused():
+        with self.throughput.paused(), self.garbage.automatic():
             improved = self._validate_if_due()
             self._sample_if_due(validated=self.progress.validated_step == step)
             every = self.config.checkpoint.every_steps

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.architecture.sources import PACKAGE, REPOSITORY, imports_of_the_package, loaded_by_importing
 
-GROUND = {"version", "errors", "plural", "secrets"}
+GROUND = {"version", "errors", "garbage", "plural", "secrets"}
 FLOORS = [
     GROUND,
     {"place", "cache_dir", "cpu_count", "cpu_memory", "file_systems", "manifest", "model_folders", "hub_access", "user_path"},

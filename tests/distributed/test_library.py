@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import re
@@ -130,11 +131,13 @@ def fit(
         trainer.resume(folder)
 
         def note_step(step: int) -> None:
+            assert not gc.isenabled(), "all ranks collect garbage after the same micro-batches"
             if step == stop_after:
                 world.stop_request.signal_number = 15
 
         trainer.note_step = note_step
         trainer.fit()
+        assert gc.isenabled()
     return lines, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
