@@ -191,7 +191,7 @@ def open_for_harness(
     # Opened here, as lm_eval would open pickles too.
     model = transformers_lm.open_weights(folder).to(device).eval()
     try:
-        return model_class(
+        opened = model_class(
             pretrained=model,
             tokenizer=tokenizer,
             mixed_precision_dtype=AUTOCAST[build_precision(precision, device).name],
@@ -203,6 +203,22 @@ def open_for_harness(
     except (ValueError, KeyError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--harness: lm_eval does not take the model in {folder}: {reason}") from error
+    begin_whole_texts_once(opened)
+    return opened
+
+
+def begin_whole_texts_once(model: Any) -> None:
+    """Where lm_eval measures whole texts, it puts the prefix before each itself: its tokens must not begin with another one."""
+    measure = model.loglikelihood_rolling
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        before, model.add_bos_token = model.add_bos_token, False
+        try:
+            return measure(*arguments, **options)
+        finally:
+            model.add_bos_token = before
+
+    model.loglikelihood_rolling = measured
 
 
 def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:

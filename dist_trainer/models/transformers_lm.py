@@ -110,31 +110,32 @@ def make_skeleton(folder: Path) -> Any:
 
     Raises ConfigError where transformers cannot make one of it, CheckpointError where those settings are damaged.
     """
-    import transformers
 
     # On the CPU, not by way of the meta device, where buffers would lose what the constructor puts into them. Memory that
     # nobody has written to takes no room.
     with torch.random.fork_rng(devices=[]), NoFirstWeights():
         model = _from_config(folder)
-    settings = folder / transformers.utils.GENERATION_CONFIG_NAME
-    if settings.is_file():
-        try:
-            model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{settings} cannot be read ({error})") from error
     return model
 
 
 def _from_config(folder: Path) -> Any:
+    """The model that `folder`/config.json describes, with the settings of generation beside it."""
     import transformers
 
     check_model_folder(folder)
     with _quietly():
         try:
             config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds; each ends in one message
             raise _in_a_sentence(folder, error) from error
+    settings = folder / transformers.utils.GENERATION_CONFIG_NAME
+    if settings.is_file():
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise CheckpointError(f"{settings} cannot be read ({error})") from error
+    return model
 
 
 def write_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from tests.end_to_end.commands import ROOT, SMALL, command
 
@@ -80,6 +82,31 @@ def test_lm_eval_and_evaluate_find_the_same_nats(reader):
     their_bits = theirs["bits_per_byte,none"] * len((TEXT + END).encode())
     assert ours["bits_per_byte"] * ours["bytes"] == pytest.approx(their_bits, rel=1e-6)
     assert ours["loss"] * ours["tokens"] == pytest.approx(their_bits * math.log(2), rel=1e-6)
+
+
+def test_both_put_the_tokenizer_s_bos_before_a_text_once(reader):
+    folder = reader / "begins"
+    shutil.copytree(reader / "runs/default/checkpoints/best", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(7)
+    before = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{before[0]} $A", special_tokens=[before])
+    tokenizer.save_pretrained(folder)
+    (folder / "trainer_state.json").unlink()
+    task = (
+        (reader / "my_tasks/letters_text.yaml")
+        .read_text()
+        .replace("letters_text", "begun")
+        .replace("my_tasks/letters", "begun/b")
+    )
+    (reader / "begun").mkdir()
+    (reader / "begun/begun.yaml").write_text(re.sub(r"doc_to_target: .*", 'doc_to_target: "{{text}}"', task))
+    (reader / "begun/b.jsonl").write_text(json.dumps({"text": TEXT + END}) + "\n")
+    theirs = found(reader, folder, "--harness", "begun", "--harness_tasks", "begun")["results"]["begun"]
+    (reader / "begun.txt").write_text(TEXT)
+    ours = found(reader, folder, "--data", "begun.txt", "--data.packing", "false")
+    their_nats = theirs["bits_per_byte,none"] * len((TEXT + END).encode()) * math.log(2)
+    assert ours["loss"] * ours["tokens"] == pytest.approx(their_nats, rel=1e-6)
 
 
 def test_a_model_without_a_run_is_evaluated_and_nothing_is_written_beside_it(reader):

@@ -148,9 +148,16 @@ def test_lm_eval_is_told_to_begin_texts_likewise(tmp_path, prefix, chat, monkeyp
     monkeypatch.setattr("dist_trainer.models.transformers_lm.open_weights", lambda _: torch.nn.Identity())
     tokenizer = beginning_with(*prefix)
     options = HarnessOptions(tasks=(), apply_chat_template=chat)
-    told = open_for_harness(lambda **said: said, tmp_path, tokenizer, options, PrecisionConfig(dtype="fp32"))
-    assert told["prefix_token_id"] == (text_prefix(tokenizer) or [tokenizer.eos_token_id])[-1]
-    assert told["add_bos_token"] is (bool(prefix) and not chat)
+
+    class Told(SimpleNamespace):
+        def loglikelihood_rolling(self):
+            return self.add_bos_token
+
+    told = open_for_harness(Told, tmp_path, tokenizer, options, PrecisionConfig(dtype="fp32"))
+    assert told.prefix_token_id == (text_prefix(tokenizer) or [tokenizer.eos_token_id])[-1]
+    assert told.add_bos_token is (bool(prefix) and not chat)
+    assert told.loglikelihood_rolling() is False  # there lm_eval puts the prefix itself
+    assert told.add_bos_token is (bool(prefix) and not chat)
 
 
 def test_it_has_no_bytes():

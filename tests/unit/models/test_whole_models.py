@@ -129,6 +129,15 @@ def test_an_untouched_end_leaves_the_files_as_they_were(tmp_path, kind):
     assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] == 2
 
 
+def test_settings_beside_a_config_json_without_weights_are_kept_too(tmp_path):
+    folder = saved(tmp_path / "source", "qwen2")
+    change(folder / "generation_config.json", do_sample=True, temperature=0.5, eos_token_id=[2, 5])
+    (folder / "model.safetensors").unlink()
+    checkpoint = written(built("qwen2", folder, replace(CONTEXT, eos_token_id=7)), tmp_path / "checkpoint")
+    settings = GenerationConfig.from_pretrained(checkpoint)
+    assert (settings.temperature, settings.eos_token_id) == (0.5, 7)  # the text's end alone: this model has learnt no other
+
+
 def test_an_end_in_generation_config_json_that_is_no_token_is_refused(tmp_path):
     folder = saved(tmp_path, "llama")
     change(folder / "generation_config.json", eos_token_id="</s>")
