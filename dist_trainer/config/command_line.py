@@ -23,6 +23,7 @@ DRY_RUN = "--dry_run"
 VERSION = "--version"
 FLAGS = ("--print_config", VERSION)
 ALL = "all"
+LIST = "list"
 SHELLS = ("bash", "zsh", "fish")
 TEMPLATE_KEYS = ("data.template", "data.completion_template")
 """Keys whose value may have escapes on the command line. In YAML its own quotes say what a backslash means."""
@@ -39,6 +40,7 @@ class Arguments:
     help_on: str | None = None
     """What help is asked for: "" (the first screen), a section, or `all`; None: none is."""
     preset: str | None = None
+    lists_presets: bool = False
     shell: str | None = None
     """The shell whose completion script is asked for."""
 
@@ -143,8 +145,13 @@ def _what_must_follow(key: str) -> str:
 
 
 def _take_preset(name: str, arguments: Arguments) -> None:
-    if name not in PRESETS:
-        arguments.problems.append(f"{COMMAND_LINE}: --preset: there is no {name!r}; there are {', '.join(PRESETS)}")
+    if name == LIST:
+        arguments.lists_presets = True
+    elif name not in PRESETS:
+        arguments.problems.append(
+            f"{COMMAND_LINE}: --preset: there is no {name!r}; there are {', '.join(PRESETS)}; "
+            f"`--preset {LIST}` shows their sizes"
+        )
     elif arguments.preset is not None:
         arguments.problems.append(f"{COMMAND_LINE}: --preset stands twice ({arguments.preset}, {name}); give one of them")
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal, get_args, get_origin
 
-from dist_trainer.config.command_line import ALL, CONSOLE_SCRIPT, DRY_RUN, FLAGS, HELP_FLAGS, SHELLS
+from dist_trainer.config.command_line import ALL, CONSOLE_SCRIPT, DRY_RUN, FLAGS, HELP_FLAGS, LIST, SHELLS
 from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of, section_classes, sentences_by_key
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.row_names import ROW_NAMES
@@ -30,7 +30,7 @@ def completion_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=CONSOLE_SCRIPT, add_help=False)
     parser.add_argument(*HELP_FLAGS, nargs="?", choices=[*filter(None, section_classes()), ALL], help="how it is used")
     parser.add_argument("--config", help="YAML file of keys")
-    parser.add_argument("--preset", choices=list(PRESETS), help="a size by name")
+    parser.add_argument("--preset", choices=[*PRESETS, LIST], help="a size by name")
     parser.add_argument("--print_completion", choices=SHELLS, help="completion for a shell")
     of_flags = ("all up to the first step", "the resulting config", "the package's version")
     for flag, said in zip((DRY_RUN, *FLAGS), of_flags, strict=True):

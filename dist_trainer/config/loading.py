@@ -34,7 +34,7 @@ from dist_trainer.config.keys import (
     section_classes,
     sections,
 )
-from dist_trainer.config.presets import preset_keys
+from dist_trainer.config.presets import preset_keys, presets_in_words
 from dist_trainer.config.rules import broken_rules
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.config.sweep_run import in_folder_of_its_own
@@ -57,6 +57,8 @@ def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> Tr
         _print_and_leave(help_text(arguments.help_on, program(), coloured=sys.stdout.isatty()))
     if VERSION in arguments.flags:
         _print_and_leave(f"{VERSION_LINE}\n")
+    if arguments.lists_presets:
+        _print_and_leave(presets_in_words())
     if arguments.shell is not None:
         _raise_all(arguments.problems)
         _print_and_leave(completion_script(arguments.shell))

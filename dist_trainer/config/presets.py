@@ -80,6 +80,18 @@ PRESETS: dict[str, Preset] = {
 }
 
 
+def presets_in_words() -> str:
+    """A line for each preset, under a line that names the columns."""
+    rows = [("preset", "parameters", "layers x width", "learning rate", "tokens per step", "warmup steps")]
+    for name, preset in PRESETS.items():
+        shape = f"{preset.model['num_hidden_layers']} x {preset.model['hidden_size']}"
+        millions = f"{preset.parameters / 1e6:.3g}M"
+        rows.append((name, millions, shape, f"{preset.learning_rate:g}", str(preset.batch_tokens), str(preset.warmup_steps)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join([*lines, "Parameters exclude the embedding, which adds vocabulary x width.", ""])
+
+
 def preset_keys(name: str, asked: Mapping[str, Any], *, ranks: int = 1) -> dict[str, Any]:
     """The dotted keys that the preset `name` sets beside those that were `asked` for.
 

@@ -158,7 +158,7 @@ def _data(data: DataConfig) -> Iterator[str]:
 
 
 def _conversations(data: DataConfig) -> Iterator[str]:
-    for key in ("messages_column", "chat_template"):
+    for key in ("messages_column", "chat_template", "validation_split"):
         if getattr(data, key) == "":
             yield f"data.{key}: must not be empty; use null for none"
     texts = [key for key in ("template", "completion_template") if getattr(data, key) is not None]

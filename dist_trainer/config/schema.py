@@ -103,6 +103,8 @@ class DataConfig:
     validation_dataset: str | None = None
     """Data set to validate on, named as data.dataset is: its validation split, or all of it where it has none. null:
     data.dataset's validation split, else a part of the training documents."""
+    validation_split: str | None = None
+    """Split to validate on, such as test; null: the validation split."""
     validation_fraction: float = 0.05
     """Part of the documents held out where no validation split exists; 0: no validation."""
     num_workers: int = 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist_trainer.config.lookup import build
@@ -42,6 +42,19 @@ class Source:
     name: str
     train: Split
     validation: Split | None = None
+    others: Mapping[str, Split] = field(default_factory=dict)
+    """Further splits by name, such as test, which are only read if data.validation_split names them."""
+
+    def held_out(self, name: str | None) -> Split | None:
+        """The split that data.validation_split names; null: the validation split, if there is one. Raises DataError."""
+        if name is None:
+            return self.validation
+        splits = (
+            {"train": self.train} | ({} if self.validation is None else {"validation": self.validation}) | dict(self.others)
+        )
+        if name not in splits:
+            raise DataError(f"data.validation_split: {self.name} has no split {name!r}; choose from {', '.join(splits)}")
+        return splits[name]
 
 
 def austen(config: DataConfig) -> Source:
@@ -90,8 +103,9 @@ def _local_source(path: Path, config: DataConfig, key: str) -> Source:
         return Source(str(path), files_split([path], config))
     if is_saved or declares_configs:
         return _from_splits(str(path), arrow_folder_splits(path, config))
-    by_split = _files_by_split(path, key)
-    return _from_splits(str(path), {name: files_split(files, config) for name, files in by_split.items()})
+    by_split, of_test = _files_by_split(path, key, reads_test=config.validation_split == "test")
+    source = _from_splits(str(path), {name: files_split(files, config) for name, files in by_split.items()})
+    return replace(source, others={**source.others, "test": files_split(of_test, config)}) if of_test else source
 
 
 def _refuse_config_name(name: str, config: DataConfig) -> None:
@@ -111,7 +125,7 @@ def _from_splits(name: str, splits: dict[str, Split]) -> Source:
         train, validation = next(iter(splits.values())), None
     if train is None:
         raise DataError(f"{name} has no split named train, only {', '.join(splits) or 'nothing'}")
-    return Source(name, train, validation)
+    return Source(name, train, validation, splits)
 
 
 def files_split(files: Iterable[Path], config: DataConfig) -> Split:
@@ -126,9 +140,9 @@ def files_split(files: Iterable[Path], config: DataConfig) -> Split:
     return Split(", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else ""), records, files=paths)
 
 
-def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
-    """All data files under `folder`, by the split that their name or folder tells; without such a word: train. Says how many
-    there are, and what was left out.
+def _files_by_split(folder: Path, key: str, *, reads_test: bool) -> tuple[dict[str, list[Path]], list[Path]]:
+    """All data files under `folder`, by the split that their name or folder tells (without such a word: train); and those of
+    the test split, if there are others. Logs how many are read (`reads_test`: of the test split too), and what is left out.
     """
     all_files, unreadable = _files_under(folder)
     found = [path for path in all_files if not _is_hidden(path.relative_to(folder))]
@@ -143,7 +157,7 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
     ignored = sorted(set(found) - set(files))
     left_out = {
         "not data": _some(ignored, folder),
-        "test split": _some(of_test, folder),
+        "test split": "" if reads_test else _some(of_test, folder),
         "hidden": counted(len(all_files) - len(found), "file") if len(all_files) > len(found) else "",
         "may not be read": _some(unreadable, folder),
     }
@@ -153,11 +167,11 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[Path]]:
         logging.WARNING if is_loss else logging.INFO,
         "%s: %s read of %s%s",
         key,
-        counted(len(files) - len(of_test), "file"),
+        counted(len(files) - (0 if reads_test else len(of_test)), "file"),
         folder,
         told,
     )
-    return by_split
+    return by_split, of_test
 
 
 def _files_under(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -61,13 +61,18 @@ class Documents(NamedTuple):
 def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
     """What the config names to train on, and to validate on if anything. Raises DataError, ConfigError."""
     source = open_source(config.dataset, config)
-    held_out = source.validation if config.validation_dataset is None else _other_text(config.validation_dataset, config)
+    other = config.validation_dataset
+    held_out = source.held_out(config.validation_split) if other is None else _other_text(other, config)
     train = _all_documents(source.train, config, tokenizer)
     if held_out is not None:
         validation = _all_documents(held_out, config, tokenizer)
     else:
         train, validation = split_by_document(train, config.validation_fraction, config.sequence_length)
-    log.info("data %s: %s to train on; %s to validate on", config.dataset, _in_words(train), _in_words(validation))
+    origin = "held out of them" if held_out is None else f"read from {held_out.description}"
+    log.info(
+        "data %s: %s to train on; %s to validate on%s",
+        *(config.dataset, _in_words(train), _in_words(validation), f", {origin}" if len(validation.spans) else ""),
+    )
     train_rows = _rows(train, config, tokenizer, f"data.dataset: {config.dataset}")
     return train_rows, _validation_rows(validation, config, tokenizer, VALIDATION_KEY)
 
@@ -80,8 +85,9 @@ def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALI
         documents = _all_documents(_other_text(config.validation_dataset, config, key=key), config, tokenizer)
     else:
         source = open_source(config.dataset, config)
-        documents = _all_documents(source.validation or source.train, config, tokenizer)
-        if source.validation is None:
+        held_out = source.held_out(config.validation_split)
+        documents = _all_documents(held_out or source.train, config, tokenizer)
+        if held_out is None:
             _, documents = split_by_document(documents, config.validation_fraction, config.sequence_length)
     return _validation_rows(documents, config, tokenizer, key)
 
@@ -92,9 +98,11 @@ def _validation_rows(documents: Documents, config: DataConfig, tokenizer: Tokeni
 
 
 def _other_text(name: str, config: DataConfig, *, key: str = VALIDATION_KEY) -> Split:
-    """That of a data set named for validation: its validation split, or all of it."""
+    """That of a data set named for validation: the split that data.validation_split names, else its validation split, or all
+    of it.
+    """
     other = open_source(name, config, key=key)
-    return other.validation or other.train
+    return other.held_out(config.validation_split) or other.train
 
 
 def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Documents:

@@ -96,3 +96,14 @@ def test_a_large_run_validates_on_a_part_of_what_it_holds_out(name, tokens):
     assert 1e6 < validated < 0.75 * config.data.validation_fraction * tokens
     # A forward pass takes a third of a step.
     assert validated / 3 < 0.05 * config.validation.every_steps * batch_tokens
+
+
+def test_the_list_of_presets_has_the_sizes_of_each_and_what_follows(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_config(["--preset", "list"])
+    assert stopped.value.code == 0
+    head, *rows, note = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == list(PRESETS)
+    assert "parameters" in head
+    assert rows[1].split() == ["10m", "10.6M", "6", "x", "384", "0.003", "65536", "100"]
+    assert "exclude the embedding" in note

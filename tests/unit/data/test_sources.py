@@ -8,6 +8,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -316,7 +317,46 @@ def test_messages_name_the_key_that_is_wrong(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl"):
         create_validation_loader(small(here, tmp_path, validation_dataset=empty), World.single(), key="--data")
     with pytest.raises(DataError, match=r"^train_dataset makes 1 row"):
-        create_dataloaders(small(here, tmp_path), train_dataset=[([1, 2], [2, 3])])
+        create_dataloaders(small(here, tmp_path), train_dataset=[(np.array([1, 2]), np.array([2, 3]))])
+
+
+def test_a_split_can_be_validated_on_by_name(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number, name in enumerate(("train", "val", "test"), start=1):
+        words = "".join(json.dumps({"text": f"{name} {number} " * 40}) + "\n" for _ in range(2))
+        write(tmp_path / "texts" / f"{name}.jsonl", words)
+    here, elsewhere = tmp_path / "texts", write(tmp_path / "x.jsonl", jsonl())
+
+    def begins(**data) -> str:
+        config = small(here, tmp_path, **data)
+        tokenizer = load_tokenizer("austen")
+        found = rows.validation_rows(config.data, tokenizer)
+        assert found is not None
+        return tokenizer.decode(found.dataset[0].tokens[0].tolist()).split()[0]
+
+    assert begins() == "val"
+    assert "left out (test split): test.jsonl" in caplog.text
+    caplog.clear()
+    assert begins(validation_split="test") == "test"
+    assert begins(validation_split="train") == "train"
+    assert "data.dataset: 3 files read of" in caplog.text
+    assert begins(dataset=str(elsewhere), validation_dataset=str(here), validation_split="test") == "test"
+    with pytest.raises(DataError, match=r"data\.validation_split: .*texts has no split 'dev'; choose from .*test"):
+        begins(validation_split="dev")
+    with pytest.raises(DataError, match=r"x\.jsonl has no split 'test'; choose from train"):
+        begins(dataset=str(elsewhere), validation_split="test")
+
+
+def test_the_log_says_which_file_became_validation(tmp_path, caplog):
+    caplog.set_level("INFO")
+    texts = write(tmp_path / "texts" / "train.jsonl", jsonl())
+    create_dataloaders(small(texts, tmp_path))
+    assert re.search(
+        r"data .*: 11 documents, \d+ tokens to train on; 1 document, \d+ tokens to validate on, held out of", caplog.text
+    )
+    write(tmp_path / "texts" / "dev.jsonl", jsonl())
+    create_dataloaders(small(texts.parent, tmp_path))
+    assert f"to validate on, read from {tmp_path}/texts/dev.jsonl" in caplog.text
 
 
 def test_a_source_is_opened_once(tmp_path, monkeypatch):
