@@ -22,6 +22,16 @@ ELSEWHERE = {
     "docs/metrics.md": "tests/distributed/test_documented_metrics.py::test_jq_reads_it",
 }
 """Page → the test that reads its commands from it."""
+PYTHON = {
+    "docs/extending.md": "tests/distributed/test_extending.py::"
+    "test_all_examples_train_and_go_on_from_a_checkpoint_on_another_number_of_ranks",
+    "docs/fine_tuning.md": "tests/end_to_end/test_fine_tuning.py::test_a_model_that_was_given_more_tokens_is_one_to_start_from",
+    "docs/fine_tuning_data.md": "tests/end_to_end/test_fine_tuning_data.py::"
+    "test_a_run_on_conversations_from_a_file_to_samples_and_measures",
+    "docs/library.md": "tests/distributed/test_library.py::test_the_programs_of_the_page_run",
+    "docs/metrics.md": "tests/distributed/test_documented_metrics.py::test_the_python_reads_it",
+}
+"""Page → the test that runs the Python that it shows; the last example of library.md, which needs a run, is run here."""
 
 
 def name_of(page: Path) -> str:
@@ -54,6 +64,16 @@ def test_what_library_md_takes_back_from_a_run(origin: Path, monkeypatch: pytest
     found: dict[str, Any] = {}
     exec(example, found)
     assert found["model"].vocabulary_size == len(found["tokenizer"]) == 4096
+
+
+def test_every_page_that_shows_python_has_a_test_that_runs_it() -> None:
+    assert {name_of(page) for page in [*PAGES, ROOT / "README.md"] if "```py" in page.read_text("utf-8")} == PYTHON.keys()
+    for page, test in PYTHON.items():
+        file, _, function = test.partition("::")
+        source = (ROOT / file).read_text("utf-8")
+        assert f"def {function}(" in source
+        assert Path(page).name in source
+        assert "exec" in source or "write_text" in source, "it runs what it reads"
 
 
 @pytest.mark.parametrize("page", ELSEWHERE)
