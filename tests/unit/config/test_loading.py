@@ -112,7 +112,7 @@ def test_a_printed_config_loads_to_the_same(tmp_path, capsys):
 def test_all_problems_come_in_one_message_with_file_and_line(tmp_path):
     path = write(tmp_path / "bad.yaml", "seed: one\nschedule:\n  warmpup_steps: 3\nmodel:\n  num_attention_heads: 7\n")
     message = refused("--config", path, "--batch.micro_batch_size", "5", "--train.max_steps", "-1")
-    assert "5 problems" in message or "6 problems" in message
+    assert message.startswith("6 problems")
     assert f"{path}:1: seed: 'one' is not a whole number" in message
     assert f"{path}:3: schedule.warmpup_steps: no such key; did you mean schedule.warmup_steps?" in message
     assert f"{path}:5: model.num_attention_heads: 7 heads do not divide model.hidden_size (192)" in message

@@ -152,7 +152,8 @@ def test_parts_of_what_is_read_at_once_are_what_is_read_apart_and_know_their_tar
         alone = rows.__getitems__(indices)
         assert part.tokens.equal(alone.tokens)
         assert part.targets.equal(alone.targets)
-        assert part.documents is alone.documents is None or part.documents.equal(alone.documents)
+        assert (part.documents is not None) == (alone.documents is not None) == document_mask
+        assert not document_mask or part.documents.equal(alone.documents)
         assert alone.counted_targets is None
         assert part.num_targets() == part.counted_targets == alone.num_targets()
         assert part.first_rows(1).num_targets() == alone.first_rows(1).num_targets(), "of fewer rows it is to be counted anew"
