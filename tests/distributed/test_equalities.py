@@ -166,4 +166,4 @@ def test_a_run_does_not_go_on_with_documents_kept_apart_where_they_were_not(stor
     config = small_config(stories, tmp_path)
     run(config, 1, before=stop_after(3))
     assert command(changed(config, data__document_mask=True), 1) == [2]
-    assert "data.document_mask: True, but the run began with False" in capfd.readouterr().err
+    assert "data.document_mask: true, but the run began with false" in capfd.readouterr().err
