@@ -43,7 +43,7 @@ def sync_folder(folder: Path) -> None:
     """Return when the names in `folder` survive a power cut, as far as its file system can promise that. Raises OSError."""
     try:
         file = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # a folder that may be written in, but not listed
+    except (PermissionError, IsADirectoryError):  # it may be written in, but not listed; or no folder can be opened there
         return
     try:
         os.fsync(file)
