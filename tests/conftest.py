@@ -6,6 +6,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,25 @@ def package_logs_as_if_not_configured():
     _forget_log_handlers()
     yield
     _forget_log_handlers()
+
+
+@pytest.fixture(autouse=True)
+def signals_are_handled_as_before():
+    """A command that ends leaves them ignored, and what later tests start would inherit that."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def not_under_nohup():
+    """Also where the tests themselves were started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

@@ -96,6 +96,7 @@ def test_a_machine_without_gpu_trains_in_one_process_with_all_cores(stand_in: Pa
     assert f"RUN OMP_NUM_THREADS={usable_cpus()} -m dist_trainer.train --train.max_steps 3" in done.stdout
 
 
+@pytest.mark.usefixtures("not_under_nohup")
 def test_several_ranks_share_the_cores_under_torchrun(stand_in: Path) -> None:
     done = launch("launch/local.sh", "--seed", "1", stand_in=stand_in, NPROC="2", OMP_NUM_THREADS="3")
     assert done.returncode == 0, done.stderr

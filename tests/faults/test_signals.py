@@ -21,6 +21,7 @@ def send(*numbers, at_step):
     return do(lambda _: [os.kill(os.getpid(), number) for number in numbers], at_step=at_step)
 
 
+@pytest.mark.usefixtures("not_under_nohup")
 @pytest.mark.parametrize(
     "numbers",
     [[signal.SIGTERM], [signal.SIGUSR1], [signal.SIGINT], [signal.SIGHUP], [signal.SIGUSR1, signal.SIGTERM]],
@@ -37,6 +38,7 @@ def test_a_signal_saves_that_very_step_and_loses_none(run, undisturbed, numbers)
     run.equals(undisturbed)
 
 
+@pytest.mark.usefixtures("not_under_nohup")
 def test_a_terminal_that_is_closed_loses_nothing(run, undisturbed, tmp_path):
     """The kernel sends SIGHUP, and whatever is printed after that fails."""
     master, slave = os.openpty()

@@ -15,6 +15,7 @@ from dist_trainer.exit_codes import STOP_SIGNALS
 from dist_trainer.training_result import result_when_stopped
 
 
+@pytest.mark.usefixtures("not_under_nohup")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_sets_a_flag_and_nothing_else(number):
     with StopRequest().listen() as stop:
@@ -63,7 +64,7 @@ print(bool(stop))
 def test_a_hang_up_that_was_ignored_at_the_start_is_ignored_as_nohup_means_it():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopRequest().listen(for_good=True) as stop:
+        with StopRequest().listen() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
