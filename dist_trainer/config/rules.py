@@ -18,7 +18,7 @@ from dist_trainer.config.schema import (
     ScheduleConfig,
     TrainingConfig,
 )
-from dist_trainer.config.template import parse_template
+from dist_trainer.config.template import ALPACA, parse_template
 from dist_trainer.errors import ConfigError
 from dist_trainer.user_path import user_path
 
@@ -147,7 +147,8 @@ def _data(data: DataConfig) -> Iterator[str]:
         if not getattr(data, key):
             yield f"data.{key}: must not be empty"
     for key in ("template", "completion_template"):
-        if (template := getattr(data, key)) is not None:
+        template = getattr(data, key)
+        if template is not None and (key, template) != ("template", ALPACA):
             try:
                 parse_template(template, key=f"data.{key}")
             except ConfigError as error:

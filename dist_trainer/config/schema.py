@@ -78,7 +78,8 @@ class DataConfig:
     """Column that holds the text."""
     template: str | None = None
     """Text made of several columns, such as "{context}\\n{question}"; replaces text_column. On the command line, too, \\n is a
-    line end there, \\t a tab."""
+    line end there, \\t a tab. `alpaca`: the prompt of Stanford Alpaca, of the columns instruction and input, with output as its
+    completion."""
     completion_template: str | None = None
     """What follows that text, such as " {answer}", and alone carries loss, with the end-of-text token behind it; the text
     before it is the prompt. null: all of a text carries loss."""

@@ -7,6 +7,8 @@ import string
 
 from dist_trainer.errors import ConfigError
 
+ALPACA = "alpaca"
+"""data.template for records with Alpaca's columns."""
 _FIELD = re.compile(r"([^\[\].{}!:]+)((?:\[[^\[\]{}]+\])*)")
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from dist_trainer.config.lookup import build
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_folder
-from dist_trainer.data.records import ALL_SUFFIXES, DATA_SUFFIXES, OTHER_FORMATS, Records, format_suffix, read_file
+from dist_trainer.data.records import (
+    ALL_SUFFIXES,
+    DATA_SUFFIXES,
+    OTHER_FORMATS,
+    Records,
+    column_names,
+    format_suffix,
+    read_file,
+)
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import columns_of, optional_columns_of
 from dist_trainer.data.text_file import COMPRESSIONS
@@ -137,7 +145,8 @@ def files_split(files: Iterable[Path], config: DataConfig) -> Split:
         for path in paths:
             yield from read_file(path, columns, optional)
 
-    return Split(", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else ""), records, files=paths)
+    description = ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
+    return Split(description, records, files=paths, column_names=lambda: column_names(paths[0]))
 
 
 def _files_by_split(folder: Path, key: str, *, reads_test: bool) -> tuple[dict[str, list[Path]], list[Path]]:

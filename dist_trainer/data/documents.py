@@ -10,7 +10,7 @@ from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.messages import messages_of
-from dist_trainer.data.template import TextOf, completion_of, text_of
+from dist_trainer.data.template import TextOf, completion_of, completion_template_of, text_of
 from dist_trainer.data.tokenization import Tokenizer
 
 
@@ -30,8 +30,8 @@ def document_maker(config: DataConfig, tokenizer: Tokenizer) -> DocumentMaker:
     if config.messages_column is not None:
         return _of_conversations(config, config.messages_column, tokenizer)
     text = text_of(config.text_column, config.template)
-    if config.completion_template is not None:
-        return _of_completions(config, config.completion_template, text)
+    if (completion_template := completion_template_of(config)) is not None:
+        return _of_completions(config, completion_template, text)
     return DocumentMaker(text, json.dumps([config.text_column, config.template]))
 
 

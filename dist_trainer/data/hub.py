@@ -112,6 +112,7 @@ def _split(where: str, table: Any, config: DataConfig) -> Split:
         files,
         content_digest=lambda: digest_of(record for _, record in records()),
         content_name=json.dumps([where, columns]),
+        column_names=lambda: table.column_names,
     )
 
 

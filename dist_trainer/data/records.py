@@ -10,7 +10,7 @@ import codecs
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +26,8 @@ Records = Iterator[tuple[str, Record | DataError]]
 that one cannot be read."""
 
 PARQUET_ROWS_AT_A_TIME = 4096
+FIRST_BYTES = 1 << 20
+"""Of a file, to see what its columns are."""
 
 
 def read_text(path: Path) -> Records:
@@ -179,6 +181,26 @@ DATA_SUFFIXES = (*READERS, ".parquet")
 OTHER_FORMATS = (".zip", ".tar", ".tgz", ".pdf", ".html", ".docx", ".arrow", ".xlsx", ".gzip", ".7z")
 ALL_SUFFIXES = f"{', '.join(DATA_SUFFIXES)} (also {', '.join(COMPRESSIONS)})"
 """For messages."""
+
+
+def column_names(path: Path) -> Collection[str]:
+    """The columns of the file's first record, by its beginning; none where that cannot tell, which reading it will."""
+    reader = READERS.get(format_suffix(path), read_text)
+    try:
+        if format_suffix(path) == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_schema(path).names
+        if reader is read_text:
+            return ("text",)
+        if reader is not read_jsonl:
+            return next((record.keys() for _, record in reader(path) if isinstance(record, dict)), ())
+        with open_binary(path) as file:
+            head = file.read(FIRST_BYTES).decode("utf-8-sig", errors="replace").lstrip()
+        record, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())
+    except (*READING_ERRORS, ValueError, RecursionError, DataError):
+        return ()
+    return record.keys() if isinstance(record, dict) else ()
 
 
 def format_suffix(path: Path) -> str:

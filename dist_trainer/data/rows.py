@@ -12,11 +12,12 @@ from torch.utils.data import Dataset
 from dist_trainer.cache_dir import default_cache_dir
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.datasets import open_source
+from dist_trainer.data.datasets import Source, open_source
 from dist_trainer.data.documents import document_maker
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, as_it_is
 from dist_trainer.data.sampler import KeyedPermutation
 from dist_trainer.data.split import Split
+from dist_trainer.data.template import in_known_layout
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenization import Tokenizer
 from dist_trainer.data.whole_documents import Fitted, WholeDocumentRows, fitted
@@ -60,12 +61,13 @@ class Documents(NamedTuple):
 
 def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
     """What the config names to train on, and to validate on if anything. Raises DataError, ConfigError."""
-    source = open_source(config.dataset, config)
-    other = config.validation_dataset
-    held_out = source.held_out(config.validation_split) if other is None else _other_text(other, config)
-    train = _all_documents(source.train, config, tokenizer)
+    source, layout = _opened(config.dataset, config, "data.dataset")
+    held_out, its_layout = source.held_out(config.validation_split), layout
+    if config.validation_dataset is not None:
+        held_out, its_layout = _other_text(config.validation_dataset, config, VALIDATION_KEY)
+    train = _all_documents(source.train, layout, tokenizer)
     if held_out is not None:
-        validation = _all_documents(held_out, config, tokenizer)
+        validation = _all_documents(held_out, its_layout, tokenizer)
     else:
         train, validation = split_by_document(train, config.validation_fraction, config.sequence_length)
     origin = "held out of them" if held_out is None else f"read from {held_out.description}"
@@ -82,11 +84,11 @@ def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALI
     messages call `key`.
     """
     if config.validation_dataset is not None:
-        documents = _all_documents(_other_text(config.validation_dataset, config, key=key), config, tokenizer)
+        documents = _all_documents(*_other_text(config.validation_dataset, config, key), tokenizer)
     else:
-        source = open_source(config.dataset, config)
+        source, layout = _opened(config.dataset, config, "data.dataset")
         held_out = source.held_out(config.validation_split)
-        documents = _all_documents(held_out or source.train, config, tokenizer)
+        documents = _all_documents(held_out or source.train, layout, tokenizer)
         if held_out is None:
             _, documents = split_by_document(documents, config.validation_fraction, config.sequence_length)
     return _validation_rows(documents, config, tokenizer, key)
@@ -97,12 +99,26 @@ def _validation_rows(documents: Documents, config: DataConfig, tokenizer: Tokeni
     return _rows(documents, config, tokenizer, f"{key}: {name}") if len(documents.spans) else None
 
 
-def _other_text(name: str, config: DataConfig, *, key: str = VALIDATION_KEY) -> Split:
+def _other_text(name: str, config: DataConfig, key: str) -> tuple[Split, DataConfig]:
     """That of a data set named for validation: the split that data.validation_split names, else its validation split, or all
-    of it.
+    of it; and how it is read.
     """
-    other = open_source(name, config, key=key)
-    return other.held_out(config.validation_split) or other.train
+    source, layout = _opened(name, config, key)
+    return source.held_out(config.validation_split) or source.train, layout
+
+
+def _opened(name: str, config: DataConfig, key: str) -> tuple[Source, DataConfig]:
+    """The source that `name` means, and `config` with what well-known names of its columns add to it."""
+    source = open_source(name, config, key=key)
+    layout = in_known_layout(config, source.train.column_names())
+    if layout == config:
+        return source, config
+    keys = f"data.template {layout.template}" if layout.template else f"data.messages_column {layout.messages_column}"
+    log.info(
+        "%s: %s is read by its columns, as with %s; for another text set data.template and data.completion_template",
+        *(key, name, keys),
+    )
+    return open_source(name, layout, key=key), layout
 
 
 def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Documents:

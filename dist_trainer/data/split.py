@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ class Split:
     """The digest of what the records say, where equal bytes are not what equal content means."""
     content_name: str = ""
     """What of the files it is the digest of."""
+    column_names: Callable[[], Collection[str]] = tuple
+    """The columns of its first record, as far as these can be told from the beginning; none where they cannot."""
 
     def digest(self, memory: Path) -> str:
         """A digest of the content, remembered under `memory` by each file's size and time of change."""

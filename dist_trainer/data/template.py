@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.config.template import parse_template
+from dist_trainer.config.template import ALPACA, parse_template
 from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError
@@ -20,9 +21,55 @@ TextOf = Callable[[str, dict[str, Any]], str | LongText | MarkedText]
 """(place, record) to text; raises DataError naming the place."""
 
 
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_COMPLETION = "{output}"
+ALPACA_COLUMNS = {"instruction", "output"}
+NOT_IN_ALPACA_PROMPT = ("system", "history")
+"""Columns that some data sets with Alpaca's columns have too."""
+CONVERSATION_COLUMNS = ("messages", "conversations")
+
+
+def in_known_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
+    """`config` with the keys that columns of well-known names ask for: Alpaca's, or those of conversations. Unchanged if it
+    says how records become text, or if they have the column `text`.
+    """
+    is_said = config.text_column != DataConfig.text_column or config.text_column in columns
+    if is_said or any(key is not None for key in (config.template, config.completion_template, config.messages_column)):
+        return config
+    if set(columns) >= ALPACA_COLUMNS:
+        return replace(config, template=ALPACA)
+    conversations = next((column for column in CONVERSATION_COLUMNS if column in columns), None)
+    return config if conversations is None else replace(config, messages_column=conversations)
+
+
 def text_of(column: str, template: str | None) -> TextOf:
     """How a record becomes text, by data.text_column or data.template."""
+    if template == ALPACA:
+        return _alpaca_prompt
     return _column(column) if template is None else _template(template)
+
+
+def completion_template_of(config: DataConfig) -> str | None:
+    """data.completion_template; Alpaca's records have one of their own."""
+    return config.completion_template or (ALPACA_COMPLETION if config.template == ALPACA else None)
+
+
+def _alpaca_prompt(where: str, record: dict[str, Any]) -> str:
+    for column in NOT_IN_ALPACA_PROMPT:
+        if record.get(column):
+            raise DataError(
+                f"{where}: the column {column!r} says something that Alpaca's prompt has no place for; write it into the "
+                "instruction, or set data.template and data.completion_template"
+            )
+    template = ALPACA_PROMPT_WITH_INPUT if record.get("input") else ALPACA_PROMPT
+    return _template(template)(where, record)
 
 
 def completion_of(template: str) -> Callable[[str, dict[str, Any]], str]:
@@ -34,7 +81,8 @@ def columns_of(config: DataConfig) -> list[str]:
     """The columns of a record that `config` reads."""
     if config.messages_column is not None:
         return [config.messages_column]
-    templates = [template for template in (config.template, config.completion_template) if template is not None]
+    prompt = ALPACA_PROMPT if config.template == ALPACA else config.template
+    templates = [template for template in (prompt, completion_template_of(config)) if template is not None]
     columns = {name for template in templates for name, _ in parse_template(template) if name is not None}
     if config.template is None:
         columns.add(config.text_column)
@@ -43,6 +91,8 @@ def columns_of(config: DataConfig) -> list[str]:
 
 def optional_columns_of(config: DataConfig) -> list[str]:
     """The columns that `config` reads if they are there."""
+    if config.template == ALPACA:
+        return ["input", *NOT_IN_ALPACA_PROMPT]
     return [TOOLS] if config.messages_column is not None else []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -332,6 +333,63 @@ def test_sharegpt_s_conversations_are_read_as_they_are(tmp_path):
         store = stored(small(path, tmp_path, messages_column="conversations"), tokenizer)
         assert store.tokens.tolist() == expected.tokens.tolist()
         assert store.loss_mask.tolist() == expected.loss_mask.tolist()
+
+
+ALPACA = [
+    {"instruction": "Name a novel.", "input": "", "output": "Emma"},
+    {"instruction": "Who wrote it?", "input": "Persuasion", "output": "Jane Austen"},
+    {"instruction": "Say nothing.", "input": "", "output": ""},
+]
+
+
+def loss_of_first_row(config: DataConfig, tokenizer) -> str:
+    rows = train_and_validation_rows(config, tokenizer)[0].dataset
+    targets = rows[0].targets[0]
+    return tokenizer.decode([token for token in targets.tolist() if token >= 0])
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "saved"])
+def test_alpaca_s_columns_are_read_as_they_are(tmp_path, name, caplog):
+    caplog.set_level("INFO", "dist_trainer")
+    table = pa.Table.from_pylist(ALPACA)
+    write(tmp_path / "x.jsonl", ALPACA)
+    (tmp_path / "x.json").write_text(json.dumps(ALPACA, indent=2))
+    pyarrow.csv.write_csv(table, tmp_path / "x.csv")
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    datasets.Dataset.from_list(ALPACA).save_to_disk(str(tmp_path / "saved"))
+    tokenizer = load_tokenizer("austen")
+    config = small(tmp_path / name, tmp_path)
+    assert loss_of_first_row(config, tokenizer) == "Emma<|endoftext|>Jane Austen<|endoftext|>"
+    assert "is read by its columns, as with data.template alpaca" in caplog.text
+    store = stored(replace(config, template="alpaca"), tokenizer)
+    first, second, _ = (
+        tokenizer.decode(store.tokens[slice(*span)]) for span in zip(store.offsets, store.offsets[1:], strict=False)
+    )
+    assert first == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a novel.\n\n### Response:\nEmma<|endoftext|>"
+    )
+    assert second.endswith("### Input:\nPersuasion\n\n### Response:\nJane Austen<|endoftext|>")
+
+
+def test_what_alpaca_s_prompt_has_no_place_for_is_refused(tmp_path):
+    path = write(tmp_path / "x.jsonl", [ALPACA[0], ALPACA[1] | {"history": [["Hi", "Ho"]]}])
+    with pytest.raises(DataError, match=r"x\.jsonl:2: the column 'history' says something that Alpaca's prompt"):
+        train_and_validation_rows(small(path, tmp_path), load_tokenizer("austen"))
+
+
+def test_columns_are_read_by_their_names_only_where_nothing_says_how(tmp_path):
+    tokenizer = byte_level(CHATML, "<|im_end|>")
+    assert loss_of_first_row(small(chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), tmp_path), tokenizer) == (
+        "A young lady, handsome and clever.<|im_end|>"
+    )
+    text = write(tmp_path / "y.jsonl", [record | {"text": "All of it."} for record in ALPACA[:1]])
+    assert stored(small(text, tmp_path), tokenizer).loss_mask is None
+    path = write(tmp_path / "z.jsonl", ALPACA)
+    with pytest.raises(DataError, match="there is no column 'body'"):
+        train_and_validation_rows(small(path, tmp_path, text_column="body"), tokenizer)
+    own = small(path, tmp_path, template="{instruction}", completion_template=" {output}")
+    assert loss_of_first_row(own, tokenizer).startswith(" Emma<|im_end|>")
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["plain", "with marks"])

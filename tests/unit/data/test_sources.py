@@ -241,8 +241,8 @@ BAD = {
     "a number a line": ("x.jsonl", "1\n", r"x\.jsonl:1: a JSON int"),
     "columns of prompts and completions": (
         "x.jsonl",
-        '{"instruction": "a", "input": "b", "output": "c"}\n',
-        r'only .* set --data.template "{instruction}\\n{input}\\n" and --data.completion_template "{output}" to train on',
+        '{"context": "a", "question": "b", "answer": "c"}\n',
+        r'only .* set --data.template "{context}\\n{question}\\n" and --data.completion_template "{answer}" to train on',
     ),
     "no such column": ("x.jsonl", '{"body": "a"}\n', r"x\.jsonl:1: there is no column 'text', only 'body'"),
     "not text": ("x.jsonl", '{"text": "a"}\n{"text": 3}\n', r"x\.jsonl:2: the column 'text' holds a int"),
@@ -311,6 +311,7 @@ def test_messages_name_the_key_that_is_wrong(tmp_path):
     here = str(write(tmp_path / "x.jsonl", jsonl()))
     with pytest.raises(DataError, match=r"^data\.validation_dataset: .*nowhere\.jsonl does not exist"):
         create_dataloaders(small(here, tmp_path, validation_dataset=str(tmp_path / "nowhere.jsonl")))
+    assert not list((tmp_path / "cache").glob("tokens/*")), "before anything is tokenised"
     with pytest.raises(DataError, match=r"^--data: .*nowhere\.jsonl does not exist"):
         create_validation_loader(small(here, tmp_path, validation_dataset="./nowhere.jsonl"), World.single(), key="--data")
     empty = str(write(tmp_path / "none.jsonl", ""))
