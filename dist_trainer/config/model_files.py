@@ -15,6 +15,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
+MOST_LAYERS = 10_000
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
@@ -41,12 +43,15 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _check_config(raw: Mapping[str, Any], path: Path) -> None:
-    """What makes transformers read weights from another file, or fetch code from the Hub."""
+    """What makes transformers read weights from another file, fetch code from the Hub, or make layers without end."""
     if raw.get("transformers_weights") not in (None, WEIGHTS_FILE, INDEX_FILE):
         raise CheckpointError(
             f"{path}: transformers_weights is {raw['transformers_weights']!r}, but weights are read from {WEIGHTS_FILE} or "
             f"{INDEX_FILE} only; remove the field"
         )
+    for name in _LAYERS:
+        if type(raw.get(name)) is int and raw[name] > MOST_LAYERS:
+            raise CheckpointError(f"{path}: {name} is {raw[name]!r:.80}; a model has {MOST_LAYERS:,} at most")
     for config in (raw, *(part for part in raw.values() if isinstance(part, dict))):
         for name in _IMPLEMENTATIONS:
             if "/" in str(config.get(name)):

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from dist_trainer.config.llama_json import HFModel, TokenIds, hf_config, read_hf_config
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.errors import CheckpointError
 from dist_trainer.models.attention import DocumentMask, attend, document_mask
-from dist_trainer.models.hf_format import HEAD, check_tied_head, from_hf_names, locate_weights, read_hf_weights, write_hf
+from dist_trainer.models.hf_format import check_tied_head, locate_weights, matched_weights, write_hf
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
 from dist_trainer.models.meta import materialize, on_meta
 from dist_trainer.models.rotary import rotary_tables, rotate
@@ -287,13 +286,15 @@ class DecoderLM(nn.Module):
         the folder's model is not one that DecoderLM can represent, CheckpointError where files are missing or damaged.
         """
         folder = locate_weights(Path(path))
-        model = cls.like(read_hf_config(folder), device=device)
+        model = cls.like(read_hf_config(folder), device=device, weights=folder)
         model.load_weights(folder)
         return model.eval()
 
     @classmethod
-    def like(cls, described: HFModel, *, device: torch.device | str = "cpu") -> DecoderLM:
-        """An uninitialised model of the shape `described`."""
+    def like(cls, described: HFModel, *, device: torch.device | str = "cpu", weights: Path | None = None) -> DecoderLM:
+        """An uninitialised model of the shape `described`. `weights`: the folder that they will be read from, with which the
+        shape is compared before any memory is taken.
+        """
         with on_meta():
             model = cls(
                 described.config,
@@ -302,25 +303,22 @@ class DecoderLM(nn.Module):
                 **described.token_ids,
                 generation=described.generation,
             )
+        if weights is not None:
+            for _ in matched_weights(weights, dict(model.named_parameters())):
+                pass  # it raises where they do not fit
         return materialize(model, torch.device(device))
 
     def load_weights(self, folder: Path) -> None:
         """Copy the weights in `folder` into this model's, tensor by tensor. Raises CheckpointError where one is missing, has
         another shape, or would be left over.
         """
-        mine = dict(self.named_parameters())
-        missing, tied_head = set(mine), None
+        tied_head = None
         with torch.no_grad():
-            for name, tensor in from_hf_names(read_hf_weights(folder)):
-                if name in mine:
-                    mine[name].copy_(_fitting(tensor, mine[name], name, folder))
-                    missing.discard(name)
-                elif name == HEAD:  # where embedding and head are tied, some files hold it all the same
+            for parameter, tensor in matched_weights(folder, dict(self.named_parameters())):
+                if parameter is None:
                     tied_head = tensor
                 else:
-                    raise CheckpointError(f"the weights in {folder} hold {name}, of which its config.json says nothing")
-        if missing:
-            raise CheckpointError(f"the weights in {folder} are not whole: there is no {sorted(missing)[0]}")
+                    parameter.copy_(tensor)
         if tied_head is not None:
             check_tied_head(folder, tied_head, self.embed_tokens.weight)
 
@@ -331,10 +329,3 @@ class DecoderLM(nn.Module):
     def hf_config(self) -> dict[str, object]:
         """The contents of config.json."""
         return hf_config(HFModel(self.config, self.vocabulary_size, self.max_position_embeddings, self.token_ids))
-
-
-def _fitting(tensor: Tensor, parameter: Tensor, name: str, folder: Path) -> Tensor:
-    if tensor.shape != parameter.shape:
-        shapes = f"{list(tensor.shape)} there and {list(parameter.shape)} here"
-        raise CheckpointError(f"the weights in {folder} do not fit: {name} is {shapes}")
-    return tensor

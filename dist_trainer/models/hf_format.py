@@ -67,6 +67,26 @@ def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
+def matched_weights(folder: Path, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Each tensor in `folder` after the one of a DecoderLM's `parameters` that it is for; None: the head, which is tied to the
+    embedding, but which some files hold all the same.
+
+    Raises CheckpointError where one is missing, has another shape, or would be left over.
+    """
+    missing = set(parameters)
+    for name, tensor in from_hf_names(read_hf_weights(folder)):
+        mine = parameters.get(name)
+        if mine is None and name != HEAD:
+            raise CheckpointError(f"the weights in {folder} hold {name}, of which its config.json says nothing")
+        if mine is not None and tensor.shape != mine.shape:
+            shapes = f"{list(tensor.shape)} there and {list(mine.shape)} here"
+            raise CheckpointError(f"the weights in {folder} do not fit: {name} is {shapes}")
+        yield mine, tensor
+        missing.discard(name)
+    if missing:
+        raise CheckpointError(f"the weights in {folder} are not whole: there is no {sorted(missing)[0]}")
+
+
 def check_tied_head(folder: Path, head: Tensor, embedding: Tensor) -> None:
     """Raises CheckpointError where the `head` that `folder` holds differs from the `embedding`, to which config.json ties it.
 

@@ -77,8 +77,9 @@ def _from_folder(init_from: str, config: ModelConfig, context: ModelContext) -> 
         config=replace(described.config, dropout=config.dropout),
         token_ids={**described.token_ids, "eos_token_id": ends},
     )
-    model = DecoderLM.like(described, device=context.device)
-    if context.resumed_from is None:
+    weights = folder if context.resumed_from is None else None
+    model = DecoderLM.like(described, device=context.device, weights=weights)
+    if weights is not None:
         model.load_weights(folder)
     return model
 
@@ -198,7 +199,7 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
             f"{folder} holds no weights ({WEIGHTS_FILE}) beside its {CONFIG_FILE}; give a folder with them, or fetch them from "
             f"the Hub anew (DecoderLM cannot be it: {error})"
         ) from error
-    model = DecoderLM.like(described, device=device)
+    model = DecoderLM.like(described, device=device, weights=folder)
     model.load_weights(folder)
     return model.eval()
 

@@ -11,7 +11,7 @@ import pytest
 from dist_trainer.config.llama_json import read_hf_config
 from dist_trainer.config.loading import load_config
 from dist_trainer.config.yaml_lines import load_yaml
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.tracking.run_history import _read_config
 
 ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
@@ -80,6 +80,7 @@ ODD_FIELDS = {
     "rope_parameters": ({"rope_theta": 10**400}, "rope_parameters.rope_theta is 10"),
     "layer_types": (5, "layer_types is 5"),
     "vocab_size": (10**400, "vocab_size is 10"),
+    "num_hidden_layers": (10**9, "num_hidden_layers is 1000000000; a model has 10,000 at most"),
 }
 
 
@@ -87,5 +88,5 @@ ODD_FIELDS = {
 def test_numbers_that_no_machine_has_are_refused_by_field(tmp_path: Path, field):
     value, said = ODD_FIELDS[field]
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, field: value}))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(RefusedError, match=said):
         read_hf_config(tmp_path)

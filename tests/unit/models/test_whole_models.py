@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from dist_trainer.config.initial_model import keys_that_follow
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.generation import end_tokens, generate
 from dist_trainer.models.registry import ModelContext, build_model, load_weights, open_model, weights_writer
@@ -176,6 +176,15 @@ def test_a_head_apart_from_the_embedding_that_config_json_says_it_is_is_refused(
             read()
     change(folder / "config.json", tie_word_embeddings=False)
     assert torch.equal(open_model(folder).lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_json_of_a_larger_model_than_the_files_is_refused_before_memory_is_taken(tmp_path, kind):
+    folder = saved(tmp_path, kind)
+    change(folder / "config.json", vocab_size=2**31 - 1)
+    for read in (lambda: open_model(folder), lambda: built(kind, folder, CONTEXT)):
+        with pytest.raises(RefusedError, match=r"do not fit|are not whole|makes no causal language model"):
+            read()
 
 
 @pytest.mark.parametrize("kind", KINDS)
