@@ -24,7 +24,7 @@ from dist_trainer.cpu_products import fp32_products
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.rows import varies_in_length
-from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, accumulation_steps
+from dist_trainer.data.sampler import GlobalOrderSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.beats import Phase
 from dist_trainer.distributed.collectives import PendingSum, agree, broadcast_object, on_main
@@ -34,6 +34,7 @@ from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.evaluation import LossFunction, evaluate, validation_is_due
 from dist_trainer.garbage import AgreedCollections
 from dist_trainer.models.loss import model_loss
+from dist_trainer.optim.evaluation_weights import evaluation_weights, training_weights
 from dist_trainer.optim.optimizers import make_averages
 from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
 from dist_trainer.parallel.buffers import Buffers
@@ -76,8 +77,7 @@ class Trainer:
         self.config, self.world = validated(config), world
         self.model, self.optimizer = model, optimizer
         self.train_data, self.validation_data = train_data, validation_data
-        self.precision = precision or Precision("fp32", world.device)
-        self.loss_function = loss_function
+        self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
         self.tracker = tracker if tracker is not None and world.is_main else NullTracker()
         self.sample, self.token_bytes, self.facts = sample, token_bytes, facts or {}
@@ -89,7 +89,7 @@ class Trainer:
         if not isinstance(train_data.sampler, GlobalOrderSampler):
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
         self.sampler = train_data.sampler
-        self.device_copy = DeviceCopy(world.device)
+        self.device_copy, self.pinned = DeviceCopy(world.device), PinnedMemory()
         tokens, varies = self.sampler.micro_batch_size * config.data.sequence_length, varies_in_length(train_data.dataset)
         self.products = fp32_products(unwrap(model), self.precision, tokens=tokens, varying_length=varies)
         self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
@@ -98,10 +98,8 @@ class Trainer:
         self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
         self.note_step: Callable[[int], None] = lambda step: None
-        self.pinned = PinnedMemory()
-        self._saved_step = self._logged_step = 0
+        self._saved_step, self._logged_step, self._stopped = 0, 0, False
         self._resumed: Path | None = None
-        self._stopped = False
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -112,7 +110,8 @@ class Trainer:
         Nothing is being written any more when it returns or raises.
         """
         try:
-            return self._fit()
+            with training_weights(self.optimizer):
+                return self._fit()
         finally:
             self.checkpoints.wait()
 
@@ -292,17 +291,17 @@ class Trainer:
         if not validation_is_due(self.config.validation, step, max_steps=self.max_steps, epoch_of=self.sampler.epoch_of):
             return False
         self._watch(None)
-        validation_sampler: ValidationSampler = self.validation_data.sampler  # type: ignore[assignment]
-        result = evaluate(
-            unwrap(self.model),
-            self.validation_data,
-            num_blocks=validation_sampler.num_blocks,
-            world=self.world,
-            precision=self.precision,
-            loss_function=self.loss_function,
-            token_bytes=self.token_bytes,
-            interrupted=self.world.stop_request.__bool__,
-        )
+        with evaluation_weights(self.optimizer):
+            result = evaluate(
+                unwrap(self.model),
+                self.validation_data,
+                num_blocks=self.validation_data.sampler.num_blocks,  # type: ignore[attr-defined]
+                world=self.world,
+                precision=self.precision,
+                loss_function=self.loss_function,
+                token_bytes=self.token_bytes,
+                interrupted=self.world.stop_request.__bool__,
+            )
         if result is None:
             self._stopped = True
             return False
@@ -318,7 +317,8 @@ class Trainer:
         if progress.owes_sample or sample_is_due(self.config.tracking, progress.step, validated=validated, is_last=is_last):
             self._watch(None)
             model, log_line = unwrap(self.model), self.tracker.log
-            done = not self._stopped and log_sample(self.sample, model, self.world, log_line, step=progress.step)
+            with evaluation_weights(self.optimizer):
+                done = not self._stopped and log_sample(self.sample, model, self.world, log_line, step=progress.step)
             self._stopped = not done
             progress.owed_sample_step = 0 if done else progress.step
 

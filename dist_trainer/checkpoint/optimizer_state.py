@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.manifest import read_json
+from dist_trainer.optim.evaluation_weights import has_evaluation_weights, set_weights
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -21,12 +22,18 @@ GROUPS = "optimizer_groups"
 """Key of the groups' values in a checkpoint's JSON; versions of dist_trainer that did not save them have none."""
 SEPARATOR = "::"
 _GROUP = f"param_groups{SEPARATOR}"
+_TRAINING_WEIGHT = "training_weight"
 _NOT_STATE = ("params", "lr", "initial_lr")
 """Of a group: its parameters, and learning rates, which follow from the config and the step."""
 
 
-def state_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """`parameter::entry` → tensor of its state, and `param_groups::index::entry` → tensor of a group."""
+def state_tensors(
+    optimizer: Optimizer, model: nn.Module, training_weights: Mapping[nn.Parameter, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """`parameter::entry` → tensor of its state, and `param_groups::index::entry` → tensor of a group.
+
+    `training_weights`: those of parameters that are saved with other values (see optim/evaluation_weights.py).
+    """
     state = {
         f"{name}{SEPARATOR}{key}": value
         for name, parameter in model.named_parameters()
@@ -39,7 +46,8 @@ def state_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
         for key, value in group.items()
         if isinstance(value, Tensor) and key not in _NOT_STATE
     }
-    return {**state, **groups}
+    own = {name: training_weights[p] for name, p in model.named_parameters() if training_weights and p in training_weights}
+    return {**state, **groups, **{f"{name}{SEPARATOR}{_TRAINING_WEIGHT}": value for name, value in own.items()}}
 
 
 def state_values(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -102,13 +110,17 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path, save
         for key, value in {**(values[index] if values else {}), **by_name.pop(f"{_GROUP}{index}", {})}.items():
             group[key] = _as_before(value, group.get(key), device)
 
+    trained = {name: entries.pop(_TRAINING_WEIGHT) for name, entries in by_name.items() if _TRAINING_WEIGHT in entries}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ordered = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     if missing := [name for name in by_name if name not in ordered]:
         raise CheckpointError(f"{folder / OPTIMIZER_FILE} has state for {missing[0]}, which the optimizer does not know")
-    state = {index: by_name[name] for index, name in enumerate(ordered) if name in by_name}
+    state = {index: by_name[name] for index, name in enumerate(ordered) if by_name.get(name)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _keep_formats(optimizer, names, by_name)
+    if trained and has_evaluation_weights(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+        set_weights({parameter: trained[name] for name, parameter in model.named_parameters() if name in trained})
 
 
 class FirstStepCheck:

@@ -32,6 +32,7 @@ from dist_trainer.checkpoint.optimizer_state import (
 from dist_trainer.errors import CheckpointError
 from dist_trainer.manifest import read_json, verify
 from dist_trainer.models.registry import load_weights
+from dist_trainer.optim.evaluation_weights import evaluation_weights
 from dist_trainer.precision import Precision
 
 
@@ -145,20 +146,22 @@ def take_snapshot(
     Copied, unless no step will change it any more (`training_goes_on`): then what lies in host memory is taken as it is, and
     a run's end needs no second state's memory. Copies from a GPU use `pinned` while no other snapshot does.
     """
-    weights = model.state_dict()
-    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    tensors = state_tensors(optimizer, model)
-    on_host, borrows = to_host({**tensors, **weights}, copies=training_goes_on, pinned=pinned)
-    snapshot = Snapshot(
-        weights={name: on_host[name] for name in weights},
-        optimizer_tensors={name: on_host[name] for name in tensors},
-        optimizer_values=state_values(optimizer, model),
-        scaler=scaler,
-        progress=Progress(**asdict(progress)),
-        facts=facts,
-        untrained=frozenset(weights.keys() - trained),
-        optimizer_groups=group_values(optimizer),
-    )
+    with evaluation_weights(optimizer) as training_weights:
+        weights = model.state_dict()
+        trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        tensors = state_tensors(optimizer, model, training_weights)
+        copies = training_goes_on or bool(training_weights)
+        on_host, borrows = to_host({**tensors, **weights}, copies=copies, pinned=pinned)
+        snapshot = Snapshot(
+            weights={name: on_host[name] for name in weights},
+            optimizer_tensors={name: on_host[name] for name in tensors},
+            optimizer_values=state_values(optimizer, model),
+            scaler=scaler,
+            progress=Progress(**asdict(progress)),
+            facts=facts,
+            untrained=frozenset(weights.keys() - trained),
+            optimizer_groups=group_values(optimizer),
+        )
     if pinned is not None and borrows:
         pinned.lend_to(snapshot)
     return snapshot

@@ -141,6 +141,13 @@ def fit(
     return lines, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
+@torch.no_grad()
+def validation_loss(model: nn.Module) -> float:
+    """By torch alone."""
+    inputs, targets = torch.stack([row for row, _ in PAIRS[170:]]), torch.stack([target for _, target in PAIRS[170:]])
+    return float(F.cross_entropy(model.eval()(inputs), targets))
+
+
 class Counting(nn.Module):
     """Has buffers of several types: one that is added to, one that is replaced, one that no checkpoint holds."""
 
@@ -173,10 +180,7 @@ def test_the_validation_that_is_logged_is_that_of_the_saved_weights_and_buffers(
         assert all(np.array_equal(other[name], tensor) for name, tensor in state.items())
     saved = with_buffers()
     load_weights(saved, tmp_path / "latest")
-    inputs, targets = torch.stack([row for row, _ in PAIRS[170:]]), torch.stack([target for _, target in PAIRS[170:]])
-    with torch.no_grad():
-        loss = F.cross_entropy(saved.eval()(inputs), targets)
-    assert lines.losses("validation")[-1] == pytest.approx(float(loss), rel=1e-5)
+    assert lines.losses("validation")[-1] == pytest.approx(validation_loss(saved), rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -258,6 +262,61 @@ class AdaptsItsStep(Optimizer):
                 parameter -= group["lr"] * group["d"] * parameter.grad
 
 
+class ScheduleFree(Optimizer):
+    """SGD that trains other weights than it evaluates, as schedule-free optimizers do (Defazio 2024, arXiv:2405.15682)."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05, "k": 0, "train_mode": False})
+
+    def train(self) -> None:
+        self._switch(True, weight=0.1)
+
+    def eval(self) -> None:
+        self._switch(False, weight=1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def _switch(self, mode: bool, *, weight: float) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"] if group["train_mode"] != mode else []:
+                if "z" in self.state[parameter]:
+                    parameter.lerp_(self.state[parameter]["z"], weight)
+            group["train_mode"] = mode
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["k"] += 1
+            for y in group["params"]:
+                z = self.state[y].setdefault("z", y.clone())
+                y.lerp_(z, 1 / group["k"]).sub_(y.grad, alpha=0.1 * group["lr"])
+                z.sub_(y.grad, alpha=group["lr"])
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_optimizer_with_other_weights_to_evaluate_validates_and_saves_those_and_resumes_exactly(world_size, tmp_path):
+    def run(name: str, stop_after: int | None = None) -> tuple[Lines, dict[str, np.ndarray]]:
+        optimizer_of = lambda model: ScheduleFree(model.parameters())  # noqa: E731
+        act = functools.partial(fit, mlp, tmp_path / name, stop_after=stop_after, optimizer_of=optimizer_of)
+        return run_ranks(world_size, act)[0]
+
+    whole, state = run("whole")
+    first, _ = run("stopped", stop_after=5)
+    then, resumed = run("stopped")
+    for kind in ("train", "validation"):
+        assert first.losses(kind) + then.losses(kind) == whole.losses(kind)
+    saved = mlp()
+    load_weights(saved, tmp_path / "whole/latest")
+    for name, tensor in saved.state_dict().items():
+        assert np.array_equal(state[name], tensor.numpy()), "what was trained ends as what was saved"
+        assert np.array_equal(resumed[name], tensor.numpy())
+    assert validation_loss(saved) == pytest.approx(whole.losses("validation")[-1], rel=1e-5)
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_state_in_parameter_groups_resumes_exactly_and_each_group_has_its_own_rate(world_size, tmp_path):
     def optimizer_of(model: nn.Module) -> Optimizer:
@@ -266,9 +325,6 @@ def test_state_in_parameter_groups_resumes_exactly_and_each_group_has_its_own_ra
     def run(name: str, stop_after: int | None = None) -> tuple[Lines, dict[str, np.ndarray]]:
         act = functools.partial(fit, mlp, tmp_path / name, stop_after=stop_after, optimizer_of=optimizer_of)
         return run_ranks(world_size, act)[0]
-
-    def mlp() -> nn.Module:
-        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
 
     whole, state = run("whole")
     first, _ = run("stopped", stop_after=5)

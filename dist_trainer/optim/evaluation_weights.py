@@ -1,0 +1,55 @@
+"""Optimizers that evaluate other weights than they train, such as schedule-free ones: they have `train()` and `eval()`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def has_evaluation_weights(optimizer: Optimizer) -> bool:
+    """Whether `optimizer` has the two methods, each of which turns the parameters into the other weights, in place."""
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+@contextmanager
+def training_weights(optimizer: Optimizer) -> Generator[None]:
+    """Inside, the parameters are what is trained; after that what is evaluated and saved."""
+    modes: Any = optimizer
+    if not has_evaluation_weights(optimizer):
+        yield
+        return
+    modes.train()
+    try:
+        yield
+    finally:
+        modes.eval()
+
+
+@contextmanager
+def evaluation_weights(optimizer: Optimizer) -> Generator[dict[nn.Parameter, Tensor]]:
+    """Inside, the parameters are what is evaluated and saved; gives what is trained, which they are again after that, to the
+    last bit. Nothing happens, and nothing is given, where the two are the same.
+    """
+    modes: Any = optimizer
+    if not has_evaluation_weights(optimizer):
+        yield {}
+        return
+    trained = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    modes.eval()
+    try:
+        yield trained
+    finally:
+        modes.train()
+        set_weights(trained)
+
+
+@torch.no_grad()
+def set_weights(weights: dict[nn.Parameter, Tensor]) -> None:
+    """Give the parameters these values."""
+    for parameter, values in weights.items():
+        parameter.copy_(values)
