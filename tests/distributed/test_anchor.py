@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.data.batch import Batch
 from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.models.decoder_lm import DecoderLM
 from tests.distributed.ranks import run_ranks
@@ -23,8 +24,10 @@ TOLERANCES = {"fp32": 5e-5, "bf16": 2e-3, "fp16": 2e-3}
 """Relative, between one process and two ranks: products in half precision enlarge differences of float32's rounding."""
 
 
-def plain_loop(config: TrainingConfig) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
-    """The documented step, written out for one process: its loss, rate and gradient norm at each step, and its last weights."""
+def plain_loop(config: TrainingConfig) -> tuple[list[dict[str, float]], float, dict[str, np.ndarray]]:
+    """The documented step, written out for one process: its loss, rate and gradient norm at each step, then the validation loss
+    and the weights.
+    """
     torch.set_num_threads(1)
     optim, dtype = config.optim, DTYPES[config.precision.dtype]
     model = DecoderLM(config.model, VOCABULARY, config.data.sequence_length)
@@ -36,7 +39,7 @@ def plain_loop(config: TrainingConfig) -> tuple[list[dict[str, float]], dict[str
     ]
     optimizer = torch.optim.AdamW(groups, lr=optim.learning_rate, betas=optim.betas, eps=optim.eps, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
-    loader = create_dataloaders(config).train
+    loader, validation_batches = create_dataloaders(config)
     loader.sampler.seek(0)
     batches, lines = iter(loader), []
     steps, warmup = config.train.max_steps, config.schedule.warmup_steps
@@ -47,9 +50,7 @@ def plain_loop(config: TrainingConfig) -> tuple[list[dict[str, float]], dict[str
         for block, batch in enumerate(micro_batches):
             digest = hashlib.blake2b(f"{config.seed}/{step}/{block}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little"))
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                logits: Tensor = model(batch.tokens)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="sum")
+            loss = summed_loss(model, batch, dtype)
             scaler.scale(loss / target_tokens).backward()
             loss_sum += loss.item()
         scaler.unscale_(optimizer)
@@ -63,7 +64,18 @@ def plain_loop(config: TrainingConfig) -> tuple[list[dict[str, float]], dict[str
         scaler.update()
         optimizer.zero_grad()
         lines.append({"loss": loss_sum / target_tokens, "lr": rate, "grad_norm": norm.item()})
-    return lines, {f"model.{name}": parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    model.eval()
+    with torch.no_grad():
+        sums = [(summed_loss(model, batch, dtype).item(), int((batch.targets != -100).sum())) for batch in validation_batches]
+    validation_loss = sum(loss for loss, _ in sums) / sum(targets for _, targets in sums)
+    return lines, validation_loss, {f"model.{name}": parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+
+def summed_loss(model: DecoderLM, batch: Batch, dtype: torch.dtype) -> Tensor:
+    """Of the batch's targets, from logits in `dtype`."""
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        logits: Tensor = model(batch.tokens)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="sum")
 
 
 def anchored_config(stories: Any, output_dir: Any, dtype: str) -> TrainingConfig:
@@ -77,7 +89,7 @@ def anchored_config(stories: Any, output_dir: Any, dtype: str) -> TrainingConfig
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_norms_rates_and_weights_are_those_of_a_plain_loop(stories, tmp_path, dtype):
-    [(lines, last_weights)] = run_ranks(1, lambda: plain_loop(anchored_config(stories, tmp_path, dtype)))
+    [(lines, validation_loss, last_weights)] = run_ranks(1, lambda: plain_loop(anchored_config(stories, tmp_path, dtype)))
     assert all(0.25 < line["grad_norm"] < math.inf for line in lines), "every update is clipped, none is skipped"
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
     for world_size, tolerance in ((1, 1e-6), (2, TOLERANCES[dtype])):
@@ -87,6 +99,7 @@ def test_losses_norms_rates_and_weights_are_those_of_a_plain_loop(stories, tmp_p
         assert [line["lr"] for line in found] == pytest.approx([line["lr"] for line in lines], rel=1e-9)
         for name in ("loss", "grad_norm"):
             assert [line[name] for line in found] == pytest.approx([line[name] for line in lines], rel=tolerance), name
+        assert metrics(config, "validation")[-1]["loss"] == pytest.approx(validation_loss, rel=tolerance)
         ours = weights(config)
         assert ours.keys() == last_weights.keys()
         for name, expected in last_weights.items():

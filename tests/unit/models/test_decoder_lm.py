@@ -218,6 +218,19 @@ def test_dropout_drops_while_training_only():
     assert torch.equal(model.eval()(tokens()), model(tokens()))
 
 
+@pytest.mark.parametrize("place", ["embedding", "attention weights", "after attention", "after feed-forward"])
+def test_each_place_that_is_said_to_drop_drops(place):
+    model = build(small(dropout=0.5)).train()
+    with torch.no_grad():
+        for block in model.layers:
+            block.self_attn.o_proj.weight *= place != "after feed-forward"
+            block.mlp.down_proj.weight *= place != "after attention"
+            block.self_attn.dropout *= place == "attention weights"
+            block.dropout.p *= place.startswith("after")
+    model.dropout.p *= place == "embedding"
+    assert not torch.equal(model(tokens()), model(tokens()))
+
+
 def test_flops_count_every_matrix_once_and_causal_attention_by_half():
     matrices = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) + 32 * VOCABULARY
     assert build().flops_per_token(64) == 6 * matrices + 2 * 6 * 32 * 64
