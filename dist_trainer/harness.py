@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dist_trainer.config.command_line import in_this_shell
 from dist_trainer.config.schema import PrecisionConfig
 from dist_trainer.data.chat import own_template
 from dist_trainer.data.template_limits import TemplateLimitError, check_length, check_template, within_limits
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 RESULTS_FOLDER = "evaluations"
 """Of a run's folder."""
-INSTALL = "`EXTRAS=harness launch/setup.sh`, or `pip install lm_eval accelerate`"
+INSTALL = f"`EXTRAS=harness launch/setup.sh`, or `{in_this_shell()} -m pip install lm_eval accelerate`"
 OFFLINE = (
     ". The Hub cannot be reached: bring the task's data into the local cache (HF_HOME) on a machine that reaches it, or name "
     "tasks of your own with data in local files (--harness_tasks)"

@@ -50,13 +50,16 @@ def program() -> str:
     return CONSOLE_SCRIPT if Path(sys.argv[0]).name == CONSOLE_SCRIPT else MODULE
 
 
-def python_in_words(*, path: str | None = None) -> str:
-    """How to call this process's Python in the shell that started it: `python` where its search path (None: $PATH) leads
-    there, else the file, which needs no activated environment.
+def in_this_shell(program: str = "python", *, path: str | None = None) -> str:
+    """How to call this process's Python, or a `program` installed with it, in the shell that started this process: by its name
+    if the search path (None: $PATH) leads there, else by its file, which needs no activated environment.
     """
-    found, here = shutil.which("python", path=path), Path(sys.executable)
-    if found is not None and Path(found).absolute().parent == here.parent and os.path.samefile(found, here):
-        return "python"
+    python = Path(sys.executable)
+    here = python if program == "python" else python.with_name(program)
+    found = shutil.which(program, path=path)
+    is_it = found is not None and Path(found).absolute().parent == here.parent and os.path.samefile(found, here)
+    if is_it or not os.path.lexists(here):
+        return program
     return shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
 
 

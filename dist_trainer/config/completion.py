@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal, get_args, get_origin
 
-from dist_trainer.config.command_line import ALL, CONSOLE_SCRIPT, DRY_RUN, FLAGS, HELP_FLAGS, LIST, SHELLS
+from dist_trainer.config.command_line import ALL, CONSOLE_SCRIPT, DRY_RUN, FLAGS, HELP_FLAGS, LIST, SHELLS, in_this_shell
 from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of, section_classes, sentences_by_key
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.row_names import ROW_NAMES
@@ -17,7 +17,8 @@ def completion_script(shell: str) -> str:
     try:
         import shtab  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ConfigError("--print_completion: needs the package shtab, which is not here; pip install 'shtab>=1.9'") from error
+        install = f"{in_this_shell()} -m pip install 'shtab>=1.9'"
+        raise ConfigError(f"--print_completion: needs the package shtab, which is not here; {install}") from error
     parser = completion_parser()
     for action in parser._actions:
         if action.dest == "config" or action.dest in PATH_KEYS:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.command_line import python_in_words
+from dist_trainer.config.command_line import in_this_shell
 from dist_trainer.models.registry import can_open
 from dist_trainer.plural import counted
 from dist_trainer.secrets import masked
@@ -154,5 +154,5 @@ def next_steps(folder: Path, *, chats: bool = False) -> str:
         generate = {f"generate {named} --chat": "chat"} if chats else {f"generate {named}": "generate text"}
         commands = generate | {f"evaluate {named}": "measure the validation loss again"} | commands
     width = max(map(len, commands))
-    lines = (f"  {python_in_words()} -m dist_trainer.{words:<{width}}   # {note}" for words, note in commands.items())
+    lines = (f"  {in_this_shell()} -m dist_trainer.{words:<{width}}   # {note}" for words, note in commands.items())
     return "\n".join([f"open {folder / 'report.html'} in a browser, or run", *lines])

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.command_line import in_this_shell
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.errors import ConfigError
@@ -88,7 +89,7 @@ def refuse_missing_packages(tracking: TrackingConfig) -> None:
         if follower.must_be_installed and follower.is_on(tracking) and importlib.util.find_spec(row) is None:
             raise ConfigError(
                 f"tracking.{row}: true needs the package {row}, which is not installed; "
-                f"install it (`{sys.executable} -m pip install {row}`), or set it to false"
+                f"install it (`{in_this_shell()} -m pip install {row}`), or set it to false"
             )
 
 

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.command_line import in_this_shell
 from dist_trainer.tracking.atomic_file import replace_file
 from dist_trainer.tracking.lenient_json import text_of
 from dist_trainer.tracking.position import Position
@@ -54,7 +55,7 @@ class TrackioSink:
 
     def goodbye(self) -> str:
         """How to look at it."""
-        return f"`trackio show --project {shlex.quote(self._project)}` shows it"
+        return f"`{in_this_shell('trackio')} show --project {shlex.quote(self._project)}` shows it"
 
     @staticmethod
     def _open(description: dict[str, Any], *, resume: str) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dist_trainer.config.command_line import in_this_shell
 from dist_trainer.tracking.atomic_file import replace_file
 from dist_trainer.tracking.lenient_json import number
 from dist_trainer.tracking.position import Position
@@ -75,7 +76,9 @@ class WandbSink:
             return f"its server refused a part of {self._run.url} (see {self._log}); the same command sends what is missing"
         if self._is_online:
             return f"has everything: {self._run.url}"
-        return f"recorded offline; `wandb sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
+        return (
+            f"recorded offline; `{in_this_shell('wandb')} sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
+        )
 
     def _gave_up(self) -> bool:
         """Whether W&B stopped sending. Its `finish` returns then as ever, and only what it prints for its user says so."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from dist_trainer.config.command_line import python_in_words
+from dist_trainer.config.command_line import in_this_shell
 from dist_trainer.config.llama_json import HFModel, hf_config
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.tracking.console_tracker import ConsoleTracker, next_steps
@@ -145,8 +145,15 @@ def test_the_commands_at_the_end_can_be_pasted_into_the_shell_that_ran(tmp_path,
 
 def test_the_python_of_an_environment_below_the_working_folder_is_named_from_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
-    assert python_in_words(path="/usr/bin:/bin") == ".venv/bin/python"
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "wandb"):
+        (programs / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    assert in_this_shell(path="/usr/bin:/bin") == ".venv/bin/python"
+    assert in_this_shell("wandb", path="/usr/bin:/bin") == ".venv/bin/wandb"
+    assert in_this_shell("wandb", path=f"{programs}:/usr/bin:/bin") == "wandb"
+    assert in_this_shell("trackio", path="/usr/bin:/bin") == "trackio", "which is elsewhere, if anywhere"
 
 
 def test_who_trained_on_conversations_is_told_how_to_chat(tmp_path):
