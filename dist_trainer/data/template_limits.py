@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-MOST_SECONDS = 10.0
+MOST_SECONDS = 5.0
 """Of CPU time. A conversation takes milliseconds."""
 MOST_BYTES = 1 << 30
 """Of memory beyond what the process has when rendering starts."""
