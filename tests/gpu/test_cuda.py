@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.fp16_loss import errors, in_chunks, plain_amp, problem_of
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.config.schema import ModelConfig
@@ -149,3 +150,9 @@ def test_grouped_attention_never_writes_out_all_scores(dtype, masked):
         found = attend(*on_gpu, exact_mask(documents.cuda(), dtype) if masked else None, causal=not masked, dropout=0.0)
         found.sum().backward()
     torch.testing.assert_close(found.float().cpu(), expected, atol=1e-2 if dtype == torch.float16 else 1e-3, rtol=1e-2)
+
+
+def test_in_fp16_the_loss_in_chunks_is_as_exact_as_plain_amp():
+    problem = problem_of(50257, hidden_size=64, tokens=512, device="cuda")
+    usual, ours = (errors(function, problem, scale=65536.0) for function in (plain_amp, in_chunks))
+    assert all(ours[what] < 1.05 * usual[what] for what in usual)
