@@ -94,6 +94,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     if arguments.prompt is not None and arguments.prompts_file is not None:
         raise ConfigError("--prompt and --prompts_file: give one of them")
+    for name in ("prompt", "system"):
+        refuse_broken_text(f"--{name}", getattr(arguments, name) or "")
     if arguments.system is not None and not arguments.chat:
         raise ConfigError("--system: is a message of a chat; add --chat, or put it at the beginning of --prompt")
     for name, smallest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 1)):
@@ -211,9 +213,21 @@ def asked_for(arguments: argparse.Namespace) -> Iterator[Prompt]:
             yield Prompt(line)
     else:
         try:
-            yield from (Prompt(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
+            for number, line in enumerate(sys.stdin, start=1):
+                text = line.removeprefix("\ufeff" if number == 1 else "").rstrip("\r\n")
+                if text.strip():
+                    refuse_broken_text(f"line {number} of standard input", text)
+                    yield Prompt(text)
         except UnicodeDecodeError as error:
             raise ConfigError(f"standard input is not UTF-8 text ({error})") from error
+
+
+def refuse_broken_text(name: str, text: str) -> None:
+    """Raises ConfigError if it was not UTF-8: Python hands on such bytes of arguments, and of input in some locales."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{name}: is not UTF-8 text (at place {error.start}: {error.object[error.start]!a})") from error
 
 
 def prompts_of(path: Path) -> list[Prompt]:

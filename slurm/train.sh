@@ -150,7 +150,7 @@ done
 # --- which run is this? A config error is refused here, before any rank starts --------------------
 resolved=$("$PYTHON" -m dist_trainer.train "$@" --print_config) || refuse "the config (see above)"
 key() { "$PYTHON" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)$1)" <<<"$resolved"; }
-run_folder=$(key '["output_dir"]')/$(key '["run_name"]')
+run_folder=$("$PYTHON" -c 'import os, sys; print(os.path.expanduser(sys.argv[1]))' "$(key '["output_dir"]')/$(key '["run_name"]')")
 # Begin anew once, not after each return from the queue.
 if ((TRY > 0)) && [[ $(key '["checkpoint"]["resume"]') == never ]]; then set -- "$@" --checkpoint.resume auto; fi
 logs=$run_folder/logs

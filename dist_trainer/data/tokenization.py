@@ -59,7 +59,7 @@ def read_chat_template(name: str) -> str:
     """The Jinja template in the file `name`. Raises DataError where there is none."""
     path = user_path(name)
     try:
-        template = path.read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(

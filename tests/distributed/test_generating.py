@@ -247,12 +247,24 @@ def test_nothing_is_printed_before_all_prompts_are_known_to_be_good(trained, tmp
 
 def test_lines_from_a_pipe_are_prompts(trained, capsys, monkeypatch, tmp_path):
     words = (trained, "--max_new_tokens", "4", "--temperature", "0")
-    monkeypatch.setattr("sys.stdin", io.StringIO("It was\n\nEmma\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("It was\n \nEmma\n"))
     printed = said(capsys, *words)
     assert printed == said(capsys, *words, "--prompt", "It was") + said(capsys, *words, "--prompt", "Emma")
     monkeypatch.setattr("sys.stdin", io.StringIO("It was\n"))
     assert said(capsys, *words, "--output", tmp_path / "out.jsonl") == ""
     assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "It was"
+
+
+def test_text_that_is_not_utf8_is_refused_wherever_it_comes_from(trained, chatty, capsys, monkeypatch):
+    assert generate.main([str(trained), "--prompt", "It was\udcff"]) == 2
+    assert "--prompt: is not UTF-8 text (at place 6: '\\udcff')" in capsys.readouterr().err
+    assert generate.main([str(chatty), "--chat", "--system", "\udcff", "--prompt", "Hi"]) == 2
+    assert "--system: is not UTF-8 text" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeffIt was\r\n\udcff\n"))
+    assert generate.main([str(trained), "--max_new_tokens", "1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("It was")
+    assert "line 2 of standard input: is not UTF-8 text" in printed.err
 
 
 def test_each_token_that_ends_a_text_by_the_model_s_config_ends_it(elsewhere, tmp_path, capsys):

@@ -300,6 +300,15 @@ def test_sbatch_starts_torchrun_on_every_node(stand_in: Path, slurm: dict[str, s
     assert "requeue" not in done.stdout
 
 
+def test_a_run_in_the_home_folder_has_its_logs_there(stand_in: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+    program = stand_in / "python"
+    write_program(program, program.read_text().replace(f"output_dir: {tmp_path}/runs", "output_dir: ~/runs"))
+    done = launch("slurm/train.sh", stand_in=stand_in, **slurm, HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "home" / "runs" / "demo" / "logs").is_dir()
+    assert not (REPOSITORY / "~").exists()
+
+
 def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str]) -> None:
     done = launch("slurm/train.sh", stand_in=stand_in, LAUNCHER="srun", **slurm)
     assert "SRUN --ntasks=16 --ntasks-per-node=8 --cpus-per-task=4" in done.stdout

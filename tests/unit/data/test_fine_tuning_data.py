@@ -233,6 +233,17 @@ def test_marks_of_a_template_and_growing_beginnings_give_the_same_mask(tmp_path)
     assert masks[0] == masks[1]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
+    marked = tmp_path / "marked.jinja"
+    marked.write_text(Path(PLAIN).read_text(), encoding="utf-8-sig")
+    first, second = (
+        stored(config, tokenizer_of(config))
+        for template in (PLAIN, str(marked))
+        for config in [small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages", chat_template=template)]
+    )
+    assert first.key == second.key
+
+
 def test_the_plain_template_needs_no_new_tokens(tmp_path):
     config = small(
         chats(tmp_path / "x.jsonl", [[SYSTEM, *CONVERSATIONS[1]]]), tmp_path, messages_column="messages", chat_template=PLAIN
