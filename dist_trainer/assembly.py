@@ -42,7 +42,13 @@ from dist_trainer.models.registry import (
     weights_writer,
 )
 from dist_trainer.optim.optimizers import OPTIMIZERS, build_optimizer, warn_of_default_learning_rate, without_auto
-from dist_trainer.optim.schedules import SCHEDULES, total_steps, warn_of_changed_length, warn_of_unfinished_warmup
+from dist_trainer.optim.schedules import (
+    SCHEDULES,
+    initial_learning_rate,
+    total_steps,
+    warn_of_changed_length,
+    warn_of_unfinished_warmup,
+)
 from dist_trainer.out_of_memory import explaining_out_of_memory
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.precision import build_precision, warn_of_emulated_bf16
@@ -240,8 +246,8 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
         warn_of_emulated_bf16(trainer.precision, world.device)
         if (before := start.train_before) is not None:
-            per_epoch = trainer.sampler.steps_per_epoch
-            warn_of_changed_length(config, before, step=start.progress.step, steps_per_epoch=per_epoch)
+            per_epoch, peak = trainer.sampler.steps_per_epoch, initial_learning_rate(trainer.optimizer.param_groups[0])
+            warn_of_changed_length(config, before, step=start.progress.step, steps_per_epoch=per_epoch, peak=peak)
         if start.checkpoint is None and config.model.init_from is not None and begins_trained(config.model):
             size = sum(parameter.numel() for parameter in trainer.parameters)
             warn_of_default_learning_rate(config.optim, parameters=size, init_from=config.model.init_from)

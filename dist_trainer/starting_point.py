@@ -57,7 +57,9 @@ class StartingPoint:
     def train_before(self) -> TrainConfig | None:
         """The `train` section that the checkpoint was written under; None if it does not say."""
         section = self.facts.get("config", {}).get("train")
-        return TrainConfig(max_steps=section.get("max_steps"), epochs=section.get("epochs")) if section else None
+        if not isinstance(section, Mapping):
+            return None
+        return TrainConfig(max_steps=section.get("max_steps"), epochs=section.get("epochs"))
 
 
 def find_starting_point(config: TrainingConfig, folder: RunFolder) -> StartingPoint:

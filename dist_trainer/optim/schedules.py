@@ -111,21 +111,23 @@ def warn_of_unfinished_warmup(config: ScheduleConfig, total_steps: int) -> None:
         )
 
 
-def warn_of_changed_length(config: TrainingConfig, before: TrainConfig, *, step: int, steps_per_epoch: float) -> None:
+def warn_of_changed_length(
+    config: TrainingConfig, before: TrainConfig, *, step: int, steps_per_epoch: float, peak: float | None
+) -> None:
     """Warn if a run that resumes after `step` steps has another learning rate from now on, because its length has changed.
 
-    `before` is the run's `train` section when it stopped. Schedules are functions of the whole length, so a changed
+    `before` is the run's `train` section when it stopped, `peak` the rate that the schedule's factor is applied to (None: the
+    optimizer has none). Schedules are functions of the whole length, so a changed
     train.max_steps or train.epochs stretches or shrinks the curve, also the part that has been trained already.
     """
     most, most_before = total_steps(config.train, steps_per_epoch), total_steps(before, steps_per_epoch)
-    if not 0 < step < most or most == most_before:
+    if peak is None or not 0 < step < most or most == most_before:
         return
     now, then = (build_schedule(config.schedule, length) for length in (most, most_before))
     last, following = then(min(step, most_before) - 1), now(step)
     expected = then(min(step, most_before - 1))  # a schedule of the user's own may not be defined after its end
     if math.isclose(following, expected, rel_tol=NOTICEABLE_CHANGE):
         return
-    peak = config.optim.learning_rate
     log.warning(
         "the learning rate changes from %.3g at step %d to %.3g at step %d: the schedule (%s) now spans %s, it spanned "
         "%d (train.max_steps, train.epochs); see docs/resuming.md",

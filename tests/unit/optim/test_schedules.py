@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dist_trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig, TrainingConfig
+from dist_trainer.config.schema import ScheduleConfig, TrainConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.optim.schedules import (
     SCHEDULES,
@@ -71,9 +71,9 @@ def warning_of_length(
     caplog, now: TrainConfig, before: TrainConfig, *, step: int, name: str = "cosine", warmup_steps: int = 0
 ) -> str:
     schedule = ScheduleConfig(name=name, warmup_steps=warmup_steps, min_lr_ratio=0.1)
-    config = TrainingConfig(optim=OptimConfig(learning_rate=1.0), schedule=schedule, train=now)
+    config = TrainingConfig(schedule=schedule, train=now)
     caplog.clear()
-    warn_of_changed_length(config, before, step=step, steps_per_epoch=10.0)
+    warn_of_changed_length(config, before, step=step, steps_per_epoch=10.0, peak=1.0)
     return caplog.text
 
 
