@@ -20,9 +20,8 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_la
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raises CheckpointError where reading a model or a tokenizer from `folder`, by whatever library, would read files outside
-    it, open a pickle, or run code of others: its files may come from a stranger.
+def check_links(folder: Path) -> None:
+    """Raises CheckpointError where a file that a model or a tokenizer is read from is a link out of `folder`.
 
     In the Hub's cache files are links to others of the same model, which are inside.
     """
@@ -32,6 +31,13 @@ def check_model_folder(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} has {path.name} behind a link out of it, which is not followed; put the file there"
             )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raises CheckpointError where reading a model from `folder`, by whatever library, would read files outside it, open a
+    pickle, or run code of others: its files may come from a stranger.
+    """
+    check_links(folder)
     if (folder / ADAPTER_FILE).is_file():
         raise CheckpointError(
             f"{folder} holds an adapter ({ADAPTER_FILE}), which is not read; merge it into its model once (peft's "

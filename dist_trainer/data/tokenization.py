@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.model_files import check_model_folder
+from dist_trainer.config.model_files import check_links
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.errors import DataError
+from dist_trainer.errors import DataError, StoppedError
 from dist_trainer.hub_access import hub_is_reachable, is_hub_name
 from dist_trainer.manifest import read_json
 from dist_trainer.model_folders import TOKENIZER_FILES, model_folders
@@ -84,13 +84,15 @@ def _from_folder(folder: Path, key: str) -> Tokenizer:
     import transformers
 
     try:
-        check_model_folder(folder)
+        check_links(folder)
         if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         if _is_what_its_files_say(folder):
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds; each ends in one message
+    except (KeyboardInterrupt, SystemExit, StoppedError):
+        raise
+    except BaseException as error:  # the library raises many kinds, and its panics are no Exceptions; each ends in one message
         raise DataError(f"{key}: the tokenizer in {folder} cannot be loaded: {error}") from error
 
 

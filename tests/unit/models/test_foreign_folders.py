@@ -13,11 +13,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_trainer.config.loading import load_config
-from dist_trainer.config.schema import DataConfig
+from dist_trainer.config.schema import DataConfig, PrecisionConfig
 from dist_trainer.data.datasets import CORPUS, open_source
 from dist_trainer.data.tokenization import load_tokenizer
 from dist_trainer.errors import DataError, RefusedError
-from dist_trainer.harness import HarnessOptions, run_harness
+from dist_trainer.harness import HarnessOptions, open_for_harness
 from dist_trainer.models import transformers_lm
 from dist_trainer.models.registry import can_open, load_weights, open_model
 from tests.distributed.small_runs import put_into_hub_cache
@@ -130,12 +130,16 @@ def test_a_hostile_folder_is_refused_whoever_reads_it(model, tmp_path, harm):
         lambda: transformers_lm.open_weights(folder),
         lambda: transformers_lm.make_skeleton(folder),
         lambda: load_weights(skeleton, folder),
-        lambda: load_tokenizer(str(folder)),
         lambda: load_config(["--model.name", name, "--model.init_from", str(folder), "--data.sequence_length", "32"]),
-        lambda: run_harness(folder, HarnessOptions(tasks=()), None),
+        lambda: open_for_harness(dict, folder, load_tokenizer("austen"), HarnessOptions(tasks=()), PrecisionConfig()),
     ):
         with pytest.raises(RefusedError, match=HARM[harm]):
             read()
+    if harm in (a_linked_shard, a_linked_config):
+        with pytest.raises(DataError, match=HARM[harm]):
+            load_tokenizer(str(folder))
+    else:  # such as that of an adapter, which lies beside it
+        assert len(load_tokenizer(str(folder))) == 4096
     assert not can_open(folder)
     assert not (outside / "harm").exists()
 
