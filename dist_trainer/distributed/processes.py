@@ -67,14 +67,19 @@ def command_of(pid: int) -> list[str]:
     return _strings(Path(f"/proc/{pid}/cmdline"))
 
 
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that it was started with; empty if the system does not tell."""
+    variables = (text.partition("=") for text in _strings(Path(f"/proc/{pid}/environ")))
+    return {name: value for name, _, value in variables}
+
+
 def siblings() -> dict[int, dict[str, str]]:
     """The other processes that this one's parent has started, and the environments they began with, as far as can be seen."""
     found: dict[int, dict[str, str]] = {}
     for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
         with suppress(OSError):
             for pid in map(int, children.read_text().split()):
-                variables = (text.partition("=") for text in _strings(Path(f"/proc/{pid}/environ")))
-                found[pid] = {name: value for name, _, value in variables}
+                found[pid] = environment_of(pid)
     found.pop(os.getpid(), None)
     return found
 
