@@ -30,12 +30,12 @@ torch_of() {
 if tuple(map(int, v.split('.')[:2])) >= tuple(map(int, '$TORCH_FLOOR'.split('.'))): print(v)" 2>/dev/null || true
 }
 
-# Prints which build it is: cpu, cu126, rocm6.4. Not by an import: torch's own dependencies may come later.
+# Prints which build it is: cpu, cu126, rocm7.2. Not by an import: torch's own dependencies may come later.
 build_of() {
   "$1" -c "import importlib.util, runpy
 build = runpy.run_path(importlib.util.find_spec('torch').submodule_search_locations[0] + '/version.py')
 cuda, hip = build.get('cuda'), build.get('hip')
-print('cu' + cuda.replace('.', '') if cuda else 'rocm' + '.'.join(hip.split('.')[:2]) if hip else 'cpu')" 2>/dev/null || true
+print('cu' + cuda.replace('.', '') if cuda else build['__version__'].partition('+')[2] if hip else 'cpu')" 2>/dev/null || true
 }
 
 asked=$TORCH
@@ -105,6 +105,7 @@ version=$(torch_of $python) build=$(build_of $python)
 # Whether the torch that is there is what was asked for.
 fits() {
   case $asked in
+    cpu) [[ $build == cpu ]] ;;
     gpu) [[ $build != cpu || $(uname -s) != Linux ]] ;;
     cu* | rocm*) [[ $build == "$asked" ]] ;;
   esac

@@ -38,6 +38,7 @@ has=$(dirname "$0")/torch
 case "$*" in
   *"import uv"* | *"config get"*) exit 1 ;;
   *"pip "*" install "*" --index-url "*) echo "PIP $*"; echo "${GIVES:-$TORCH}" >"$has" ;;
+  *"pip "*" install "*torch==*+cpu) echo "PIP $*"; echo "${GIVES:-cpu}" >"$has" ;;
   *"pip "*" install "*torch*) echo "PIP $*"; echo "${GIVES:-cu130}" >"$has" ;;
   *version.py*) cat "$has" 2>/dev/null ;;
   *torch.__version__* | *metadata*) [[ -e $has ]] && echo "2.13.0+$(cat "$has")" ;;
@@ -51,13 +52,14 @@ esac
     ("has", "asked", "said"),
     [
         ("", "cu126", r"PIP -m pip .*--index-url https://index.example/whl/cu126 --force-reinstall torch>=2\.11"),
-        ("cpu", "rocm6.4", r"PIP -m pip .*--index-url https://index.example/whl/rocm6.4 "),
+        ("cpu", "rocm7.2", r"PIP -m pip .*--index-url https://index.example/whl/rocm7.2 "),
         ("cu130", "cu126", r"PIP -m pip .*/cu126 "),
         ("cpu", "gpu", r"PIP -m pip .*--upgrade torch>=2\.11"),
         ("cu126", "cu126", r"keeping torch 2.13.0\+cu126"),
         ("cu126", "gpu", r"keeping torch 2.13.0\+cu126"),
         ("cu126", "auto", r"keeping torch 2.13.0\+cu126"),
-        ("cu126", "cpu", r"keeping torch 2.13.0\+cu126"),
+        ("cu126", "cpu", r"PIP -m pip .*--no-deps torch==2\.13\.0\+cpu"),
+        ("cpu", "cpu", r"keeping torch 2.13.0\+cpu"),
     ],
 )
 def test_set_up_takes_the_build_of_torch_that_was_asked_for(tmp_path: Path, has: str, asked: str, said: str) -> None:
