@@ -16,21 +16,20 @@
 # export HF_HOME=/scratch/$USER/huggingface DIST_TRAINER_CACHE=/scratch/$USER/dist_trainer
 # export HF_HUB_OFFLINE=1 # where nodes have no network
 
-# --- the network, if gloo or NCCL take the wrong one:
+# --- the network. If the first node's name leads to a slow or closed one, name another way to it; gloo follows:
+# MASTER_ADDR=$(hostname -s)-ib0
+# If gloo or NCCL still take the wrong interface:
 # export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5_0,mlx5_1
 
 # --- a container. This folder, output_dir and the caches must have the same paths inside. PYTHON, outside, reads the config;
 # RANKS_PYTHON is the Python inside.
 # RANKS_PYTHON=python3
 #
-# Pyxis (with enroot) is a plugin of srun:
+# Pyxis, the plugin of srun that starts enroot containers (enroot alone passes on neither the environment nor the folder):
 # SRUN_OPTIONS="--container-image=$PWD/trainer.sqsh --container-mounts=$PWD,/scratch --container-workdir=$PWD"
 #
 # Apptainer is a command before the command:
 # CONTAINER_COMMAND="apptainer exec --nv --bind $PWD,/scratch --pwd $PWD trainer.sif"
-#
-# enroot by itself, with an image that was created on each node (enroot create --name trainer trainer.sqsh):
-# CONTAINER_COMMAND="enroot start --rw --mount $PWD --mount /scratch trainer"
 
 # --- anything else that srun should be told:
 # SRUN_OPTIONS="--cpu-bind=none --mpi=none"

@@ -91,6 +91,8 @@ trap told_to_end TERM
 
 [[ -x launch/multinode.sh ]] || refuse "$PWD is not the repository's folder: cd there before sbatch"
 source launch/checks.sh
+# What the user's shell had would be wrong here: each node learns its own rank from srun.
+unset NODE_RANK MASTER_ADDR
 # A cluster's own: modules, an environment, a container. Such scripts often read variables that are not set.
 site=${SITE_FILE:-slurm/site.sh}
 if [[ -r $site ]]; then
@@ -119,10 +121,9 @@ fi
 
 words=()
 split() { # TEXT WHERE-FROM: its words into `words`; quotes count as in a shell, and nothing is executed
-  local lines print_words='import shlex, sys; print(*shlex.split(sys.argv[1]), "end", sep="\n")'
-  lines=$("$PYTHON" -c "$print_words" "$1" 2>/dev/null) || refuse "$2 has a quote without its end: $1"
-  mapfile -t words <<<"$lines"
-  unset 'words[-1]'
+  local quoted quote='import shlex, sys; print(shlex.join(shlex.split(sys.argv[1])))'
+  quoted=$("$PYTHON" -c "$quote" "$1" 2>/dev/null) || refuse "$2 has a quote without its end: $1"
+  eval "words=($quoted)"
 }
 split "${SRUN_OPTIONS:-}" SRUN_OPTIONS
 on_node=(${words[@]+"${words[@]}"}) # between srun and the command of a node, or of a rank
@@ -186,14 +187,15 @@ if [[ $lead == *@* ]]; then check_lead "${lead##*@}" "${SBATCH_SIGNAL:+SBATCH_SI
 # --- where the ranks meet ---------------------------------------------------------------------------
 # The first node, and three ports of this job's own, below those that the kernel hands out by itself (32768-60999): two jobs
 # on one port would share a rendezvous, and the one would die with the other.
-unset NODE_RANK # each node learns its own from srun
 export NODES=$SLURM_NNODES
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$first_node
-if [[ $(getent hosts "$first_node" || echo 127.) == 127.* ]]; then # a name that only SLURM knows, or that means each node itself
-  MASTER_ADDR=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+if [[ -z ${MASTER_ADDR:-} ]]; then # else slurm/site.sh chose it
+  first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # Only SLURM may know the name, and it may mean a loopback address on that node.
+  if [[ $(getent hosts "$first_node" || echo ::1) =~ ^(127\.|::1) ]]; then
+    MASTER_ADDR=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+  fi
+  MASTER_ADDR=${MASTER_ADDR:-$first_node}
 fi
-MASTER_ADDR=${MASTER_ADDR:-$first_node}
 MASTER_PORT=$((20000 + 3 * (SLURM_JOB_ID % 4000)))
 RDZV_ID=$SLURM_JOB_ID-$TRY
 export MASTER_ADDR MASTER_PORT RDZV_ID
@@ -201,7 +203,7 @@ export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # as launch/multinode.sh has it
 
 # --- the ranks' environment ---------------------------------------------------------------------------
 # On clusters where sbatch has --export=NONE, srun would leave all of this behind.
-export SLURM_EXPORT_ENV=ALL
+export SLURM_EXPORT_ENV=ALL SRUN_EXPORT_ENV=ALL # the second wins where a site sets it
 # Each node's step has its own; this is the first node's.
 gpus_here=${SLURM_GPUS_ON_NODE:-}
 unset SLURM_GPUS_ON_NODE
