@@ -43,8 +43,8 @@ def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
             f"there are {place.world_size} ranks, but {unset}, the place where they meet; start with torchrun, "
             "or unset RANK and WORLD_SIZE for one process"
         )
-    if place.world_size > 1:
-        _number(environment, "MASTER_PORT", 0)
+    if place.world_size > 1 and not 1 <= (port := _number(environment, "MASTER_PORT", 0)) <= 65535:
+        raise ConfigError(f"the environment variable MASTER_PORT is {port}, but ports are numbered from 1 to 65535")
     return place
 
 

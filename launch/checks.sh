@@ -16,7 +16,8 @@ check_ranks() {
   check_number SHUTDOWN_TIMEOUT 1 999999999 "seconds that ranks may take to save after a signal"
 }
 
-has_nvidia_gpu() { [[ -e /dev/nvidia0 || $(nvidia-smi -L 2>/dev/null) == *GPU* ]]; }
+# Opened, not looked for: where SLURM gave a job none of the node's GPUs, their files are there, but closed to it.
+has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]] || { true </dev/nvidia0; } 2>/dev/null; }
 # Many processors have a graphics part with a /dev/kfd; who computes with it has AMD's tools.
 has_amd_gpu() { [[ -e /dev/kfd ]] && { command -v rocm-smi || command -v amd-smi; } >/dev/null; }
 has_gpu() { has_nvidia_gpu || has_amd_gpu; }
@@ -25,7 +26,7 @@ has_gpu() { has_nvidia_gpu || has_amd_gpu; }
 torch_advice() {
   local driver
   if ! has_nvidia_gpu; then
-    echo "make setup TORCH=rocm6.4, or another of the builds for AMD that pytorch.org lists"
+    echo "make setup TORCH=rocm7.2, or another of the builds for AMD that pytorch.org lists"
     return
   fi
   driver=$(nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/\1/p')

@@ -23,9 +23,10 @@ for name in NODES NODE_RANK MASTER_ADDR MASTER_PORT; do
 done
 if ((${#missing[@]})); then
   echo "launch/multinode.sh: not set: ${missing[*]}. For example, on the first of two machines:" >&2
-  echo "  NODES=2 NODE_RANK=0 MASTER_ADDR=$(hostname) MASTER_PORT=29501 launch/multinode.sh $*" >&2
+  echo "  NODES=2 NODE_RANK=0 MASTER_ADDR=$HOSTNAME MASTER_PORT=29501 launch/multinode.sh $*" >&2
   exit 2
 fi
+MASTER_ADDR=${MASTER_ADDR#[} MASTER_ADDR=${MASTER_ADDR%]} # an IPv6 address may be in brackets, as in a URL
 check_number NODES 1 99999 "number of machines"
 check_number NODE_RANK 0 99999 "which of the machines this is"
 check_number MASTER_PORT 1 65533 "the first of three free ports on machine 0"
@@ -45,8 +46,8 @@ if ((NODE_RANK > 0)); then
   own_address=$("$python" -c "$own" "$MASTER_ADDR")
   local_address=$(printf '~%05d,%s' "$NODE_RANK" "$own_address")
   if [[ $own_address == unknown ]]; then
-    echo "launch/multinode.sh: WARNING: MASTER_ADDR ($MASTER_ADDR) is a name that this machine does not know, or without a route" \
-      "to it; trying for a minute. Its address would do as well." >&2
+    echo "launch/multinode.sh: WARNING: this machine cannot resolve MASTER_ADDR ($MASTER_ADDR), or has no route to it; retrying" \
+      "for a minute. An IP address works, too." >&2
   fi
 fi
 export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # or torchrun would choose the ranks' port by chance

@@ -22,7 +22,8 @@ if command -v nvidia-smi >/dev/null || has_gpu; then
     echo "WARNING: this machine has a GPU, but the torch of $python cannot use it, and training runs on the CPU: $(torch_advice)" >&2
   fi
 fi
-ranks=${NPROC:-$((gpus > 0 ? gpus : ${SLURM_GPUS_ON_NODE:-1}))}
+gpus_of_slurm=${SLURM_GPUS_ON_NODE:-0}
+ranks=${NPROC:-$((gpus > 0 ? gpus : gpus_of_slurm > 0 ? gpus_of_slurm : 1))}
 
 # Threads are shared out on purpose: torchrun would give each of several ranks a single one.
 cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.cpu_count import usable_cpus; print(usable_cpus())')}

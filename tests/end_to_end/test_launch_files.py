@@ -197,11 +197,18 @@ def test_torchrun_gives_rank_0_to_machine_0_and_an_address_of_it_that_all_reach(
     assert found == sorted(found)
 
 
+def test_brackets_around_an_ipv6_address_are_not_part_of_it(stand_in: Path) -> None:
+    meeting = {"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "[fd00::9]", "MASTER_PORT": "29501", "NPROC": "1"}
+    run = launch("launch/multinode.sh", stand_in=stand_in, **meeting).stdout.splitlines()[-1]
+    assert "--local-addr=fd00::9 " in run
+    assert "--rdzv-endpoint=fd00::9:29501 " in run
+
+
 def test_a_machine_0_that_cannot_be_found_is_said_before_torchrun_tries(stand_in: Path) -> None:
     """Only that: in a cluster that starts its machines together, names may be known a moment later."""
     meeting = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "no-such-machine.invalid", "MASTER_PORT": "29501", "NPROC": "1"}
     done = launch("launch/multinode.sh", stand_in=stand_in, **meeting)
-    assert "MASTER_ADDR (no-such-machine.invalid) is a name that this machine does not know" in done.stderr
+    assert "WARNING: this machine cannot resolve MASTER_ADDR (no-such-machine.invalid), or has no route to it" in done.stderr
     assert "--local-addr=~00001,unknown " in done.stdout
 
 
@@ -422,9 +429,10 @@ def test_a_signal_too_late_for_the_save_that_was_measured_is_warned_of(
 
 
 def test_what_a_step_needs_reaches_it_where_sbatch_exports_nothing(stand_in: Path, slurm: dict[str, str]) -> None:
-    """There SLURM sets SLURM_EXPORT_ENV=NONE for the sruns of a job."""
-    write_program(stand_in / "srun", '#!/bin/bash\necho "EXPORTS $SLURM_EXPORT_ENV, GPUS ${SLURM_GPUS_ON_NODE:-its own}"\n')
-    given = {**slurm, "SLURM_EXPORT_ENV": "NONE", "SLURM_GPUS_ON_NODE": "8"}
+    """There SLURM sets SLURM_EXPORT_ENV=NONE for the sruns of a job; a site's SRUN_EXPORT_ENV would win over it."""
+    exports = "${SRUN_EXPORT_ENV:-$SLURM_EXPORT_ENV}"
+    write_program(stand_in / "srun", f'#!/bin/bash\necho "EXPORTS {exports}, GPUS ${{SLURM_GPUS_ON_NODE:-its own}}"\n')
+    given = {**slurm, "SLURM_EXPORT_ENV": "NONE", "SRUN_EXPORT_ENV": "NONE", "SLURM_GPUS_ON_NODE": "8"}
     assert "EXPORTS ALL, GPUS its own" in launch("slurm/train.sh", stand_in=stand_in, **given).stdout
 
 
@@ -435,6 +443,7 @@ def test_what_a_step_needs_reaches_it_where_sbatch_exports_nothing(stand_in: Pat
         ({"GPUS": "4", "SLURM_GPUS_ON_NODE": "4"}, 4),  # a node with fewer than the first one
         ({"GPUS": "0", "SLURM_GPUS_ON_NODE": "2"}, 2),
         ({"GPUS": "0"}, 1),
+        ({"GPUS": "0", "SLURM_GPUS_ON_NODE": "0"}, 1),
     ],
 )
 def test_each_node_starts_a_rank_on_each_of_its_own_gpus(
@@ -478,6 +487,29 @@ def test_a_site_s_file_and_options_of_srun_come_between(stand_in: Path, slurm: d
         assert "INSIDE FROM_SITE=1 A=1" in done.stdout, done.stdout + done.stderr
     missing = launch("slurm/train.sh", stand_in=stand_in, SITE_FILE="nowhere.sh", **slurm)
     assert (missing.returncode, "there is no nowhere.sh (SITE_FILE)" in missing.stdout) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("site", "found", "address"),
+    [
+        ("", "10.0.0.1 node1", "node1"),
+        ("", "127.0.1.1 node1", "10.0.0.7"),
+        ("", "::1 node1", "10.0.0.7"),
+        ("", "", "10.0.0.7"),
+        ("MASTER_ADDR=$(echo node1)-ib0", "10.0.0.1 node1", "node1-ib0"),
+    ],
+)
+def test_ranks_meet_at_the_first_node_by_an_address_that_others_reach_or_where_the_site_says(
+    stand_in: Path, slurm: dict[str, str], tmp_path: Path, site: str, found: str, address: str
+) -> None:
+    write_program(stand_in / "getent", f'#!/bin/bash\n[[ -n "{found}" ]] && echo "{found}"\n')
+    node = 'case "$*" in "show node "*) echo "   NodeAddr=10.0.0.7 Version=24"; exit ;; esac\n'
+    write_program(stand_in / "scontrol", f"#!/bin/bash\n{node}{FAKE_SLURM['scontrol']}\n")
+    (tmp_path / "site.sh").write_text(site)
+    stale = {"MASTER_ADDR": "left-by-another-job", "SITE_FILE": str(tmp_path / "site.sh")}
+    done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **stale)
+    assert f", meeting at {address}:21035" in done.stdout, done.stdout + done.stderr
+    assert f"--rdzv-endpoint={address}:21035 " in done.stdout
 
 
 def test_what_is_left_of_the_time_limit_is_checked_when_the_signal_comes(stand_in: Path, slurm: dict[str, str]) -> None:

@@ -40,6 +40,8 @@ def test_the_launcher_s_variables_count_and_half_of_them_mean_nothing(environmen
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT are not set"),
         ({**SRUN, "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT is not set"),
         ({**TORCHRUN, "MASTER_PORT": "29501/tcp"}, "MASTER_PORT is '29501/tcp', not a whole number"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT is 0, but ports are numbered from 1 to 65535"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is 70000, but ports"),
     ],
 )
 def test_variables_that_make_no_sense_are_refused_with_the_rest_of_the_config(environment, complaint, monkeypatch):
