@@ -69,7 +69,13 @@ def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def refuse_what_cannot_be_saved(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raises ConfigError, by name, for what `optimizer` keeps and a checkpoint of it and `model` would lose."""
+    """Raises ConfigError, by name, for what `optimizer` or `model` keeps and a checkpoint would lose."""
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ConfigError(
+                f"model: its state_dict has {key!r}, a {kind}, which cannot be saved; keep it as a buffer, a tensor"
+            )
     kind, own = type(optimizer).__name__, {id(parameter) for parameter in model.parameters()}
     for key in optimizer.state_dict():
         if key not in ("state", "param_groups"):

@@ -66,8 +66,9 @@ class LossDDP(DistributedDataParallel):
         return self(_Loss(loss_function, batch))
 
     def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
-        # torch's own, but for the loss; the context tells its compiler which module runs.
-        with self._inside_ddp_forward() if self._cuts_graphs else nullcontext():
+        # torch's own, but for the loss; the context tells its compiler which module runs, so that it cuts graphs.
+        context = getattr(self, "_inside_ddp_forward", nullcontext) if self._cuts_graphs else nullcontext
+        with context():
             if inputs and isinstance(inputs[0], _Loss):
                 return inputs[0].function(self.module, inputs[0].batch)
             return self.module(*inputs, **named)

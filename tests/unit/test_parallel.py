@@ -2,6 +2,7 @@
 
 import pytest
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.distributed.world import World
 from dist_trainer.parallel.registry import parallelize
@@ -11,3 +12,9 @@ from dist_trainer.parallel.registry import parallelize
 def test_one_process_trains_the_model_as_it_stands(strategy):
     model = nn.Linear(1, 1)
     assert parallelize(model, World.single(), strategy=strategy) is model
+
+
+@pytest.mark.parametrize("name", ["_run_ddp_forward", "_inside_ddp_forward"])
+def test_torch_has_what_the_data_parallel_loss_is_built_on(name):
+    """Private: _run_ddp_forward calls the module, and the loss function in its place (parallel/ddp.py)."""
+    assert hasattr(DistributedDataParallel, name)

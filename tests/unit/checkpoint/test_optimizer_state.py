@@ -168,3 +168,15 @@ def test_what_a_checkpoint_would_lose_is_refused_by_name(what: str, sentence: st
     optimizer.step()
     with pytest.raises(ConfigError, match=sentence):
         check.after_step()
+
+
+def test_a_model_with_state_that_is_no_tensor_is_refused_by_name() -> None:
+    class Counter(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"calls": 3}
+
+    model = nn.Sequential(Counter(2, 2))
+    with pytest.raises(
+        ConfigError, match=r"model: its state_dict has '0\._extra_state', a dict, which cannot be saved; keep it as a"
+    ):
+        refuse_what_cannot_be_saved(torch.optim.SGD(model.parameters(), lr=0.1), model)
