@@ -20,7 +20,7 @@ from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.config.lookup import resolve
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
-from dist_trainer.data.rows import varies_in_length
+from dist_trainer.data.rows import fingerprints, varies_in_length
 from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.token_bytes import token_bytes_of
 from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
@@ -62,7 +62,13 @@ from dist_trainer.run_record import (
     train,
 )
 from dist_trainer.sampling import sample_of
-from dist_trainer.starting_point import StartingPoint, find_starting_point, refuse_other_content, tell_of_other_ranks
+from dist_trainer.starting_point import (
+    StartingPoint,
+    find_starting_point,
+    names_other_content,
+    refuse_other_content,
+    tell_of_other_ranks,
+)
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.tracker import refuse_missing_packages
 from dist_trainer.trainer import Trainer
@@ -194,9 +200,11 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
     """All parts of a run, standing where `start` says."""
     named = replace(config.data, tokenizer=tokenizer_name(config, start))
     tokenizer = first_on_each_node(world, lambda: tokenizer_of(named))
+    if names_other_content(config, start):  # another run's data must not be tokenised for hours before they are refused
+        refuse_other_content(config, start, first_on_each_node(world, lambda: fingerprints(named, tokenizer)))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
-    fingerprints = data_fingerprints(loaders)
-    refuse_other_content(config, start, fingerprints)
+    found = data_fingerprints(loaders)
+    refuse_other_content(config, start, found)
     if start.checkpoint is None and config.model.init_from is not None:
         first_on_each_node(world, lambda: fetch_initial_model(config.model))
     model = agree(world, lambda: build_model(config.model, model_context(config, world, tokenizer, start)))
@@ -207,7 +215,7 @@ def assemble(config: TrainingConfig, world: World, folder: RunFolder | None, sta
         "config": as_dict(config),
         "world_size": world.world_size,
         "launcher": launcher(),
-        **fingerprints,
+        **found,
     }
     checkpoints: Checkpoints = NoCheckpoints()
     if folder is not None:

@@ -154,6 +154,13 @@ def _began_in_this_launch(folder: RunFolder) -> bool:
         return False
 
 
+def names_other_content(config: TrainingConfig, start: StartingPoint) -> bool:
+    """Whether a key of KNOWN_BY_CONTENT is not what it was when the run in `start` began."""
+    if start.checkpoint is None:
+        return False
+    return any(key in KNOWN_BY_CONTENT for key, _, _ in config_differences(start.facts.get("config", {}), config))
+
+
 def refuse_other_content(config: TrainingConfig, start: StartingPoint, fingerprints: Mapping[str, Any]) -> None:
     """Raises AnotherRunError if the data that were opened, with these `fingerprints`, are not those of the run to resume."""
     names = set(KNOWN_BY_CONTENT.values())

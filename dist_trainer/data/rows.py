@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator,
 from dist_trainer.data.sampler import KeyedPermutation
 from dist_trainer.data.split import Split
 from dist_trainer.data.template import in_known_layout
-from dist_trainer.data.token_store import TokenStore, token_store
+from dist_trainer.data.token_store import TokenStore, store_key, token_store
 from dist_trainer.data.tokenization import Tokenizer
 from dist_trainer.data.whole_documents import Fitted, WholeDocumentRows, fitted
 from dist_trainer.errors import DataError
@@ -61,11 +62,8 @@ class Documents(NamedTuple):
 
 def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple[Rows, Rows | None]:
     """What the config names to train on, and to validate on if anything. Raises DataError, ConfigError."""
-    source, layout = _opened(config.dataset, config, "data.dataset")
-    held_out, its_layout = source.held_out(config.validation_split), layout
-    if config.validation_dataset is not None:
-        held_out, its_layout = _other_text(config.validation_dataset, config, VALIDATION_KEY)
-    train = _all_documents(source.train, layout, tokenizer)
+    text, layout, held_out, its_layout = _splits(config)
+    train = _all_documents(text, layout, tokenizer)
     if held_out is not None:
         validation = _all_documents(held_out, its_layout, tokenizer)
     else:
@@ -77,6 +75,27 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
     )
     train_rows = _rows(train, config, tokenizer, f"data.dataset: {config.dataset}")
     return train_rows, _validation_rows(validation, config, tokenizer, VALIDATION_KEY)
+
+
+def fingerprints(config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
+    """Those that the rows of `train_and_validation_rows` will have, without tokenising anything. Raises DataError."""
+    text, layout, held_out, its_layout = _splits(config)
+
+    def fingerprint(split: Split, layout: DataConfig) -> str:
+        identity = document_maker(layout, tokenizer).identity
+        return store_key(split, tokenizer, identity, _cache_dir(layout), _max_bad_records(layout))
+
+    of_text = fingerprint(text, layout)
+    of_held_out = of_text if held_out is None else fingerprint(held_out, its_layout)
+    return {"data_fingerprint": of_text, "validation_fingerprint": of_held_out}
+
+
+def _splits(config: DataConfig) -> tuple[Split, DataConfig, Split | None, DataConfig]:
+    """What is to be trained on, what is to be validated on (None: a part of the same), and how each is read."""
+    source, layout = _opened(config.dataset, config, "data.dataset")
+    if config.validation_dataset is None:
+        return source.train, layout, source.held_out(config.validation_split), layout
+    return source.train, layout, *_other_text(config.validation_dataset, config, VALIDATION_KEY)
 
 
 def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALIDATION_KEY) -> Rows | None:
@@ -129,10 +148,18 @@ def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Do
         text=maker.text,
         text_identity=maker.identity,
         is_marked=maker.is_marked,
-        max_bad_records=0 if config.bad_records == "stop" else config.bad_records,
-        cache_dir=user_path(config.cache_dir) if config.cache_dir else default_cache_dir(),
+        max_bad_records=_max_bad_records(config),
+        cache_dir=_cache_dir(config),
     )
     return Documents(store, np.stack([store.offsets[:-1], store.offsets[1:]], axis=1))
+
+
+def _max_bad_records(config: DataConfig) -> int:
+    return 0 if config.bad_records == "stop" else config.bad_records
+
+
+def _cache_dir(config: DataConfig) -> Path:
+    return user_path(config.cache_dir) if config.cache_dir else default_cache_dir()
 
 
 def split_by_document(documents: Documents, fraction: float, sequence_length: int) -> tuple[Documents, Documents]:

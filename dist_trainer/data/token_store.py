@@ -82,11 +82,7 @@ def token_store(
             raise DataError(f"data.cache_dir: {cache_dir / name} is a symbolic link, which is not followed; remove it")
     try:
         (cache_dir / "tokens").mkdir(parents=True, exist_ok=True)
-        content = split.digest(cache_dir / "digests")
-        parts = [FORMAT_VERSION, content, text_identity, tokenizer_digest(tokenizer)]
-        if max_bad_records:
-            parts.append(f"without {max_bad_records} bad records at most")
-        key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        key = store_key(split, tokenizer, text_identity, cache_dir, max_bad_records)
         folder = cache_dir / "tokens" / key
         if (store := _open(folder, key, is_marked=is_marked)) is not None:
             if store.skipped_records:
@@ -111,6 +107,14 @@ def token_store(
     if store is None:
         raise DataError(f"data.cache_dir: the token store in {folder} was damaged as soon as it was written")
     return store
+
+
+def store_key(split: Split, tokenizer: Tokenizer, text_identity: str, cache_dir: Path, max_bad_records: int) -> str:
+    """The key of the store that `token_store` gives, without building it. Raises DataError."""
+    parts = [FORMAT_VERSION, split.digest(cache_dir / "digests"), text_identity, tokenizer_digest(tokenizer)]
+    if max_bad_records:
+        parts.append(f"without {max_bad_records} bad records at most")
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 @contextlib.contextmanager

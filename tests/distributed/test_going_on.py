@@ -113,7 +113,8 @@ def test_the_same_text_under_another_path_resumes_the_run(stories, tmp_path):
     moved = small_config(second / "stories.jsonl", tmp_path, data__tokenizer=str(second / "tokenizer") + "/")
     (second / "stories.jsonl").write_text(stories.read_text().replace(" the ", " this "))
     with pytest.raises(AssertionError, match=r"data\.dataset: '.*second/stories\.jsonl', but the run began with '.*first/"):
-        run(moved, 1)
+        run(changed(moved, data__cache_dir=str(tmp_path / "empty")), 1)
+    assert not list((tmp_path / "empty").glob("tokens/*")), "before it is tokenised"
     assert status(config)["state"] == "preempted", "a refusal touches nothing"
     (second / "stories.jsonl").write_text(stories.read_text())
     with pytest.raises(AssertionError, match=r"data\.validation_dataset: '.*stories\.jsonl', but the run began with null"):
