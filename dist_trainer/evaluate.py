@@ -134,7 +134,7 @@ def harness_fields(arguments: argparse.Namespace, keys: Collection[str]) -> dict
         if given:
             raise ConfigError(f"--{next(iter(given))}: goes with --harness TASKS")
         return None
-    tasks = tuple(name for word in arguments.harness.split(",") if (name := word.strip()))
+    tasks = tuple(str(user_path(name)) for word in arguments.harness.split(",") if (name := word.strip()))
     if not tasks:
         raise ConfigError("--harness: names no task; give some, such as --harness lambada_openai,arc_easy")
     if arguments.data is not None:

@@ -393,6 +393,13 @@ def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):
     assert generate.main([str(path), "--chat", "--prompt", "Who?"]) == 2
     assert "--chat: the chat template of " in (complaint := capsys.readouterr().err)
     assert "refuses the messages (roles user): no system message; change the messages, or use" in complaint
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Who?\nWhy?\n")
+    (path / "chat_template.jinja").write_text("{% if 'y' in messages[-1].content %}{{ raise_exception('no why') }}{% endif %}x")
+    assert generate.main([str(path), "--chat", "--prompts_file", str(prompts)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"--prompts_file: {prompts}:2: --chat: the chat template of " in printed.err
 
 
 def test_several_ranks_are_refused_and_say_so_once(trained, capfd):

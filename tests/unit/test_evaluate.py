@@ -83,6 +83,8 @@ def test_options_of_lm_eval_do_not_take_the_run_and_leave_precision_to_be_set(tm
     assert asked.path == tmp_path
     given = {"tasks_folder": Path("mine"), "num_fewshot": 0, "apply_chat_template": True}
     assert asked.harness == {"tasks": ("a", "b"), **given}
+    at_home = parse_arguments([str(tmp_path), "--harness=a,~/b.yaml", "--harness_tasks=~/mine"]).harness
+    assert at_home == {"tasks": ("a", str(Path.home() / "b.yaml")), "tasks_folder": Path.home() / "mine"}
     assert asked.config.precision.dtype == "fp32"
 
 
