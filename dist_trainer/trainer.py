@@ -231,13 +231,13 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
+        saves = broadcast_object(not isinstance(self.checkpoints, NoCheckpoints), self.world)
+        self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
         if not unwrap(self.model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
             self.model.train()
         warm_up(
             self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function, self.products
         )
-        saves = broadcast_object(not isinstance(self.checkpoints, NoCheckpoints), self.world)
-        self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
         make_averages(self.optimizer)
 
     def _at(self, phase: Phase) -> None:
