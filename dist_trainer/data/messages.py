@@ -84,7 +84,7 @@ def _message(where: str, name: str, message: Any) -> Message:
 
 def _of_sharegpt(where: str, name: str, message: Message) -> Message:
     speaker = message["from"]
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise DataError(f'{where}: {name} is "from" {speaker!r}; known are {", ".join(SHAREGPT_ROLES)}')
     others = {key: value for key, value in message.items() if key not in ("from", "value")}
     return {"role": SHAREGPT_ROLES[speaker], "content": message.get("value"), **others}

@@ -465,6 +465,10 @@ BAD = {
         [{"from": "function_call", "value": "{}"}],
         r"x\.jsonl:2: message 1 in 'messages' is \"from\" 'function_call'; known are human, user, gpt",
     ),
+    "a speaker that is no text": (
+        [{"from": ["human"], "value": "Hi"}],
+        r"message 1 in 'messages' is \"from\" \['human'\]; known",
+    ),
     "tool calls": (
         [user("Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
         r'x\.jsonl:2: message 2 has "tool_c',
