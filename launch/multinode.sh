@@ -7,12 +7,12 @@
 # NODES        number of machines
 # NODE_RANK    which of them this is: 0, 1, ...
 # MASTER_ADDR  address of machine 0, as the others reach it
-# MASTER_PORT  the first of three free ports there: torchrun's own store, that of the ranks, and their heartbeat's. Runs that
-#              share a machine 0 need ports of their own: two on one MASTER_PORT share a rendezvous and die together
+# MASTER_PORT  the first of three free ports there: for torchrun's store, the ranks' store, and their heartbeat's. Runs that
+#              share machine 0 need ports of their own: two on one MASTER_PORT share a rendezvous and die together
 # RDZV_ID      name of the rendezvous, the same everywhere (default: from the port)
 # Also NPROC, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS and MAX_RESTARTS, as in local.sh. The machines must share the folder
-# that output_dir names. gloo takes the network interface by which MASTER_ADDR is reached; GLOO_SOCKET_IFNAME and
-# NCCL_SOCKET_IFNAME choose others.
+# that output_dir names. gloo uses the network interface that leads to MASTER_ADDR; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME
+# override gloo's and NCCL's choice.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
 
@@ -38,8 +38,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 # c10d, not --master-addr: only with it can ranks be restarted. Machine 0 keeps the store, whatever its name resolves to.
 keeps_store=$((NODE_RANK == 0))
-# torchrun gives rank 0 to the machine whose local address sorts first, and the ranks meet at that address: so machine 0 says
-# where all others reach it, and theirs, which nobody connects to, sort behind it, by NODE_RANK.
+# torchrun gives rank 0 to the machine whose local address sorts first, and the ranks meet at that address. So machine 0 passes
+# MASTER_ADDR, and the others, to whose addresses nobody connects, pass texts that sort after it, by NODE_RANK.
 local_address=$MASTER_ADDR
 if ((NODE_RANK > 0)); then
   own='import sys; from dist_trainer.distributed.addresses import own_address; print(own_address(sys.argv[1]) or "unknown")'
@@ -50,7 +50,7 @@ if ((NODE_RANK > 0)); then
       "for a minute. An IP address works, too." >&2
   fi
 fi
-export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # or torchrun would choose the ranks' port by chance
+export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # otherwise torchrun picks a random port for the ranks' store
 become "${torchrun[@]}" --local-addr="$local_address" --nproc-per-node="$ranks" --nnodes="$NODES" \
   --rdzv-backend=c10d --rdzv-id="${RDZV_ID:-dist_trainer-$MASTER_PORT}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
   --rdzv-conf="is_host=$keeps_store" \
