@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Read by the launch files, slurm/train.sh and setup.sh: refuses settings that cannot be meant, in a sentence and with exit
-# code 2, and looks for a GPU.
+# code 2, looks for a GPU, and tells arguments that need no ranks.
 
 # A variable that is set must be a whole number from LEAST to MOST.
 check_number() { # NAME LEAST MOST WHAT-IT-IS
@@ -21,6 +21,17 @@ has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]] || { true </dev/n
 # Many processors have a graphics part with a /dev/kfd; who computes with it has AMD's tools.
 has_amd_gpu() { [[ -e /dev/kfd ]] && { command -v rocm-smi || command -v amd-smi; } >/dev/null; }
 has_gpu() { has_nvidia_gpu || has_amd_gpu; }
+
+# Whether these arguments of dist_trainer.train only print something. By whole words: a prompt may contain " -h ".
+needs_no_ranks() {
+  local word before=''
+  for word in "$@"; do
+    case $word in --help | -h | --version | --print_* | --preset=list) return 0 ;; esac
+    if [[ $before == --preset && $word == list ]]; then return 0; fi
+    before=$word
+  done
+  return 1
+}
 
 # Which build of torch can use this machine's GPU.
 torch_advice() {

@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 
 train=(-m dist_trainer.train "$@")
 # What is asked of the command alone needs no ranks, and a config error should come once, now, and with exit code 2.
-case " $* " in *" --help "* | *" -h "* | *" --version "* | *" --print_"* | *" --preset list "* | *" --preset=list "*) become "$python" "${train[@]}" ;; esac
+if needs_no_ranks "$@"; then become "$python" "${train[@]}"; fi
 if ((ranks > 1)); then config=$("$python" "${train[@]}" --print_config); fi
 
 # As one of so many ranks the command refuses a batch that they cannot share; a preset's micro-batch follows from their number.

@@ -140,12 +140,10 @@ if [[ -n ${SWEEP:-} ]]; then
 fi
 
 # What is asked of the command alone needs no ranks, and a dry run leaves nothing behind, so its ranks speak into this job's log.
+if needs_no_ranks "$@"; then exec "$PYTHON" -m dist_trainer.train "$@"; fi
 is_dry_run=''
 for word in "$@"; do
-  case $word in
-    --help | -h | --version | --print_*) exec "$PYTHON" -m dist_trainer.train "$@" ;;
-    --dry_run) is_dry_run=1 ;;
-  esac
+  if [[ $word == --dry_run ]]; then is_dry_run=1; fi
 done
 
 # --- which run is this? A config error is refused here, before any rank starts --------------------

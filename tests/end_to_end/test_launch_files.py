@@ -159,8 +159,13 @@ def test_a_config_error_comes_once_and_before_the_ranks(stand_in: Path) -> None:
     assert "RUN" not in done.stdout
 
 
-def test_help_needs_no_ranks(stand_in: Path) -> None:
-    assert "-m dist_trainer.train --help" in launch("launch/local.sh", "--help", stand_in=stand_in, NPROC="2").stdout
+@pytest.mark.parametrize("words", [["--help"], ["--preset", "list"]])
+def test_help_needs_no_ranks_but_a_prompt_that_contains_it_does(stand_in: Path, words: list[str]) -> None:
+    alone = launch("launch/local.sh", *words, stand_in=stand_in, NPROC="2").stdout
+    assert f"-m dist_trainer.train {' '.join(words)}" in alone
+    assert "torch.distributed.run" not in alone
+    prompt = launch("launch/local.sh", "--tracking.sample_prompt", f"so {' '.join(words)} or", stand_in=stand_in, NPROC="2")
+    assert "-m torch.distributed.run" in prompt.stdout
 
 
 def test_multinode_names_what_is_not_set(stand_in: Path) -> None:
@@ -322,7 +327,7 @@ def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str
     assert "torch.distributed.run" not in done.stdout
 
 
-@pytest.mark.parametrize("word", ["--help", "-h", "--version", "--print_config", "--print_completion=bash"])
+@pytest.mark.parametrize("word", ["--help", "-h", "--version", "--print_config", "--print_completion=bash", "--preset=list"])
 def test_sbatch_leaves_nothing_behind_where_no_ranks_are_asked_for(stand_in: Path, slurm: dict[str, str], word: str) -> None:
     run = Path(slurm["RUN"])
     run.rmdir()
