@@ -9,11 +9,12 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-NO_SUCH_OPERATION = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY})
-"""What a file system answers that does not have an operation, whatever it is asked to do it to."""
-NO_LOCKS = NO_SUCH_OPERATION | {errno.ENOLCK, errno.EPERM}
-NO_LINKS = NO_SUCH_OPERATION | {errno.EPERM}
-_NO_SYNC_OF_FOLDERS = NO_SUCH_OPERATION | {errno.EBADF, errno.EPERM, errno.EACCES}
+REFUSED = frozenset(
+    {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EBADF, errno.EPERM, errno.EACCES}
+)
+"""Errors of file systems that do not have an operation. A disk that fails or is full gives others."""
+NO_LOCKS = (REFUSED | {errno.ENOLCK}) - {errno.EACCES}
+"""EACCES: another process holds the lock."""
 
 _said: set[tuple[str, int]] = set()
 
@@ -31,12 +32,7 @@ def sync_file(file: int, path: Path) -> None:
     """Return when the content of the open `file`, which `path` names, survives a power cut, as far as its file system can
     promise that. Raises OSError.
     """
-    try:
-        os.fsync(file)
-    except OSError as error:
-        if error.errno not in NO_SUCH_OPERATION:
-            raise
-        warn_once(path.parent, "fsync is", error, "a power cut may cost what was written last")
+    _fsync(file, path.parent, "fsync is", "a power cut may cost what was written last")
 
 
 def sync_folder(folder: Path) -> None:
@@ -46,13 +42,18 @@ def sync_folder(folder: Path) -> None:
     except (PermissionError, IsADirectoryError):  # it may be written in, but not listed; or no folder can be opened there
         return
     try:
-        os.fsync(file)
-    except OSError as error:
-        if error.errno not in _NO_SYNC_OF_FOLDERS:
-            raise
-        warn_once(folder, "fsync of a folder is", error, "a power cut may cost the newest files in it")
+        _fsync(file, folder, "fsync of a folder is", "a power cut may cost the newest files in it")
     finally:
         os.close(file)
+
+
+def _fsync(file: int, folder: Path, what: str, consequence: str) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        warn_once(folder, what, error, consequence)
 
 
 def sync(path: Path) -> None:

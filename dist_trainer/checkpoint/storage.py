@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.file_systems import NO_LINKS, sync, warn_once
+from dist_trainer.file_systems import REFUSED, sync, warn_once
 from dist_trainer.manifest import MANIFEST, describe_files
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def point(link: Path, target: Path) -> None:
     try:
         staging.symlink_to(target.name)
     except OSError as error:
-        if error.errno not in NO_LINKS:
+        if error.errno not in REFUSED:
             raise
         warn_once(link.parent, "symbolic links are", error, "checkpoints are saved all the same, without `latest` and `best`")
         return

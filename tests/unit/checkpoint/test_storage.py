@@ -1,6 +1,7 @@
 """A folder exists whole or not at all, whatever operation the process dies at."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from dist_trainer.checkpoint import storage
 from dist_trainer.checkpoint.storage import discard, point, publish, sweep
 from dist_trainer.errors import CheckpointError
+from dist_trainer.file_systems import REFUSED
 from dist_trainer.manifest import verify
 
 
@@ -145,3 +147,14 @@ def test_pointers_are_replaced_and_relative(tmp_path):
 def test_discarding_removes_the_folder(tmp_path):
     discard(published(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, *sorted(REFUSED)])
+def test_a_refused_fsync_loses_no_checkpoint_and_one_that_fails_publishes_none(tmp_path, monkeypatch, number):
+    def fsync(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with contextlib.nullcontext() if number in REFUSED else pytest.raises(OSError, match=os.strerror(number)):
+        published(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == (["step-00000001"] if number in REFUSED else [])
