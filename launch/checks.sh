@@ -18,9 +18,11 @@ check_ranks() {
 
 # Opened, not looked for: where SLURM gave a job none of the node's GPUs, their files are there, but closed to it.
 has_nvidia_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == *GPU* ]] || { true </dev/nvidia0; } 2>/dev/null; }
-# Many processors have a graphics part with a /dev/kfd; who computes with it has AMD's tools.
-has_amd_gpu() { [[ -e /dev/kfd ]] && { command -v rocm-smi || command -v amd-smi; } >/dev/null; }
+# Many processors have a graphics part with a /dev/kfd; who computes with it has ROCm, whose tools need not be on PATH.
+has_amd_gpu() { [[ -e /dev/kfd && (-d /opt/rocm || -n $(command -v rocm-smi amd-smi)) ]]; }
 has_gpu() { has_nvidia_gpu || has_amd_gpu; }
+# Whether it is worth the seconds to ask torch, which needs no tools: any GPU of NVIDIA's, not just the first; AMD's; Windows' own.
+may_have_gpu() { [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg || -n $(command -v nvidia-smi) ]]; }
 
 # Whether these arguments of dist_trainer.train only print something. By whole words: a prompt may contain " -h ".
 needs_no_ranks() {

@@ -16,7 +16,7 @@ export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 # One rank for each GPU that torch can use (it heeds CUDA_VISIBLE_DEVICES), else for each that SLURM gave this node, else one
 # for the whole CPU; NPROC overrides.
 gpus=0
-if command -v nvidia-smi >/dev/null || has_gpu; then
+if may_have_gpu; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   if ((gpus == 0)) && has_gpu && [[ -n ${CUDA_VISIBLE_DEVICES-all} ]]; then
     echo "WARNING: this machine has a GPU, but the torch of $python cannot use it, and training runs on the CPU: $(torch_advice)" >&2

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_trainer.distributed.processes import ProcessId
+from dist_trainer.distributed.processes import ProcessId, command_of, environment_of
 from tests.end_to_end.commands import ROOT, environment
 from tests.slurm.jobs import TRAINING
 
@@ -36,6 +36,14 @@ class Hosts:
             lines = ["127.0.0.1 localhost", f"127.0.1.1 {own}", *others]
             (self._state / "hosts" / own / "etc-hosts").write_text("\n".join(lines) + "\n")
         self.master = self.names[0]
+
+    def give_them_only_ipv6(self) -> None:
+        """As on networks without IPv4; still no names."""
+        for name in self.names:
+            address = f"fd00::{self.address(name).rpartition('.')[2]}"
+            for words in (f"-6 addr add {address}/64 dev eth0 nodad", "-4 addr flush dev eth0"):
+                subprocess.run([SCRIPT, "exec", name, "ip", *words.split()], env=self._settings(), check=True, timeout=60)
+        self.master = f"fd00::{self.address(self.names[0]).rpartition('.')[2]}"
 
     def address(self, name: str) -> str:
         return (self._state / "hosts" / name / "addr").read_text().strip()
@@ -68,12 +76,7 @@ def ranks_of(output: Path) -> dict[int, ProcessId]:
     """The processes of the run in `output`, whichever host they are on, by rank: this machine sees them all."""
     found = {}
     for process in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-            settings = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it has just ended
-        rank = [int(setting[5:]) for setting in settings if setting.startswith(b"RANK=")]
-        if rank and str(output).encode() in words:
-            found[rank[0]] = ProcessId.of(int(process))
+        rank = environment_of(int(process)).get("RANK")
+        if rank is not None and str(output) in command_of(int(process)):
+            found[int(rank)] = ProcessId.of(int(process))
     return found

@@ -30,12 +30,14 @@ def wait_for_end(launchers: list[subprocess.Popen[bytes]], output: Path, *, seco
     return [launcher.returncode for launcher in launchers]
 
 
-@pytest.mark.parametrize(("victim", "names"), [(0, "none resolves"), (3, "as Debian's installer has it")])
+@pytest.mark.parametrize(("victim", "names"), [(0, "none resolves"), (3, "as Debian's installer has it"), (3, "IPv6")])
 def test_a_run_on_two_nodes_is_back_by_itself_when_a_rank_is_killed(
     two_hosts: Hosts, undisturbed: Path, tmp_path: Path, victim: int, names: str
 ) -> None:
     """Rank 0 is on the first node, rank 3 on the second."""
-    if names != "none resolves":
+    if names == "IPv6":
+        two_hosts.give_them_only_ipv6()
+    elif names != "none resolves":
         two_hosts.name_them_as_debian_does()
     output = tmp_path / "runs"
     with two_hosts.train(output, MAX_RESTARTS="3", SLOW_FROM_STEP=str(SLOW_FROM_STEP), SLOW_SECONDS="0.3") as launchers:
