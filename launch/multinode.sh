@@ -40,16 +40,14 @@ source "$(dirname "${BASH_SOURCE[0]}")/ranks.sh"
 keeps_store=$((NODE_RANK == 0))
 # torchrun gives rank 0 to the machine whose local address sorts first, and the ranks meet at that address. So machine 0 passes
 # MASTER_ADDR, and the others, to whose addresses nobody connects, pass texts that sort after it, by NODE_RANK.
-local_address=$MASTER_ADDR
-if ((NODE_RANK > 0)); then
-  own='import sys; from dist_trainer.distributed.addresses import own_address; print(own_address(sys.argv[1]) or "unknown")'
-  own_address=$("$python" -c "$own" "$MASTER_ADDR")
-  local_address=$(printf '~%05d,%s' "$NODE_RANK" "$own_address")
-  if [[ $own_address == unknown ]]; then
-    echo "launch/multinode.sh: WARNING: this machine cannot resolve MASTER_ADDR ($MASTER_ADDR), or has no route to it; retrying" \
-      "for a minute. An IP address works, too." >&2
-  fi
+own='import sys; from dist_trainer.distributed.addresses import own_address; print(own_address(sys.argv[1]) or "unknown")'
+own_address=$("$python" -c "$own" "$MASTER_ADDR")
+if [[ $own_address == unknown ]]; then
+  echo "launch/multinode.sh: WARNING: this machine cannot resolve MASTER_ADDR ($MASTER_ADDR), or has no route to it; retrying" \
+    "for a minute. An IP address works, too." >&2
 fi
+local_address=$MASTER_ADDR
+if ((NODE_RANK > 0)); then local_address=$(printf '~%05d,%s' "$NODE_RANK" "$own_address"); fi
 export DIST_TRAINER_PORT=$((MASTER_PORT + 1)) # otherwise torchrun picks a random port for the ranks' store
 become "${torchrun[@]}" --local-addr="$local_address" --nproc-per-node="$ranks" --nnodes="$NODES" \
   --rdzv-backend=c10d --rdzv-id="${RDZV_ID:-dist_trainer-$MASTER_PORT}" --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \

@@ -209,12 +209,21 @@ def test_brackets_around_an_ipv6_address_are_not_part_of_it(stand_in: Path) -> N
     assert "--rdzv-endpoint=fd00::9:29501 " in run
 
 
-def test_a_machine_0_that_cannot_be_found_is_said_before_torchrun_tries(stand_in: Path) -> None:
+@pytest.mark.parametrize(("node_rank", "local_address"), [("0", "no-such-machine.invalid"), ("1", "~00001,unknown")])
+def test_a_machine_0_that_cannot_be_found_is_said_before_torchrun_tries(
+    stand_in: Path, node_rank: str, local_address: str
+) -> None:
     """Only that: in a cluster that starts its machines together, names may be known a moment later."""
-    meeting = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "no-such-machine.invalid", "MASTER_PORT": "29501", "NPROC": "1"}
+    meeting = {
+        "NODES": "2",
+        "NODE_RANK": node_rank,
+        "MASTER_ADDR": "no-such-machine.invalid",
+        "MASTER_PORT": "29501",
+        "NPROC": "1",
+    }
     done = launch("launch/multinode.sh", stand_in=stand_in, **meeting)
     assert "WARNING: this machine cannot resolve MASTER_ADDR (no-such-machine.invalid), or has no route to it" in done.stderr
-    assert "--local-addr=~00001,unknown " in done.stdout
+    assert f"--local-addr={local_address} " in done.stdout
 
 
 def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(stand_in: Path) -> None:
