@@ -59,6 +59,11 @@ class Beat:
         patience = max(self.patience_seconds, STEPS_OF_PATIENCE * self.longest_step_seconds)
         return self.phase not in UNLIMITED and self.idle_seconds > patience
 
+    @property
+    def waits(self) -> int:
+        """0: for nobody; 1: perhaps, in a collective; 2: for what others have still to do."""
+        return (self.phase in WAITING) + (self.phase == "waiting for others")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -82,9 +87,10 @@ IS_GONE = "is gone"
 def judge(beats: Sequence[Beat], silent_seconds: Sequence[float]) -> list[Finding]:
     """The ranks that the run cannot go on with: dead, silent, or without progress, by their last beats and their ages.
 
-    Where one makes no progress none does, as the others wait for it: to blame are those that do not wait. Nobody is where
-    all are in the same phase of the same step: none is behind another, so they are slow, or a collective of theirs never
-    completes, which then ends by its own timeout. But if all wait for one another, none can be slow.
+    Where one makes no progress none does, as the others wait for it: to blame are those that do not wait, or else those that
+    are still in a collective when others are past it. Nobody is where all are in the same phase of the same step: none is
+    behind another, so they are slow, or a collective of theirs never completes, which then ends by its own timeout. But if all
+    wait for one another, none can be slow.
     """
     if gone := sorted({rank for beat in beats for rank in beat.gone}):
         return [Finding(rank, IS_GONE, beats[rank]) for rank in gone]
@@ -93,8 +99,12 @@ def judge(beats: Sequence[Beat], silent_seconds: Sequence[float]) -> list[Findin
     together = len({(beat.step, beat.phase) for beat in beats}) == 1 and beats[0].phase != "waiting for others"
     if together or not all(beat.lacks_progress for beat in beats):
         return []
-    busy = [rank for rank, beat in enumerate(beats) if beat.phase not in WAITING] or range(len(beats))
-    return [Finding(rank, f"hangs: no progress for {beats[rank].idle_seconds:.0f} s", beats[rank]) for rank in busy]
+    behind = min(beat.waits for beat in beats)
+    return [
+        Finding(rank, f"hangs: no progress for {beat.idle_seconds:.0f} s", beat)
+        for rank, beat in enumerate(beats)
+        if beat.waits == behind
+    ]
 
 
 def silent_ranks(ranks: Iterable[tuple[int, Beat, float]]) -> list[Finding]:

@@ -35,7 +35,7 @@ from dist_trainer.distributed.beats import (
     judge,
     silent_ranks,
 )
-from dist_trainer.distributed.processes import ProcessId
+from dist_trainer.distributed.processes import ProcessId, RunningClock
 from dist_trainer.exit_codes import EXIT_CRASHED
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Place(NamedTuple):
     step: int
     """Finished steps."""
     since: float
-    """When it last made progress, by the monotonic clock."""
+    """When it last made progress, by the heartbeat's clock."""
 
 
 class Heartbeat:
@@ -73,7 +73,9 @@ class Heartbeat:
         """What to do before this process ends; called on one rank of those that still can."""
         self.told = Beat()
         """The last one of this rank that the others can know."""
-        self._place = Place("preparing", 0, time.monotonic())
+        # All ranks may have been suspended at once: that is nobody's silence.
+        self._clock = RunningClock()
+        self._place = Place("preparing", 0, self._clock.now())
         self._step_seconds = self._longest_step_seconds = 0.0
         self._steps_done = 0
         self._first_step_is_done = False
@@ -95,7 +97,7 @@ class Heartbeat:
         """The main thread has made progress: it has come to `phase`, or further in it, after `step` finished steps (None: as
         many as before).
         """
-        before, now = self._place, time.monotonic()
+        before, now = self._place, self._clock.now()
         step = before.step if step is None else step
         if before.phase in STEPPING:
             self._step_seconds += now - before.since
@@ -166,7 +168,7 @@ class Heartbeat:
 
     def watch_peers(self, members: list[ProcessId], store: dist.Store) -> None:
         """Look after all ranks, by way of `store`, which rank 0 keeps and all have reached."""
-        now = time.monotonic()
+        now = self._clock.now()
         self._changed = {rank: now for rank in range(len(members))}
         self._beats = {rank: Beat(patience_seconds=self.patience_seconds()) for rank in range(len(members))}
         self._members = members
@@ -200,7 +202,7 @@ class Heartbeat:
         return Beat(
             place.step,
             place.phase,
-            time.monotonic() - place.since,
+            self._clock.now() - place.since,
             self.patience_seconds(),
             self._longest_step_seconds,
             tuple(self._gone_since),
@@ -209,7 +211,7 @@ class Heartbeat:
 
     def _hear(self, rank: int, beat: Beat) -> None:
         if beat.number != self._beats[rank].number:
-            self._changed[rank] = time.monotonic()
+            self._changed[rank] = self._clock.now()
         self._beats[rank] = beat
 
     def _spread_findings(self, store: dist.Store) -> None:
@@ -226,10 +228,11 @@ class Heartbeat:
                 self._gone_since.setdefault(finding.rank, time.monotonic())
 
     def _silent_seconds(self, rank: int) -> float:
-        return time.monotonic() - self._changed[rank]
+        return self._clock.now() - self._changed[rank]
 
     def _look(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
+            self._clock.tick()
             if self._launcher is not None:
                 self._look_after_launcher(f"the launcher (pid {self._launcher}) is gone")
             self._look_after_near_ranks()

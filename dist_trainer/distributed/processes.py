@@ -1,4 +1,6 @@
-"""Processes by pid and start time, so that a number that was given to another process is never mistaken for the first."""
+"""Processes by pid and start time, so that a number that was given to another process is never mistaken for the first; and how
+long this one has run.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,17 @@ import os
 import resource
 import signal
 import socket
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 MOST_OPEN_FILES = 65_536
 """More than any number of ranks needs, and few enough for programs that close all descriptors one by one."""
+
+SUSPENDED_SECONDS = 2.0
+"""A clock that is read several times a second, and was not for so long, belongs to a process that was suspended."""
 
 
 def allow_many_open_files() -> None:
@@ -23,6 +30,29 @@ def allow_many_open_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class RunningClock:
+    """Seconds, by a clock that stops while this process is suspended: by SIGSTOP, by a scheduler, in a paused container."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = self._suspended = 0.0
+        self._ticks = False
+
+    def tick(self) -> None:
+        """From the first call on, to be called several times a second."""
+        self.now()
+        self._ticks = True
+
+    def now(self) -> float:
+        """The time, in seconds since some moment."""
+        with self._lock:
+            now = time.monotonic()
+            if self._ticks and now - self._last > SUSPENDED_SECONDS:
+                self._suspended += now - self._last
+            self._last = now
+            return now - self._suspended
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.config.loading import load_config
+from dist_trainer.distributed.guard import MARGIN_SECONDS
 from dist_trainer.distributed.processes import ProcessId, environment_of
 from tests.distributed import small_runs
 from tests.end_to_end.commands import ROOT, SMALL, environment, lines, status
@@ -194,3 +195,25 @@ def test_ranks_that_are_frozen_all_together_do_not_stay(tmp_path):
         assert time.monotonic() - frozen_at > 60 * TIMEOUT_MINUTES
         assert not [process for process in processes if process.is_alive()]
     assert "has been frozen for" in (tmp_path / "said.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_suspended_as_a_whole_for_longer_than_the_timeout_continues(undisturbed, tmp_path):
+    """By a scheduler that takes turns, or in a container that is paused: launcher, ranks, and all that they have started."""
+    folder = tmp_path / "debug"
+    with launched(tmp_path, "--distributed.timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
+        wait_until(lambda: logged(folder) >= 2, seconds=90, of=launcher)
+        children = children_of(launcher.pid)
+        job = [launcher.pid, *children, *(pid for child in children for pid in children_of(child))]
+        assert len(job) >= 1 + 2 + 2, "two ranks, each with its guard"
+        try:
+            for pid in job:
+                os.kill(pid, signal.SIGSTOP)
+            before = logged(folder)
+            time.sleep(60 * TIMEOUT_MINUTES + MARGIN_SECONDS + 2)
+        finally:
+            for pid in job:
+                os.kill(pid, signal.SIGCONT)
+        assert launcher.wait() == 0, (tmp_path / "said.txt").read_text()
+    assert before < STEPS
+    assert losses(folder) == losses(undisturbed)

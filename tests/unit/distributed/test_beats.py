@@ -27,6 +27,8 @@ def blamed(*beats: Beat, silent: tuple[float, ...] | None = None) -> list[int]:
         ("validating", "summing losses"),
         ("sampling", "waiting for others"),
         ("warming up", "waiting for others"),
+        ("backward", "waiting for others"),
+        ("logging", "waiting for others"),
     ],
 )
 def test_the_rank_that_is_behind_is_to_blame_and_not_those_that_wait_for_it(behind: Phase, waiting: Phase) -> None:

@@ -87,6 +87,20 @@ def test_each_note_is_progress_also_in_the_same_phase(clock: list[float]) -> Non
         assert heartbeat._own_beat() == Beat(5, "validating", 7.0, number=1)
 
 
+def test_time_in_which_the_whole_job_was_suspended_is_nobody_s_silence(clock: list[float]) -> None:
+    heartbeat = Heartbeat()
+    steps(heartbeat, clock, start=0, seconds=[3.0, 3.0])
+    heartbeat.at("training", step=2)
+    heartbeat._changed[1] = heartbeat._clock.now()
+    for seconds in (0.5, 9000.0, 0.5):
+        heartbeat._clock.tick()
+        clock[0] += seconds
+    assert heartbeat._silent_seconds(1) == 1.0
+    assert heartbeat._own_beat().idle_seconds == 1.0
+    heartbeat.at("reading data", step=3)
+    assert heartbeat._own_beat().longest_step_seconds == 3.0
+
+
 def test_the_first_step_s_patience_lasts_until_the_next_one_begins(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     steps(heartbeat, clock, start=0, seconds=[1.0])
