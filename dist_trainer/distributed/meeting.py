@@ -39,7 +39,8 @@ def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple
     """Wait for all ranks, and begin to watch them.
 
     Returns the store by which process groups are made, and this machine's address as the others see it, where it is known.
-    Raises ConfigError where another process uses the port at which ranks meet. Raises PeerLostError where ranks have not come
+    Raises ConfigError where another process uses the port at which ranks meet, or where ranks that should all be on one
+    machine are not. Raises PeerLostError where ranks have not come
     within the first step's patience, after it has killed those of them that are on this machine: a stopped process would
     outlive all others. Raises StoppedError where a signal came meanwhile.
     """
@@ -57,6 +58,11 @@ def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple
         raise PeerLostError(f"{_where()}, which rank 0 keeps, cannot be reached: {meeting.trouble}", told_by=1)
     if not meeting.is_complete:
         _leave_without(meeting.missing or [0], place, heartbeat.patience_seconds())
+    if place.local_world_size == place.world_size and len(meeting.hosts) > 1:
+        raise ConfigError(
+            f"the ranks are on several machines, such as {meeting.hosts[0]} and {meeting.hosts[1]}, but LOCAL_WORLD_SIZE is "
+            "not set, or counts all of them; start the ranks with torchrun, or set LOCAL_RANK and LOCAL_WORLD_SIZE for each"
+        )
     return meeting.store, meeting.address
 
 
@@ -68,6 +74,7 @@ class _Meeting:
         self.end = time.monotonic() + heartbeat.patience_seconds()
         self.store: dist.Store
         self.address: str | None = None
+        self.hosts: list[str] = []
         self.is_complete = False
         self.missing: list[int] = []
         self.trouble: Exception | None = None
@@ -103,7 +110,9 @@ class _Meeting:
         if heard is None:
             heard = _reach_store(address, everyone[0]["port"])
         self.address = address_among([one["address"] for one in everyone], everyone[place.rank]["address"])
-        self.heartbeat.watch_peers([ProcessId(**one["process"]) for one in everyone], heard)
+        processes = [ProcessId(**one["process"]) for one in everyone]
+        self.hosts = sorted({process.host for process in processes})
+        self.heartbeat.watch_peers(processes, heard)
         self.is_complete = True
 
     def _store_of_the_launch(self, address: str) -> dist.Store:

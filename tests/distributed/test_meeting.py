@@ -47,6 +47,21 @@ def test_a_rank_that_does_not_come_is_named_after_the_first_steps_patience(witho
         assert SECONDS - 0.1 < seconds < SECONDS + 10
 
 
+def test_ranks_on_several_machines_whose_launcher_does_not_say_so_are_refused(monkeypatch):
+    """Some set RANK and WORLD_SIZE alone, as Kubeflow's PyTorchJob does: all ranks would look for one another on loopback."""
+
+    def join():
+        own = f"pod-{os.environ['RANK']}"
+        monkeypatch.setattr(socket, "gethostname", lambda: own)
+        del os.environ["LOCAL_WORLD_SIZE"]
+        with pytest.raises(ConfigError) as refusal, World.join(SHORT):
+            pass
+        return str(refusal.value)
+
+    for refusal in run_ranks(2, join):
+        assert refusal.startswith("the ranks are on several machines, such as pod-0 and pod-1, but LOCAL_WORLD_SIZE is not set")
+
+
 def test_who_has_come_waits_for_the_others_for_long():
     """The patience of the meeting is not that of what follows: the heartbeat knows what is worth waiting for."""
 
