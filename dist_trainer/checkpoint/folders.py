@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +136,7 @@ def tidy_after_the_search(folder: Path, checkpoint: Path, *, keep_last: int) -> 
         if step_of(candidate) > step_of(checkpoint):
             put_out_of_the_way(candidate)
     best = best_checkpoint(folder, verified=checkpoint)
-    try:
-        set_links(folder, latest=checkpoint, best=best)
-    except OSError as error:
-        log.warning("%s: its pointers could not be moved (%s); the next save tries again", folder, refusal_of_the_disk(error))
-    try:
-        rotate(folder, keep_last=keep_last, best=best)
-    except OSError as error:
-        log.warning("%s: older checkpoints could not be deleted (%s)", folder, refusal_of_the_disk(error))
+    bring_in_line(folder, latest=checkpoint, best=best, keep_last=keep_last)
     return best
 
 
@@ -158,8 +153,26 @@ def best_checkpoint(folder: Path, *, verified: Path | None = None) -> Validated 
     return next((own for own in sorted(found) if found[own] == verified or is_intact(found[own])), None)
 
 
-def set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
-    """Let the links `latest` and `best` of `folder` point at these checkpoints; None: there is no best one. Raises OSError."""
+def bring_in_line(folder: Path, *, latest: Path, best: Validated | None, keep_last: int) -> None:
+    """Let the links `latest` and `best` of `folder` point at these checkpoints (None: there is no best one), and delete all but
+    the `keep_last` newest, the best, and those that the links name. What the disk refuses is left to the next save.
+    """
+    # Each by itself: on a full disk, where no link can be moved, it is the rotation that makes room.
+    with _left_to_the_next_save(latest, "the links `latest` and `best` could not be set"):
+        _set_links(folder, latest=latest, best=best)
+    with _left_to_the_next_save(latest, "older checkpoints could not be deleted"):
+        _rotate(folder, keep_last=keep_last, best=best)
+
+
+@contextmanager
+def _left_to_the_next_save(latest: Path, failure: str) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s is saved, but %s (%s); the next save tries again", latest, failure, refusal_of_the_disk(error))
+
+
+def _set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
     for link, target in ((folder / LATEST, latest), (folder / BEST, folder / name_of(best.step) if best else None)):
         _take_in_copy(link)
         if target is not None:
@@ -170,8 +183,7 @@ def set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
             put_out_of_the_way(link)
 
 
-def rotate(folder: Path, *, keep_last: int, best: Validated | None) -> None:
-    """Delete all checkpoints but the `keep_last` newest, the best, and those that the links name. Raises OSError."""
+def _rotate(folder: Path, *, keep_last: int, best: Validated | None) -> None:
     kept = {points_at(folder / LATEST), points_at(folder / BEST), best and name_of(best.step)}
     for candidate in step_folders(folder)[max(1, keep_last) :]:
         if candidate.name not in kept:

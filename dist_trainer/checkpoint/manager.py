@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from dist_trainer.checkpoint.folders import FORMAT_VERSION, best_checkpoint, name_of, rotate, set_links
+from dist_trainer.checkpoint.folders import FORMAT_VERSION, best_checkpoint, bring_in_line, name_of
 from dist_trainer.checkpoint.state import Snapshot, Validated, write_training_state
 from dist_trainer.checkpoint.storage import make_folder, publish, refusal_of_the_disk
 from dist_trainer.checkpoint.writer import BackgroundWriter, Save
@@ -177,11 +176,7 @@ class CheckpointManager:
         self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
         self._note_best(folder, snapshot.progress.validated)
         self.saved(step, self.write_seconds, self._best)
-        # Each by itself: on a full disk, where no link can be moved, it is the rotation that makes room.
-        with _left_to_the_next_save(step, "the links `latest` and `best` could not be set"):
-            set_links(self.folder, latest=folder, best=self._best)
-        with _left_to_the_next_save(step, "older checkpoints could not be deleted"):
-            rotate(self.folder, keep_last=self.keep_last, best=self._best)
+        bring_in_line(self.folder, latest=folder, best=self._best, keep_last=self.keep_last)
 
     def _refuse(self, told: str) -> None:
         self._trouble = told
@@ -208,11 +203,3 @@ class CheckpointManager:
         facts = {"format_version": FORMAT_VERSION, "step": snapshot.progress.step}
         publish(folder, write, facts={**facts, "world_size": snapshot.facts.get("world_size")})
         return folder
-
-
-@contextmanager
-def _left_to_the_next_save(step: int, failure: str) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        log.warning("step %d is saved, but %s (%s); the next save tries again", step, failure, refusal_of_the_disk(error))
