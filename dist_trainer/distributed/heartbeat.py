@@ -82,7 +82,7 @@ class Heartbeat:
         self._exchanging: threading.Thread | None = None
         self._launcher: int | None = None
         self._note_lost_launcher: Callable[[str], None] = lambda reason: None
-        self._is_orphan = self._has_begun_to_train = False
+        self._has_begun_to_train = False
         self._members: list[ProcessId] = []
         self._beats: dict[int, Beat] = {}
         self._changed: dict[int, float] = {}
@@ -240,15 +240,16 @@ class Heartbeat:
                 self._leave(findings)
 
     def _look_after_launcher(self, lost: str) -> None:
-        if not self._is_orphan and os.getppid() != self._launcher:
-            self._is_orphan = True
-            self._note_lost_launcher(lost)
+        if os.getppid() == self._launcher:
+            return
         beat = self._own_beat()
         is_stuck = beat.lacks_progress and beat.phase not in WAITING
-        if self._is_orphan and (is_stuck or not self._has_begun_to_train):
-            if self.rank == 0:
-                self._say(lost)
-            os._exit(EXIT_CRASHED)
+        if self._has_begun_to_train and not is_stuck:
+            self._note_lost_launcher(lost)
+            return
+        if self.rank == 0:
+            self._say(lost)
+        os._exit(EXIT_CRASHED)
 
     def _look_after_near_ranks(self) -> None:
         if self._peers_may_leave:
