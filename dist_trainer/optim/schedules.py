@@ -91,15 +91,14 @@ def initial_learning_rate(group: dict[str, Any]) -> float | None:
 
 def set_learning_rates(optimizer: Optimizer, factor: float) -> float:
     """Give each parameter group `factor` times its initial learning rate; returns the first group's, 0 if it has none."""
-    rates = []
-    for group in optimizer.param_groups:
-        initial = initial_learning_rate(group)
-        rates.append(0.0 if initial is None else initial * factor)
+    # All are read before one is written: groups may share one tensor.
+    initial_rates = [initial_learning_rate(group) for group in optimizer.param_groups]
+    for group, initial in zip(optimizer.param_groups, initial_rates, strict=True):
         if initial is not None and isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rates[-1])
+            group["lr"].fill_(initial * factor)
         elif initial is not None:
-            group["lr"] = rates[-1]
-    return rates[0]
+            group["lr"] = initial * factor
+    return (initial_rates[0] or 0.0) * factor
 
 
 def warn_of_unfinished_warmup(config: ScheduleConfig, total_steps: int) -> None:

@@ -142,6 +142,15 @@ def test_each_group_gets_its_own_initial_rate_times_the_factor():
         assert float(capturable) == pytest.approx(0.3 * factor)
 
 
+def test_groups_may_share_one_tensor_as_their_rate():
+    groups = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
+    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.5), capturable=True)
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]
+    for factor in (0.5, 1.0, 0.25):
+        set_learning_rates(optimizer, factor)
+        assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5 * factor] * 2
+
+
 def test_a_group_without_a_rate_is_left_alone():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     optimizer.param_groups[0]["lr"] = None
