@@ -18,7 +18,8 @@ class Buffers:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world = world
-        self._places = [(module, name) for module in model.modules() for name, _ in module.named_buffers(recurse=False)]
+        modules = list(model.modules())
+        self._places = [(module, name, first) for module in modules for name, first in module.named_buffers(recurse=False)]
 
     def share(self) -> None:
         """Rank 0's values on all ranks, as DistributedDataParallel does: each rank has changed its own by its own batches.
@@ -40,16 +41,24 @@ class Buffers:
     @contextmanager
     def unchanged(self) -> Generator[None]:
         """What happens inside leaves no trace in them."""
-        before = [getattr(module, name) for module, name in self._places]
+        before = [getattr(module, name) for module, name, _ in self._places]
         copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in before]
         try:
             yield
         finally:
-            for (module, name), value, copy in zip(self._places, before, copies, strict=True):
-                if isinstance(value, Tensor):
+            for (module, name, _), value, copy in zip(self._places, before, copies, strict=True):
+                if isinstance(value, Tensor) and not _is_expanded(value):
                     value.detach().copy_(copy)
                 setattr(module, name, value)
 
     def _tensors(self) -> list[Tensor]:
-        values = [getattr(module, name) for module, name in self._places]
-        return [value for value in values if isinstance(value, Tensor)]
+        """What all ranks can exchange, which needs equal sizes on all of them: the buffers, but instead of one whose size has
+        changed, such as a table that grows with the longest sequence so far, the one that was there at first.
+        """
+        pairs = [(getattr(module, name), first) for module, name, first in self._places]
+        return [now if isinstance(now, Tensor) and now.shape == first.shape else first for now, first in pairs]
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several of its elements are the same number in memory: torch lets nobody write to such a tensor in place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
