@@ -9,8 +9,8 @@ import gc
 from collections.abc import Generator
 from contextlib import contextmanager
 
-STEPS_BETWEEN_COLLECTIONS = 100
-"""Of everything made since training began; what the last micro-batch left behind is collected after each of them."""
+MIDDLE_EVERY, ALL_EVERY = 10, 100
+"""Micro-batches between collections of the middle generation, of objects that survived one collection, and of everything."""
 
 
 class AgreedCollections:
@@ -18,35 +18,34 @@ class AgreedCollections:
 
     def __init__(self) -> None:
         self._is_open = self._freezes = False
-        self._collected_step: int | None = None
+        self._calls = 0
 
     def __enter__(self) -> AgreedCollections:
         self._is_open = gc.isenabled()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._collected_step is not None:
+        if self._calls:
             gc.enable()
         if self._freezes:
             gc.unfreeze()
         self._is_open = self._freezes = False
-        self._collected_step = None
+        self._calls = 0
 
-    def collect(self, step: int) -> None:
-        """After each micro-batch, `step` steps being finished: what is new, in about 20 us, or everything, in 0.2 ms.
+    def collect(self) -> None:
+        """After each micro-batch: what is new, in about 20 us, now and then what is older, or everything, in 0.2 ms.
 
         The first time everything includes what was made before training: 0.1 to 0.2 s. What remains is not examined again.
         """
         if not self._is_open:
             return
-        if self._collected_step is None:
+        if self._calls == 0:
             gc.disable()
-            self._collected_step = step
-        if step < self._collected_step + STEPS_BETWEEN_COLLECTIONS:
-            gc.collect(0)
+        self._calls += 1
+        if self._calls % ALL_EVERY:
+            gc.collect(0 if self._calls % MIDDLE_EVERY else 1)
             return
         gc.collect()
-        self._collected_step = step
         if gc.get_freeze_count() == 0:
             gc.freeze()
             self._freezes = True
@@ -54,7 +53,7 @@ class AgreedCollections:
     @contextmanager
     def automatic(self) -> Generator[None]:
         """Between steps, where no rank waits for another at each batch: the collector runs by itself."""
-        if self._collected_step is None:
+        if self._calls == 0:
             yield
             return
         gc.enable()

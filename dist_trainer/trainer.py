@@ -193,7 +193,8 @@ class Trainer:
                 # Ranks average their gradients; times their number, the average is the sum again.
                 self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))
             losses.append(micro_loss_sum.detach().float())
-            self.garbage.collect(step)
+            del micro_loss_sum  # a graph that is still held would survive the collection, with its activations
+            self.garbage.collect()
 
         self._at("updating")
         self.precision.unscale(self.optimizer)
@@ -233,8 +234,6 @@ class Trainer:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         saves = broadcast_object(not isinstance(self.checkpoints, NoCheckpoints), self.world)
         self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
-        if not unwrap(self.model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
-            self.model.train()
         warm_up(
             self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function, self.products
         )

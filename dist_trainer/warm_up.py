@@ -58,6 +58,8 @@ def warm_up(
             for rows in _rows_of_blocks(validation_data):
                 loss_function(evaluated, first.first_rows(rows).shortened(shorter_by).to(world.device))
 
+    if not unwrap(model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
+        model.train()
     with ExitStack() as conditions:
         conditions.enter_context(Buffers(unwrap(model), world).unchanged())
         conditions.enter_context(number_format_in_key(precision.name))

@@ -7,9 +7,10 @@ import gc
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -189,6 +190,54 @@ def test_no_rehearsal_and_no_validation_leaves_a_trace_in_buffers(world_size, tm
     micro_batches = 8 * 24 // 4 // world_size  # of rank 0
     assert int(state["2.num_batches_tracked"]) == micro_batches
     assert int(state["0.seen"]) == 4 * micro_batches
+
+
+class Growing(nn.Module):
+    """Has a table that grows with the batches that this rank has had, as some do for longer sequences."""
+
+    table: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        needed = int(inputs.abs().max())
+        if needed > len(self.table):
+            self.table = torch.zeros(needed)
+        return inputs + self.table[0]
+
+
+def test_buffers_that_have_grown_to_other_sizes_on_other_ranks_stay_what_they_are(tmp_path):
+    make = lambda: nn.Sequential(Growing(), nn.Linear(8, 2))  # noqa: E731
+    [(one, _)] = run_ranks(1, lambda: fit(make, tmp_path / "1"))
+    [(two, _), _] = run_ranks(2, lambda: fit(make, tmp_path / "2"))
+    assert two.losses("train") == pytest.approx(one.losses("train"), rel=1e-5)
+
+
+class KeepsItsOutput(torch.autograd.Function):
+    """Its graph is a cycle, which Python's garbage collector alone frees."""
+
+    alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor) -> Tensor:
+        KeepsItsOutput.alive.add(ctx)
+        ctx.output = inputs * 1
+        return ctx.output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
+
+
+def test_the_activations_of_a_graph_that_is_a_cycle_are_freed_after_each_micro_batch(tmp_path):
+    def loss_function(model: nn.Module, batch: Batch) -> Tensor:
+        loss = KeepsItsOutput.apply(model_loss(model, batch))
+        assert len(KeepsItsOutput.alive) <= 2, "this one, and at most one in validation"
+        return loss
+
+    run_ranks(1, lambda: fit(mlp, tmp_path, loss_function=loss_function))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

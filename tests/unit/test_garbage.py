@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dist_trainer.garbage import STEPS_BETWEEN_COLLECTIONS, AgreedCollections
+from dist_trainer.garbage import ALL_EVERY, MIDDLE_EVERY, AgreedCollections
 
 
 class Cycle:
@@ -32,31 +32,32 @@ def many_objects() -> list[object]:
 
 def test_nothing_is_collected_between_the_calls() -> None:
     with AgreedCollections() as garbage:
-        garbage.collect(0)
+        garbage.collect()
         cycle = weakref.ref(Cycle())
         kept = many_objects()
         assert cycle() is not None, f"{len(kept)} objects later"
-        garbage.collect(1)
+        garbage.collect()
         assert cycle() is None
 
 
-def test_what_grows_old_is_collected_now_and_then() -> None:
+@pytest.mark.parametrize(("survived", "every"), [(1, MIDDLE_EVERY), (MIDDLE_EVERY, ALL_EVERY)])
+def test_what_grows_old_is_collected_now_and_then(survived: int, every: int) -> None:
     with AgreedCollections() as garbage:
-        garbage.collect(7)
         cycle = Cycle()
-        for step in range(8, 12):
-            garbage.collect(step)  # it survives these
+        for _ in range(survived):
+            garbage.collect()
         old = weakref.ref(cycle)
         del cycle
-        garbage.collect(7 + STEPS_BETWEEN_COLLECTIONS - 1)
+        for _ in range(survived, every - 1):
+            garbage.collect()
         assert old() is not None
-        garbage.collect(7 + STEPS_BETWEEN_COLLECTIONS)
+        garbage.collect()
         assert old() is None
 
 
 def test_it_runs_by_itself_between_steps() -> None:
     with AgreedCollections() as garbage:
-        garbage.collect(0)
+        garbage.collect()
         assert not gc.isenabled()
         with garbage.automatic():
             assert gc.isenabled()
@@ -69,9 +70,10 @@ def test_the_first_collection_of_everything_looks_at_what_was_there_before_and_l
     before = weakref.ref(cycle)
     del cycle
     with pytest.raises(KeyError), AgreedCollections() as garbage:  # noqa: PT012
-        garbage.collect(0)
+        for _ in range(ALL_EVERY - 1):
+            garbage.collect()
         assert before() is not None
-        garbage.collect(STEPS_BETWEEN_COLLECTIONS)
+        garbage.collect()
         assert before() is None
         assert gc.get_freeze_count() > 0
         raise KeyError
@@ -82,7 +84,7 @@ def test_a_collector_that_the_user_has_disabled_stays_so() -> None:
     try:
         cycle = weakref.ref(Cycle())
         with AgreedCollections() as garbage:
-            garbage.collect(0)
+            garbage.collect()
             with garbage.automatic():
                 assert not gc.isenabled()
         assert cycle() is not None
@@ -94,5 +96,5 @@ def test_a_collector_that_the_user_has_disabled_stays_so() -> None:
 
 def test_outside_of_training_nothing_changes() -> None:
     garbage = AgreedCollections()
-    garbage.collect(0)
+    garbage.collect()
     assert gc.isenabled()
