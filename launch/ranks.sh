@@ -41,7 +41,7 @@ torchrun=("$python" -m torch.distributed.run --max-restarts="${MAX_RESTARTS:-0}"
 # Without these, SIGUSR1 kills torchrun and orphans its ranks, and ranks that still save are killed after 30 seconds.
 # torch 2.11 may know neither; a look into its source is twenty times quicker than its --help.
 torchrun_source=$("$python" -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/distributed/run.py
-# Under nohup SIGHUP is not among them: torchrun would take it all the same, and pass it on.
+# Under nohup, SIGHUP is left out: torchrun would handle it anyway, and forward it.
 hang_up=$("$python" -c 'import signal as s; print("" if s.getsignal(s.SIGHUP) == s.SIG_IGN else ",SIGHUP")')
 if grep -q -- --signals-to-handle "$torchrun_source"; then
   torchrun+=("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hang_up")

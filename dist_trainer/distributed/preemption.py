@@ -27,8 +27,8 @@ SECONDS_TO_RAISE_AGAIN = 0.5
 TICKS_TO_CLEAN_UP = 10
 """So often what handles the error is left in peace; then it is broken off too, for it may be a library that goes on."""
 PATIENCE = 3
-"""The signal of this count ends the process without saving. SIGHUP does not count: nobody's impatience sends it, and a terminal
-that is closed may send several, by its shell, the kernel and the session's manager."""
+"""The signal of this count ends the process without saving. SIGHUP does not count: nobody sends it out of impatience, and
+closing a terminal may send several, from the shell, the kernel and the session manager."""
 _GOODBYE = b"\0"
 """No signal has the number 0."""
 

@@ -91,10 +91,10 @@ class FanOut:
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # some libraries leave by sys.exit
             self._warn(name, error)
 
-    def _warn(self, name: str, error: Exception) -> None:
+    def _warn(self, name: str, error: BaseException) -> None:
         if name not in self._warned:
             self._warned.add(name)
             log.warning("tracking: %s has trouble (%s: %s); training goes on", name, type(error).__name__, error)
@@ -113,6 +113,6 @@ def build_tracker(world: World, context: RunContext) -> Tracker:
             continue
         try:
             sinks[name] = build(context)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.warning("tracking: %s cannot begin (%s: %s); going on without it", name, type(error).__name__, error)
     return FanOut(sinks)

@@ -83,9 +83,10 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, c
     ]
 
 
-def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkeypatch, caplog, kind):
     def refuse(*_, **__):
-        raise ValueError("no")
+        raise kind("no")
 
     for method in ("ask_to_finish", "close"):
         monkeypatch.setattr(FollowerTracker, method, refuse)
@@ -93,7 +94,7 @@ def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkey
     trackers = FanOut({"first": follower, "jsonl": JsonlTracker(context(tmp_path)), "last": follower})
     trackers.close(state="finished", reason=None)
     assert [record.message for record in caplog.records] == [
-        f"tracking: {name} has trouble (ValueError: no); training goes on" for name in ("first", "last")
+        f"tracking: {name} has trouble ({kind.__name__}: no); training goes on" for name in ("first", "last")
     ]
 
 
