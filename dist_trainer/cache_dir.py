@@ -17,15 +17,15 @@ def default_cache_dir() -> Path:
 
 
 def ensure_home() -> None:
-    """Set HOME and LOGNAME where neither the environment nor the system knows them, as in a container that runs under a user
-    id of its own: libraries would fail, or make a folder named `~`.
+    """Set HOME and LOGNAME if neither the environment nor the system knows them, as in a container with an arbitrary user id:
+    libraries would fail, or create a folder named `~`.
     """
     try:
         Path.home()
     except RuntimeError:
         home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
         home.mkdir(mode=0o700, exist_ok=True)
-        is_ours = home.lstat().st_uid == os.getuid()  # anybody may make a folder of that name there
+        is_ours = home.lstat().st_uid == os.getuid()  # anybody can create a folder of that name there
         os.environ["HOME"] = str(home) if is_ours else tempfile.mkdtemp(prefix=home.name)
     try:
         getpass.getuser()

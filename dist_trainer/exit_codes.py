@@ -32,8 +32,8 @@ HOLD_BACK_SECONDS = 5.0
 
 
 def exit_code_of(act: Callable[[], int]) -> int:
-    """What `act` returns; of a DistTrainerError its exit code, after its message was printed once on each machine. No secret
-    is printed to stderr, by whomever, and where nobody reads what is printed, that changes no exit code.
+    """What `act` returns; of a DistTrainerError its exit code, after its message was printed once on each machine. Secrets
+    are masked in all that is printed to stderr. If nobody reads what is printed, the exit code stays the same.
     """
     open_standard_streams()
     ensure_home()
@@ -59,7 +59,7 @@ def exit_code_of(act: Callable[[], int]) -> int:
 
 def open_standard_streams() -> None:
     """Open /dev/null in place of standard streams that were closed at the start: the next files to be opened would get their
-    numbers, and whatever is printed.
+    numbers, and receive whatever is printed.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -90,7 +90,7 @@ def nobody_reads_stdout() -> bool:
 
 
 def missing_package(error: Exception) -> MissingPackageError | None:
-    """The refusal, where `error` is that of an import in this package which needs another one; else None."""
+    """The refusal to raise if `error` says that this package could not import another one; otherwise None."""
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return None
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
@@ -135,7 +135,7 @@ def _says(error: DistTrainerError, place: Place | None) -> bool:
 
 
 def heeded_stop_signals() -> list[signal.Signals]:
-    """Those of STOP_SIGNALS that are to be taken: not SIGHUP where this process was started to ignore it, as by nohup."""
+    """The STOP_SIGNALS to handle: without SIGHUP if this process was started to ignore it, as by nohup."""
     return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
@@ -149,8 +149,8 @@ def _take_stop_signals() -> threading.Event:
 
 
 def end_process(code: int) -> NoReturn:
-    """sys.exit without the interpreter's own clean-up, in which a launcher would wait: of torch's modules it takes 0.7 s of a
-    core in each rank, and nothing is left to do in it. Threads are waited for, exit handlers called, and output flushed.
+    """sys.exit without the interpreter's own clean-up, for which a launcher would wait: with torch imported it takes 0.7 s of
+    CPU time in each rank, and has nothing left to do. Threads are joined, exit handlers called, and output flushed.
     """
 
     def end() -> None:

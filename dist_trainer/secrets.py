@@ -22,7 +22,7 @@ _USER_IN_URL = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
 _QUERY = re.compile(r"([?&;]([\w.-]+)=)[^&;#\s'\"]+")
 """A parameter in an address: ?name=value."""
 _SIGNATURES = frozenset({"sig", "signature", "x-amz-signature", "x-goog-signature"})
-"""Names of parameters that let whoever has the address read what is there."""
+"""Names of parameters that give access to whoever has the address."""
 _KNOWN_FORM = re.compile(
     r"\b(?:hf_\w{16,}|api_org_\w{16,}|wandb_v\d_\w{16,}|gh[oprsu]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|sk-[\w-]{20,}|xox[a-z]-[\w-]{10,}|A[KS]IA[A-Z0-9]{16}\b|AIza[\w-]{35})"
@@ -57,8 +57,8 @@ def masked_within(value: Any, environment: Mapping[str, str] = os.environ) -> An
 
 
 class MaskedStream:
-    """A text stream that masks what is written to it: other libraries print there, too. Where nobody reads it, or its disk is
-    full, nothing happens.
+    """A text stream that masks what is written to it, also by other libraries. Errors are ignored: nobody may read it any more,
+    or its disk may be full.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -71,7 +71,7 @@ class MaskedStream:
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written."""
+        """Flush the stream underneath."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 

@@ -70,7 +70,7 @@ def _options() -> dict[str, str]:
     return {
         "--config FILE": "YAML file of keys; several may be given: later ones win, and the command line over all",
         "--preset NAME": f"a size with the learning rate and batch that follow, parameters beside the embedding: {sizes}; "
-        "files and keys win over it; `--preset list` shows all they set",
+        "files and keys win over it; `--preset list` shows what each one sets",
         DRY_RUN: "everything up to the first step, the largest batch once, then memory and time; leaves no run",
         "--print_config": "print the resulting config as YAML",
         "--print_completion SHELL": f"print what completes keys and values at a TAB ({', '.join(SHELLS)})",

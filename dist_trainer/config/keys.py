@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dist_trainer.config.other_names import key_called, value_called, what_follows
+from dist_trainer.config.other_names import key_called, value_called, why_no_key
 from dist_trainer.config.schema import TrainingConfig
 
 PATH_KEYS = ("data.dataset", "data.validation_dataset", "data.tokenizer", "data.chat_template", "data.cache_dir")
@@ -77,7 +77,7 @@ def no_such_key(key: str) -> str:
     """The complaint, with the key that may be meant."""
     known = list(leaf_types())
     last = key.rsplit(".", 1)[-1].replace("-", "_")
-    if (message := what_follows(last)) is not None:
+    if (message := why_no_key(last)) is not None:
         return message
     elsewhere = [found for found in (key_called(last),) if found is not None]
     near = (
@@ -92,7 +92,7 @@ def no_such_key(key: str) -> str:
 
 
 def near_value(value: Any, kind: Any) -> str:
-    """`; did you mean bf16?`, where one of the few values of a key of this type may be meant; else nothing."""
+    """`; did you mean bf16?` if one of the few values of a key of this type may be meant; otherwise ""."""
     values = [str(one) for option in options_of(kind) if get_origin(option) is Literal for one in get_args(option)]
     written = str(value)
     near = [found for found in (value_called(written, values),) if found is not None]
@@ -111,7 +111,8 @@ def in_words(kind: Any) -> str:
     words = []
     for option in options_of(kind):
         if get_origin(option) is Literal:
-            words.append("one of " + ", ".join(map(str, get_args(option))))
+            values = ", ".join(map(str, get_args(option)))
+            words.append(f"one of {values}" if len(get_args(option)) > 1 else values)
         elif get_origin(option) is tuple:
             words.append(f"a list of {len(get_args(option))} numbers, such as [0.9, 0.95]")
         else:

@@ -47,16 +47,19 @@ OTHER_NAMES = {
     "tracking.wandb": "report_to wandb_log wandb_mode",
     "distributed.strategy": "ddp fsdp",
 }
-FOLLOWING = {
+NOT_KEYS = {
     "gradient_accumulation_steps gradient_accumulation accumulation_steps grad_accum accumulate_grad_batches": (
-        "no such key: it follows, as batch.global_batch_size / (batch.micro_batch_size x ranks); set these two"
+        "no such key: it follows from batch.global_batch_size / (batch.micro_batch_size x ranks); set these two"
+    ),
+    "resume auto_resume": (
+        "no such key: rerunning the same command resumes a run; did you mean checkpoint.resume (auto, never, or a folder)?"
     ),
     "vocab_size": "no such key: it follows from data.tokenizer, and from the model of model.init_from",
     "gpus num_gpus devices num_nodes nproc nproc_per_node world_size": (
         "no such key: it follows from the number of processes; start them with torchrun or launch/local.sh"
     ),
 }
-"""Names of what is no key, since it follows from others."""
+"""Names that have no key here, and the message that says what to do instead."""
 OTHER_VALUES = {
     "disabled": "none null off false no disable 0",
     "online": "on true yes wandb all 1",
@@ -68,15 +71,15 @@ OTHER_VALUES = {
 
 
 def key_called(name: str) -> str | None:
-    """The key that is called `name` elsewhere, if one is."""
+    """The key that other trainers call `name`, if any."""
     return next((key for key, names in OTHER_NAMES.items() if name in names.split()), None)
 
 
-def what_follows(name: str) -> str | None:
-    """The message for a `name` that is no key here, since it follows from others; None for any other name."""
-    return next((message for names, message in FOLLOWING.items() if name in names.split()), None)
+def why_no_key(name: str) -> str | None:
+    """The message for a `name` that has no key here on purpose; None for any other name."""
+    return next((message for names, message in NOT_KEYS.items() if name in names.split()), None)
 
 
 def value_called(name: str, values: list[str]) -> str | None:
-    """That of the `values` which is called `name` elsewhere, if one is."""
+    """The one of `values` that other trainers call `name`, if any."""
     return next((value for value in values if name.lower() in OTHER_VALUES.get(value, "").split()), None)

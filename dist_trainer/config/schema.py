@@ -77,8 +77,8 @@ class DataConfig:
     text_column: str = "text"
     """Column that holds the text."""
     template: str | None = None
-    """Text made of several columns, such as "{context}\\n{question}"; replaces text_column. On the command line, too, \\n is a
-    line end there, \\t a tab. `alpaca`: the prompt of Stanford Alpaca, of the columns instruction and input, with output as its
+    """Text made of several columns, such as "{context}\\n{question}"; replaces text_column. On the command line \\n means a
+    newline and \\t a tab. `alpaca`: Stanford Alpaca's prompt, made of the columns instruction and input, with output as the
     completion."""
     completion_template: str | None = None
     """What follows that text, such as " {answer}", and alone carries loss, with the end-of-text token behind it; the text
@@ -91,7 +91,7 @@ class DataConfig:
     own."""
     bad_records: int | Literal["stop"] = "stop"
     """What to do with a record that cannot be read or used (broken JSON, a missing column, a malformed conversation): stop, or
-    skip up to this many of a data set, each named in the log by file and line."""
+    skip up to this many per data set; the log names each by file and line."""
     tokenizer: str = "austen"
     """`austen` (inside the package), a Hub name, or a path."""
     sequence_length: int = 256
@@ -205,7 +205,7 @@ class CheckpointConfig:
     keep_last: int = 2
     """Newest checkpoints kept, beside the best one."""
     max_failures: int = 5
-    """Saves that may fail in a row (a full disk, weights that are not finite) before the run ends."""
+    """Saves that may fail in a row (a full disk, NaN or infinite weights) before the run ends."""
     resume: str = "auto"
     """auto: go on from the run folder's newest good checkpoint; never: set an earlier run aside and begin anew; or another
     run's or a checkpoint's folder to begin from."""
@@ -260,10 +260,10 @@ class DistributedConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl on GPUs, gloo on CPU."""
     timeout_minutes: float | None = None
-    """Minutes without a sign of life, or without progress while others wait, after which a rank counts as hanging, and all
-    leave; null: 10 until the first step is done (compilation, loading), then 2. Each micro-batch, each batch that is read and
-    each validation batch is progress, and a rank may go without for ten times its longest step so far if that is more.
-    Preparing data and saving may take longer."""
+    """Minutes without a sign of life, or without progress while other ranks wait, after which a rank is considered hung and the
+    run aborts; null: 10 until the first step is done (compilation, loading), then 2. Each micro-batch, each batch that is read
+    and each validation batch counts as progress; the limit is never less than ten times the longest step so far. Preparing data
+    and saving may take longer."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@
     return values[low] + (values[high] - values[low]) * (step - steps[low]) / (steps[high] - steps[low]);
   };
 
-  // 0.003, but 1.25e-5: there is room for seven characters beside an axis.
+  // 0.003, but 1.25e-5: there is room for seven characters next to an axis.
   const digits = (value, most) => {
     const rounded = +value.toPrecision(most);
     return rounded && Math.abs(rounded) < 1e-3 ? rounded.toExponential() : String(rounded);

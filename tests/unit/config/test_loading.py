@@ -13,7 +13,7 @@ from dist_trainer.cache_dir import default_cache_dir
 from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of
 from dist_trainer.config.loading import config_differences, dump_config, load_config, validated
 from dist_trainer.config.lookup import build, resolve
-from dist_trainer.config.other_names import FOLLOWING, OTHER_NAMES, OTHER_VALUES
+from dist_trainer.config.other_names import NOT_KEYS, OTHER_NAMES, OTHER_VALUES
 from dist_trainer.config.row_names import ROW_NAMES
 from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import Source
@@ -134,7 +134,7 @@ REFUSED = {
     "--model.num_key_value_heads 4": "model.num_key_value_heads: 4 does not divide model.num_attention_heads (6)",
     "--model.hidden_size 18 --model.num_key_value_heads 6": "rotary positions need an even number",
     "--precision.dtype fp8": "precision.dtype: 'fp8' is not one of auto, fp32, bf16, fp16",
-    "--precision.compile maybe": "precision.compile: 'maybe' is not true or false or one of auto",
+    "--precision.compile maybe": "precision.compile: 'maybe' is not true or false or auto",
     "--tracking.wandb yes": "tracking.wandb: 'yes' is not one of offline, online, disabled",
     "--data.packing maybe": "data.packing: 'maybe' is not true or false",
     "--data.validation_fraction 1": "data.validation_fraction: 1.0 must be 0 or more",
@@ -149,8 +149,9 @@ REFUSED = {
     "--lr 1": "lr: no such key; did you mean optim.learning_rate?",
     "--batch_size 8": "batch_size: no such key; did you mean batch.global_batch_size?",
     "--per-device-train-batch-size 8": "no such key; did you mean batch.micro_batch_size?",
-    "--gradient_accumulation_steps 4": "no such key: it follows, as batch.global_batch_size / (batch.micro_batch_size x ranks)",
-    "--resume never": "resume: no such key; did you mean checkpoint.resume?",
+    "--gradient_accumulation_steps 4": "no such key: it follows from batch.global_batch_size / (batch.micro_batch_size",
+    "--resume never": "resume: no such key: rerunning the same command resumes a run; did you mean checkpoint.resume",
+    "--resume": "resume: no such key: rerunning the same command resumes a run",
     "--resume_from_checkpoint x": "no such key; did you mean checkpoint.resume?",
     "--steps 5": "steps: no such key; did you mean train.max_steps?",
     "--profil.steps 5": "profil.steps: no such key; did you mean profile.steps?",
@@ -230,7 +231,7 @@ def test_null_and_false_in_a_file_are_told_which_value_they_may_mean(tmp_path):
 
 def test_names_of_other_trainers_lead_to_keys_that_there_are_and_each_to_one():
     assert OTHER_NAMES.keys() <= leaf_types().keys()
-    names = [name for words in (*OTHER_NAMES.values(), *FOLLOWING) for name in words.split()]
+    names = [name for words in (*OTHER_NAMES.values(), *NOT_KEYS) for name in words.split()]
     assert len(set(names)) == len(names)
     assert not set(names) & leaf_types().keys(), "this is a key"
     values = {str(value) for kind in leaf_types().values() for one in options_of(kind) for value in get_args(one)}
