@@ -15,6 +15,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder of a tokenizer's chat templates apart from its default one."""
 MOST_LAYERS = 10_000
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -26,11 +29,27 @@ def check_links(folder: Path) -> None:
     In the Hub's cache files are links to others of the same model, which are inside.
     """
     root = os.path.realpath(folder.absolute().parent.parent if is_in_hub_cache(folder) else folder)
-    for path in (path for pattern in (*DESCRIPTION, *WEIGHTS) for path in sorted(folder.glob(pattern))):
+    for path in (
+        path
+        for pattern in (*DESCRIPTION, *WEIGHTS, CHAT_TEMPLATES, f"{CHAT_TEMPLATES}/*")
+        for path in sorted(folder.glob(pattern))
+    ):
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
             raise CheckpointError(
                 f"{folder} has {path.name} behind a link out of it, which is not followed; put the file there"
             )
+
+
+def check_tokenizer_folder(folder: Path) -> None:
+    """Raises CheckpointError where reading a tokenizer from `folder` would read files other than its usual ones."""
+    check_links(folder)
+    path = folder / TOKENIZER_CONFIG_FILE
+    raw = read_json(path.resolve()) if path.is_file() else {}
+    files = raw.get("fast_tokenizer_files") or []
+    is_harmless = isinstance(files, list) and all(Path(str(file)).name == file for file in files)
+    for name in ("gguf_file", *([] if is_harmless else ["fast_tokenizer_files"])):
+        if raw.get(name):
+            raise CheckpointError(f"{path}: {name} names {raw[name]!r:.80}, which is not read; remove the field")
 
 
 def check_model_folder(folder: Path) -> None:

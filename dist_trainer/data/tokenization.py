@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.model_files import check_links
+from dist_trainer.config.model_files import check_tokenizer_folder
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.errors import DataError, StoppedError
@@ -84,7 +84,7 @@ def _from_folder(folder: Path, key: str) -> Tokenizer:
     import transformers
 
     try:
-        check_links(folder)
+        check_tokenizer_folder(folder)
         if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         if _is_what_its_files_say(folder):

@@ -33,6 +33,10 @@ SHAPE = {
 }
 
 
+OTHER = "../outside/tokenizer.4.json"
+"""A tokenizer outside of the folder; transformers looks for such names, with a version in them."""
+
+
 class Harm:
     """Writes a file when it is unpickled."""
 
@@ -105,12 +109,18 @@ def a_kernel_of_the_hub(folder: Path, outside: Path) -> None:
     change(folder / "config.json", attn_implementation="someone/kernel")
 
 
+def linked_chat_templates(folder: Path, outside: Path) -> None:
+    (outside / "other.jinja").write_text("{{ messages }}")
+    (folder / "additional_chat_templates").symlink_to(outside)
+
+
 HARM = {
     a_pickle: r"index\.json names 'harm\.bin'; weights are read from safetensors files in the same folder only",
     a_pickle_elsewhere: r"names '.*outside/harm\.bin'; weights are read from safetensors files in the same folder only",
     a_file_elsewhere: r"names '\.\./outside/other\.safetensors'; weights are read",
     a_linked_shard: r"has model-00001\S+ behind a link out of it, which is not followed",
     a_linked_config: r"has config\.json behind a link out of it, which is not followed",
+    linked_chat_templates: r"has additional_chat_templates behind a link out of it, which is not followed",
     an_adapter: r"holds an adapter \(adapter_config\.json\), which is not read; merge it into its model",
     weights_under_another_name: r"transformers_weights is 'harm\.safetensors\.index\.json', but weights are read from",
     a_kernel_of_the_hub: r"attn_implementation is 'someone/kernel', which is code on the Hub and is never run",
@@ -135,13 +145,26 @@ def test_a_hostile_folder_is_refused_whoever_reads_it(model, tmp_path, harm):
     ):
         with pytest.raises(RefusedError, match=HARM[harm]):
             read()
-    if harm in (a_linked_shard, a_linked_config):
+    if harm in (a_linked_shard, a_linked_config, linked_chat_templates):
         with pytest.raises(DataError, match=HARM[harm]):
             load_tokenizer(str(folder))
     else:  # such as that of an adapter, which lies beside it
         assert len(load_tokenizer(str(folder))) == 4096
     assert not can_open(folder)
     assert not (outside / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    "named", [{"gguf_file": OTHER}, {"fast_tokenizer_files": ["tokenizer.json", OTHER]}, {"fast_tokenizer_files": 3}]
+)
+def test_a_tokenizer_s_config_names_no_files_to_read(tmp_path, named):
+    folder = tmp_path / "model"
+    shutil.copytree(CORPUS / "tokenizer", folder)
+    (tmp_path / "outside").mkdir()
+    shutil.copy(folder / "tokenizer.json", folder / OTHER)
+    change(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", **named)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: \w+ names .*; remove the field"):
+        load_tokenizer(str(folder))
 
 
 def test_a_folder_with_an_adapter_alone_says_so(tmp_path):
