@@ -29,11 +29,8 @@ def check_links(folder: Path) -> None:
     In the Hub's cache files are links to others of the same model, which are inside.
     """
     root = os.path.realpath(folder.absolute().parent.parent if is_in_hub_cache(folder) else folder)
-    for path in (
-        path
-        for pattern in (*DESCRIPTION, *WEIGHTS, CHAT_TEMPLATES, f"{CHAT_TEMPLATES}/*")
-        for path in sorted(folder.glob(pattern))
-    ):
+    patterns = (*DESCRIPTION, *WEIGHTS, CHAT_TEMPLATES, f"{CHAT_TEMPLATES}/*")
+    for path in (path for pattern in patterns for path in sorted(folder.glob(pattern))):
         if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
             raise CheckpointError(
                 f"{folder} has {path.name} behind a link out of it, which is not followed; put the file there"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dist_trainer.data.template import TOOLS, kind_of, missing_column
+from dist_trainer.data.template import BESIDE_MESSAGES, kind_of, missing_column
 from dist_trainer.errors import DataError
 
 Message = dict[str, Any]
@@ -39,11 +39,12 @@ def messages_of(where: str, record: dict[str, Any], column: str) -> list[Message
         )
     if not messages:
         raise DataError(f"{where}: the conversation in {column!r} has no message; remove the record")
-    if record.get(TOOLS):
-        raise DataError(
-            f"{where}: the column {TOOLS!r} describes tools, which would not be part of the conversation; write them into its "
-            "system message, and remove the column"
-        )
+    for other in BESIDE_MESSAGES:
+        if other != column and record.get(other) not in (None, "", "[]", []):
+            raise DataError(
+                f"{where}: the column {other!r} says something that would not be part of the conversation; write it into a "
+                "system message, and remove the column"
+            )
     return [_message(where, f"message {number} in {column!r}", message) for number, message in enumerate(messages, start=1)]
 
 

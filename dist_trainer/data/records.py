@@ -27,7 +27,7 @@ that one cannot be read."""
 
 PARQUET_ROWS_AT_A_TIME = 4096
 FIRST_BYTES = 1 << 20
-"""Of a file, to see what its columns are."""
+"""Of a file that may be an array of records, to see what its columns are."""
 
 
 def read_text(path: Path) -> Records:
@@ -108,34 +108,37 @@ def read_csv(path: Path, delimiter: str) -> Records:
     csv.field_size_limit(sys.maxsize)
     try:
         with open_binary(path) as file:
-            lines = _Lines(file)
-            rows = csv.reader(lines, delimiter=delimiter, strict=True)
-            columns: list[str] | None = None
-            while True:
-                place = f"{path}:{lines.number + 1}"
-                try:
-                    values = next(rows)
-                except StopIteration:
-                    return
-                except UnicodeDecodeError as error:
-                    yield f"{path}:{lines.number}", _not_utf8(f"{path}:{lines.number}", error)
-                    continue
-                except csv.Error as error:
-                    yield place, DataError(f"{place}: not CSV ({error})")
-                    continue
-                if columns is None:
-                    columns = _column_names(path, values)
+            rows = _csv_rows(path, _Lines(file), delimiter)
+            place, names = next(rows, ("", []))
+            if isinstance(names, DataError):  # no bad record to skip: the next line would be taken for the names
+                raise names
+            columns = _column_names(path, names)
+            for place, values in rows:
+                if isinstance(values, DataError):
+                    yield place, values
                 elif len(values) == len(columns):
                     yield place, dict(zip(columns, values, strict=True))
                 elif values:
-                    yield (
-                        place,
-                        DataError(
-                            f"{place}: {counted(len(values), 'value')}, but line 1 names {counted(len(columns), 'column')}"
-                        ),
-                    )
+                    lack = f"{counted(len(values), 'value')}, but line 1 names {counted(len(columns), 'column')}"
+                    yield place, DataError(f"{place}: {lack}")
     except READING_ERRORS as error:
         raise unreadable(path, error) from error
+
+
+def _csv_rows(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[str, list[str] | DataError]]:
+    """(place, values) of each row: where it begins. An error instead of values says why it cannot be read."""
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        place = f"{path}:{lines.number + 1}"
+        try:
+            yield place, next(rows)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:
+            place = f"{path}:{lines.number}"
+            yield place, _not_utf8(place, error)
+        except csv.Error as error:
+            yield place, DataError(f"{place}: not CSV ({error})")
 
 
 def _column_names(path: Path, values: list[str]) -> list[str]:
@@ -193,11 +196,11 @@ def column_names(path: Path) -> Collection[str]:
             return pyarrow.parquet.read_schema(path).names
         if reader is read_text:
             return ("text",)
-        if reader is not read_jsonl:
-            return next((record.keys() for _, record in reader(path) if isinstance(record, dict)), ())
         with open_binary(path) as file:
             head = file.read(FIRST_BYTES).decode("utf-8-sig", errors="replace").lstrip()
-        record, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())
+        if reader is not read_jsonl or not head.startswith("["):
+            return next((record.keys() for _, record in reader(path) if isinstance(record, dict)), ())
+        record, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())  # an array is read whole
     except (*READING_ERRORS, ValueError, RecursionError, DataError):
         return ()
     return record.keys() if isinstance(record, dict) else ()

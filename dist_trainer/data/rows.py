@@ -73,8 +73,8 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
         "data %s: %s to train on; %s to validate on%s",
         *(config.dataset, _in_words(train), _in_words(validation), f", {origin}" if len(validation.spans) else ""),
     )
-    train_rows = _rows(train, config, tokenizer, f"data.dataset: {config.dataset}")
-    return train_rows, _validation_rows(validation, config, tokenizer, VALIDATION_KEY)
+    train_rows = _rows(train, layout, tokenizer, f"data.dataset: {config.dataset}")
+    return train_rows, _validation_rows(validation, its_layout, tokenizer, VALIDATION_KEY)
 
 
 def fingerprints(config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
@@ -103,14 +103,15 @@ def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALI
     messages call `key`.
     """
     if config.validation_dataset is not None:
-        documents = _all_documents(*_other_text(config.validation_dataset, config, key), tokenizer)
+        held_out, layout = _other_text(config.validation_dataset, config, key)
+        documents = _all_documents(held_out, layout, tokenizer)
     else:
         source, layout = _opened(config.dataset, config, "data.dataset")
         held_out = source.held_out(config.validation_split)
         documents = _all_documents(held_out or source.train, layout, tokenizer)
         if held_out is None:
             _, documents = split_by_document(documents, config.validation_fraction, config.sequence_length)
-    return _validation_rows(documents, config, tokenizer, key)
+    return _validation_rows(documents, layout, tokenizer, key)
 
 
 def _validation_rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer, key: str) -> Rows | None:
@@ -214,10 +215,14 @@ def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: To
     found = fitted(store, spans, config.sequence_length)
     remark = _remark(found, len(spans), config.sequence_length)
     if not len(found.spans):
-        answer = "completion" if config.messages_column is None else 'message of the role "assistant"'
+        answer = (
+            "a completion that has text"
+            if config.messages_column is None
+            else 'a message of the role "assistant" that has text and is not excluded by its flag'
+        )
         length = counted(config.sequence_length, "token")
         reasons = {
-            f"without text in a {answer}": found.without_answer,
+            f"without {answer}": found.without_answer,
             f"with answers that begin after data.sequence_length ({length})": found.answer_cut_off,
         }
         counts = ", ".join(f"{count} {what}" for what, count in reasons.items() if count)

@@ -13,8 +13,8 @@ from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError
 
-TOOLS = "tools"
-"""A column that describes tools to a conversation."""
+BESIDE_MESSAGES = ("tools", "functions", "system")
+"""Columns that some data sets of conversations have next to the messages; what they say would be lost."""
 PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
 COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
 TextOf = Callable[[str, dict[str, Any]], str | LongText | MarkedText]
@@ -93,7 +93,7 @@ def optional_columns_of(config: DataConfig) -> list[str]:
     """The columns that `config` reads if they are there."""
     if config.template == ALPACA:
         return ["input", *NOT_IN_ALPACA_PROMPT]
-    return [TOOLS] if config.messages_column is not None else []
+    return list(BESIDE_MESSAGES) if config.messages_column is not None else []
 
 
 def missing_column(column: str, present: list[str], where: str) -> DataError:

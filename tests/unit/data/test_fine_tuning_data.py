@@ -26,6 +26,7 @@ from dist_trainer.data.datasets import open_source
 from dist_trainer.data.documents import document_maker
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
 from dist_trainer.data.marked_text import tokens_in_spans
+from dist_trainer.data.records import column_names
 from dist_trainer.data.rows import SPLIT_KEY, train_and_validation_rows
 from dist_trainer.data.sampler import KeyedPermutation
 from dist_trainer.data.token_store import TokenStore, token_store
@@ -389,6 +390,11 @@ def test_what_alpaca_s_prompt_has_no_place_for_is_refused(tmp_path):
         train_and_validation_rows(small(path, tmp_path), load_tokenizer("austen"))
 
 
+def test_a_long_first_conversation_is_known_by_its_column_too(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"id": "x" * 2_000_000, "messages": CONVERSATIONS[0]}])
+    assert "messages" in column_names(path)
+
+
 def test_columns_are_read_by_their_names_only_where_nothing_says_how(tmp_path):
     tokenizer = byte_level(CHATML, "<|im_end|>")
     assert loss_of_first_row(small(chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), tmp_path), tokenizer) == (
@@ -437,13 +443,15 @@ def test_a_template_that_writes_tool_calls_and_thoughts_learns_them(tmp_path):
     ]
 
 
-def test_tools_beside_the_messages_are_refused_from_every_kind_of_file(tmp_path):
-    records = [{"messages": CONVERSATIONS[0], "tools": json.dumps([CALL])}]
+@pytest.mark.parametrize("column", ["tools", "functions", "system"])
+def test_what_columns_next_to_the_messages_say_is_refused_from_every_kind_of_file(tmp_path, column):
+    nothing = [{"messages": CONVERSATIONS[0], column: empty} for empty in (None, "", "[]")]
+    records = [*nothing, {"messages": CONVERSATIONS[0], column: json.dumps([CALL])}]
     write(tmp_path / "x.jsonl", records)
     pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
     datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
     for name in ("x.jsonl", "x.parquet", "saved"):
-        with pytest.raises(DataError, match=rf"{name}.*1: the column 'tools' describes tools"):
+        with pytest.raises(DataError, match=rf"{name}.*4: the column '{column}' says something"):
             stored(small(tmp_path / name, tmp_path, messages_column="messages"), byte_level(CHATML, "<|im_end|>"))
 
 
@@ -682,7 +690,8 @@ def test_one_warning_tells_of_what_was_cut_or_left_out(tmp_path, caplog):
     [
         (
             [user("Hi")],
-            'x.jsonl: no document has an answer to learn (of 1: 1 without text in a message of the role "assistant")',
+            'x.jsonl: no document has an answer to learn (of 1: 1 without a message of the role "assistant" that has text and '
+            "is not excluded by its flag)",
         ),
         ([user("Hi " * 99), assistant("Ho")], "(of 1: 1 with answers that begin after data.sequence_length (32 tokens))"),
     ],
@@ -692,6 +701,9 @@ def test_data_in_which_there_is_nothing_to_learn_are_refused(tmp_path, messages,
     config = replace(config, sequence_length=32, validation_fraction=0.5)
     with pytest.raises(DataError, match=r"^data\.dataset: .*" + re.escape(message)):
         create_dataloaders(TrainingConfig(data=config, batch=BatchConfig(1, 1)))
+    by_its_columns = replace(config, messages_column=None)  # the answers are those of conversations then, too
+    with pytest.raises(DataError, match=r"^data\.dataset: .*" + re.escape(message)):
+        train_and_validation_rows(by_its_columns, byte_level(CHATML, "<|im_end|>"))
     good = str(chats(tmp_path / "good.jsonl", [[user("Hi"), assistant("Ho")]]))
     config = replace(config, dataset=good, validation_dataset=config.dataset)
     with pytest.raises(DataError, match=r"^data\.validation_dataset: .*" + re.escape(message)):

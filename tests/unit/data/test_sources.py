@@ -261,6 +261,7 @@ BAD = {
     "values beyond the columns": ("x.csv", 'text\n"a\nb"\nc,d\n', r"x\.csv:4: 2 values, but line 1 names 1 column"),
     "a quote that is not closed": ("x.csv", 'text\na\n"b\nc\n', r"x\.csv:3: not CSV"),
     "CSV that is not UTF-8": ("x.csv", b"text\na\n\xff\n", r"x\.csv:3: not UTF-8 \(byte 0xff\)"),
+    "a CSV header that is not UTF-8": ("x.csv", b"te\xffxt\ntext\na\n", r"x\.csv:1: not UTF-8 \(byte 0xff\)"),
     "two columns of one name": ("x.tsv", "text\ttext\n", r"x\.tsv:1: two columns are named 'text'"),
     "no such column in CSV": ("x.csv", "body\na\n", r"x\.csv:2: there is no column 'text', only 'body'"),
     "cut off zstd": ("x.txt.zst", pa.compress(bytes(range(256)) * 9, codec="zstd", asbytes=True)[:-9], r"x\.txt\.zst: cannot"),
@@ -475,6 +476,9 @@ def test_bad_records_are_skipped_up_to_a_limit_and_each_is_named(tmp_path, caplo
     caplog.clear()
     create_dataloaders(small(path, tmp_path, bad_records=4))
     assert [f"{path}: 4 records skipped when it was tokenised (data.bad_records)"] == caplog.messages
+    headless = write(tmp_path / "headless.csv", b"te\xffxt,n\ntext,n\n" + b"a,1\n" * 40)
+    with pytest.raises(DataError, match=r"headless\.csv:1: not UTF-8"):  # nor does the next line name the columns instead
+        create_dataloaders(small(headless, tmp_path, bad_records=2))
     table = write(tmp_path / "x.csv", 'text,n\nbefore,1\nb,2,3\n"c"d,1\n' + "".join(f"{story},0\n" for story in STORIES))
     caplog.clear()
     create_dataloaders(small(table, tmp_path, bad_records=2))
