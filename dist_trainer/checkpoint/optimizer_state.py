@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.manifest import read_json
 from dist_trainer.optim.evaluation_weights import has_evaluation_weights, set_weights
+from dist_trainer.plural import type_named
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -164,7 +165,7 @@ _REMEDY = "checkpoints hold tensors, numbers, text and lists of these, in state 
 def _refuse_entries(where: str, entries: Mapping[str, Any]) -> None:
     for key, value in entries.items():
         if key != "params" and not (isinstance(value, Tensor) or _is_plain(value)):
-            raise ConfigError(f"optimizer: {where} has {key!r}, a {type(value).__name__}, which cannot be saved; {_REMEDY}")
+            raise ConfigError(f"optimizer: {where} has {key!r}, {type_named(value)}, which cannot be saved; {_REMEDY}")
 
 
 def _is_plain(value: Any) -> bool:

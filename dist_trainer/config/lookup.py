@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from dist_trainer.errors import ConfigError
+from dist_trainer.plural import type_named
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ def resolve(table: Mapping[str, T], name: str, key: str) -> T:
             remedy = f"; {_where_modules_are_found()}" if is_missing else ""
             raise ConfigError(f"{key}: {name!r} cannot be imported ({error}){remedy}") from error
         if not callable(found):
-            raise ConfigError(f"{key}: {name!r} is a {type(found).__name__}, not a function")
+            raise ConfigError(f"{key}: {name!r} is {type_named(found)}, not a function")
         return cast(T, found)
     raise ConfigError(no_such_row(table, name, key))
 
@@ -68,5 +69,5 @@ def build(table: Mapping[str, Callable[..., T]], name: str, key: str, *arguments
         raise ConfigError(f"{key}: {name!r} cannot be called with ({wanted}): {error}; see docs/extending.md") from error
     made = row(*arguments)
     if not isinstance(made, kind):
-        raise ConfigError(f"{key}: {name!r} gave a {type(made).__name__}, not a {kind.__name__}; see docs/extending.md")
+        raise ConfigError(f"{key}: {name!r} gave {type_named(made)}, not a {kind.__name__}; see docs/extending.md")
     return made

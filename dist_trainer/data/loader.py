@@ -23,7 +23,7 @@ from dist_trainer.data.tokenization import Tokenizer, tokenizer_of
 from dist_trainer.distributed.collectives import first_on_each_node
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import ConfigError, DataError
-from dist_trainer.plural import counted
+from dist_trainer.plural import counted, type_named
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def create_validation_loader(
 def _own_rows(dataset: Dataset, name: str) -> Rows:
     """The rows of a user's own data set. Raises DataError where they cannot be trained on, by the first one."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise DataError(f"{name}: a {type(dataset).__name__} has no __len__ or no __getitem__; give a map-style data set")
+        raise DataError(f"{name}: {type_named(dataset)} has no __len__ or no __getitem__; give a map-style data set")
     if len(dataset) > 0:  # type: ignore[arg-type]
         try:
             collate_pairs([dataset[0]])
@@ -178,7 +178,7 @@ def collate_pairs(pairs: Sequence[Any]) -> Batch:
     pairs = [_pair_of(item) for item in pairs]
     inputs, targets = default_collate(pairs)
     if not isinstance(targets, Tensor):
-        raise ValueError(f"targets are a {type(pairs[0][1]).__name__}; give one tensor, array or number")
+        raise ValueError(f"targets are {type_named(pairs[0][1])}; give one tensor, array or number")
     return Batch(inputs, targets)
 
 
@@ -193,5 +193,5 @@ def _pair_of(item: Any) -> tuple[Any, Any]:
         return item["inputs"], item["targets"]
     if not isinstance(item, list | tuple) or len(item) != 2:
         size = f" of {len(item)}" if isinstance(item, list | tuple) else ""
-        raise ValueError(f"its items are a {type(item).__name__}{size}; give (inputs, targets) pairs")
+        raise ValueError(f"its items are {type_named(item)}{size}; give (inputs, targets) pairs")
     return item[0], item[1]

@@ -135,7 +135,7 @@ def _opened(name: str, config: DataConfig, key: str) -> tuple[Source, DataConfig
         return source, config
     keys = f"data.template {layout.template}" if layout.template else f"data.messages_column {layout.messages_column}"
     log.info(
-        "%s: %s is read by its columns, as with %s; for another text set data.template and data.completion_template",
+        "%s: %s is read by its columns, as with %s; to read it differently, set data.template and data.completion_template",
         *(key, name, keys),
     )
     return open_source(name, layout, key=key), layout

@@ -12,6 +12,7 @@ from dist_trainer.config.template import ALPACA, parse_template
 from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError
+from dist_trainer.plural import type_named
 
 BESIDE_MESSAGES = ("tools", "functions", "system")
 """Columns that some data sets of conversations have next to the messages; what they say would be lost."""
@@ -159,4 +160,4 @@ def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str
 
 def kind_of(value: Any) -> str:
     """What a value of a record is, in words."""
-    return "nothing (null)" if value is None else f"a {type(value).__name__}"
+    return "nothing (null)" if value is None else type_named(value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dist_trainer.errors import DataError
+from dist_trainer.plural import type_named
 
 try:
     import resource
@@ -37,7 +38,7 @@ def check_template(template: object, name: str) -> None:
     import jinja2
 
     if not isinstance(template, str):
-        raise DataError(f"{name} is a {type(template).__name__}, not the text of a Jinja template")
+        raise DataError(f"{name} is {type_named(template)}, not the text of a Jinja template")
     before = ""
     with contextlib.suppress(jinja2.TemplateSyntaxError):
         for _, kind, value in jinja2.Environment().lex(template):

@@ -1,4 +1,4 @@
-"""Messages read well for one of a thing: `1 row`, not `1 rows`."""
+"""Messages read well for one of a thing, `1 row`, and for any type, `an int`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from dist_trainer.plural import type_named
 from tests.architecture.sources import PACKAGE
 from tests.architecture.test_troubleshooting import strings
 
@@ -55,3 +56,22 @@ def test_numbers_of_things_that_may_be_one_are_counted() -> None:
 def test_such_texts_would_be_found(text: str) -> None:
     assert NUMBER_AND_THING.search(f"data: {text} here")
     assert not NUMBER_AND_THING.search("... tokens/s")
+
+
+def types_after_an_article(tree: ast.AST) -> list[str]:
+    """The f-strings that put `a` or `an` before the name of a type, whatever that is."""
+    return [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for text, filled_in in zip(node.values, node.values[1:], strict=False)
+        if isinstance(text, ast.Constant) and re.search(r"\ban? $", str(text.value))
+        if isinstance(filled_in, ast.FormattedValue) and re.search(r"type\(.*\)\.__name__$", ast.unparse(filled_in.value))
+    ]
+
+
+def test_a_type_has_the_article_that_its_name_needs() -> None:
+    found = [text for file in PACKAGE.rglob("*.py") for text in types_after_an_article(ast.parse(file.read_text("utf-8")))]
+    assert found == [], "write these with plural.type_named: an int, a list"
+    assert types_after_an_article(ast.parse('f"it holds a {type(value).__name__}"'))
+    assert (type_named(3), type_named([])) == ("an int", "a list")

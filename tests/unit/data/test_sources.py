@@ -245,7 +245,7 @@ BAD = {
         r'only .* set --data.template "{context}\\n{question}\\n" and --data.completion_template "{answer}" to train on',
     ),
     "no such column": ("x.jsonl", '{"body": "a"}\n', r"x\.jsonl:1: there is no column 'text', only 'body'"),
-    "not text": ("x.jsonl", '{"text": "a"}\n{"text": 3}\n', r"x\.jsonl:2: the column 'text' holds a int"),
+    "not text": ("x.jsonl", '{"text": "a"}\n{"text": 3}\n', r"x\.jsonl:2: the column 'text' holds an int"),
     "null": ("x.jsonl", '{"text": null}\n', r"x\.jsonl:1: .* nothing \(null\)"),
     "not UTF-8": ("x.txt", b"one\ntw\xff\n", r"x\.txt:2: not UTF-8 text \(byte 0xff\)"),
     "not gzip": ("x.jsonl.gz", b"plain", r"x\.jsonl\.gz: cannot be read"),

@@ -80,7 +80,7 @@ def test_lm_eval_renders_within_the_same_limits(monkeypatch):
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False) == "Who?"
     tokenizer.chat_template = {"default": 5}
-    with pytest.raises(DataError, match="is a int, not the text of a Jinja template"):
+    with pytest.raises(DataError, match="is an int, not the text of a Jinja template"):
         limit_chat_template(tokenizer, "it")
 
 
