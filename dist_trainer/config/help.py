@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import textwrap
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,7 +15,7 @@ from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.schema import TrainingConfig
 
 WIDTH = 96
-"""Columns."""
+"""Columns, at most."""
 _COLUMN = 34
 _MOST_USED = (
     "run_name",
@@ -50,12 +51,15 @@ def help_text(topic: str, program: str, *, coloured: bool = False) -> str:
     named = ", ".join(name for name in section_classes() if name)
     more = [
         f"all keys of a section   {program} --help optim",
-        *textwrap.wrap(f"sections                {named}", WIDTH - 2, subsequent_indent=" " * 24),
+        *textwrap.wrap(f"sections                {named}", _width() - 2, subsequent_indent=" " * 24),
         f"all keys                {program} --help {ALL}, docs/configuration.md",
     ]
+    about = (
+        "Trains a decoder language model. Without arguments: a small one, on the text inside the package.",
+        "A run that was stopped, or killed, goes on where the same command is given again.",
+    )
     return (
-        "Trains a decoder language model. Without arguments: a small one, on the text inside the package.\n"
-        "A run that was stopped, or killed, goes on where the same command is given again.\n\n"
+        "".join(f"{textwrap.fill(sentence, _width())}\n" for sentence in about) + "\n"
         f"{bold('usage')}\n  {program} [--config FILE]... [--preset NAME] [--section.key VALUE]...\n"
         "  torchrun --nproc_per_node=8 -m dist_trainer.train [the same]      on 8 GPUs\n\n"
         f"{bold('examples')}\n{examples}\n"
@@ -81,10 +85,10 @@ def _options() -> dict[str, str]:
 
 def _section(name: str, kind: type, bold: Any) -> str:
     about = " ".join((kind.__doc__ or "").split())
-    lines = [textwrap.fill(f"{bold(name)}: {about}" if name else about, WIDTH) + "\n"]
+    lines = [textwrap.fill(f"{bold(name)}: {about}" if name else about, _width()) + "\n"]
     for key in keys_of(name):
         lines.append(f"  {bold('--' + key)} {_placeholder(leaf_types()[key])} ({_default(key)})\n")
-        lines.append(textwrap.fill(sentences_by_key()[key], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n")
+        lines.append(textwrap.indent(textwrap.fill(sentences_by_key()[key], _width() - 6), " " * 6) + "\n")
     return "".join(lines)
 
 
@@ -92,8 +96,13 @@ def _entry(words: str, text: str) -> str:
     """An option and what it does, in two columns."""
     first = f"  {words}".ljust(_COLUMN)
     begin = first if len(first) == _COLUMN else f"{first}\n{' ' * _COLUMN}"
-    filled = textwrap.fill(text, WIDTH - _COLUMN, break_long_words=False, break_on_hyphens=False)
+    filled = textwrap.fill(text, _width() - _COLUMN, break_long_words=False, break_on_hyphens=False)
     return begin + filled.replace("\n", "\n" + " " * _COLUMN) + "\n"
+
+
+def _width() -> int:
+    """That of the terminal, if it is narrower than WIDTH; commands, to be copied, are not broken to fit."""
+    return max(_COLUMN + 20, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
 
 
 def _short(key: str) -> str:

@@ -51,6 +51,11 @@ def test_the_template_in_the_help_means_what_it_says_when_typed_in_a_shell(tmp_p
     assert (of_file.template, of_file.completion_template) == ("{a}\\n", "{a}\n"), "as YAML reads them"
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(WIDTH + 10))
+
+
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_the_first_screen_names_examples_sizes_sections_and_what_is_used_most(capsys, word):
     said = shown(capsys, word)
@@ -71,6 +76,14 @@ def test_help_on_all_lists_every_key_and_help_on_a_section_those_of_it(capsys):
     optim = {key for key in leaf_types() if key.startswith("optim.")}
     assert options_in(shown(capsys, "--help", "optim")) == options_in(shown(capsys, "-h", "--optim.")) == optim
     assert "--precision.compile true|false|auto (auto)" in shown(capsys, "--help", "precision")
+
+
+def test_help_fits_into_a_narrower_terminal_except_for_its_commands(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = shown(capsys, "--help")
+    keys_and_options = screen[screen.index("keys most used") : screen.index("\nmore\n")]
+    assert all(len(line) <= 60 for line in (keys_and_options + shown(capsys, "--help", "all")).splitlines())
+    assert "--model.init_from HuggingFaceTB/SmolLM2-135M \\\n" in screen, "a command can still be pasted"
 
 
 def test_help_is_bold_on_a_terminal_alone_and_never_with_no_color(monkeypatch):
