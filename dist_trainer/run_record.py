@@ -14,6 +14,7 @@ from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Progress, Validated
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
+from dist_trainer.data.rows import are_conversations
 from dist_trainer.distributed.preemption import signal_name
 from dist_trainer.distributed.world import World
 from dist_trainer.errors import (
@@ -129,6 +130,7 @@ def _context(trainer: Trainer, folder: RunFolder, environment: dict[str, Any]) -
         max_steps=trainer.max_steps,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
         environment=environment,
+        chats=are_conversations(trainer.train_data.dataset),
     )
 
 

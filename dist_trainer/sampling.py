@@ -15,6 +15,7 @@ from dist_trainer.config.schema import DataConfig, TrackingConfig, TrainingConfi
 from dist_trainer.data.batch import IGNORED_TARGET
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.messages import messages_of
+from dist_trainer.data.rows import are_conversations
 from dist_trainer.data.tokenization import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.world import World
@@ -80,7 +81,7 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
         return None
     context = context_of(model) or config.data.sequence_length
     if tracking.sample_prompt is not None:
-        prompt, prompt_tokens = given_prompt(tracking.sample_prompt, config.data, tokenizer)
+        prompt, prompt_tokens = given_prompt(tracking.sample_prompt, config.data, tokenizer, chats=are_conversations(dataset))
         if not 0 < len(prompt_tokens) < context:
             raise ConfigError(
                 f"tracking.sample_prompt: {tracking.sample_prompt!r} has {counted(len(prompt_tokens), 'token')}; the "
@@ -104,11 +105,11 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
     )
 
 
-def given_prompt(given: str, data: DataConfig, tokenizer: Any) -> tuple[str, list[int]]:
-    """A prompt of the user's own as samples show it, and its tokens: text, or where the data are conversations a JSON list of
-    messages, written by their template to be answered. Raises ConfigError, DataError.
+def given_prompt(given: str, data: DataConfig, tokenizer: Any, *, chats: bool) -> tuple[str, list[int]]:
+    """A prompt of the user's own as samples show it, and its tokens: text, or where the data are conversations (`chats`) a JSON
+    list of messages, written by their template to be answered. Raises ConfigError, DataError.
     """
-    if data.messages_column is None or not _LIST_OF_OBJECTS.match(given):
+    if not chats or not _LIST_OF_OBJECTS.match(given):
         return given, prompt_ids(tokenizer, given)
     key = "tracking.sample_prompt"
     try:

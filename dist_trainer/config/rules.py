@@ -163,16 +163,12 @@ def _conversations(data: DataConfig) -> Iterator[str]:
         if getattr(data, key) == "":
             yield f"data.{key}: must not be empty; use null for none"
     texts = [key for key in ("template", "completion_template") if getattr(data, key) is not None]
-    if data.messages_column is not None and texts:
-        yield (
-            f"data.messages_column: {data.messages_column!r} is set, and so is {' and '.join(f'data.{key}' for key in texts)}; "
-            "records are either conversations or text: set one of the two to null"
-        )
-    if data.chat_template is not None and data.messages_column is None:
-        yield (
-            f"data.chat_template: {data.chat_template!r} is set, but data.messages_column is null, so there are no "
-            "conversations for it to write; name their column, or set it to null"
-        )
+    for key in ("messages_column", "chat_template"):
+        if getattr(data, key) is not None and texts:
+            yield (
+                f"data.{key}: {getattr(data, key)!r} is set, and so is {' and '.join(f'data.{text}' for text in texts)}; "
+                "records are either conversations or text: set one of the two to null"
+            )
 
 
 def _batch(batch: BatchConfig, world_size: int | None) -> Iterator[str]:

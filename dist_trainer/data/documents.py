@@ -12,6 +12,7 @@ from dist_trainer.data.marked_text import MarkedText
 from dist_trainer.data.messages import messages_of
 from dist_trainer.data.template import TextOf, completion_of, completion_template_of, text_of
 from dist_trainer.data.tokenization import Tokenizer
+from dist_trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ def document_maker(config: DataConfig, tokenizer: Tokenizer) -> DocumentMaker:
     """The one that `config` asks for. Raises DataError, ConfigError."""
     if config.messages_column is not None:
         return _of_conversations(config, config.messages_column, tokenizer)
+    if config.chat_template is not None:
+        raise ConfigError(
+            f"data.chat_template: {config.chat_template!r} is set, but {config.dataset} has no column of conversations that is "
+            "known by its name; name it by data.messages_column, or set data.chat_template to null"
+        )
     text = text_of(config.text_column, config.template)
     if (completion_template := completion_template_of(config)) is not None:
         return _of_completions(config, completion_template, text)

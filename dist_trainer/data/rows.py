@@ -47,6 +47,11 @@ def varies_in_length(dataset: Dataset) -> bool:
     return getattr(dataset, "varies_in_length", False)
 
 
+def are_conversations(dataset: Dataset) -> bool:
+    """Whether these rows are conversations; the config alone does not say it where they were found by their column's name."""
+    return getattr(dataset, "are_conversations", False)
+
+
 class Documents(NamedTuple):
     """Some documents of a token store."""
 
@@ -234,6 +239,7 @@ def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: To
         padding=tokenizer.pad_token_id,
         packing=config.packing,
         document_mask=config.document_mask,
+        are_conversations=config.messages_column is not None,
     )
     return Rows(rows, as_it_is, remark)
 

@@ -97,6 +97,7 @@ class WholeDocumentRows(torch.utils.data.Dataset):
         padding: int,
         packing: bool,
         document_mask: bool = False,
+        are_conversations: bool = False,
     ) -> None:
         """`spans` are those of `fitted`. Without `packing` a batch is as long as its longest document, else T."""
         self._tokens, self._loss_mask = np.asarray(store.tokens), np.asarray(store.loss_mask)
@@ -111,6 +112,7 @@ class WholeDocumentRows(torch.utils.data.Dataset):
         self._document_mask = document_mask and packing
         self.fingerprint = store.key
         self.varies_in_length = not packing
+        self.are_conversations = are_conversations
 
     def __len__(self) -> int:
         return len(self._first) - 1

@@ -70,8 +70,7 @@ class ConsoleTracker:
         if state == "preempted":
             log.info("the same command goes on from here")
         if state == "finished":
-            chats = context.config.data.messages_column is not None
-            log.info("next steps: %s", next_steps(context.folder, chats=chats))
+            log.info("next steps: %s", next_steps(context.folder, chats=context.chats))
 
     def _place(self) -> str:
         most = self._context.max_steps

@@ -25,3 +25,5 @@ class RunContext:
     """Trainable numbers in the model."""
     environment: dict[str, Any] = field(default_factory=dict)
     """What `describe_environment` found."""
+    chats: bool = False
+    """Whether it trains on conversations."""

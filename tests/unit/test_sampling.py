@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,20 +97,25 @@ OF_CONVERSATIONS = DataConfig(messages_column="messages", chat_template=str(ROOT
 
 def test_a_list_of_messages_is_answered_where_the_data_are_conversations(tokenizer):
     written = "### System\nBe brief.\n\n### User\nWho is [Emma]?\n\n### Assistant\n"
-    assert given_prompt(MESSAGES, OF_CONVERSATIONS, tokenizer) == (written, tokenizer.encode(written, add_special_tokens=False))
-    config = TrainingConfig(data=OF_CONVERSATIONS, tracking=TrackingConfig(sample_prompt=MESSAGES, sample_tokens=4))
+    assert given_prompt(MESSAGES, OF_CONVERSATIONS, tokenizer, chats=True) == (
+        written,
+        tokenizer.encode(written, add_special_tokens=False),
+    )
+    found_by_its_column = replace(OF_CONVERSATIONS, messages_column=None)
+    config = TrainingConfig(data=found_by_its_column, tracking=TrackingConfig(sample_prompt=MESSAGES, sample_tokens=4))
     model = DecoderLM(SMALL, vocabulary_size(tokenizer), 64)
     model.init_weights(0)
-    made = sample_of(config, tokenizer, model, [])
+    made = sample_of(config, tokenizer, model, SimpleNamespace(are_conversations=True))
     assert made is not None
     assert made(model, never)["prompt"] == written
 
 
 @pytest.mark.parametrize(
-    ("prompt", "data"), [(MESSAGES, DataConfig()), ("[INST] Who?", OF_CONVERSATIONS), ('["Who?"]', OF_CONVERSATIONS)]
+    ("prompt", "data", "chats"),
+    [(MESSAGES, DataConfig(), False), ("[INST] Who?", OF_CONVERSATIONS, True), ('["Who?"]', OF_CONVERSATIONS, True)],
 )
-def test_other_prompts_are_text_as_they_stand(tokenizer, prompt, data):
-    assert given_prompt(prompt, data, tokenizer) == (prompt, tokenizer.encode(prompt, add_special_tokens=False))
+def test_other_prompts_are_text_as_they_stand(tokenizer, prompt, data, chats):
+    assert given_prompt(prompt, data, tokenizer, chats=chats) == (prompt, tokenizer.encode(prompt, add_special_tokens=False))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +128,7 @@ def test_other_prompts_are_text_as_they_stand(tokenizer, prompt, data):
 )
 def test_a_list_that_is_no_conversation_is_refused_by_its_key(tokenizer, prompt, said):
     with pytest.raises(RefusedError, match=rf"tracking\.sample_prompt: .*{said}"):
-        given_prompt(prompt, OF_CONVERSATIONS, tokenizer)
+        given_prompt(prompt, OF_CONVERSATIONS, tokenizer, chats=True)
 
 
 def test_a_prompt_of_the_users_own_that_does_not_fit_is_refused(tokenizer):

@@ -27,7 +27,7 @@ from dist_trainer.data.documents import document_maker
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
 from dist_trainer.data.marked_text import tokens_in_spans
 from dist_trainer.data.records import column_names
-from dist_trainer.data.rows import SPLIT_KEY, train_and_validation_rows
+from dist_trainer.data.rows import SPLIT_KEY, are_conversations, train_and_validation_rows
 from dist_trainer.data.sampler import KeyedPermutation
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenization import load_tokenizer, tokenizer_of
@@ -390,6 +390,20 @@ def test_what_alpaca_s_prompt_has_no_place_for_is_refused(tmp_path):
         train_and_validation_rows(small(path, tmp_path), load_tokenizer("austen"))
 
 
+def test_a_template_is_for_conversations_that_are_found_by_their_column_too(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"messages": messages} for messages in CONVERSATIONS * 4])
+    config, tokenizer = small(path, tmp_path, chat_template=PLAIN), load_tokenizer("austen")
+    train, _ = train_and_validation_rows(config, tokenizer)
+    named, _ = train_and_validation_rows(replace(config, messages_column="messages"), tokenizer)
+    assert train.dataset.fingerprint == named.dataset.fingerprint
+    assert are_conversations(train.dataset)
+    text = write(tmp_path / "text.jsonl", [{"text": "Emma"}])
+    with pytest.raises(ConfigError, match=r"data\.chat_template: .* is set, but .*text\.jsonl has no column of conversations"):
+        train_and_validation_rows(replace(config, dataset=str(text)), tokenizer)
+    pairs, _ = train_and_validation_rows(small(write(tmp_path / "pairs.jsonl", ALPACA * 4), tmp_path), tokenizer)
+    assert not are_conversations(pairs.dataset)
+
+
 def test_a_long_first_conversation_is_known_by_its_column_too(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"id": "x" * 2_000_000, "messages": CONVERSATIONS[0]}])
     assert "messages" in column_names(path)
@@ -571,7 +585,7 @@ def test_an_end_of_turn_at_which_generation_does_not_stop_is_told(tmp_path, capl
         ),
         (["--data.messages_column", "m", "--data.completion_template", "{a}"], "so is data.completion_template"),
         (["--data.messages_column", ""], "data.messages_column: must not be empty"),
-        (["--data.chat_template", PLAIN], "data.messages_column is null, so there are no conversations"),
+        (["--data.chat_template", PLAIN, "--data.template", "{a}"], "is set, and so is data.template; records are either"),
         (["--data.completion_template", "{a.b}"], "data.completion_template: {a.b} is not a column"),
         (["--data.completion_template", "yes"], "data.completion_template: 'yes' names no column"),
     ],
