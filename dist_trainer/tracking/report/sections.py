@@ -69,7 +69,7 @@ def what_was_trained(run: RunHistory, *, command: bool = True) -> str:
         "model": [
             config.get("model.name"),
             math.isfinite(run.parameters) and f"{quantity(run.parameters)} parameters",
-            isinstance(layers, int) and f"{counted(layers, 'layer')} of {width}",
+            config.get("model.name") == "decoder_lm" and isinstance(layers, int) and f"{counted(layers, 'layer')} of {width}",
             config.get("model.init_from") and f"starting from {config['model.init_from']}",
         ],
         "data": [config.get("data.dataset"), rows and length and f"{rows} x {length} tokens per step"],

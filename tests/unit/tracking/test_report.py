@@ -311,6 +311,14 @@ def test_what_is_not_known_has_no_tile_and_what_was_trained_stands_under_the_tit
     assert "exp(" not in page.replace("<details><summary>how curves are smoothed</summary>", "<hidden>").split("<hidden>")[0]
 
 
+def test_no_layers_are_named_for_a_model_of_the_user_s_which_may_ignore_these_keys(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    run.config["model"]["name"] = "my_project:build"
+    page = html_report([run])
+    assert "my_project:build, 1.23M parameters<" in page
+    assert "layers of" not in page
+
+
 def test_a_page_of_a_folder_without_config_or_events_says_nothing_of_what_was_trained(tmp_path):
     write_metrics(tmp_path, [train_line(1)])
     assert 'class="about"' not in html_report([read_run(tmp_path)])
