@@ -53,7 +53,7 @@ class Checkpoints(Protocol):
         ...
 
     def diverged(self) -> bool:
-        """Whether that is because a number was not finite, and no disk's fault."""
+        """Whether the reason is a number that is not finite, rather than the disk."""
         ...
 
 
@@ -147,7 +147,7 @@ class CheckpointManager:
         return self._trouble
 
     def diverged(self) -> bool:
-        """Whether that is because a number was not finite, and no disk's fault."""
+        """Whether the reason is a number that is not finite, rather than the disk."""
         return self._diverged
 
     def _is_there(self, best: Validated | None) -> bool:
