@@ -91,7 +91,9 @@ def refuse_what_cannot_be_saved(optimizer: Optimizer, model: nn.Module) -> None:
         _refuse_entries(f"parameter group {index} of {kind}", group)
     for parameter, state in optimizer.state.items():
         if id(parameter) not in own:
-            raise ConfigError(f"optimizer: {kind} has state under {parameter!r}, which is no parameter of the model; {_REMEDY}")
+            raise ConfigError(
+                f"optimizer: {kind} has state under {parameter!r}, which is not a parameter of the model; {_REMEDY}"
+            )
         _refuse_entries(f"the state of {kind}", state)
 
 

@@ -175,7 +175,7 @@ def _refuse_wrong_types(raw: Mapping[str, Any], path: Path) -> None:
     for name in _WHOLE_NUMBERS:
         value = raw.get(name)
         if value is not None and not (type(value) is int and 0 < value < _MOST):
-            raise ConfigError(f"{path}: {name} is {value!r:.80}, which is no size of a model")
+            raise ConfigError(f"{path}: {name} is {value!r:.80}, which is not a valid size")
     for name in ("rms_norm_eps", "rope_theta"):
         if not _is_number(raw.get(name, 1.0)):
             raise ConfigError(f"{path}: {name} is {raw[name]!r:.80}, not a number")

@@ -156,7 +156,7 @@ class ChatTemplate:
             if len(spans) != len(answers):
                 raise DataError(
                     f"{where}: {self._name} marks {len(spans)} parts of a conversation with {len(answers)} answers, so the one "
-                    "that is not to be learnt (empty, or with a weight of 0) cannot be told from the others; remove it"
+                    "that is not to be trained on (empty, or with a weight of 0) cannot be told from the others; remove it"
                 )
             spans = [span for span, message in zip(spans, answers, strict=True) if is_learnt(message)]
         return texts[0], [(start, end) for start, end in spans if end > start]
@@ -182,8 +182,8 @@ class ChatTemplate:
     def _refusal(self, where: str, messages: list[Message], error: Exception) -> DataError:
         if str(error) == _ASKS_FOR_DATE:
             return DataError(
-                f"{where}: {self._name} {_ASKS_FOR_DATE} (strftime_now), so the same conversations would be other text "
-                "tomorrow, and the run could not resume; name a copy by data.chat_template that has a date in its place (for "
+                f"{where}: {self._name} {_ASKS_FOR_DATE} (strftime_now), so the same conversations would give different "
+                "text tomorrow, and the run could not resume; set data.chat_template to a copy with a fixed date (for "
                 'Llama 3\'s, {% set date_string = "26 Jul 2024" %} as its first line is enough)'
             )
         roles = ", ".join(str(message["role"]) for message in messages[:8]) + (", ..." if len(messages) > 8 else "")

@@ -42,7 +42,7 @@ def messages_of(where: str, record: dict[str, Any], column: str) -> list[Message
     for other in BESIDE_MESSAGES:
         if other != column and record.get(other) not in (None, "", "[]", []):
             raise DataError(
-                f"{where}: the column {other!r} says something that would not be part of the conversation; write it into a "
+                f"{where}: the column {other!r} has content that would not be part of the conversation; write it into a "
                 "system message, and remove the column"
             )
     return [_message(where, f"message {number} in {column!r}", message) for number, message in enumerate(messages, start=1)]
@@ -73,12 +73,12 @@ def _message(where: str, name: str, message: Any) -> Message:
     for flag in FLAGS:
         if message.get(flag, 0) not in (0, 1):
             raise DataError(
-                f'{where}: "{flag}" of {name} is {message[flag]!r}; it must be 1 or true (learnt), 0 or false (not)'
+                f'{where}: "{flag}" of {name} is {message[flag]!r}; it must be 1 or true (trained on), or 0 or false (not)'
             )
         if message.get(flag) and message["role"] != ASSISTANT:
             raise DataError(
-                f'{where}: "{flag}" of {name} asks to learn what the {message["role"]} says, but only messages of the '
-                f"{ASSISTANT} are learnt; remove it, or set it to 0"
+                f'{where}: "{flag}" of {name} asks to train on a message of the {message["role"]}, but only messages of '
+                f"the {ASSISTANT} are trained on; remove it, or set it to 0"
             )
     return message
 

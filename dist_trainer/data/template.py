@@ -66,7 +66,7 @@ def _alpaca_prompt(where: str, record: dict[str, Any]) -> str:
     for column in NOT_IN_ALPACA_PROMPT:
         if record.get(column):
             raise DataError(
-                f"{where}: the column {column!r} says something that Alpaca's prompt has no place for; write it into the "
+                f"{where}: the column {column!r} has content that Alpaca's prompt has no place for; write it into the "
                 "instruction, or set data.template and data.completion_template"
             )
     template = ALPACA_PROMPT_WITH_INPUT if record.get("input") else ALPACA_PROMPT

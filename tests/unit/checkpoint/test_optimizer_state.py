@@ -153,7 +153,7 @@ class Refused(KeepsStateInGroups):
         ("parameter", r"optimizer: group 0 of Refused has a parameter of shape \(7,\) that is not one of the model's", True),
         ("top", "optimizer: the state_dict of Refused has 'queue' next to state and param_groups", True),
         ("state", "optimizer: the state of Refused has 'factors', a list, which cannot be saved", False),
-        ("global", "optimizer: Refused has state under 'steps', which is no parameter of the model", False),
+        ("global", "optimizer: Refused has state under 'steps', which is not a parameter of the model", False),
     ],
 )
 def test_what_a_checkpoint_would_lose_is_refused_by_name(what: str, sentence: str, is_seen_before_the_step: bool) -> None:

@@ -386,7 +386,7 @@ def test_alpaca_s_columns_are_read_as_they_are(tmp_path, name, caplog):
 
 def test_what_alpaca_s_prompt_has_no_place_for_is_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [ALPACA[0], ALPACA[1] | {"history": [["Hi", "Ho"]]}])
-    with pytest.raises(DataError, match=r"x\.jsonl:2: the column 'history' says something that Alpaca's prompt"):
+    with pytest.raises(DataError, match=r"x\.jsonl:2: the column 'history' has content that Alpaca's prompt"):
         train_and_validation_rows(small(path, tmp_path), load_tokenizer("austen"))
 
 
@@ -465,7 +465,7 @@ def test_what_columns_next_to_the_messages_say_is_refused_from_every_kind_of_fil
     pyarrow.parquet.write_table(pa.Table.from_pylist(records), tmp_path / "x.parquet")
     datasets.Dataset.from_list(records).save_to_disk(str(tmp_path / "saved"))
     for name in ("x.jsonl", "x.parquet", "saved"):
-        with pytest.raises(DataError, match=rf"{name}.*4: the column '{column}' says something"):
+        with pytest.raises(DataError, match=rf"{name}.*4: the column '{column}' has content"):
             stored(small(tmp_path / name, tmp_path, messages_column="messages"), byte_level(CHATML, "<|im_end|>"))
 
 
@@ -507,7 +507,7 @@ BAD = {
         [user("Hi"), assistant("Ho") | {"weight": 0.5}],
         r'"weight" of message 2 in \'messages\' is 0\.5; it must',
     ),
-    "a weight of a question": ([user("Hi") | {"train": True}, assistant("Ho")], r'"train" of message 1 .* what the user says'),
+    "a weight of a question": ([user("Hi") | {"train": True}, assistant("Ho")], r'"train" of message 1 .* message of the user'),
     "no text": (
         [user("Hi"), {"role": "assistant", "content": None}],
         r'"content" of message 2 .* holds nothing \(null\), not text',
