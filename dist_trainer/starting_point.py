@@ -17,7 +17,7 @@ from dist_trainer.checkpoint.folders import (
 )
 from dist_trainer.checkpoint.run_folder import CHECKPOINTS, RunFolder
 from dist_trainer.checkpoint.state import Progress, read_training_state
-from dist_trainer.config.keys import as_written
+from dist_trainer.config.keys import PATH_KEYS, as_written
 from dist_trainer.config.loading import config_differences
 from dist_trainer.config.schema import TrainConfig, TrainingConfig
 from dist_trainer.distributed.launch import is_started_again
@@ -27,7 +27,7 @@ from dist_trainer.tracking.events import FIRST_CHECKPOINT
 from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.run_history import read_events
 from dist_trainer.tracking.status import read_status
-from dist_trainer.user_path import user_path
+from dist_trainer.user_path import is_same_path, user_path
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,8 @@ def _makes_another_run(difference: tuple[str, Any, Any], facts: Mapping[str, Any
     """
     key, before, now = difference
     is_renamed = before is not None and now is not None and facts.get(KNOWN_BY_CONTENT.get(key, "")) is not None
-    return _defines_the_run(key) and not is_renamed
+    is_same = key in PATH_KEYS and is_same_path(before, now)
+    return _defines_the_run(key) and not is_renamed and not is_same
 
 
 def _defines_the_run(key: str) -> bool:

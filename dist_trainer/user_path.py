@@ -18,3 +18,10 @@ def user_path(name: str) -> Path:
     if name.startswith("~") and expanded == name:
         raise ConfigError(f"{name!r}: the home folder {Path(name).parts[0]} is not known; write the path in full")
     return Path(expanded)
+
+
+def is_same_path(first: object, second: object) -> bool:
+    """Whether two values of a config are paths, as users write them, that lead to the same place."""
+    if not (isinstance(first, str) and isinstance(second, str)):
+        return False
+    return os.path.realpath(os.path.expanduser(first)) == os.path.realpath(os.path.expanduser(second))

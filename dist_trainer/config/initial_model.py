@@ -20,7 +20,7 @@ from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.hub_access import is_hub_name, model_from_hub
 from dist_trainer.manifest import MANIFEST
 from dist_trainer.model_folders import TOKENIZER_FILES, model_folders
-from dist_trainer.user_path import user_path
+from dist_trainer.user_path import is_same_path, user_path
 
 LLAMA, TRANSFORMERS = "decoder_lm", "hf"
 OUTSIDE_THE_SHAPE = ("name", "init_from", "dropout")
@@ -141,5 +141,5 @@ def _keys_of_the_run(asked: Mapping[str, Any]) -> dict[str, Any] | None:
         keys = {f"{section}.{name}": value for section in ("model", "data") for name, value in saved[section].items()}
     except (OSError, ValueError, ConfigError, KeyError, TypeError, AttributeError):
         return None
-    same = all(keys.get(f"model.{name}") == asked.get(f"model.{name}", LLAMA) for name in ("name", "init_from"))
-    return keys if same else None
+    is_same = keys.get("model.name") == asked.get("model.name", LLAMA)
+    return keys if is_same and is_same_path(keys.get("model.init_from"), asked["model.init_from"]) else None

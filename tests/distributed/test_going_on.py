@@ -156,7 +156,9 @@ def test_weights_to_start_from_may_be_gone_when_the_run_goes_on(stories, tmp_pat
     config = small_config(stories, tmp_path / "second", model__init_from=str(weights))
     run(config, 1, before=stop_after(6))
     weights.rename(tmp_path / "gone")
-    assert run(config, 1) == [0]
+    with pytest.raises(AssertionError, match=r"model\.init_from: '.*/gone', but the run began with"):
+        run(changed(config, model__init_from=str(tmp_path / "gone")), 1)
+    assert run(changed(config, model__init_from=f"{weights}/"), 1) == [0]
     undisturbed = small_config(stories, tmp_path / "third", model__init_from=str(tmp_path / "gone"))
     run(undisturbed, 1)
     assert losses(config) == losses(undisturbed)
