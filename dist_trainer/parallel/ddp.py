@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from dist_trainer.distributed.world import World
 from dist_trainer.parallel.compilation import is_compiled
 
 _COMPILER = "torch._dynamo"
+_UNUSED = "unused_by_any_loss"
 
 
 def ddp(model: nn.Module, world: World) -> nn.Module:
@@ -26,16 +26,30 @@ def ddp(model: nn.Module, world: World) -> nn.Module:
         return model
     # A model that does not promise to use all parameters may leave out some in some batches, and on some ranks alone.
     may_leave_out = not getattr(model, "uses_all_parameters", False)
-    if may_leave_out:
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")  # and there are none: good
-    wrapped = _kind_for(model)(
-        model,
-        find_unused_parameters=may_leave_out,
-        device_ids=[world.device] if world.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
+    with _one_unused_parameter(model) if may_leave_out else nullcontext():
+        wrapped = _kind_for(model)(
+            model,
+            find_unused_parameters=may_leave_out,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
     wrapped.broadcast_buffers = False  # not before each forward pass, as the trainer shares them at the end of each step
     return wrapped
+
+
+@contextmanager
+def _one_unused_parameter(model: nn.Module) -> Generator[None]:
+    """Inside, `model` has one more parameter, for DistributedDataParallel to keep and find unused.
+
+    Where it finds none that are, torch advises on each rank against looking for them. It does so from C++, where no filter of
+    warnings reaches.
+    """
+    trained = (parameter.detach() for parameter in model.parameters() if parameter.requires_grad)
+    model.register_parameter(_UNUSED, nn.Parameter(next(trained, torch.zeros(0)).new_zeros(1)))
+    try:
+        yield
+    finally:
+        delattr(model, _UNUSED)
 
 
 def _kind_for(model: nn.Module) -> type[LossDDP]:

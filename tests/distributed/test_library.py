@@ -63,9 +63,10 @@ def run_example(code: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("example", range(len(EXAMPLES)))
-def test_the_programs_of_the_page_run(example, world_size, tmp_path):
+def test_the_programs_of_the_page_run(example, world_size, tmp_path, capfd):
     outcomes = run_ranks(world_size, lambda: run_example(EXAMPLES[example], tmp_path))
     assert {progress.step for progress in outcomes} == {[100, 300][example]}
+    assert "Warning" not in capfd.readouterr().err, "none that torch prints past Python's filters"
     if example == 0:
         assert outcomes[0].best_loss == pytest.approx(0.0702761, rel=1e-4), "the losses are the same on any number of ranks"
 
