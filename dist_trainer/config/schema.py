@@ -85,8 +85,8 @@ class DataConfig:
     before it is the prompt. null: all of a text carries loss."""
     messages_column: str | None = None
     """Column that holds conversations, lists of {"role": ..., "content": ...}; they are written by the chat template, and only
-    what the assistant says carries loss. Replaces text_column; null: a column named messages or
-    conversations is used if there is no column text."""
+    what the assistant says carries loss. Replaces text_column; null: a column named messages or conversations, if there is
+    no column text."""
     chat_template: str | None = None
     """File of the Jinja template that writes conversations, saved with each checkpoint's tokenizer; null: the tokenizer's
     own."""
