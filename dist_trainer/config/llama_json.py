@@ -7,15 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
 
-from dist_trainer.config.model_files import CONFIG_FILE, check_model_folder
+from dist_trainer.config.model_files import CONFIG_FILE, GENERATION_FILE, TOKEN_IDS, check_model_folder
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.manifest import read_json
 
-GENERATION_FILE = "generation_config.json"
 REPRESENTED_TYPES = ("llama", "mistral")
 TokenIds = int | list[int] | None
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _WHOLE_NUMBERS = (
     "vocab_size",
     "hidden_size",
@@ -110,7 +108,6 @@ def read_hf_config(folder: Path) -> HFModel:
     _refuse_wrong_types(raw, path)
     settings = folder / GENERATION_FILE
     generation = read_json(settings.resolve()) if settings.is_file() else {}
-    _refuse_wrong_ids(generation, settings)
     try:
         size, heads = raw["hidden_size"], raw["num_attention_heads"]
         head_dim = raw.get("head_dim")
@@ -184,19 +181,11 @@ def _refuse_wrong_types(raw: Mapping[str, Any], path: Path) -> None:
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if type(raw.get(name, False)) is not bool:
             raise ConfigError(f"{path}: {name} is {raw[name]!r}, not true or false")
-    _refuse_wrong_ids(raw, path)
 
 
 def _is_number(value: Any) -> bool:
     """Whether `value` can be computed with: JSON has numbers without end, too."""
     return type(value) in (int, float) and abs(value) < _LARGEST
-
-
-def _refuse_wrong_ids(raw: Mapping[str, Any], path: Path) -> None:
-    for name in TOKEN_IDS:
-        value = raw.get(name)
-        if any(type(one) not in (int, type(None)) for one in (value if isinstance(value, list) else [value])):
-            raise ConfigError(f"{path}: {name} is {value!r}, not a token id")
 
 
 def _read_scaling(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:

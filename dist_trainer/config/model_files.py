@@ -12,12 +12,14 @@ from dist_trainer.hub_access import DESCRIPTION, WEIGHTS, is_in_hub_cache
 from dist_trainer.manifest import read_json
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATES = "additional_chat_templates"
 """The folder of a tokenizer's chat templates apart from its default one."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MOST_LAYERS = 10_000
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
@@ -59,8 +61,11 @@ def check_model_folder(folder: Path) -> None:
             f"{folder} holds an adapter ({ADAPTER_FILE}), which is not read; merge it into its model once (peft's "
             "merge_and_unload), and save that with save_pretrained"
         )
-    if (folder / CONFIG_FILE).is_file():
-        _check_config(read_json((folder / CONFIG_FILE).resolve()), folder / CONFIG_FILE)
+    for path in (folder / CONFIG_FILE, folder / GENERATION_FILE):
+        if path.is_file():
+            raw = read_json(path.resolve())  # the Hub's cache is made of links
+            _check_config(raw, path)
+            _check_token_ids(raw, path)
     _shards(folder)
 
 
@@ -80,6 +85,13 @@ def _check_config(raw: Mapping[str, Any], path: Path) -> None:
                 raise CheckpointError(
                     f"{path}: {name} is {config[name]!r}, which is code on the Hub and is never run; remove the field"
                 )
+
+
+def _check_token_ids(raw: Mapping[str, Any], path: Path) -> None:
+    for name in TOKEN_IDS:
+        value = raw.get(name)
+        if any(type(one) not in (int, type(None)) for one in (value if isinstance(value, list) else [value])):
+            raise CheckpointError(f"{path}: {name} is {value!r:.80}, not a token id")
 
 
 def weight_files(folder: Path) -> list[Path]:

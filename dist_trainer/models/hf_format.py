@@ -12,8 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_trainer.config.llama_json import GENERATION_FILE, TOKEN_IDS
-from dist_trainer.config.model_files import CONFIG_FILE, WEIGHTS_FILE, check_model_folder, weight_files
+from dist_trainer.config.model_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKEN_IDS,
+    WEIGHTS_FILE,
+    check_model_folder,
+    weight_files,
+)
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.hub_access import is_in_hub_cache
 from dist_trainer.manifest import MANIFEST, verify

@@ -114,7 +114,12 @@ def linked_chat_templates(folder: Path, outside: Path) -> None:
     (folder / "additional_chat_templates").symlink_to(outside)
 
 
+def an_end_token_that_is_none(folder: Path, outside: Path) -> None:
+    change(folder / "generation_config.json", eos_token_id=[0, ["</s>"]])
+
+
 HARM = {
+    an_end_token_that_is_none: r"generation_config\.json: eos_token_id is \[0, \['</s>'\]\], not a token id",
     a_pickle: r"index\.json names 'harm\.bin'; weights are read from safetensors files in the same folder only",
     a_pickle_elsewhere: r"names '.*outside/harm\.bin'; weights are read from safetensors files in the same folder only",
     a_file_elsewhere: r"names '\.\./outside/other\.safetensors'; weights are read",
