@@ -25,7 +25,7 @@ from dist_trainer.hub_access import is_in_hub_cache
 from dist_trainer.manifest import MANIFEST, verify
 from dist_trainer.model_folders import model_folders
 
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _PREFIX = "model."
 _ROWS_COMPARED = 4096
 
@@ -79,7 +79,7 @@ def matched_weights(folder: Path, parameters: Mapping[str, Tensor]) -> Iterator[
 
     Raises CheckpointError where one is missing, has another shape, or would be left over.
     """
-    missing = set(parameters)
+    missing, tied_head = set(parameters), None
     for name, tensor in from_hf_names(read_hf_weights(folder)):
         mine = parameters.get(name)
         if mine is None and name != HEAD:
@@ -87,8 +87,13 @@ def matched_weights(folder: Path, parameters: Mapping[str, Tensor]) -> Iterator[
         if mine is not None and tensor.shape != mine.shape:
             shapes = f"{list(tensor.shape)} there and {list(mine.shape)} here"
             raise CheckpointError(f"the weights in {folder} do not fit: {name} is {shapes}")
+        if mine is None:
+            tied_head = tensor
         yield mine, tensor
         missing.discard(name)
+    if missing == {EMBEDDING} and tied_head is not None and tied_head.shape == parameters[EMBEDDING].shape:
+        yield parameters[EMBEDDING], tied_head  # of the two names safetensors' save_model keeps the first alone
+        missing.clear()
     if missing:
         raise CheckpointError(f"the weights in {folder} are not whole: there is no {sorted(missing)[0]}")
 

@@ -147,6 +147,16 @@ def add_tensor(folder: Path, name: str, tensor: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_tied_matrix_may_be_saved_under_the_head_s_name_alone(tmp_path, kind):
+    folder = saved(tmp_path, kind, tie_word_embeddings=True)
+    before, path = open_model(folder), folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert all(map(torch.equal, open_model(folder).parameters(), before.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_head_apart_from_the_embedding_that_config_json_says_it_is_is_refused(tmp_path, kind):
     folder = saved(tmp_path / "source", kind, tie_word_embeddings=True)
     before = open_model(folder)
