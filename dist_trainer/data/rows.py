@@ -253,7 +253,7 @@ def _remark(found: Fitted, documents: int, sequence_length: int) -> str:
     length = f"data.sequence_length ({counted(sequence_length, 'token')})"
     counts = {
         f"cut, being longer than {length}": found.cut,
-        f"left out, as their answers begin behind {length}": found.answer_cut_off,
+        f"left out, as their answers begin after {length}": found.answer_cut_off,
         "left out, as they have no answer": found.without_answer,
     }
     parts = [f"{count} {what}" for what, count in counts.items() if count]

@@ -695,7 +695,7 @@ def test_one_warning_tells_of_what_was_cut_or_left_out(tmp_path, caplog):
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning == (
         "data to train on: of 7 documents 1 cut, being longer than data.sequence_length (64 tokens); 1 left out, as their "
-        "answers begin behind data.sequence_length (64 tokens); 1 left out, as they have no answer"
+        "answers begin after data.sequence_length (64 tokens); 1 left out, as they have no answer"
     )
 
 
