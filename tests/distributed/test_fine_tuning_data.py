@@ -47,9 +47,12 @@ def test_conversations_in_a_row_that_are_kept_apart_have_the_validation_loss_of_
     assert together != pytest.approx(separate, abs=1e-5)
 
 
-def test_a_run_on_conversations_that_is_stopped_and_continued_is_bitwise_the_undisturbed_one(conversations, tmp_path):
-    runs = [small_config(conversations, tmp_path / name, **CHAT, data__document_mask=True) for name in ("one", "other")]
+def test_a_run_on_conversations_that_is_stopped_and_continued_is_bitwise_the_undisturbed_one(conversations, tmp_path, capfd):
+    found_by_their_column = CHAT | {"data__messages_column": None, "data__document_mask": True}
+    runs = [small_config(conversations, tmp_path / name, **found_by_their_column) for name in ("one", "other")]
     assert run(runs[0], 2) == [0, 0]
+    assert "dist_trainer.generate" in (told := capfd.readouterr().err)
+    assert " --chat " in told, "who trained on conversations is told how to chat"
     run(runs[1], 2, before=stop_after(5, rank=1))
     assert run(runs[1], 2) == [0, 0]
     assert losses(runs[1]) == losses(runs[0])
