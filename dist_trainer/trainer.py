@@ -202,10 +202,11 @@ class Trainer:
         learning_rate = set_learning_rates(self.optimizer, self.learning_rate_factor(step))
         self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None  # also of those that the optimizer does not hold: they would add up over steps
         self.buffers.share()
-
-        loss_sum = sum(losses[1:], losses[0])
         self.progress.note_step(target_tokens)
+        loss_sum = sum(losses[1:], losses[0])
         return StepResult(step + 1, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
     def _clip_gradients(self) -> Tensor:

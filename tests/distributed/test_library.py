@@ -367,6 +367,19 @@ def test_an_optimizer_with_other_weights_to_evaluate_validates_and_saves_those_a
     assert validation_loss(saved) == pytest.approx(whole.losses("validation")[-1], rel=1e-5)
 
 
+def test_gradients_of_parameters_that_the_optimizer_does_not_hold_do_not_add_up_over_steps(tmp_path):
+    """They count in the norm that clips, so a run that resumes, without them, would have gone another way."""
+
+    def run(name: str, stop_after: int | None = None) -> tuple[Lines, dict[str, np.ndarray]]:
+        optimizer_of = lambda model: torch.optim.SGD([p for p in model.parameters() if p.ndim == 2], lr=0.1)  # noqa: E731
+        act = functools.partial(fit, mlp, tmp_path / name, stop_after=stop_after, optimizer_of=optimizer_of)
+        return run_ranks(1, act)[0]
+
+    (whole, state), (first, _), (then, resumed) = run("whole"), run("stopped", 5), run("stopped")
+    assert first.losses("train") + then.losses("train") == whole.losses("train")
+    assert all(np.array_equal(resumed[name], tensor) for name, tensor in state.items())
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_state_in_parameter_groups_resumes_exactly_and_each_group_has_its_own_rate(world_size, tmp_path):
     def optimizer_of(model: nn.Module) -> Optimizer:
