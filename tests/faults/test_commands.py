@@ -17,7 +17,9 @@ from tests.faults.processes import wait_until
 OFTEN = ["--checkpoint.every_steps", "3", "--checkpoint.keep_last", "3", "--tracking.sample_tokens", "0"]
 
 
-SECONDS_OF_IMPORTS = 5.0
+LONG = ["--train.max_steps", "80"]
+"""Seconds of training, so that a run has not finished before it is killed."""
+SECONDS_OF_A_START = 3.0
 PATIENCE = 110.0
 """Seconds until a command has begun to train."""
 
@@ -25,7 +27,7 @@ PATIENCE = 110.0
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
-    done = quick_command(*SMALL, *OFTEN, "--output_dir", output)
+    done = quick_command(*SMALL, *OFTEN, *LONG, "--output_dir", output)
     assert done.returncode == 0, done.stderr
     return output / "debug"
 
@@ -47,20 +49,19 @@ def started(output, *arguments):
             process.kill()
 
 
-def test_the_command_survives_a_kill_in_its_imports_one_in_a_save_and_a_signal_as_if_nothing_had_happened(
-    undisturbed, tmp_path
-):
+def test_the_command_survives_a_kill_in_its_start_one_in_a_save_and_a_signal_as_if_nothing_had_happened(undisturbed, tmp_path):
     folder = tmp_path / "debug"
-    with started(tmp_path) as process:
-        time.sleep(random.uniform(0, SECONDS_OF_IMPORTS))
+    with started(tmp_path, *LONG) as process:
+        moment = time.monotonic() + random.uniform(0, SECONDS_OF_A_START)
+        wait_until(lambda: time.monotonic() > moment or logged(folder) > 0, of=process)
         process.kill()
-    with started(tmp_path) as process:
+    with started(tmp_path, *LONG) as process:
         # A machine that is too busy to look while a save lasts kills after one.
         moments = ("checkpoints/.staging-step-*", "checkpoints/step-00000006")
         wait_until(lambda: any(any(folder.glob(moment)) for moment in moments) or process.poll() is not None, seconds=PATIENCE)
         process.kill()
     assert process.wait() == -signal.SIGKILL
-    with started(tmp_path) as process:
+    with started(tmp_path, *LONG) as process:
         # The start cuts the metrics back to the checkpoint, which is a change; the next one is a step.
         for _ in range(2):
             before = logged(folder)
@@ -70,7 +71,7 @@ def test_the_command_survives_a_kill_in_its_imports_one_in_a_save_and_a_signal_a
         assert process.wait() == 75
     assert status(folder)["state"] == "preempted"
     assert (folder / "checkpoints" / f"step-{status(folder)['step']:08d}").is_dir()
-    assert quick_command(*SMALL, *OFTEN, "--output_dir", tmp_path).returncode == 0
+    assert quick_command(*SMALL, *OFTEN, *LONG, "--output_dir", tmp_path).returncode == 0
     for kind in ("train", "validation"):
         ours, theirs = ([(line["step"], line["loss"]) for line in lines(path, kind)] for path in (folder, undisturbed))
         assert ours == theirs
