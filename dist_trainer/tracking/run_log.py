@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -46,6 +47,8 @@ class ConsoleHandler(logging.Handler):
 
     def __init__(self, rank: int, is_terminal: bool) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
+        # tqdm's own lock is shared with forked processes: one that is killed while it writes would hold it for good.
+        tqdm.set_lock(threading.RLock())
         self._who = f"[rank {rank}] " if rank else ""
         self._with_time = not is_terminal
         if is_terminal:
