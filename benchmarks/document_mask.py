@@ -19,8 +19,8 @@ from dist_trainer.data.packing import PackedRows, TokenStream
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss
-from dist_trainer.optim.optimizers import build_optimizer
-from dist_trainer.parallel.compilation import compile_parts
+from dist_trainer.optim.registry import build_optimizer
+from dist_trainer.parallel.compile import compile_parts
 
 ROUNDS = 9
 TOKENS, DOCUMENT_TOKENS = 1_000_000, 400

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_trainer.config.schema import BatchConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
-from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, as_it_is
+from dist_trainer.data.best_fit_packing import BestFitPackedDataset, fitted
+from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, identity_collate
 from dist_trainer.data.sampler import GlobalOrderSampler
 from dist_trainer.data.token_store import TokenStore
-from dist_trainer.data.tokenization import load_tokenizer
-from dist_trainer.data.whole_documents import WholeDocumentRows, fitted
+from dist_trainer.data.tokenizers import load_tokenizer
 
 TOKENS, ROUNDS, BATCHES = 50_000_000, 7, 200
 DOCUMENT_TOKENS = 500
@@ -50,7 +50,7 @@ def main() -> None:
             stream = TokenStream(TokenStore(tokens, np.array([0, TOKENS]), "key"), spans)
             for length, rows in PACKED:
                 dataset = PackedRows(stream, length, padding=0, fingerprint="", document_mask=apart)
-                measure(name, dataset, length, rows, as_it_is)
+                measure(name, dataset, length, rows, identity_collate)
         spans = documents_of_about(UNPACKED_TOKENS)
         collate = PaddingCollator(load_tokenizer("austen"))
         for length, rows in UNPACKED:
@@ -64,8 +64,8 @@ def main() -> None:
         ):
             for length, rows in sizes:
                 kept = fitted(store, spans, length).spans
-                dataset = WholeDocumentRows(store, kept, length, padding=0, packing=packing, document_mask=apart)
-                measure(name, dataset, length, rows, as_it_is)
+                dataset = BestFitPackedDataset(store, kept, length, padding=0, packing=packing, document_mask=apart)
+                measure(name, dataset, length, rows, identity_collate)
 
 
 def some_documents() -> np.ndarray:

@@ -26,9 +26,9 @@ from benchmarks.workloads import SIZES, Workload
 from dist_trainer.checkpoint.manager import CheckpointManager
 from dist_trainer.checkpoint.state import Progress, restore, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig
-from dist_trainer.cpu_memory import keep_freed_memory
-from dist_trainer.models.registry import weights_writer
-from dist_trainer.precision import Precision
+from dist_trainer.models.registry import make_weight_saver
+from dist_trainer.parallel.cpu.memory import keep_freed_memory
+from dist_trainer.training.precision import Precision
 
 BASE = "torch.save"
 
@@ -44,7 +44,7 @@ class State:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.folder = folder
-        export = weights_writer(self.model)
+        export = make_weight_saver(self.model)
         self.manager = CheckpointManager(folder / "checkpoints", CheckpointConfig(keep_last=1), export=export)
         self.step = 0
 
@@ -60,7 +60,7 @@ class State:
 
         def take():
             progress = Progress(step=self.step)
-            return take_snapshot(self.model, self.optimizer, scaler={}, progress=progress, facts={})
+            return take_snapshot(self.model, self.optimizer, scaler={}, progress=progress, metadata={})
 
         self.manager.save(take, is_best=False, after=lambda: None)
 

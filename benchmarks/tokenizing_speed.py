@@ -30,9 +30,9 @@ import numpy as np
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data import store_building
 from dist_trainer.data.datasets import CORPUS, files_split
-from dist_trainer.data.template import text_of
+from dist_trainer.data.templates import text_of
 from dist_trainer.data.token_store import token_store
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 
 TRAINED_ON = 16_000_000
 """Characters of the text that the benchmark's own tokenizer learns its merges from."""

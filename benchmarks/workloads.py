@@ -173,11 +173,11 @@ def _write_text(workload: Workload) -> None:
 
 
 def _rows_in_order(workload: Workload) -> np.ndarray:
-    from dist_trainer import World, create_dataloaders
+    from dist_trainer import DistributedContext, create_dataloaders
     from dist_trainer.config.loading import load_config
 
     config = load_config(["--config", str(workload.folder / "config.yaml")])
-    with World.join(config.distributed) as world:
+    with DistributedContext.join(config.distributed) as world:
         batches = iter(create_dataloaders(config, world).train)
         rows = []
         for _ in range(workload.total_steps):

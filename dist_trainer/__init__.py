@@ -13,43 +13,43 @@ if TYPE_CHECKING:
     from dist_trainer.config.schema import TrainingConfig
     from dist_trainer.data.batch import Batch
     from dist_trainer.data.loader import create_dataloaders
-    from dist_trainer.data.tokenization import load_tokenizer
-    from dist_trainer.distributed.world import World
+    from dist_trainer.data.tokenizers import load_tokenizer
+    from dist_trainer.distributed.context import DistributedContext
     from dist_trainer.models.decoder_lm import DecoderLM
-    from dist_trainer.models.registry import weights_writer
-    from dist_trainer.optim.optimizers import build_optimizer
+    from dist_trainer.models.registry import make_weight_saver
+    from dist_trainer.optim.registry import build_optimizer
     from dist_trainer.parallel.registry import parallelize
-    from dist_trainer.trainer import Trainer
+    from dist_trainer.training.trainer import Trainer
 
 _HOMES = {
     "Batch": "data.batch",
     "CheckpointManager": "checkpoint.manager",
     "DecoderLM": "models.decoder_lm",
-    "Trainer": "trainer",
+    "Trainer": "training.trainer",
     "TrainingConfig": "config.schema",
-    "World": "distributed.world",
-    "build_optimizer": "optim.optimizers",
+    "DistributedContext": "distributed.context",
+    "build_optimizer": "optim.registry",
     "create_dataloaders": "data.loader",
     "load_config": "config.loading",
-    "load_tokenizer": "data.tokenization",
+    "load_tokenizer": "data.tokenizers",
     "parallelize": "parallel.registry",
-    "weights_writer": "models.registry",
+    "make_weight_saver": "models.registry",
 }
 
 __all__ = [
     "Batch",
     "CheckpointManager",
     "DecoderLM",
+    "DistributedContext",
     "Trainer",
     "TrainingConfig",
-    "World",
     "__version__",
     "build_optimizer",
     "create_dataloaders",
     "load_config",
     "load_tokenizer",
+    "make_weight_saver",
     "parallelize",
-    "weights_writer",
 ]
 
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.distributed.launch_env import place_of_this_process
 from dist_trainer.errors import ConfigError
-from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
-from dist_trainer.manifest import read_json
-from dist_trainer.model_folders import model_folders
-from dist_trainer.place import place_of_this_process
+from dist_trainer.huggingface.model_folders import model_folders
+from dist_trainer.run.cli import EXIT_FINISHED, end_process, run_cli
+from dist_trainer.storage.manifest import read_json
 from dist_trainer.tracking.jsonl_tracker import encode_line
-from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Asked:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
-    return exit_code_of(lambda: run(parse_arguments(argv)))
+    return run_cli(lambda: run(parse_arguments(argv)))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> Asked:
@@ -64,9 +64,9 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     # Values of training's keys must not be taken for RUN: they are split off before argparse sees them.
     own_words, rest = split_off_keys(sys.argv[1:] if argv is None else argv)
     arguments = argument_parser().parse_args(own_words)
-    from dist_trainer.config.initial_model import model_folder
     from dist_trainer.config.loading import keys_given, load_config
-    from dist_trainer.tracking.run_history import run_folder_of
+    from dist_trainer.huggingface.initial_model import model_folder
+    from dist_trainer.tracking.run_reader import run_folder_of
 
     harness = harness_fields(arguments, keys_given(rest))
     folder = model_folder(arguments.path, weights=False, key="RUN")
@@ -156,9 +156,9 @@ def harness_fields(arguments: argparse.Namespace, keys: Collection[str]) -> dict
 
 def refuse_keys_without_effect(rest: Sequence[str]) -> None:
     """Raises ConfigError for a key that changes nothing here. A --config file may be that of training, and hold such keys."""
-    from dist_trainer.config.command_line import take_apart
+    from dist_trainer.config.cli import parse_argv
 
-    without_effect = sorted(a.key for a in take_apart(rest).assignments if a.key.split(".")[0] in SECTIONS_OF_TRAINING)
+    without_effect = sorted(a.key for a in parse_argv(rest).assignments if a.key.split(".")[0] in SECTIONS_OF_TRAINING)
     if without_effect:
         raise ConfigError(f"{without_effect[0]}: has no effect on what is measured of a model that is there; leave it out")
 
@@ -185,7 +185,7 @@ def model_context(path: Path) -> int | None:
         return None
     length = read_json((found / "config.json").resolve()).get("max_position_embeddings")
     if length is None:  # models have other names for it, which only transformers knows
-        from dist_trainer.models.transformers_lm import context_of_folder
+        from dist_trainer.huggingface.transformers_models import context_of_folder
 
         length = context_of_folder(found)
     return length if type(length) is int and length > 0 else None
@@ -206,26 +206,26 @@ def run(asked: Asked) -> int:
 
 def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] | None = None) -> dict[str, Any] | None:
     """Loss, perplexity, bits per byte, and on how much; on rank 0. `typed`: as in Asked."""
-    from dist_trainer.config.initial_model import model_folder
     from dist_trainer.data.loader import create_validation_loader
     from dist_trainer.data.token_bytes import token_bytes_of
-    from dist_trainer.data.tokenization import tokenizer_of, vocabulary_size
-    from dist_trainer.distributed.collectives import first_on_each_node
-    from dist_trainer.distributed.world import World
-    from dist_trainer.evaluation import evaluate
-    from dist_trainer.models.hf_format import find_model
+    from dist_trainer.data.tokenizers import tokenizer_of, vocabulary_size
+    from dist_trainer.distributed.collectives import local_rank0_first
+    from dist_trainer.distributed.context import DistributedContext
+    from dist_trainer.huggingface.initial_model import model_folder
+    from dist_trainer.huggingface.weights import find_model
     from dist_trainer.models.loss import model_loss
     from dist_trainer.models.registry import open_model, refuse_lack_of_room
-    from dist_trainer.precision import build_precision, warn_of_emulated_bf16
     from dist_trainer.tracking.run_log import configure_logging
+    from dist_trainer.training.precision import build_precision, warn_of_emulated_bf16
+    from dist_trainer.training.validation import evaluate
 
     tokenizer_key, data_key = ((typed or {}).get(key, key) for key in (DATA_TOKENIZER, DATA_VALIDATION))
-    with World.join(config.distributed) as world:
+    with DistributedContext.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
         # Before data, which may take long; a model of the Hub so far without its weights.
-        folder = first_on_each_node(world, lambda: model_folder(str(path), weights=True, key="RUN"))
+        folder = local_rank0_first(world, lambda: model_folder(str(path), weights=True, key="RUN"))
         find_model(folder)
-        tokenizer = first_on_each_node(world, lambda: tokenizer_of(config.data, key=tokenizer_key))
+        tokenizer = local_rank0_first(world, lambda: tokenizer_of(config.data, key=tokenizer_key))
         loader = create_validation_loader(config, world, tokenizer=tokenizer, key=data_key)
         model = open_model(folder, device=world.device)
         refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
@@ -245,16 +245,16 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
             return None
         if result.bytes is None:
             log.info("bits per byte are null: this tokenizer's tokens do not spell exactly the text that they were made of")
-        return {"data": config.data.validation_dataset or config.data.dataset, **result.facts()}
+        return {"data": config.data.validation_dataset or config.data.dataset, **result.metadata()}
 
 
 def evaluate_tasks(asked: Asked) -> dict[str, Any]:
     """lm_eval's results by task and metric; all that it tells of them is kept in the run's folder."""
-    from dist_trainer.config.initial_model import model_folder
-    from dist_trainer.harness import HarnessOptions, run_harness, write_results
-    from dist_trainer.models.hf_format import locate_weights
-    from dist_trainer.tracking.run_history import run_folder_of
+    from dist_trainer.generation.harness import HarnessOptions, run_harness, write_results
+    from dist_trainer.huggingface.initial_model import model_folder
+    from dist_trainer.huggingface.weights import locate_weights
     from dist_trainer.tracking.run_log import configure_logging
+    from dist_trainer.tracking.run_reader import run_folder_of
 
     configure_logging(None, rank=0)
     path = model_folder(str(asked.path), weights=True, key="RUN")

@@ -18,16 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dist_trainer.errors import ConfigError, DataError
-from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
-from dist_trainer.place import place_of_this_process
-from dist_trainer.plural import counted
+from dist_trainer.config.paths import user_path
+from dist_trainer.distributed.launch_env import place_of_this_process
+from dist_trainer.errors import ConfigError, DataError, counted
+from dist_trainer.run.cli import EXIT_FINISHED, end_process, run_cli
 from dist_trainer.tracking.formatting import printable
-from dist_trainer.user_path import user_path
 from dist_trainer.version import VERSION_LINE
 
 if TYPE_CHECKING:
-    from dist_trainer.continuation import Writer
+    from dist_trainer.generation.text import TextGenerator
 
 DESCRIPTION = (
     "Text from a run's best checkpoint, or from any Hugging Face model, also of the Hub. Without --prompt and --prompts_file "
@@ -48,7 +47,7 @@ class Prompt:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
-    return exit_code_of(lambda: generate_text(parse_arguments(argv)))
+    return run_cli(lambda: generate_text(parse_arguments(argv)))
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -112,16 +111,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def generate_text(arguments: argparse.Namespace) -> int:
     """Continue each prompt."""
     in_file = None if arguments.prompts_file is None else prompts_of(arguments.prompts_file)
-    from dist_trainer.config.initial_model import model_folder
+    from dist_trainer.huggingface.initial_model import model_folder
 
     folder = model_folder(arguments.path, weights=True, key="RUN")
 
     import torch
 
-    from dist_trainer.continuation import Writer, chat_template
-    from dist_trainer.data.tokenization import load_tokenizer
-    from dist_trainer.distributed.world import keep_threads_within_quota
-    from dist_trainer.models.hf_format import find_model
+    from dist_trainer.data.tokenizers import load_tokenizer
+    from dist_trainer.distributed.context import keep_threads_within_quota
+    from dist_trainer.generation.text import TextGenerator, chat_template
+    from dist_trainer.huggingface.weights import find_model
     from dist_trainer.models.registry import open_model
 
     find_model(folder)  # who gives a wrong folder wants to hear of that first, not of the tokenizer it lacks
@@ -129,7 +128,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
     chat = chat_template(tokenizer, folder) if arguments.chat else None
     keep_threads_within_quota()
     model = open_model(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    writer = Writer(model, tokenizer, arguments, chat=chat)
+    writer = TextGenerator(model, tokenizer, arguments, chat=chat)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may have no such character
     with ExitStack() as open_files:
@@ -143,16 +142,16 @@ def generate_text(arguments: argparse.Namespace) -> int:
     return EXIT_FINISHED
 
 
-def write_json_lines(writer: Writer, prompts: Iterator[Prompt] | list[Prompt], to: TextIO) -> None:
+def write_json_lines(writer: TextGenerator, prompts: Iterator[Prompt] | list[Prompt], to: TextIO) -> None:
     """One object a prompt, as soon as its text is whole."""
     for prompt in prompts:
         written = writer.continuation(prompt.text)
         text = "".join(written)
-        facts = {"completion": text, "new_tokens": len(written.tokens), "ended_by": written.ended_by}
-        print(json.dumps({**prompt.given, "prompt": prompt.text, **facts}, ensure_ascii=False), file=to, flush=True)
+        metadata = {"completion": text, "new_tokens": len(written.tokens), "ended_by": written.ended_by}
+        print(json.dumps({**prompt.given, "prompt": prompt.text, **metadata}, ensure_ascii=False), file=to, flush=True)
 
 
-def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
+def print_texts(writer: TextGenerator, arguments: argparse.Namespace) -> None:
     """Each prompt, and what continues it piece by piece as it is made; of a chat the answers alone."""
     asks = arguments.prompt is None and sys.stdin.isatty()
     shown = printable if sys.stdout.isatty() else str  # a terminal would obey control characters; a file wants them
@@ -190,7 +189,7 @@ def print_texts(writer: Writer, arguments: argparse.Namespace) -> None:
             )
 
 
-def refuse_prompts_without_answer(writer: Writer, prompts: list[Prompt]) -> None:
+def refuse_prompts_without_answer(writer: TextGenerator, prompts: list[Prompt]) -> None:
     """Raises ConfigError naming every prompt of a file that cannot be continued, before any other is."""
     problems = []
     for prompt in prompts:

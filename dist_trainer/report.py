@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_trainer.config.paths import user_path
 from dist_trainer.errors import ConfigError
-from dist_trainer.exit_codes import EXIT_FINISHED, end_process, exit_code_of
-from dist_trainer.user_path import user_path
+from dist_trainer.run.cli import EXIT_FINISHED, end_process, run_cli
 from dist_trainer.version import VERSION_LINE
 
 DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
@@ -16,7 +16,7 @@ DESCRIPTION = "Write the report of a run, or of several over one another, as one
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command; its exit code."""
-    return exit_code_of(lambda: run(argv))
+    return run_cli(lambda: run(argv))
 
 
 def run(argv: Sequence[str] | None) -> int:
@@ -33,11 +33,11 @@ def run(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--version", action="version", version=VERSION_LINE)
     arguments = parser.parse_args(argv)
-    from dist_trainer.tracking.atomic_file import replace_file
-    from dist_trainer.tracking.report.curves import MOST_RUNS
-    from dist_trainer.tracking.report.page import html_report
-    from dist_trainer.tracking.report_tracker import REPORT_FILE
-    from dist_trainer.tracking.run_history import read_run
+    from dist_trainer.html_report.curves import MOST_RUNS
+    from dist_trainer.html_report.page import html_report
+    from dist_trainer.html_report.report_tracker import REPORT_FILE
+    from dist_trainer.storage.atomic_file import replace_file
+    from dist_trainer.tracking.run_reader import read_run
 
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
     if len(runs) > MOST_RUNS:
@@ -56,7 +56,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 
 def _run_of(path: Path) -> Path:
-    from dist_trainer.tracking.run_history import run_folder_of
+    from dist_trainer.tracking.run_reader import run_folder_of
 
     folder = run_folder_of(path)
     if folder is None:

@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dist_trainer.distributed.launch import begin_as_rank
-from dist_trainer.distributed.preemption import StopRequest
+from dist_trainer.distributed.launcher import begin_as_rank
+from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError
-from dist_trainer.exit_codes import end_process, exit_code_of, leave_with
+from dist_trainer.run.cli import end_process, exit_on_error, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,23 +21,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             guard = begin_as_rank()
             # Listening comes before all else that takes time, and a config error before a signal: another rank that found
             # the same error may be gone already, and torchrun's SIGTERM must not keep this one from saying it.
-            from dist_trainer.config.command_line import split_off_dry_run
+            from dist_trainer.config.cli import pop_dry_run
             from dist_trainer.config.loading import load_config
 
-            words, is_dry_run = split_off_dry_run(argv)
+            words, is_dry_run = pop_dry_run(argv)
             try:
                 config = load_config(words)
             except ConfigError as error:
-                return leave_with(error)
-            with stop_request.breaking_off():
+                return exit_on_error(error)
+            with stop_request.interruptible():
                 # Only now torch: --help and config errors answer at once.
-                from dist_trainer.assembly import run
-                from dist_trainer.dry_run import dry_run
+                from dist_trainer.run.build import run
+                from dist_trainer.run.dry_run import dry_run
             if is_dry_run:
                 return dry_run(config, stop_request=stop_request, guard=guard)
             return run(config, began=began, stop_request=stop_request, guard=guard)
 
-    return exit_code_of(act)
+    return run_cli(act)
 
 
 def console_script() -> NoReturn:

@@ -26,7 +26,7 @@ gpus_of_slurm=${SLURM_GPUS_ON_NODE:-0}
 ranks=${NPROC:-$((gpus > 0 ? gpus : gpus_of_slurm > 0 ? gpus_of_slurm : 1))}
 
 # Threads are shared out on purpose: torchrun would give each of several ranks a single one.
-cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.cpu_count import usable_cpus; print(usable_cpus())')}
+cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.distributed.cpu_count import usable_cpus; print(usable_cpus())')}
 threads=${OMP_NUM_THREADS:-}
 share_out_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
 share_out_threads
@@ -54,7 +54,7 @@ fi
 # signals and torchrun.
 become() {
   export DIST_TRAINER_LAUNCHER_PID=$$ # ranks that find another parent have lost their launcher
-  local say='import sys; from dist_trainer.secrets import masked_command; print(*masked_command(sys.argv[1:]))'
+  local say='import sys; from dist_trainer.config.secrets import masked_command; print(*masked_command(sys.argv[1:]))'
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $("$python" -c "$say" "$@")"
   exec "$@"
 }

@@ -24,7 +24,7 @@ def main(flags: set[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = raw = build(workload, device)
     if "per-block" in flags:
-        for part in raw.compiled_parts:
+        for part in raw.compile_units:
             part.compile(dynamic=False)
     if "compiled" in flags:
         raw.compile(dynamic=False)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from benchmarks import workloads
 from benchmarks.contestants.model import adamw, build
-from benchmarks.contestants.rows import Rows
+from benchmarks.contestants.rows import TokenDataset
 from benchmarks.stopwatch import Stopwatch, workload_here, write_result
 from benchmarks.workloads import Workload
 
@@ -82,7 +82,7 @@ def main(flags: set[str]) -> None:
     stopwatch = Stopwatch(workload)
     stopwatch.watch(optimizer)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    rows = Rows(workload, shifted="llama" in flags)
+    rows = TokenDataset(workload, shifted="llama" in flags)
     trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, constant))
     trainer.train()
     write_result(stopwatch, float(trainer.last_loss))

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from benchmarks import workloads
 from benchmarks.contestants.model import adamw, build
-from benchmarks.contestants.rows import Rows
+from benchmarks.contestants.rows import TokenDataset
 from benchmarks.stopwatch import Stopwatch, workload_here, write_result
 from benchmarks.workloads import Workload
 
@@ -56,7 +56,7 @@ def main(flags: set[str]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = torch.utils.data.DataLoader(Rows(workload), batch_size=workload.size.rows_per_rank)
+    data = torch.utils.data.DataLoader(TokenDataset(workload), batch_size=workload.size.rows_per_rank)
     trainer.fit(Module(workload, stopwatch, compiled="compiled" in flags), data)
     write_result(stopwatch, None)
 

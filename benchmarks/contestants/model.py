@@ -10,7 +10,7 @@ from benchmarks.workloads import Workload
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.registry import ModelContext, build_model
-from dist_trainer.optim.optimizers import parameter_groups
+from dist_trainer.optim.registry import parameter_groups
 
 
 def build(workload: Workload, device: torch.device) -> DecoderLM:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from benchmarks.stopwatch import Stopwatch, workload_here, write_result
 from benchmarks.workloads import Workload
 from dist_trainer.config.schema import OptimConfig
-from dist_trainer.optim.optimizers import adamw
+from dist_trainer.optim.registry import adamw
 from dist_trainer.train import main as train
 
 STOPWATCHES: list[Stopwatch] = []

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from benchmarks.workloads import Workload
 
 
-class Rows(Dataset):
+class TokenDataset(Dataset):
     """`shifted`: with the targets as `shift_labels` too, else models of transformers shift the labels once more."""
 
     def __init__(self, workload: Workload, *, shifted: bool = False) -> None:

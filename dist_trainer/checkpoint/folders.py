@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.checkpoint.state import STATE_FILE, Progress, Validated, read_training_state
-from dist_trainer.checkpoint.storage import (
+from dist_trainer.errors import CheckpointError
+from dist_trainer.storage.folders import (
     DAMAGED_PREFIX,
     discard,
     point,
-    points_at,
-    put_out_of_the_way,
+    quarantine,
+    read_symlink,
     refusal_of_the_disk,
     sweep,
 )
-from dist_trainer.errors import CheckpointError
-from dist_trainer.manifest import MANIFEST, read_manifest, verify
+from dist_trainer.storage.manifest import MANIFEST, read_manifest, verify
 
 log = logging.getLogger(__name__)
 
@@ -51,20 +51,20 @@ def step_folders(folder: Path) -> list[Path]:
 # ------------------------------------------------------------------------------------- which one to resume from
 
 
-def newest_intact(folder: Path) -> Path | None:
+def latest_valid(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` whose files are all as they were written; None where there is none at all.
 
     Damaged ones are named in a warning, and one that has gone. Raises CheckpointError where none is left of those there were.
     """
     candidates = step_folders(folder)
-    latest = points_at(folder / LATEST)
+    latest = read_symlink(folder / LATEST)
     if latest and _STEP_FOLDER.fullmatch(latest) and not os.path.lexists(folder / latest):
         log.warning("checkpoint passed over: %s has gone, and %s was the latest", folder / latest, latest)
     for candidate in candidates:
-        if is_intact(candidate):
+        if is_valid(candidate):
             return candidate
     remains = [path.name for path in folder.glob(f"{DAMAGED_PREFIX}step-*")]
-    remains += [name for link in (LATEST, BEST) if (name := points_at(folder / link)) and _STEP_FOLDER.fullmatch(name)]
+    remains += [name for link in (LATEST, BEST) if (name := read_symlink(folder / link)) and _STEP_FOLDER.fullmatch(name)]
     if candidates or remains:
         which = f"there was {remains[0]}" if not candidates else "see the warnings above"
         raise CheckpointError(
@@ -74,7 +74,7 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def is_intact(checkpoint: Path) -> bool:
+def is_valid(checkpoint: Path) -> bool:
     """Whether `checkpoint` can be gone on from; a warning says what is wrong with it."""
     try:
         manifest = verify(checkpoint)
@@ -92,11 +92,11 @@ def is_intact(checkpoint: Path) -> bool:
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest intact one of the run folder `path`."""
     if (path / MANIFEST).is_file():
-        if is_intact(path):
+        if is_valid(path):
             return path.resolve()
         raise CheckpointError(f"{path} is damaged (see the warning above); name another checkpoint")
     folder = path / "checkpoints"
-    found = newest_intact(folder) if folder.resolve().is_relative_to(path.resolve()) else None
+    found = latest_valid(folder) if folder.resolve().is_relative_to(path.resolve()) else None
     if found is None:
         raise CheckpointError(f"checkpoint.resume: {path} is neither a checkpoint nor a run folder with checkpoints")
     return found
@@ -108,7 +108,7 @@ def resume_point(folder: Path, *, keep_last: int) -> tuple[Path, Progress] | Non
     Raises CheckpointError where none is intact.
     """
     tidy_before_the_search(folder)
-    checkpoint = newest_intact(folder)
+    checkpoint = latest_valid(folder)
     if checkpoint is None:
         return None
     progress: Progress = read_training_state(checkpoint)["progress"]
@@ -134,7 +134,7 @@ def tidy_after_the_search(folder: Path, checkpoint: Path, *, keep_last: int) -> 
     """
     for candidate in step_folders(folder):
         if step_of(candidate) > step_of(checkpoint):
-            put_out_of_the_way(candidate)
+            quarantine(candidate)
     best = best_checkpoint(folder, verified=checkpoint)
     bring_in_line(folder, latest=checkpoint, best=best, keep_last=keep_last)
     return best
@@ -150,7 +150,7 @@ def best_checkpoint(folder: Path, *, verified: Path | None = None) -> Validated 
             continue
         if own is not None:
             found[own] = candidate
-    return next((own for own in sorted(found) if found[own] == verified or is_intact(found[own])), None)
+    return next((own for own in sorted(found) if found[own] == verified or is_valid(found[own])), None)
 
 
 def bring_in_line(folder: Path, *, latest: Path, best: Validated | None, keep_last: int) -> None:
@@ -180,11 +180,11 @@ def _set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
         elif link.is_symlink():
             link.unlink()
         elif link.exists():
-            put_out_of_the_way(link)
+            quarantine(link)
 
 
 def _rotate(folder: Path, *, keep_last: int, best: Validated | None) -> None:
-    kept = {points_at(folder / LATEST), points_at(folder / BEST), best and name_of(best.step)}
+    kept = {read_symlink(folder / LATEST), read_symlink(folder / BEST), best and name_of(best.step)}
     for candidate in step_folders(folder)[max(1, keep_last) :]:
         if candidate.name not in kept:
             discard(candidate)
@@ -202,13 +202,13 @@ def _take_in_copy(link: Path) -> None:
         original = link.with_name(name_of(read_training_state(link)["progress"].step))
     except CheckpointError:
         return
-    if os.path.lexists(original) and is_intact(original):
+    if os.path.lexists(original) and is_valid(original):
         if _weights_and_optimizer(read_manifest(original)) == _weights_and_optimizer(copy):
             log.info("%s is a copy of %s; it is replaced by a link", link, original.name)
             discard(link)
-    elif is_intact(link):
+    elif is_valid(link):
         if os.path.lexists(original):
-            put_out_of_the_way(original)
+            quarantine(original)
         link.rename(original)
         log.info("%s was the only complete copy of its checkpoint; it was renamed to %s", link, original.name)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from dist_trainer.checkpoint.folders import FORMAT_VERSION, best_checkpoint, bring_in_line, name_of
 from dist_trainer.checkpoint.state import Snapshot, Validated, write_training_state
-from dist_trainer.checkpoint.storage import make_folder, publish, refusal_of_the_disk
 from dist_trainer.checkpoint.writer import BackgroundWriter, Save
 from dist_trainer.config.schema import CheckpointConfig
+from dist_trainer.storage.folders import make_folder, publish, refusal_of_the_disk
 
 log = logging.getLogger(__name__)
 
 Export = Callable[[Mapping[str, Tensor], Path], None]
-"""Writes weights by name (and what else makes a model usable) into a folder; `weights_writer(model)` gives one."""
+"""Writes weights by name (and what else makes a model usable) into a folder; `make_weight_saver(model)` gives one."""
 
 
 class Checkpoints(Protocol):
@@ -44,7 +44,7 @@ class Checkpoints(Protocol):
         """Until nothing is being written."""
         ...
 
-    def failed_for_good(self) -> bool:
+    def has_given_up(self) -> bool:
         """Whether saving failed too often to go on."""
         ...
 
@@ -76,7 +76,7 @@ class NoCheckpoints:
     def wait(self) -> None:
         """Nothing."""
 
-    def failed_for_good(self) -> bool:
+    def has_given_up(self) -> bool:
         """Never."""
         return False
 
@@ -138,7 +138,7 @@ class CheckpointManager:
         """Until the last save is on disk, or has failed; what is a crash and no full disk is raised here."""
         self._writer.wait()
 
-    def failed_for_good(self) -> bool:
+    def has_given_up(self) -> bool:
         """Whether `checkpoint.max_failures` saves in a row have failed."""
         return self._failures_in_a_row >= self.max_failures
 
@@ -200,6 +200,6 @@ class CheckpointManager:
             self.export(snapshot.weights, staging)
             write_training_state(snapshot, staging)
 
-        facts = {"format_version": FORMAT_VERSION, "step": snapshot.progress.step}
-        publish(folder, write, facts={**facts, "world_size": snapshot.facts.get("world_size")})
+        metadata = {"format_version": FORMAT_VERSION, "step": snapshot.progress.step}
+        publish(folder, write, metadata={**metadata, "world_size": snapshot.metadata.get("world_size")})
         return folder

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_trainer.errors import CheckpointError, ConfigError
-from dist_trainer.manifest import read_json
+from dist_trainer.errors import CheckpointError, ConfigError, type_named
 from dist_trainer.optim.evaluation_weights import has_evaluation_weights, set_weights
-from dist_trainer.plural import type_named
+from dist_trainer.storage.manifest import read_json
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"

@@ -30,10 +30,10 @@ from dist_trainer.checkpoint.optimizer_state import (
     state_values,
 )
 from dist_trainer.errors import CheckpointError
-from dist_trainer.manifest import read_json, verify
 from dist_trainer.models.registry import load_weights
 from dist_trainer.optim.evaluation_weights import evaluation_weights
-from dist_trainer.precision import Precision
+from dist_trainer.storage.manifest import read_json, verify
+from dist_trainer.training.precision import Precision
 
 
 class Validated(NamedTuple):
@@ -108,7 +108,7 @@ class Snapshot:
     optimizer_values: dict[str, float]
     scaler: dict[str, Any]
     progress: Progress
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """What else to remember: the config, the number of ranks, the data's fingerprint."""
     untrained: frozenset[str] = frozenset()
     """Names in `weights` that no optimizer step changes: buffers and frozen parameters."""
@@ -137,7 +137,7 @@ def take_snapshot(
     *,
     scaler: dict[str, Any],
     progress: Progress,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     training_goes_on: bool = True,
     pinned: PinnedMemory | None = None,
 ) -> Snapshot:
@@ -158,7 +158,7 @@ def take_snapshot(
             optimizer_values=state_values(optimizer, model),
             scaler=scaler,
             progress=Progress(**asdict(progress)),
-            facts=facts,
+            metadata=metadata,
             untrained=frozenset(weights.keys() - trained),
             optimizer_groups=group_values(optimizer),
         )
@@ -176,7 +176,7 @@ def write_training_state(snapshot: Snapshot, folder: Path) -> None:
         "optimizer_values": snapshot.optimizer_values,
         GROUPS: snapshot.optimizer_groups,
         "random_state": "derived from (seed, step, micro-batch): nothing to save",
-        **snapshot.facts,
+        **snapshot.metadata,
     }
     (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 

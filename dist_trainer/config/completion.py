@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal, get_args, get_origin
 
-from dist_trainer.config.command_line import ALL, CONSOLE_SCRIPT, DRY_RUN, FLAGS, HELP_FLAGS, LIST, SHELLS, in_this_shell
+from dist_trainer.config.cli import ALL, CONSOLE_SCRIPT, DRY_RUN, FLAGS, HELP_FLAGS, LIST, SHELLS, in_this_shell
 from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of, section_classes, sentences_by_key
 from dist_trainer.config.presets import PRESETS
-from dist_trainer.config.row_names import ROW_NAMES
+from dist_trainer.config.registry_names import ROW_NAMES
 from dist_trainer.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from dist_trainer.config.command_line import ALL, DRY_RUN, SHELLS, VERSION
+from dist_trainer.config.cli import ALL, DRY_RUN, SHELLS, VERSION
 from dist_trainer.config.keys import keys_of, leaf_types, may_be_null, options_of, section_classes, sentences_by_key
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.schema import TrainingConfig

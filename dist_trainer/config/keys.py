@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dist_trainer.config.other_names import key_called, value_called, why_no_key
+from dist_trainer.config.aliases import key_called, value_called, why_no_key
 from dist_trainer.config.schema import TrainingConfig
 
 PATH_KEYS = ("data.dataset", "data.validation_dataset", "data.tokenizer", "data.chat_template", "data.cache_dir")

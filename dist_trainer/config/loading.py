@@ -18,10 +18,9 @@ from typing import Any, NoReturn, get_args
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from dist_trainer.config.command_line import COMMAND_LINE, VERSION, Arguments, program, take_apart
+from dist_trainer.config.cli import COMMAND_LINE, VERSION, Arguments, parse_argv, program
 from dist_trainer.config.completion import completion_script
 from dist_trainer.config.help import help_text
-from dist_trainer.config.initial_model import SHAPE_FIELDS, keys_in_use, keys_that_follow
 from dist_trainer.config.keys import (
     PATH_KEYS,
     flatten,
@@ -34,14 +33,15 @@ from dist_trainer.config.keys import (
     section_classes,
     sections,
 )
+from dist_trainer.config.paths import user_path
 from dist_trainer.config.presets import preset_keys, presets_in_words
 from dist_trainer.config.rules import broken_rules
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.config.sweep_run import in_folder_of_its_own
-from dist_trainer.config.yaml_lines import Assignment, read_assignments
+from dist_trainer.config.yaml_files import Assignment, read_assignments
+from dist_trainer.distributed.launch_env import place_of_this_process
 from dist_trainer.errors import ConfigError, RefusedError
-from dist_trainer.place import place_of_this_process
-from dist_trainer.user_path import user_path
+from dist_trainer.huggingface.initial_model import SHAPE_FIELDS, derived_keys, keys_in_use
 from dist_trainer.version import VERSION_LINE
 
 
@@ -52,7 +52,7 @@ def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> Tr
     `--help`, `--version`, `--print_config` and `--print_completion` print and raise SystemExit(0). Raises ConfigError with
     every problem found.
     """
-    arguments = take_apart(sys.argv[1:] if argv is None else argv)
+    arguments = parse_argv(sys.argv[1:] if argv is None else argv)
     if arguments.help_on is not None:
         _print_and_leave(help_text(arguments.help_on, program(), coloured=sys.stdout.isatty()))
     if VERSION in arguments.flags:
@@ -75,7 +75,7 @@ def _print_and_leave(text: str) -> NoReturn:
 
 def keys_given(argv: Sequence[str]) -> set[str]:
     """The dotted keys that the command line `argv` sets, itself or in its --config files, as far as these can be read."""
-    arguments = take_apart(argv)
+    arguments = parse_argv(argv)
     in_files = [assignment for name in arguments.configs for assignment in read_assignments(user_path(name), sections())[0]]
     return {assignment.key for assignment in (*in_files, *arguments.assignments)}
 
@@ -145,7 +145,7 @@ class _Asked:
         self.values[assignment.key], self.places[assignment.key] = value, assignment.where
         (self.in_whole_files.add if in_whole_file else self.in_whole_files.discard)(assignment.key)
 
-    def leave_open(self, group: Iterable[str]) -> None:
+    def drop_defaults(self, group: Iterable[str]) -> None:
         """A file that states every key asks for none of `group` where it leaves all of these at their defaults."""
         defaults = flatten(dataclasses.asdict(TrainingConfig()))
         stated = [key for key in group if key in self.in_whole_files]
@@ -178,15 +178,15 @@ def _keys_from_elsewhere(preset: str | None, asked: _Asked, problems: list[str],
         )
         return {}
     if preset is not None:
-        asked.leave_open(preset_keys(preset, {}))
+        asked.drop_defaults(preset_keys(preset, {}))
         keys = preset_keys(preset, asked.values, ranks=ranks)
         asked.places = {**dict.fromkeys(keys, f"preset {preset}"), **asked.places}
         return keys
     if initial is not None and "model.init_from" not in asked.in_whole_files:
         for group in ([f"model.{name}" for name in SHAPE_FIELDS], ["model.dropout"], ["data.tokenizer"]):
-            asked.leave_open(group)
+            asked.drop_defaults(group)
     try:
-        return keys_that_follow(asked.values)
+        return derived_keys(asked.values)
     except RefusedError as error:
         problems += [_with_place(problem, asked.places) for problem in str(error).splitlines()]
         return {}

@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Iterator
 
-from dist_trainer.config.lookup import no_such_row
+from dist_trainer.config.paths import user_path
 from dist_trainer.config.profile_steps import parse_profile_steps
-from dist_trainer.config.row_names import ROW_NAMES
+from dist_trainer.config.registry import no_such_row
+from dist_trainer.config.registry_names import ROW_NAMES
 from dist_trainer.config.schema import (
     BatchConfig,
     DataConfig,
@@ -20,7 +21,6 @@ from dist_trainer.config.schema import (
 )
 from dist_trainer.config.template import ALPACA, parse_template
 from dist_trainer.errors import ConfigError
-from dist_trainer.user_path import user_path
 
 _POSITIVE = (
     "model.hidden_size",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dist_trainer.user_path import user_path
+from dist_trainer.config.paths import user_path
 
 DEFAULT_MAX_STEPS = 300
 

@@ -1,4 +1,4 @@
-"""What data.template and data.completion_template may say; filling them in is data/template.py's."""
+"""What data.template and data.completion_template may say; filling them in is data/templates.py's."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import logging
 import re
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.marked_text import MarkedText
+from dist_trainer.data.loss_mask import LossMaskedText
 from dist_trainer.data.messages import ASSISTANT, SAID_BESIDE_CONTENT, Message, is_learnt
 from dist_trainer.data.template_limits import check_length, check_template, within_limits
-from dist_trainer.data.tokenization import Tokenizer, read_chat_template, text_prefix
+from dist_trainer.data.tokenizers import Tokenizer, read_chat_template, text_prefix
 from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class ChatTemplate:
         self._special = tuple(tokenizer.get_added_vocab())
         self._is_tried = False
 
-    def __call__(self, where: str, messages: list[Message]) -> MarkedText:
+    def __call__(self, where: str, messages: list[Message]) -> LossMaskedText:
         """The conversation as text; the spans are the answers, each with what ends it. Raises DataError naming `where`."""
         self._refuse_lost_parts(where, messages)
         if self._is_marked:
@@ -54,7 +54,7 @@ class ChatTemplate:
             self._is_tried = True
             self._warn_of_other_end(text[slice(*spans[-1])])
             self._warn_of_missing_prefix(text)
-        return MarkedText(text, spans, is_complete=True)
+        return LossMaskedText(text, spans, is_complete=True)
 
     def prompt(self, where: str, messages: list[Message]) -> str:
         """The conversation so far, and what begins the assistant's answer. Raises DataError naming `where`."""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dist_trainer.config.lookup import build
+from dist_trainer.config.paths import user_path
+from dist_trainer.config.registry import build
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.hub import arrow_folder_splits, hub_splits, is_arrow_folder
 from dist_trainer.data.records import (
@@ -22,12 +23,10 @@ from dist_trainer.data.records import (
     read_file,
 )
 from dist_trainer.data.split import Split
-from dist_trainer.data.template import columns_of, optional_columns_of
+from dist_trainer.data.templates import columns_of, optional_columns_of
 from dist_trainer.data.text_file import COMPRESSIONS
-from dist_trainer.errors import ConfigError, DataError
-from dist_trainer.hub_access import is_hub_name
-from dist_trainer.plural import counted
-from dist_trainer.user_path import user_path
+from dist_trainer.errors import ConfigError, DataError, counted
+from dist_trainer.huggingface.hub import is_hub_name
 
 log = logging.getLogger(__name__)
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.chat import ChatTemplate
-from dist_trainer.data.marked_text import MarkedText
+from dist_trainer.data.loss_mask import LossMaskedText
 from dist_trainer.data.messages import messages_of
-from dist_trainer.data.template import TextOf, completion_of, completion_template_of, text_of
-from dist_trainer.data.tokenization import Tokenizer
+from dist_trainer.data.templates import TextOf, completion_of, completion_template_of, text_of
+from dist_trainer.data.tokenizers import Tokenizer
 from dist_trainer.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class DocumentMaker:
+class RecordFormatter:
     """How documents are made of records."""
 
     text: TextOf
@@ -26,7 +26,7 @@ class DocumentMaker:
     """Whether it makes MarkedTexts, of which only parts carry loss."""
 
 
-def document_maker(config: DataConfig, tokenizer: Tokenizer) -> DocumentMaker:
+def document_maker(config: DataConfig, tokenizer: Tokenizer) -> RecordFormatter:
     """The one that `config` asks for. Raises DataError, ConfigError."""
     if config.messages_column is not None:
         return _of_conversations(config, config.messages_column, tokenizer)
@@ -38,13 +38,13 @@ def document_maker(config: DataConfig, tokenizer: Tokenizer) -> DocumentMaker:
     text = text_of(config.text_column, config.template)
     if (completion_template := completion_template_of(config)) is not None:
         return _of_completions(config, completion_template, text)
-    return DocumentMaker(text, json.dumps([config.text_column, config.template]))
+    return RecordFormatter(text, json.dumps([config.text_column, config.template]))
 
 
-def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> DocumentMaker:
+def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> RecordFormatter:
     template = ChatTemplate(config, tokenizer)
 
-    def make(where: str, record: dict[str, Any]) -> MarkedText:
+    def make(where: str, record: dict[str, Any]) -> LossMaskedText:
         return template(where, messages_of(where, record, column))
 
     parts = [
@@ -53,17 +53,17 @@ def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> 
         template.text,
         sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()),
     ]
-    return DocumentMaker(make, json.dumps(parts), is_marked=True)
+    return RecordFormatter(make, json.dumps(parts), is_marked=True)
 
 
-def _of_completions(config: DataConfig, completion_template: str, prompt: TextOf) -> DocumentMaker:
+def _of_completions(config: DataConfig, completion_template: str, prompt: TextOf) -> RecordFormatter:
     completion = completion_of(completion_template)
 
-    def make(where: str, record: dict[str, Any]) -> MarkedText:
+    def make(where: str, record: dict[str, Any]) -> LossMaskedText:
         before, after = str(prompt(where, record)), completion(where, record)
         whole = before + after
         # To learn a completion of white space alone, and its end, would be to learn to say nothing.
-        return MarkedText(whole, [(len(before), len(whole))] if after.strip() else [], is_complete=False)
+        return LossMaskedText(whole, [(len(before), len(whole))] if after.strip() else [], is_complete=False)
 
     parts = ["completion, not an empty one", config.text_column, config.template, completion_template]
-    return DocumentMaker(make, json.dumps(parts), is_marked=True)
+    return RecordFormatter(make, json.dumps(parts), is_marked=True)

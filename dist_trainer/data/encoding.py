@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dist_trainer.cpu_count import usable_cpus
-from dist_trainer.data.probe import probe_texts
 from dist_trainer.data.text_pieces import TextPiece
-from dist_trainer.data.tokenization import Tokenizer, tokenizer_description, with_prefix
+from dist_trainer.data.tokenizer_check import probe_texts
+from dist_trainer.data.tokenizers import Tokenizer, tokenizer_description, with_prefix
+from dist_trainer.distributed.cpu_count import usable_cpus
 from dist_trainer.errors import StoppedError
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ CHARACTERS_COMPARED = 1 << 11
 """Of each batch: a thousandth of it, at a fiftieth of the time."""
 
 
-class IdsDifferError(Exception):
+class TokenizerMismatchError(Exception):
     """The fast encoder gave other ids than the tokenizer, or failed: what it has made is not to be trusted."""
 
 
@@ -142,7 +142,7 @@ def encoded(
     """The batches in order with their ids, those of each document's first piece after `prefix`: while one is read, those
     before it are encoded.
 
-    Raises IdsDifferError where `encoder` is not `own` and fails, or gives other ids for a sample of the batch.
+    Raises TokenizerMismatchError where `encoder` is not `own` and fails, or gives other ids for a sample of the batch.
     """
     waiting: deque[tuple[list[TextPiece], Future[list[np.ndarray]]]] = deque()
     pool = ThreadPoolExecutor(encoder.threads, thread_name_prefix="tokenising")
@@ -174,10 +174,10 @@ def _result(pieces: list[TextPiece], ids: Future[list[np.ndarray]], encoder: Enc
         return EncodedPieces(pieces, ids.result())
     failure = ids.exception()
     if failure is not None:
-        raise IdsDifferError(f"{encoder.name} failed: {failure}") from failure
+        raise TokenizerMismatchError(f"{encoder.name} failed: {failure}") from failure
     text = pieces[len(pieces) // 2].text
     start = max(0, len(text) - CHARACTERS_COMPARED) // 2
     sample = text[start : start + CHARACTERS_COMPARED]
     if first_difference(encoder, own, [sample]) is not None:
-        raise IdsDifferError(f"{encoder.name} gives other ids than {own.name}, as for {sample[:60]!r}")
+        raise TokenizerMismatchError(f"{encoder.name} gives other ids than {own.name}, as for {sample[:60]!r}")
     return EncodedPieces(pieces, ids.result())

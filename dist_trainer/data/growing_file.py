@@ -10,7 +10,7 @@ from typing import IO
 
 import numpy as np
 
-from dist_trainer.file_systems import sync_file
+from dist_trainer.storage.files import sync_file
 
 CHUNK_BYTES = 1 << 22
 

@@ -14,9 +14,9 @@ from typing import Any
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
-from dist_trainer.data.template import columns_of, missing_column, optional_columns_of
+from dist_trainer.data.templates import columns_of, missing_column, optional_columns_of
 from dist_trainer.errors import DataError
-from dist_trainer.hub_access import hub_is_reachable
+from dist_trainer.huggingface.hub import hub_is_reachable
 
 log = logging.getLogger(__name__)
 

@@ -16,14 +16,19 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.packing import as_it_is
-from dist_trainer.data.rows import VALIDATION_KEY, Rows, train_and_validation_rows, validation_rows, varies_in_length
+from dist_trainer.data.build_datasets import (
+    VALIDATION_KEY,
+    TokenDataset,
+    train_and_validation_rows,
+    validation_rows,
+    varies_in_length,
+)
+from dist_trainer.data.packing import identity_collate
 from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, rows_per_validation_block
-from dist_trainer.data.tokenization import Tokenizer, tokenizer_of
-from dist_trainer.distributed.collectives import first_on_each_node
-from dist_trainer.distributed.world import World
-from dist_trainer.errors import ConfigError, DataError
-from dist_trainer.plural import counted, type_named
+from dist_trainer.data.tokenizers import Tokenizer, tokenizer_of
+from dist_trainer.distributed.collectives import local_rank0_first
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.errors import ConfigError, DataError, counted, type_named
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +46,7 @@ class Dataloaders(NamedTuple):
 
 def create_dataloaders(
     config: TrainingConfig,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     *,
     tokenizer: Tokenizer | None = None,
     train_dataset: Dataset | None = None,
@@ -55,7 +60,7 @@ def create_dataloaders(
     -100 is not trained on. Raises DataError, ConfigError; the same on every rank.
     """
     validated(config)
-    world = world or World.single()
+    world = world or DistributedContext.single()
     if train_dataset is not None:
         if config.data.document_mask:
             raise ConfigError(
@@ -66,7 +71,7 @@ def create_dataloaders(
         validation = None if validation_dataset is None else _own_rows(validation_dataset, "validation_dataset")
     else:
         chosen = _agreed_tokenizer(config, world, tokenizer)
-        train, validation = first_on_each_node(world, lambda: train_and_validation_rows(config.data, chosen))
+        train, validation = local_rank0_first(world, lambda: train_and_validation_rows(config.data, chosen))
     if world.is_main:
         for name, rows in (("to train on", train), ("to validate on", validation)):
             if rows is not None and rows.remark:
@@ -77,13 +82,13 @@ def create_dataloaders(
 
 
 def create_validation_loader(
-    config: TrainingConfig, world: World, *, tokenizer: Tokenizer | None = None, key: str = VALIDATION_KEY
+    config: TrainingConfig, world: DistributedContext, *, tokenizer: Tokenizer | None = None, key: str = VALIDATION_KEY
 ) -> DataLoader:
     """The validation loader alone, for evaluating a model; messages call data of their own `key`. Raises DataError where the
     config names no such data.
     """
     chosen = _agreed_tokenizer(config, world, tokenizer)
-    rows = first_on_each_node(world, lambda: validation_rows(config.data, chosen, key=key))
+    rows = local_rank0_first(world, lambda: validation_rows(config.data, chosen, key=key))
     if rows is None:
         raise DataError(f"data.validation_fraction: is 0, so there is nothing to validate on; name {key}")
     if world.is_main and rows.remark:
@@ -91,7 +96,7 @@ def create_validation_loader(
     return _validation_loader(rows, config, world, key=key)
 
 
-def _own_rows(dataset: Dataset, name: str) -> Rows:
+def _own_rows(dataset: Dataset, name: str) -> TokenDataset:
     """The rows of a user's own data set. Raises DataError where they cannot be trained on, by the first one."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise DataError(f"{name}: {type_named(dataset)} has no __len__ or no __getitem__; give a map-style data set")
@@ -100,14 +105,14 @@ def _own_rows(dataset: Dataset, name: str) -> Rows:
             collate_pairs([dataset[0]])
         except ValueError as error:
             raise DataError(f"{name}: {error}") from error
-    return Rows(dataset, collate_pairs)
+    return TokenDataset(dataset, collate_pairs)
 
 
-def _agreed_tokenizer(config: TrainingConfig, world: World, tokenizer: Tokenizer | None) -> Tokenizer:
-    return tokenizer or first_on_each_node(world, lambda: tokenizer_of(config.data))
+def _agreed_tokenizer(config: TrainingConfig, world: DistributedContext, tokenizer: Tokenizer | None) -> Tokenizer:
+    return tokenizer or local_rank0_first(world, lambda: tokenizer_of(config.data))
 
 
-def _train_loader(rows: Rows, config: TrainingConfig, world: World, *, origin: str) -> DataLoader:
+def _train_loader(rows: TokenDataset, config: TrainingConfig, world: DistributedContext, *, origin: str) -> DataLoader:
     found, needed = len(rows.dataset), config.batch.global_batch_size  # type: ignore[arg-type]
     if found < needed:
         raise DataError(
@@ -120,7 +125,9 @@ def _train_loader(rows: Rows, config: TrainingConfig, world: World, *, origin: s
     return _loader(rows, sampler, config, world)
 
 
-def _validation_loader(rows: Rows, config: TrainingConfig, world: World, *, key: str = VALIDATION_KEY) -> DataLoader:
+def _validation_loader(
+    rows: TokenDataset, config: TrainingConfig, world: DistributedContext, *, key: str = VALIDATION_KEY
+) -> DataLoader:
     if len(rows.dataset) == 0:  # type: ignore[arg-type]
         raise DataError(f"the text or data set to validate on makes no row; give more of it, or name {key}")
     batch, max_batches = config.batch, config.validation.max_batches
@@ -135,7 +142,7 @@ def _validation_loader(rows: Rows, config: TrainingConfig, world: World, *, key:
     return _loader(rows, sampler, config, world)
 
 
-class ReadingAhead(DataLoader):
+class ChunkedDataLoader(DataLoader):
     """A DataLoader that reads several micro-batches at once, since reading costs by the call; they are the same ones."""
 
     def __init__(self, *arguments: Any, rows_at_once: int, **options: Any) -> None:
@@ -149,14 +156,14 @@ class ReadingAhead(DataLoader):
             yield from (read.pin_memory() if self.pin_memory else read).split(self.batch_size)  # type: ignore[arg-type]
 
 
-def _loader(rows: Rows, sampler: Any, config: TrainingConfig, world: World) -> DataLoader:
+def _loader(rows: TokenDataset, sampler: Any, config: TrainingConfig, world: DistributedContext) -> DataLoader:
     workers = config.data.num_workers
     if workers:
         # Tokenising is over; forked workers would otherwise warn of the tokenizer's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     micro_batches = TOKENS_AT_ONCE // (sampler.micro_batch_size * config.data.sequence_length)
-    ahead = micro_batches > 1 and not workers and rows.collate is as_it_is and not varies_in_length(rows.dataset)
-    kind = partial(ReadingAhead, rows_at_once=micro_batches * sampler.micro_batch_size) if ahead else DataLoader
+    ahead = micro_batches > 1 and not workers and rows.collate is identity_collate and not varies_in_length(rows.dataset)
+    kind = partial(ChunkedDataLoader, rows_at_once=micro_batches * sampler.micro_batch_size) if ahead else DataLoader
     return kind(
         rows.dataset,
         batch_size=sampler.micro_batch_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from dist_trainer.data.template import BESIDE_MESSAGES, kind_of, missing_column
+from dist_trainer.data.templates import BESIDE_MESSAGES, kind_of, missing_column
 from dist_trainer.errors import DataError
 
 Message = dict[str, Any]

@@ -127,7 +127,7 @@ class PackedRows(torch.utils.data.Dataset):
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
 
 
-def as_it_is(batch: Batch) -> Batch:
+def identity_collate(batch: Batch) -> Batch:
     """The collate function of rows that read a whole micro-batch at once."""
     return batch
 

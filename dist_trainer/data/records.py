@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from dist_trainer.data.template import missing_column
+from dist_trainer.data.templates import missing_column
 from dist_trainer.data.text_file import COMPRESSIONS, READING_ERRORS, LongText, open_binary, text_parts, unreadable
-from dist_trainer.errors import DataError
-from dist_trainer.plural import counted
+from dist_trainer.errors import DataError, counted
 
 Record = dict[str, Any]
 Records = Iterator[tuple[str, Record | DataError]]

@@ -51,7 +51,7 @@ def accumulation_steps(batch: BatchConfig, world_size: int) -> int:
     return batch.global_batch_size // (rows_per_micro_batch(batch, world_size) * world_size)
 
 
-class KeyedPermutation:
+class FeistelPermutation:
     """A random order of 0..size-1 that needs no memory: a Feistel network over the next even number of bits, repeated
     until it lands inside (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
@@ -143,7 +143,7 @@ class GlobalOrderSampler(DistributedSampler):
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = KeyedPermutation(self.num_rows, (self.seed, int(epoch)))(within[here])
+            rows[here] = FeistelPermutation(self.num_rows, (self.seed, int(epoch)))(within[here])
         return rows
 
 

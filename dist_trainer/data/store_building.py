@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dist_trainer.data.encoding import EncodedPieces, Encoder, IdsDifferError, OwnEncoder, encoded, fast_encoder
+from dist_trainer.data.encoding import EncodedPieces, Encoder, OwnEncoder, TokenizerMismatchError, encoded, fast_encoder
 from dist_trainer.data.growing_file import Extent, GrowingFile, sync
-from dist_trainer.data.marked_encoding import encoded_with_masks
+from dist_trainer.data.loss_mask_encoding import encoded_with_masks
 from dist_trainer.data.split import Split
-from dist_trainer.data.template import TextOf
+from dist_trainer.data.templates import TextOf
 from dist_trainer.data.text_pieces import BadRecords, border_of_pieces, cutting, in_batches, text_pieces
-from dist_trainer.data.tokenization import Tokenizer, text_prefix, vocabulary_size
+from dist_trainer.data.tokenizers import Tokenizer, text_prefix, vocabulary_size
 from dist_trainer.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def build_store(
     if fast is not None:
         try:
             return write(fast)
-        except IdsDifferError as error:
+        except TokenizerMismatchError as error:
             log.warning("tokenising %s anew, with the tokenizer itself: %s", split.description, error)
         remove(staging)
         staging.mkdir()

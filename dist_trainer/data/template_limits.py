@@ -9,8 +9,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dist_trainer.errors import DataError
-from dist_trainer.plural import type_named
+from dist_trainer.errors import DataError, type_named
 
 try:
     import resource

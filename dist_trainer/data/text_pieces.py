@@ -8,14 +8,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from dist_trainer.data.marked_text import MarkedText
+from dist_trainer.data.loss_mask import LossMaskedText
 from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
-from dist_trainer.data.template import TextOf
+from dist_trainer.data.templates import TextOf
 from dist_trainer.data.text_file import LongText
-from dist_trainer.data.tokenization import Tokenizer
-from dist_trainer.errors import DataError
-from dist_trainer.plural import counted
+from dist_trainer.data.tokenizers import Tokenizer
+from dist_trainer.errors import DataError, counted
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class TextPiece(NamedTuple):
     text: str
     ends_document: bool
     begins_document: bool = True
-    marked: MarkedText | None = None
+    marked: LossMaskedText | None = None
     """The whole document, of which only parts carry loss; such a one is never cut into pieces."""
 
 
@@ -59,20 +58,20 @@ def text_pieces(split: Split, text: TextOf, border: Border, bad_records: BadReco
         except DataError as error:
             bad_records.skip(error)
             continue
-        if isinstance(document, MarkedText):
+        if isinstance(document, LossMaskedText):
             if document.text:
                 yield TextPiece(document.text, ends_document=True, marked=document)
         elif document:
             yield from pieces_of(document, border)
 
 
-def _document(where: str, record: Record | DataError, text: TextOf) -> str | LongText | MarkedText:
+def _document(where: str, record: Record | DataError, text: TextOf) -> str | LongText | LossMaskedText:
     """What `text` makes of the record, without halves of characters. Raises DataError naming the place."""
     if isinstance(record, DataError):
         raise record
     document = text(where, record)
     if not isinstance(document, LongText):
-        _refuse_surrogates(where, document.text if isinstance(document, MarkedText) else document)
+        _refuse_surrogates(where, document.text if isinstance(document, LossMaskedText) else document)
     return document
 
 

@@ -31,11 +31,10 @@ from dist_trainer.data.store_building import (
     remove,
     seconds_since_progress,
 )
-from dist_trainer.data.template import TextOf
-from dist_trainer.data.tokenization import Tokenizer, tokenizer_digest
-from dist_trainer.errors import DataError, StoppedError
-from dist_trainer.file_systems import NO_LOCKS, warn_once
-from dist_trainer.plural import counted
+from dist_trainer.data.templates import TextOf
+from dist_trainer.data.tokenizers import Tokenizer, tokenizer_digest
+from dist_trainer.errors import DataError, StoppedError, counted
+from dist_trainer.storage.files import NO_LOCKS, warn_once
 
 log = logging.getLogger(__name__)
 

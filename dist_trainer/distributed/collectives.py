@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_trainer.distributed.world import World, is_done_within
+from dist_trainer.distributed.context import DistributedContext, is_done_within
 from dist_trainer.errors import DistTrainerError, StoppedError
 
 T = TypeVar("T")
 
 
-def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
+def all_reduce_sum(tensor: Tensor, world: DistributedContext) -> Tensor:
     """`tensor` summed over all ranks, in place, on the tensor's own device."""
     if world.world_size > 1:
         dist.all_reduce(tensor)
@@ -26,7 +26,7 @@ def all_reduce_sum(tensor: Tensor, world: World) -> Tensor:
 class PendingSum:
     """A few whole numbers on their way to be summed over all ranks, in host memory, while the device computes."""
 
-    def __init__(self, values: list[int], world: World) -> None:
+    def __init__(self, values: list[int], world: DistributedContext) -> None:
         self._values, self._heartbeat = values, world.heartbeat
         self._sums: Tensor | None = None
         if world.control is not None:
@@ -42,7 +42,7 @@ class PendingSum:
         return self._sums.tolist()
 
 
-def broadcast_object(value: T, world: World) -> T:
+def broadcast_object(value: T, world: DistributedContext) -> T:
     """Rank 0's `value` on every rank."""
     if world.control is None:
         return value
@@ -51,7 +51,7 @@ def broadcast_object(value: T, world: World) -> T:
     return values[0]
 
 
-def gather_objects(value: T, world: World) -> list[T]:
+def gather_objects(value: T, world: DistributedContext) -> list[T]:
     """Every rank's `value`, by rank, on every rank."""
     if world.control is None:
         return [value]
@@ -60,7 +60,7 @@ def gather_objects(value: T, world: World) -> list[T]:
     return values
 
 
-def barrier(world: World) -> None:
+def barrier(world: DistributedContext) -> None:
     """Wait, for hours if need be, until every rank is here; signal handlers run meanwhile."""
     if world.control is None:
         return
@@ -68,7 +68,7 @@ def barrier(world: World) -> None:
         is_done_within(math.inf, dist.all_reduce(torch.zeros(1), group=world.control, async_op=True))
 
 
-def agree(world: World, act: Callable[[], T], *, acts: bool = True) -> T | None:
+def run_and_share_errors(world: DistributedContext, act: Callable[[], T], *, acts: bool = True) -> T | None:
     """Run `act` on the ranks where `acts` holds; an error that one of them meets is raised on all of them.
 
     The result is None on the others. A stop signal breaks `act` off, and ends in a StoppedError on all ranks. Only
@@ -78,7 +78,7 @@ def agree(world: World, act: Callable[[], T], *, acts: bool = True) -> T | None:
     error: DistTrainerError | None = None
     if acts:
         try:
-            with world.stop_request.breaking_off():
+            with world.stop_request.interruptible():
                 result = act()
         except DistTrainerError as raised:
             error = raised
@@ -91,19 +91,19 @@ def agree(world: World, act: Callable[[], T], *, acts: bool = True) -> T | None:
     return result
 
 
-def on_main(world: World, act: Callable[[], T]) -> T:
+def run_on_rank0(world: DistributedContext, act: Callable[[], T]) -> T:
     """Run `act` on rank 0 and give its result, or its error, to every rank."""
-    return broadcast_object(agree(world, act, acts=world.is_main), world)  # type: ignore[return-value]
+    return broadcast_object(run_and_share_errors(world, act, acts=world.is_main), world)  # type: ignore[return-value]
 
 
-def first_on_each_node(world: World, prepare: Callable[[], T]) -> T:
+def local_rank0_first(world: DistributedContext, prepare: Callable[[], T]) -> T:
     """Run `prepare` on one rank of each machine, then on the others, which find what it left in a cache.
 
     An error on any rank is raised on all of them.
     """
     if world.control is None:
-        return agree(world, prepare)  # type: ignore[return-value]
+        return run_and_share_errors(world, prepare)  # type: ignore[return-value]
     leads = world.local_rank == 0
-    first = agree(world, prepare, acts=leads)
-    later = agree(world, prepare, acts=not leads)
+    first = run_and_share_errors(world, prepare, acts=leads)
+    later = run_and_share_errors(world, prepare, acts=not leads)
     return first if leads else later  # type: ignore[return-value]

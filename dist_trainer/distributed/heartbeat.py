@@ -35,8 +35,8 @@ from dist_trainer.distributed.beats import (
     judge,
     silent_ranks,
 )
-from dist_trainer.distributed.processes import ProcessId, RunningClock
-from dist_trainer.exit_codes import EXIT_CRASHED
+from dist_trainer.run.cli import EXIT_CRASHED
+from dist_trainer.storage.processes import ProcessId, RunningClock
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Heartbeat:
     def __init__(self, *, rank: int = 0, timeout_minutes: float | None = None) -> None:
         self.rank = rank
         self.timeout_minutes = timeout_minutes
-        self.last_words: Callable[[str], None] = lambda reason: None
+        self.on_fatal: Callable[[str], None] = lambda reason: None
         """What to do before this process ends; called on one rank of those that still can."""
         self.told = Beat()
         """The last one of this rank that the others can know."""
@@ -123,7 +123,7 @@ class Heartbeat:
         """What the main thread is at, as it last said."""
         return self._place.phase
 
-    def peers_may_leave(self) -> None:
+    def begin_shutdown(self) -> None:
         """All ranks are about to leave, some a little earlier: from here on only silence counts."""
         self._peers_may_leave = True
 
@@ -147,7 +147,7 @@ class Heartbeat:
             time.sleep(LOOK_SECONDS)
         return None
 
-    def speaks_for_main(self) -> bool:
+    def is_acting_rank0(self) -> bool:
         """Whether rank 0 is known to be gone, and this is the first rank that is not."""
         return 0 in self._gone_since and all(rank in self._gone_since for rank in range(self.rank))
 
@@ -302,7 +302,7 @@ class Heartbeat:
 
         def say() -> None:
             log.error("%s. The run ends here; the same command goes on from its last checkpoint", reason)
-            self.last_words(reason)
+            self.on_fatal(reason)
 
         speaking = threading.Thread(target=say, name="last words", daemon=True)
         speaking.start()

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_trainer.compilers import missing_compiler
-from dist_trainer.models.cpu_attention import causal_attention, is_faster_by_products
+from dist_trainer.distributed.compilers import missing_compiler
+from dist_trainer.parallel.cpu.attention import causal_attention, is_faster_by_products
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -44,10 +44,10 @@ def document_mask(documents: Tensor, *, head_size: int, drops_out: bool, dtype: 
     # What compiles the caller compiles this with it, and need not follow the question.
     if suits and (torch.compiler.is_compiling() or missing_compiler(documents.device) is None):
         return block_mask(documents)
-    return exact_mask(documents, dtype)
+    return dense_document_mask(documents, dtype)
 
 
-def exact_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+def dense_document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, T, T] of `dtype`: 0 where query t (third) sees key s (last), else -inf.
 
     Not bool: each layer would make such numbers of it and keep them for its backward pass, where one tensor serves all layers.

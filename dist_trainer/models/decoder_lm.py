@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_trainer.config.llama_json import HFModel, TokenIds, hf_config, read_hf_config
 from dist_trainer.config.schema import ModelConfig
+from dist_trainer.huggingface.llama_config import HFModel, TokenIds, hf_config, read_hf_config
+from dist_trainer.huggingface.meta_init import materialize, meta_init
+from dist_trainer.huggingface.weights import check_tied_head, locate_weights, matched_weights, write_hf
 from dist_trainer.models.attention import DocumentMask, attend, document_mask
-from dist_trainer.models.hf_format import check_tied_head, locate_weights, matched_weights, write_hf
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
-from dist_trainer.models.meta import materialize, on_meta
 from dist_trainer.models.rotary import rotary_tables, rotate
 
 INIT_STD = 0.02
@@ -63,7 +63,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
 
-    compiled_for_one_length = False
+    static_sequence_length = False
     """Whether it is to be compiled, and all rows will have one length; who compiles says so."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,7 +97,7 @@ class Attention(nn.Module):
             k_BGTK, v_BGTK = cache.extend(block, k_BGTK, v_BGTK)
             causal = T > 1  # a single new token sees everything before it
         dropout = self.dropout if self.training else 0.0
-        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=dropout, fixed_length=self.compiled_for_one_length)
+        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=dropout, fixed_length=self.static_sequence_length)
         return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -161,7 +161,7 @@ class DecoderLM(nn.Module):
         """With torch's own first weights: call init_weights for those of a run, or load some. `generation`: the contents of
         generation_config.json that checkpoints keep, of a model that is there already.
 
-        Build inside `on_meta` and `materialize` to spare memory and time.
+        Build inside `meta_init` and `materialize` to spare memory and time.
         """
         super().__init__()
         self.config = config
@@ -179,7 +179,7 @@ class DecoderLM(nn.Module):
         self._rotary: tuple[Tensor, Tensor] | None = None
 
     @property
-    def compiled_parts(self) -> Iterable[nn.Module]:
+    def compile_units(self) -> Iterable[nn.Module]:
         """What to compile, each for itself; equal blocks share one compilation."""
         return [*self.layers, self.logit_loss]
 
@@ -295,7 +295,7 @@ class DecoderLM(nn.Module):
         """An uninitialised model of the shape `described`. `weights`: the folder that they will be read from, with which the
         shape is compared before any memory is taken.
         """
-        with on_meta():
+        with meta_init():
             model = cls(
                 described.config,
                 described.vocabulary_size,

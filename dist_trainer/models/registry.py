@@ -11,18 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dist_trainer.config.initial_model import SHAPE_FIELDS, contradictions, model_folder
-from dist_trainer.config.llama_json import read_hf_config, with_end_token
-from dist_trainer.config.lookup import build
-from dist_trainer.config.model_files import CONFIG_FILE, WEIGHTS_FILE
+from dist_trainer.config.paths import user_path
+from dist_trainer.config.registry import build
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
-from dist_trainer.models import transformers_lm
+from dist_trainer.errors import CheckpointError, ConfigError, RefusedError, counted
+from dist_trainer.huggingface import transformers_models
+from dist_trainer.huggingface.initial_model import SHAPE_FIELDS, contradictions, model_folder
+from dist_trainer.huggingface.llama_config import read_hf_config, with_end_token
+from dist_trainer.huggingface.meta_init import materialize, meta_init
+from dist_trainer.huggingface.model_files import CONFIG_FILE, WEIGHTS_FILE
+from dist_trainer.huggingface.weights import find_model, locate_shape, locate_weights, write_hf
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.hf_format import find_model, locate_shape, locate_weights, write_hf
-from dist_trainer.models.meta import materialize, on_meta
-from dist_trainer.plural import counted
-from dist_trainer.user_path import user_path
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:
     """A DecoderLM, initialised by context.seed or from the folder config.init_from."""
     if config.init_from is not None:
         return _from_folder(config.init_from, config, context)
-    with on_meta():
+    with meta_init():
         model = DecoderLM(
             config,
             context.vocabulary_size,
@@ -98,12 +97,12 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
     assert config.init_from is not None, "a rule of the config"
     folder = _folder_to_read(config.init_from, context)
     if context.resumed_from is not None:
-        model = transformers_lm.make_skeleton(folder)
-    elif transformers_lm.has_weights(folder):
-        model = transformers_lm.open_weights(folder)
+        model = transformers_models.make_skeleton(folder)
+    elif transformers_models.has_weights(folder):
+        model = transformers_models.open_weights(folder)
     elif user_path(config.init_from).is_dir():
         log.info("model.init_from: %s holds no weights: random ones, drawn from seed %d", folder, context.seed)
-        model = transformers_lm.make_anew(folder, seed=context.seed)
+        model = transformers_models.make_anew(folder, seed=context.seed)
         for name in ("bos_token_id", "eos_token_id"):  # the text's, no longer those of the model that config.json was for
             for settings in (model.config, model.generation_config):
                 setattr(settings, name, getattr(context, name))
@@ -112,8 +111,8 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
             f"model.init_from: {config.init_from!r} has no {WEIGHTS_FILE} on the Hub, or not in the local cache"
         )
     refuse_lack_of_room(model, context.vocabulary_size, context.sequence_length, name=f"model.init_from: the model in {folder}")
-    transformers_lm.add_end_token(model, context.eos_token_id)
-    transformers_lm.make_savable(model)
+    transformers_models.add_end_token(model, context.eos_token_id)
+    transformers_models.make_savable(model)
     return model.to(context.device).train()
 
 
@@ -121,8 +120,8 @@ def refuse_lack_of_room(model: nn.Module, vocabulary_size: int, sequence_length:
     """Raises ConfigError where rows of this length and vocabulary do not fit into the model, which messages call `name`."""
     if isinstance(model, DecoderLM):
         known_tokens, positions = model.vocabulary_size, model.max_position_embeddings
-    elif transformers_lm.is_of_transformers(model):
-        known_tokens, positions = transformers_lm.num_embeddings(model), transformers_lm.context_of(model)
+    elif transformers_models.is_of_transformers(model):
+        known_tokens, positions = transformers_models.num_embeddings(model), transformers_models.context_of(model)
     else:
         return
     problems = _lack_of_room(known_tokens, positions, vocabulary_size, sequence_length)
@@ -170,15 +169,15 @@ def begins_trained(config: ModelConfig) -> bool:
         return config.init_from is not None
     folder = user_path(config.init_from)
     # What comes from the Hub has weights, or `hf` has refused it.
-    return not folder.is_dir() or transformers_lm.has_weights(find_model(folder))
+    return not folder.is_dir() or transformers_models.has_weights(find_model(folder))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copy the weights that `weights_writer` wrote into `folder` back into `model`."""
+    """Copy the weights that `make_weight_saver` wrote into `folder` back into `model`."""
     if isinstance(model, DecoderLM):
         model.load_weights(folder)
-    elif transformers_lm.is_of_transformers(model):
-        transformers_lm.copy_weights(model, folder)
+    elif transformers_models.is_of_transformers(model):
+        transformers_models.copy_weights(model, folder)
     else:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
 
@@ -193,8 +192,8 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
     try:
         described = read_hf_config(folder)
     except ConfigError as error:
-        if transformers_lm.has_weights(folder):
-            return transformers_lm.open_weights(folder).to(device).eval()
+        if transformers_models.has_weights(folder):
+            return transformers_models.open_weights(folder).to(device).eval()
         raise CheckpointError(
             f"{folder} holds no weights ({WEIGHTS_FILE}) beside its {CONFIG_FILE}; give a folder with them, or fetch them from "
             f"the Hub anew (DecoderLM cannot be it: {error})"
@@ -213,17 +212,17 @@ def can_open(path: Path) -> bool:
     try:
         read_hf_config(folder)
     except RefusedError:
-        return transformers_lm.is_known(folder)
+        return transformers_models.is_known(folder)
     return True
 
 
-def weights_writer(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:
+def make_weight_saver(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path], None]:
     """How the weights of `model` are written: as a Hugging Face folder, where it is DecoderLM or transformers' own; those of
     another module as they are named.
     """
     if isinstance(model, DecoderLM):
         config, generation = model.hf_config(), model.generation
         return lambda weights, folder: write_hf(folder, state=weights, config=config, generation=generation)
-    if transformers_lm.is_of_transformers(model):
-        return lambda weights, folder: transformers_lm.write_weights(model, weights, folder)
+    if transformers_models.is_of_transformers(model):
+        return lambda weights, folder: transformers_models.write_weights(model, weights, folder)
     return lambda weights, folder: save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from dist_trainer.optim.uncompiled import Uncompiled, plain
+from dist_trainer.optim.uncompiled import EagerOptimizer, plain
 
 
-class AdamW(Uncompiled, torch.optim.AdamW):
+class AdamW(EagerOptimizer, torch.optim.AdamW):
     """torch.optim.AdamW to the last bit, for steps that are not themselves compiled."""
 
     step = torch.no_grad()(plain(torch.optim.Adam.step))
 
-    def make_averages(self) -> None:
+    def init_optimizer_state(self) -> None:
         """State as the first step would make it, for parameters that have none; where it is fused, without amsgrad."""
         if not self.defaults["fused"] or self.defaults["amsgrad"]:
             return

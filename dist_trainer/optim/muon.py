@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_trainer.optim.adamw import AdamW
-from dist_trainer.optim.shared_work import num_ranks, on_one_rank_each
-from dist_trainer.optim.uncompiled import Uncompiled
+from dist_trainer.optim.sharded_map import num_ranks, sharded_map
+from dist_trainer.optim.uncompiled import EagerOptimizer
 
 OUTPUT_HEADS = ("lm_head", "output", "head")
 """Names under which models that do not tell (get_output_embeddings) keep the matrix that makes logits."""
@@ -24,7 +24,7 @@ MATCHING_ADAMW = 0.2
 """An update's root mean square, about that of AdamW's: so one learning rate, and one decay, suit both (Liu et al. 2025)."""
 
 
-class Muon(Uncompiled, torch.optim.Muon):
+class Muon(EagerOptimizer, torch.optim.Muon):
     """torch.optim.Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon), its updates scaled as in Liu et al. 2025,
     arXiv:2502.16982, and with three differences.
 
@@ -48,7 +48,7 @@ class Muon(Uncompiled, torch.optim.Muon):
             for matrices in _of_one_shape([matrix for matrix in group["params"] if matrix.grad is not None]):
                 self._update(matrices, group, found_inf)
 
-    def make_averages(self) -> None:
+    def init_optimizer_state(self) -> None:
         """State as the first step would make it, for matrices that have none."""
         for matrix in (matrix for group in self.param_groups for matrix in group["params"]):
             self._mean(matrix)
@@ -63,11 +63,11 @@ class Muon(Uncompiled, torch.optim.Muon):
 
         def directions_of(share: list[Tensor]) -> Tensor:
             ahead = torch.stack([self._gradient(matrix, skips).lerp(self._mean(matrix), momentum) for matrix in share])
-            return orthogonalized(ahead, coefficients=coefficients, steps=steps, eps=eps)
+            return newton_schulz(ahead, coefficients=coefficients, steps=steps, eps=eps)
 
         for matrix in matrices:
             self._mean(matrix).lerp_(self._gradient(matrix, skips), 1 - momentum)
-        directions = on_one_rank_each(matrices, directions_of)
+        directions = sharded_map(matrices, directions_of)
         for matrix, direction in zip(matrices, directions, strict=True):
             matrix.mul_(decay).sub_(direction.to(matrix.dtype) * rate)
 
@@ -84,7 +84,7 @@ class Muon(Uncompiled, torch.optim.Muon):
         return matrix.grad if skips is None else torch.where(skips, self._mean(matrix), matrix.grad)
 
 
-def orthogonalized(matrices: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def newton_schulz(matrices: Tensor, *, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Each of `matrices` [n, rows, columns] with its singular values near 1, by Newton and Schulz's iteration with Jordan's
     coefficients: in bfloat16 on GPUs that have it, else in float32.
     """
@@ -115,7 +115,7 @@ def _of_one_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
         yield from (alike[begin : begin + count] for begin in range(0, len(alike), count))
 
 
-class MuonWithAdamW(Uncompiled):
+class MuonWithAdamW(EagerOptimizer):
     """Muon for some matrices, AdamW for all other parameters; groups and state of both in one place."""
 
     _step_supports_amp_scaling = True
@@ -130,10 +130,10 @@ class MuonWithAdamW(Uncompiled):
             part.grad_scale, part.found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)  # type: ignore[attr-defined]
             part.step()
 
-    def make_averages(self) -> None:
+    def init_optimizer_state(self) -> None:
         """State as the first step would make it, for parameters that have none."""
         for part in self._up_to_date_parts():
-            part.make_averages()
+            part.init_optimizer_state()
 
     def _up_to_date_parts(self) -> Iterator[Muon | AdamW]:
         """Both, with the groups and the state that are theirs."""

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dist_trainer.config.lookup import resolve
+from dist_trainer.config.registry import resolve
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, ScheduleConfig, TrainConfig, TrainingConfig
-from dist_trainer.plural import counted
+from dist_trainer.errors import counted
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ NOTICEABLE_CHANGE = 0.01
 
 
 @dataclass(frozen=True)
-class Span:
+class ScheduleSpec:
     """What a schedule stretches over."""
 
     warmup_steps: int
@@ -45,29 +45,29 @@ class Span:
         return min(1.0, max(0.0, (step - start) / max(1, self.total_steps - start)))
 
 
-def cosine(step: int, span: Span) -> float:
+def cosine(step: int, span: ScheduleSpec) -> float:
     """Half a cosine from 1 to min_lr_ratio after the warmup (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
     wave = 0.5 * (1.0 + math.cos(math.pi * span.progress(step, start=span.warmup_steps)))
     return span.warmup(step) * (span.min_lr_ratio + (1.0 - span.min_lr_ratio) * wave)
 
 
-def linear(step: int, span: Span) -> float:
+def linear(step: int, span: ScheduleSpec) -> float:
     """A straight line from 1 to min_lr_ratio after the warmup."""
     return span.warmup(step) * (1.0 - (1.0 - span.min_lr_ratio) * span.progress(step, start=span.warmup_steps))
 
 
-def constant(step: int, span: Span) -> float:
+def constant(step: int, span: ScheduleSpec) -> float:
     """1 after the warmup."""
     return span.warmup(step)
 
 
-def warmup_stable_decay(step: int, span: Span) -> float:
+def warmup_stable_decay(step: int, span: ScheduleSpec) -> float:
     """1 until 80 % of the run, then a straight line to min_lr_ratio (Hu et al. 2024, arXiv:2404.06395)."""
     start = max(span.warmup_steps, round(STABLE_PART * span.total_steps))
     return span.warmup(step) * (1.0 - (1.0 - span.min_lr_ratio) * span.progress(step, start=start))
 
 
-SCHEDULES: dict[str, Callable[[int, Span], float]] = {
+SCHEDULES: dict[str, Callable[[int, ScheduleSpec], float]] = {
     "cosine": cosine,
     "linear": linear,
     "constant": constant,
@@ -78,7 +78,7 @@ SCHEDULES: dict[str, Callable[[int, Span], float]] = {
 def build_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[int], float]:
     """The factor of the peak learning rate at each number of finished steps, over a run of `total_steps`."""
     schedule = resolve(SCHEDULES, config.name, "schedule.name")
-    span = Span(config.warmup_steps, total_steps, config.min_lr_ratio)
+    span = ScheduleSpec(config.warmup_steps, total_steps, config.min_lr_ratio)
     return lambda step: schedule(step, span)
 
 

@@ -18,7 +18,7 @@ def plain(method: Callable[..., Any]) -> Callable[..., Any]:
     return inspect.unwrap(method)
 
 
-class Uncompiled(Optimizer):
+class EagerOptimizer(Optimizer):
     """What all optimizers share, for steps that are not themselves compiled."""
 
     add_param_group = plain(Optimizer.add_param_group)

@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dist_trainer.distributed.world import World
+from dist_trainer.distributed.context import DistributedContext
 
 
 class Buffers:
     """Those that `model` has when this is made, wherever its modules put new tensors in their places later."""
 
-    def __init__(self, model: nn.Module, world: World) -> None:
+    def __init__(self, model: nn.Module, world: DistributedContext) -> None:
         self._world = world
         modules = list(model.modules())
         self._places = [(module, name, first) for module in modules for name, first in module.named_buffers(recurse=False)]

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from dist_trainer.cache_dir import default_cache_dir
+from dist_trainer.storage.cache_dir import default_cache_dir
 
 
-def keep_compiled_code() -> None:
+def enable_compile_cache() -> None:
     """Have torch keep what it compiles in the user's cache, so that a run that starts again finds it, on any node.
 
     Not in the run's folder: it is code, and a run may come from a stranger. For the same reason not in a folder that others

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_trainer.distributed.world import World
-from dist_trainer.parallel.compilation import is_compiled
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.parallel.compile import is_compiled
 
 _COMPILER = "torch._dynamo"
 _UNUSED = "unused_by_any_loss"
 
 
-def ddp(model: nn.Module, world: World) -> nn.Module:
+def ddp(model: nn.Module, world: DistributedContext) -> nn.Module:
     """`model` in torch's DistributedDataParallel, with rank 0's weights and buffers. A single process trains it as it is."""
     if world.world_size == 1:
         return model
@@ -54,8 +54,8 @@ def _one_unused_parameter(model: nn.Module) -> Generator[None]:
 
 def _kind_for(model: nn.Module) -> type[LossDDP]:
     if not is_compiled(model):
-        return LossDDP if _COMPILER in sys.modules else UncompiledDDP
-    return UncutDDP if hasattr(model, "compiled_parts") else LossDDP
+        return LossDDP if _COMPILER in sys.modules else EagerDDP
+    return DDPNoGraphSplit if hasattr(model, "compile_units") else LossDDP
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class LossDDP(DistributedDataParallel):
             return self.module(*inputs, **named)
 
 
-class UncutDDP(LossDDP):
+class DDPNoGraphSplit(LossDDP):
     """DistributedDataParallel for a model of which parts are compiled, each for itself.
 
     torch's compiler cuts a data-parallel model's graphs where buckets end, so that the exchange of the last gradients need not
@@ -99,7 +99,7 @@ class UncutDDP(LossDDP):
     _cuts_graphs = False
 
 
-class UncompiledDDP(UncutDDP):
+class EagerDDP(DDPNoGraphSplit):
     """DistributedDataParallel that does without torch's compiler, for a model of which nothing is compiled.
 
     To ask it whether it wants graphs cut where buckets end, torch imports it: three seconds of every rank's start.

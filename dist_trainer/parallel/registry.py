@@ -9,23 +9,23 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_trainer.config.lookup import build
-from dist_trainer.distributed.world import World
-from dist_trainer.parallel.compilation import compile_parts, is_worth_compiling
+from dist_trainer.config.registry import build
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.parallel.compile import compile_parts, should_compile
 from dist_trainer.parallel.ddp import LossDDP, ddp
 
 
-def single(model: nn.Module, world: World) -> nn.Module:
+def single(model: nn.Module, world: DistributedContext) -> nn.Module:
     """The model as it stands, for one process."""
     return model
 
 
-STRATEGIES: dict[str, Callable[[nn.Module, World], nn.Module]] = {"single": single, "ddp": ddp}
+STRATEGIES: dict[str, Callable[[nn.Module, DistributedContext], nn.Module]] = {"single": single, "ddp": ddp}
 
 
 def parallelize(
     model: nn.Module,
-    world: World,
+    world: DistributedContext,
     *,
     strategy: str = "auto",
     compile: bool | Literal["auto"] = "auto",
@@ -37,7 +37,7 @@ def parallelize(
     `flops`: floating-point operations of the whole run, where known, by which `auto` decides. `varying_length`: of the
     sequences, from batch to batch. For all ranks; raises ConfigError on each where one of them cannot compile.
     """
-    if is_worth_compiling(compile, world, flops):
+    if should_compile(compile, world, flops):
         compile_parts(model, varying_length=varying_length)
     row = "ddp" if strategy == "auto" else strategy  # which leaves a single process as it is
     return build(STRATEGIES, row, "distributed.strategy", model, world, kind=nn.Module)

@@ -10,17 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.command_line import in_this_shell
+from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.secrets import masked
+from dist_trainer.errors import counted
 from dist_trainer.models.registry import can_open
-from dist_trainer.plural import counted
-from dist_trainer.secrets import masked
 from dist_trainer.tracking.formatting import duration, printable, quantity, significant
 from dist_trainer.tracking.goodput import Goodput, goodput_of
 from dist_trainer.tracking.lenient_json import is_number
 from dist_trainer.tracking.progress_bar import ProgressBar
 from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.run_history import was_validated
 from dist_trainer.tracking.run_log import PROGRESS_LOGGER, configure_logging
+from dist_trainer.tracking.run_reader import was_validated
 from dist_trainer.tracking.status import read_status
 
 __all__ = ["ConsoleTracker", "configure_logging"]

@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from dist_trainer.cpu_count import usable_cpus
-from dist_trainer.distributed.world import World
-from dist_trainer.secrets import masked_command
+from dist_trainer.config.secrets import masked_command
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.cpu_count import usable_cpus
 from dist_trainer.version import __version__
 
 _GIT_TIMEOUT_SECONDS = 5.0
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "wandb", "numpy")
 
 
-def describe_environment(world: World) -> dict[str, Any]:
+def describe_environment(world: DistributedContext) -> dict[str, Any]:
     """Facts for the report and W&B, by name; null for what is not known here."""
     return {
         "dist_trainer": __version__,

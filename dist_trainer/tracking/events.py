@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.file_systems import sync_file, sync_folder
-from dist_trainer.secrets import masked
+from dist_trainer.config.secrets import masked
+from dist_trainer.storage.files import sync_file, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +18,13 @@ EVENTS_FILE = "logs/events.jsonl"
 FIRST_CHECKPOINT = "first checkpoint"
 
 
-def append_event(folder: Path, event: str, *, step: int, durable: bool = False, **facts: Any) -> None:
+def append_event(folder: Path, event: str, *, step: int, durable: bool = False, **metadata: Any) -> None:
     """Append `event` (start, resume, first checkpoint, or how the run ended) of the run in `folder`; never stops a run.
 
     `durable`: so that it survives a power cut. A last line that a killed process left half-written is closed first, so that
     it damages no line but itself.
     """
-    line = masked(json.dumps({"event": event, "step": step, "time": time.time(), **facts}, default=str)).encode() + b"\n"
+    line = masked(json.dumps({"event": event, "step": step, "time": time.time(), **metadata}, default=str)).encode() + b"\n"
     path = folder / EVENTS_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.tracking.lenient_json import number
-from dist_trainer.tracking.run_history import RunHistory, last_step, read_events, read_run
+from dist_trainer.tracking.run_reader import RunHistory, last_step, read_events, read_run
 from dist_trainer.tracking.step_counter import steps_done
 
 START_EVENTS = ("start", "resume")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.file_systems import sync_file, sync_folder
-from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.storage.atomic_file import replace_file
+from dist_trainer.storage.files import sync_file, sync_folder
 from dist_trainer.tracking.run_context import METRICS_FILE, RunContext
 
 log = logging.getLogger(__name__)

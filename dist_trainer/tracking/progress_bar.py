@@ -31,18 +31,18 @@ class ProgressBar(tqdm):
     @property
     def format_dict(self) -> dict[str, Any]:
         """What tqdm draws, with the fullest format that fits into its columns."""
-        facts: dict[str, Any] = dict(super().format_dict)
-        columns = None if self.disable else facts["ncols"]
+        metadata: dict[str, Any] = dict(super().format_dict)
+        columns = None if self.disable else metadata["ncols"]
         if columns is None:
-            return facts
+            return metadata
 
         def fits(form: str) -> bool:
-            trial: dict[str, Any] = {**facts, "ncols": None, "bar_format": form}
+            trial: dict[str, Any] = {**metadata, "ncols": None, "bar_format": form}
             return len(self.format_meter(**trial)) <= columns
 
         formats = list(self._formats())
         chosen = next((form for form in formats if fits(form.replace("{bar}", " " * NARROWEST))), formats[-1])
-        return {**facts, "bar_format": chosen}
+        return {**metadata, "bar_format": chosen}
 
     def _formats(self) -> Iterator[str]:
         """From the fullest to the shortest, which has no bar."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dist_trainer.secrets import masked
+from dist_trainer.config.secrets import masked
 
 PACKAGE_LOGGER = "dist_trainer"
 PROGRESS_LOGGER = "dist_trainer.progress"

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_trainer.secrets import masked
-from dist_trainer.tracking.atomic_file import replace_or_overwrite
+from dist_trainer.config.secrets import masked
+from dist_trainer.storage.atomic_file import replace_or_overwrite
 from dist_trainer.tracking.lenient_json import is_number, parse_object, text_of
 from dist_trainer.tracking.run_context import RunContext
 
@@ -39,7 +39,7 @@ def write_status(
     max_steps: int | None,
     durable: bool = True,
     is_last: bool = False,
-    **facts: Any,
+    **metadata: Any,
 ) -> None:
     """Replace the status of the run in `folder`, but for what `facts` leave out of KEPT; never stops a run where the disk is
     full, and tells the truth even then.
@@ -50,17 +50,17 @@ def write_status(
     try:
         before = read_status(folder)
         kept = {key: before[key] if is_number(before.get(key)) else None for key in KEPT}
-        _replace(folder, {"state": state, "step": step, "max_steps": max_steps, **kept, **facts}, durable=durable)
+        _replace(folder, {"state": state, "step": step, "max_steps": max_steps, **kept, **metadata}, durable=durable)
     finally:
         if not is_last:
             _one_at_a_time.release()
 
 
-def amend_status(folder: Path, **facts: Any) -> None:
+def amend_status(folder: Path, **metadata: Any) -> None:
     """Change `facts` in the status of the run in `folder`, if there is one."""
     with _one_at_a_time:
         if status := read_status(folder):
-            _replace(folder, {**status, **facts}, durable=False)
+            _replace(folder, {**status, **metadata}, durable=False)
 
 
 def _replace(folder: Path, status: dict[str, Any], *, durable: bool) -> None:

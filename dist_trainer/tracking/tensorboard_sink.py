@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dist_trainer.config.command_line import in_this_shell
+from dist_trainer.config.cli import in_this_shell
 from dist_trainer.tracking.sink import Say, metrics_of
 
 FOLDER = "tensorboard"

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from dist_trainer.distributed.world import World
+from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.tracking.environment import device_name
 
 _T = 1e12
@@ -111,7 +111,7 @@ class Throughput:
 
     def __init__(
         self,
-        world: World,
+        world: DistributedContext,
         *,
         dtype: str,
         flops_per_token: float | None = None,

@@ -7,16 +7,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dist_trainer.secrets import masked_within
+from dist_trainer.config.secrets import masked_within
+from dist_trainer.html_report.report_tracker import ReportTracker
 from dist_trainer.tracking.console_tracker import ConsoleTracker
-from dist_trainer.tracking.follower_tracker import FOLLOWERS, FollowerTracker, refuse_missing_packages
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
-from dist_trainer.tracking.report_tracker import ReportTracker
 from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.status import StatusTracker
+from dist_trainer.tracking.subprocess_tracker import FOLLOWERS, SubprocessTracker, refuse_missing_packages
 
 if TYPE_CHECKING:
-    from dist_trainer.distributed.world import World
+    from dist_trainer.distributed.context import DistributedContext
 
 __all__ = ["TRACKERS", "NullTracker", "RunContext", "Tracker", "build_tracker", "refuse_missing_packages"]
 
@@ -42,7 +42,7 @@ class Tracker(Protocol):
 TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
     "jsonl": JsonlTracker,
     "console": ConsoleTracker,
-    **{row: partial(FollowerTracker, row=row) for row in FOLLOWERS},
+    **{row: partial(SubprocessTracker, row=row) for row in FOLLOWERS},
     "report": ReportTracker,
     "status": StatusTracker,
 }
@@ -83,7 +83,7 @@ class FanOut:
         """Close every sink, once."""
         sinks, self._sinks = self._sinks, {}
         for name, sink in sinks.items():
-            if isinstance(sink, FollowerTracker):
+            if isinstance(sink, SubprocessTracker):
                 self._try(name, partial(sink.ask_to_finish, state))
         for name, sink in sinks.items():
             self._try(name, partial(sink.close, state=state, reason=reason))
@@ -100,7 +100,7 @@ class FanOut:
             log.warning("tracking: %s has trouble (%s: %s); training goes on", name, type(error).__name__, error)
 
 
-def build_tracker(world: World, context: RunContext) -> Tracker:
+def build_tracker(world: DistributedContext, context: RunContext) -> Tracker:
     """Every row of TRACKERS on rank 0, of the followers those that the config asks for; nothing on other ranks.
 
     A sink that cannot begin costs a warning.

@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.command_line import in_this_shell
-from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.config.cli import in_this_shell
+from dist_trainer.storage.atomic_file import replace_file
 from dist_trainer.tracking.lenient_json import text_of
-from dist_trainer.tracking.position import Position
+from dist_trainer.tracking.log_cursor import LogCursor
 from dist_trainer.tracking.sink import Say, metrics_of
 
 FOLDER = "trackio"
@@ -35,7 +35,7 @@ class TrackioSink:
             self._run.finish()
             self._run = self._open(description, resume="never")
         is_new = self._run.id != kept_id
-        self._position = Position.read(self._folder, FOLDER) if not is_new else Position()
+        self._position = LogCursor.read(self._folder, FOLDER) if not is_new else LogCursor()
         if is_new:
             replace_file(self._folder / FOLDER / "run_id", [self._run.id.encode() + b"\n"], durable=True)
 

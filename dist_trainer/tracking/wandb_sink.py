@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dist_trainer.config.command_line import in_this_shell
-from dist_trainer.tracking.atomic_file import replace_file
+from dist_trainer.config.cli import in_this_shell
+from dist_trainer.storage.atomic_file import replace_file
 from dist_trainer.tracking.lenient_json import number
-from dist_trainer.tracking.position import Position
+from dist_trainer.tracking.log_cursor import LogCursor
 from dist_trainer.tracking.sink import Say, in_one_line, metrics_of
 
 FOLDER = "wandb"
@@ -36,7 +36,7 @@ class WandbSink:
         self._folder = Path(description["folder"])
         # Without this, tables would be kept under the user's home until they are sent.
         os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(self._folder / FOLDER)
-        self._position = Position.read(self._folder, FOLDER)
+        self._position = LogCursor.read(self._folder, FOLDER)
         self._best: tuple[float, int] | None = None
         self._samples: list[Any] = []
         self._log = self._folder / "logs" / "wandb.log"
@@ -44,7 +44,7 @@ class WandbSink:
         self._run, self._is_online = _open_run(description, run_id(self._folder), say)
         if self._is_online and not (self._position.has_arrived and self._run.resumed):
             # What an earlier life noted may have been lost with it, or lie here in files for `wandb sync`: the server knows.
-            self._position = Position(self._run.starting_step)
+            self._position = LogCursor(self._run.starting_step)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("validation/loss", step_metric="step", summary="min")
         if description["code"] is not None:
@@ -67,7 +67,7 @@ class WandbSink:
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if state == "finished" else 1)
         if self._is_online and not self._gave_up():
-            self._position.note_arrival(self._folder, FOLDER)
+            self._position.mark_synced(self._folder, FOLDER)
             _mark_as_sent(self._folder / FOLDER, self._run.id)
 
     def goodbye(self) -> str:

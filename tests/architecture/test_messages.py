@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dist_trainer.plural import type_named
+from dist_trainer.errors import type_named
 from tests.architecture.sources import PACKAGE
 from tests.architecture.test_troubleshooting import strings
 
@@ -18,27 +18,27 @@ THINGS = (
 NUMBER_AND_THING = re.compile(rf"(%d|\.\.\.)(?: \w+)? (?:{THINGS.replace(' ', '|')})\b(?!/)")
 NEVER_ONE = {
     "checkpoint/folders.py: ... holds checkpoints": "a folder's name",
-    "checkpoint/last_save.py: ... times": "of the tries, which are several",
+    "training/last_save.py: ... times": "of the tries, which are several",
     "config/profile_steps.py: ... steps": "more than fifty",
     "config/rules.py: ... sequences": "of several ranks",
-    "data/rows.py: %d tokens": "two or more",
+    "data/build_datasets.py: %d tokens": "two or more",
     "data/sampler.py: ... sequences": "of several ranks",
-    "config/yaml_lines.py: ... values": "a limit of many thousands",
+    "config/yaml_files.py: ... values": "a limit of many thousands",
     "data/token_store.py: ... bad records": "no message, a part of a key",
-    "distributed/world.py: ... ranks": "more than there are GPUs",
-    "dry_run.py: ... processes": "only said of several",
+    "distributed/context.py: ... ranks": "more than there are GPUs",
+    "run/dry_run.py: ... processes": "only said of several",
     "evaluate.py: ... ranks": "only said of several",
     "generate.py: ... ranks": "only said of several",
-    "manifest.py: ... bytes": "a limit of millions",
-    "out_of_memory.py: ... tokens": "a product",
-    "out_of_memory.py: ... words": "a product",
-    "place.py: ... ranks": "only said of several",
-    "profiling/recorder.py: %d ranks": "only said of several",
+    "storage/manifest.py: ... bytes": "a limit of millions",
+    "run/memory.py: ... tokens": "a product",
+    "run/memory.py: ... words": "a product",
+    "distributed/launch_env.py: ... ranks": "only said of several",
+    "training/profiler.py: %d ranks": "only said of several",
     "report.py: ... runs": "more than fit on a page",
-    "run_header.py: ... epochs": "mostly a fraction",
-    "run_header.py: ... machines": "only said of several",
-    "tracking/report/sections.py: ... runs": "only said of several",
-    "tracking/report/sections.py: ... tokens": "a product",
+    "run/summary.py: ... epochs": "mostly a fraction",
+    "run/summary.py: ... machines": "only said of several",
+    "html_report/sections.py: ... runs": "only said of several",
+    "html_report/sections.py: ... tokens": "a product",
 }
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dist_trainer import assembly
 from dist_trainer.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -29,8 +28,9 @@ from dist_trainer.config.schema import (
     ValidationConfig,
 )
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.exit_codes import exit_code_of
-from dist_trainer.trainer import Trainer
+from dist_trainer.run import build
+from dist_trainer.run.cli import run_cli
+from dist_trainer.training.trainer import Trainer
 from tests.distributed.ranks import exit_codes, run_ranks
 
 
@@ -110,7 +110,7 @@ def run(config: TrainingConfig, world_size: int, *, before: Callable[[Trainer], 
 
 def command(config: TrainingConfig, world_size: int, *, before: Callable[[Trainer], None] | None = None) -> list[int | None]:
     """As the command does it, on forked ranks: how each process ends."""
-    return exit_codes(world_size, lambda: exit_code_of(lambda: one_rank(config, before)))
+    return exit_codes(world_size, lambda: run_cli(lambda: one_rank(config, before)))
 
 
 def one_rank(config: TrainingConfig, before: Callable[[Trainer], None] | None) -> int:
@@ -123,7 +123,7 @@ def one_rank(config: TrainingConfig, before: Callable[[Trainer], None] | None) -
             return fit(trainer)
 
         Trainer.fit = changed
-    return assembly.run(config)
+    return build.run(config)
 
 
 def folder(config: TrainingConfig) -> Path:

@@ -5,12 +5,12 @@ import os
 import pytest
 import torch
 
-from dist_trainer import assembly
 from dist_trainer.config.schema import DistributedConfig
-from dist_trainer.distributed.collectives import all_reduce_sum, first_on_each_node, on_main
-from dist_trainer.distributed.world import World
+from dist_trainer.distributed.collectives import all_reduce_sum, local_rank0_first, run_on_rank0
+from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError, TrainingDivergedError
-from dist_trainer.parallel import compilation
+from dist_trainer.parallel import compile
+from dist_trainer.run import build
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import (
     at_each_validation_batch,
@@ -159,7 +159,7 @@ def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path)
 
 def joined(function):
     def one_rank():
-        with World.join(DistributedConfig(timeout_minutes=1)) as world:
+        with DistributedContext.join(DistributedConfig(timeout_minutes=1)) as world:
             return function(world)
 
     return one_rank
@@ -172,19 +172,19 @@ def test_preparation_runs_first_on_one_rank_then_on_the_others(tmp_path):
         marks.open("a").write(f"{os.environ['RANK']}\n")
         return marks.read_text().split()
 
-    results = run_ranks(3, joined(lambda world: first_on_each_node(world, prepare)))
+    results = run_ranks(3, joined(lambda world: local_rank0_first(world, prepare)))
     assert results[0] == ["0"]
     assert sorted(marks.read_text().split()) == ["0", "1", "2"]
 
 
 def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
-    def fail_on_one(world: World) -> str:
+    def fail_on_one(world: DistributedContext) -> str:
         def prepare() -> None:
             if world.rank == 1:
                 raise DataError("the disk of rank 1")
 
         try:
-            first_on_each_node(world, prepare)
+            local_rank0_first(world, prepare)
         except DataError as error:
             return str(error)
         return "no error"
@@ -193,18 +193,18 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
 
 
 def test_where_one_rank_cannot_compile_none_does_and_all_refuse(monkeypatch):
-    monkeypatch.setattr(compilation, "missing_compiler", lambda _: "what rank 1 lacks" if os.environ["RANK"] == "1" else None)
+    monkeypatch.setattr(compile, "missing_compiler", lambda _: "what rank 1 lacks" if os.environ["RANK"] == "1" else None)
 
-    def decide(world: World) -> tuple[bool, str]:
+    def decide(world: DistributedContext) -> tuple[bool, str]:
         with pytest.raises(ConfigError) as refused:
-            compilation.is_worth_compiling(True, world, 1.0)
-        return compilation.is_worth_compiling("auto", world, 1e20), str(refused.value)
+            compile.should_compile(True, world, 1.0)
+        return compile.should_compile("auto", world, 1e20), str(refused.value)
 
     assert run_ranks(2, joined(decide)) == [(False, "precision.compile: true needs what rank 1 lacks")] * 2
 
 
 def test_what_the_main_rank_found_is_known_to_all():
-    assert run_ranks(2, joined(lambda world: on_main(world, lambda: world.rank + 7))) == [7, 7]
+    assert run_ranks(2, joined(lambda world: run_on_rank0(world, lambda: world.rank + 7))) == [7, 7]
 
 
 def test_more_ranks_than_the_batch_divides_by_are_refused_on_all_of_them(stories, tmp_path):
@@ -229,7 +229,7 @@ def test_a_stop_during_the_last_validation_is_made_up_for(stories, tmp_path):
 
 
 def test_a_warm_up_takes_no_batch_from_worker_processes(stories, tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_trainer.warm_up.is_compiled", lambda _: True)  # so that it warms up, but eagerly
+    monkeypatch.setattr("dist_trainer.training.precompile.is_compiled", lambda _: True)  # so that it warms up, but eagerly
     configs = [small_config(stories, tmp_path / str(workers), data__num_workers=workers) for workers in (0, 1)]
     for config in configs:
         assert run(config, 1) == [0]
@@ -254,7 +254,7 @@ def test_a_sample_prompt_that_does_not_fit_is_refused_on_all_ranks_at_once(stori
 
     def refused():
         with pytest.raises(ConfigError, match=r"tracking\.sample_prompt"):
-            assembly.run(config)
+            build.run(config)
         return True
 
     assert run_ranks(2, refused) == [True, True]

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_trainer.assembly import assemble
-from dist_trainer.checkpoint.run_folder import RunFolder
-from dist_trainer.distributed.world import World
-from dist_trainer.dry_run import dry_run, largest_step, prepare_beside, rehearse
+from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import CheckpointError
-from dist_trainer.exit_codes import exit_code_of
-from dist_trainer.run_header import run_header
-from dist_trainer.starting_point import StartingPoint, look_for_starting_point
-from dist_trainer.trainer import Trainer
+from dist_trainer.run.build import assemble
+from dist_trainer.run.cli import run_cli
+from dist_trainer.run.dry_run import dry_run, largest_step, prepare_beside, rehearse
+from dist_trainer.run.folder import RunFolder
+from dist_trainer.run.resume import ResumeState, look_for_starting_point
+from dist_trainer.run.summary import run_header
+from dist_trainer.training.trainer import Trainer
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
 from tests.faults.faults import poison_gradient
@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def dry(config, world_size: int = 1) -> list[int | None]:
-    return exit_codes(world_size, lambda: exit_code_of(lambda: dry_run(config)))
+    return exit_codes(world_size, lambda: run_cli(lambda: dry_run(config)))
 
 
 def everything_in(path: Path) -> dict[str, tuple[bytes | str, int]]:
@@ -68,7 +68,7 @@ def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tm
 
     def poisoned(config) -> int:
         poison()
-        return exit_code_of(lambda: dry_run(config))
+        return run_cli(lambda: dry_run(config))
 
     assert exit_codes(2, lambda: poisoned(config)) == [3, 3]
     said = capfd.readouterr().err
@@ -86,7 +86,7 @@ def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tm
 def test_a_first_gradient_that_is_not_finite_does_so_too(stories, tmp_path, capfd, monkeypatch):
     config = small_config(stories, tmp_path)
     monkeypatch.setattr(Trainer, "_clip_gradients", lambda self: torch.tensor(float("inf")))
-    assert exit_codes(1, lambda: exit_code_of(lambda: dry_run(config))) == [3]
+    assert exit_codes(1, lambda: run_cli(lambda: dry_run(config))) == [3]
     assert re.search(r"step 1 has a loss of 8\.\d+ and a gradient norm of inf, not finite", capfd.readouterr().err)
 
 
@@ -138,16 +138,16 @@ def test_a_tracker_whose_package_is_missing_is_refused_as_by_the_run(stories, tm
 def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_once_more(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path, train__max_steps=12)
     run(config, 1, before=stop_after(2))
-    gone = StartingPoint(tmp_path / "gone")
+    gone = ResumeState(tmp_path / "gone")
     found = iter([gone, look_for_starting_point(config, folder(config)), gone, gone])
-    monkeypatch.setattr("dist_trainer.dry_run.look_for_starting_point", lambda *_: next(found))
-    assert prepare_beside(folder(config), config, World.single()).progress.step == 2
+    monkeypatch.setattr("dist_trainer.run.dry_run.look_for_starting_point", lambda *_: next(found))
+    assert prepare_beside(folder(config), config, DistributedContext.single()).progress.step == 2
     with pytest.raises(CheckpointError, match="gone"):
-        prepare_beside(folder(config), config, World.single())
+        prepare_beside(folder(config), config, DistributedContext.single())
 
 
 def trainer_of(config):
-    return assemble(config, World.single(), None, StartingPoint())
+    return assemble(config, DistributedContext.single(), None, ResumeState())
 
 
 def test_the_batch_is_as_large_as_any_can_be(stories, tmp_path):

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dist_trainer import run_record, trainer
 from dist_trainer.checkpoint.state import Progress, take_snapshot
+from dist_trainer.run import lifecycle
 from dist_trainer.tracking.status import write_status
+from dist_trainer.training import trainer
 from tests.distributed.small_runs import folder, metrics, run, small_config, status, stop_after
 from tests.faults.processes import Process
 
@@ -29,7 +30,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_counts_its_own_steps(stories
 def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_the_next_start(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(run_record, "end_run_folder", lambda *_, **__: None)
+        patch.setattr(lifecycle, "finalize_run", lambda *_, **__: None)
         assert run(config, 1) == [0]
     report = folder(config) / "report.html"
     report.unlink()
@@ -89,7 +90,7 @@ def test_of_several_ranks_the_first_to_say_why_the_run_ends_is_not_contradicted(
     told = status(config)
 
     def note(began: float) -> int:
-        run_record.note_sudden_end(SimpleNamespace(config=config, progress=Progress(step=6), max_steps=12), "gone", began=began)
+        lifecycle.record_crash(SimpleNamespace(config=config, progress=Progress(step=6), max_steps=12), "gone", began=began)
         return 0
 
     assert Process(lambda: note(told["time"] - 1)).wait().code == 0

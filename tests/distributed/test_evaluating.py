@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer import evaluate
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import CheckpointError, ConfigError
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import changed, folder, metrics, run, small_config

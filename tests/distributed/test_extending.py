@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.config.loading import validated
-from dist_trainer.optim.schedules import Span
+from dist_trainer.optim.schedules import ScheduleSpec
 from dist_trainer.tracking.tracker import TRACKERS
 from tests.distributed.small_runs import folder, losses, metrics, run, small_config, stop_after
 
@@ -52,7 +52,7 @@ def test_all_examples_train_and_go_on_from_a_checkpoint_on_another_number_of_ran
     assert run(whole, 2) == [0, 0]
     assert losses(whole)[-1] < losses(whole)[0] - 0.2
     square_root = importlib.import_module("my_project.schedules").inverse_square_root
-    span = Span(whole.schedule.warmup_steps, 12, whole.schedule.min_lr_ratio)
+    span = ScheduleSpec(whole.schedule.warmup_steps, 12, whole.schedule.min_lr_ratio)
     assert [line["lr"] for line in metrics(whole)] == [1e-3 * square_root(step, span) for step in range(12)]
     written = (folder(whole) / "losses.txt").read_text().splitlines()
     assert written == [f"{line['step']} {line['loss']}" for line in metrics(whole)]

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dist_trainer import generate
-from dist_trainer.continuation import Continuation, Writer
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.data.tokenization import load_tokenizer
-from dist_trainer.models import generation
+from dist_trainer.data.tokenizers import load_tokenizer
+from dist_trainer.generation import decoding
+from dist_trainer.generation.text import TextGenerator, TextStream
 from dist_trainer.models.registry import open_model
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import folder, run, small_config
@@ -94,7 +94,7 @@ class FromAList:
     """Stands in for the model's choice of tokens."""
 
     def __init__(self, monkeypatch, tokens: list[int]) -> None:
-        monkeypatch.setattr("dist_trainer.continuation.generate", lambda *_, **__: iter(tokens))
+        monkeypatch.setattr("dist_trainer.generation.text.generate", lambda *_, **__: iter(tokens))
 
 
 TEXTS = ["naïve café – 孔乙己 👩‍👩‍👧 ok", "plain words only", "   spaces   and\n\nlines\t", "日本語のテキスト。"]
@@ -109,8 +109,8 @@ def test_pieces_are_whole_characters_and_together_the_text(request, monkeypatch,
     new = tokenizer.encode("a b" + text, add_special_tokens=False)[len(prompt) :]
     FromAList(monkeypatch, new)
     arguments = generate.parse_arguments([str(path)])
-    writer = Writer(open_model(path), tokenizer, arguments)
-    pieces = list(Continuation(writer, prompt))
+    writer = TextGenerator(open_model(path), tokenizer, arguments)
+    pieces = list(TextStream(writer, prompt))
     whole = tokenizer.decode(prompt + new)
     assert whole == tokenizer.decode(prompt) + "".join(pieces)
     assert "\ufffd" not in "".join(pieces)
@@ -147,9 +147,9 @@ def test_text_appears_as_it_is_made(trained, monkeypatch):
         shown_before.append(shown[-1])
         return choose(*arguments, **options)
 
-    shown_before, choose = [], generation.choose
+    shown_before, choose = [], decoding.choose
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(generation, "choose", choose_and_note)
+    monkeypatch.setattr(decoding, "choose", choose_and_note)
     generate.main([str(trained), "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "20"])
     assert shown_before[0] == PROMPT
     assert len(set(shown_before)) > 10
@@ -166,7 +166,7 @@ def test_an_empty_prompt_begins_with_what_stands_before_a_text(trained, elsewher
         assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] + "\n" == text
         arguments = generate.parse_arguments([str(path), *options])
         tokenizer = load_tokenizer(str(path))
-        writer = Writer(open_model(path), tokenizer, arguments)
+        writer = TextGenerator(open_model(path), tokenizer, arguments)
         written = writer.continuation("")
         assert "".join(written) + "\n" == text
         assert written.tokens == greedily(where, [begins_with], max_new_tokens=8)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from dist_trainer import CheckpointManager, Trainer, build_optimizer, create_dataloaders, parallelize, weights_writer
+from dist_trainer import CheckpointManager, Trainer, build_optimizer, create_dataloaders, make_weight_saver, parallelize
 from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.config.schema import BatchConfig, CheckpointConfig, OptimConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.distributed.launch import is_started_again, launcher
-from dist_trainer.distributed.world import World
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.launcher import is_started_again, launcher
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking import status as status_file
 from tests.distributed.ranks import run_ranks
@@ -32,10 +32,10 @@ def train_own_model(path: Path, max_steps: int) -> list[float]:
     )
     inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     pairs = [(row, (row.sum() > 0).long()) for row in inputs]
-    with World.join(config.distributed) as world:
+    with DistributedContext.join(config.distributed) as world:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 2))
-        checkpoints = CheckpointManager(path, config.checkpoint, export=weights_writer(model))
+        checkpoints = CheckpointManager(path, config.checkpoint, export=make_weight_saver(model))
         train, _ = create_dataloaders(config, world, train_dataset=pairs)  # type: ignore[arg-type]
         trainer = Trainer(
             config,
@@ -63,7 +63,7 @@ def test_a_module_of_ones_own_is_saved_and_resumed_exactly_on_two_ranks(tmp_path
 def test_a_config_made_in_python_is_checked_before_anything_is_trained():
     config = TrainingConfig(optim=OptimConfig(betas=(2.0, 0.9)))
     with pytest.raises(ConfigError, match=r"optim\.betas"):
-        Trainer(config, World.single(), model=nn.Linear(1, 1), optimizer=None, train_data=None)  # type: ignore[arg-type]
+        Trainer(config, DistributedContext.single(), model=nn.Linear(1, 1), optimizer=None, train_data=None)  # type: ignore[arg-type]
 
 
 def test_ranks_that_torchrun_starts_again_go_on_also_with_resume_never(stories, tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dist_trainer import evaluate, generate, harness
+from dist_trainer import evaluate, generate
 from dist_trainer.data.datasets import CORPUS
+from dist_trainer.generation import harness
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import folder, put_into_hub_cache, run, small_config
 

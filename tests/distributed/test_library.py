@@ -19,7 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dist_trainer import CheckpointManager, Trainer, TrainingConfig, World, create_dataloaders, parallelize, weights_writer
+from dist_trainer import (
+    CheckpointManager,
+    DistributedContext,
+    Trainer,
+    TrainingConfig,
+    create_dataloaders,
+    make_weight_saver,
+    parallelize,
+)
 from dist_trainer.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -29,11 +37,11 @@ from dist_trainer.config.schema import (
     ValidationConfig,
 )
 from dist_trainer.data.batch import Batch
-from dist_trainer.evaluation import LossFunction
 from dist_trainer.models.loss import model_loss
 from dist_trainer.models.registry import load_weights
-from dist_trainer.optim.optimizers import build_optimizer
+from dist_trainer.optim.registry import build_optimizer
 from dist_trainer.optim.schedules import build_schedule
+from dist_trainer.training.validation import LossFunction
 from tests.distributed.ranks import run_ranks
 
 ROWS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 9, 200)[:, None]
@@ -114,7 +122,7 @@ def fit(
 ) -> tuple[Lines, dict[str, np.ndarray]]:
     """Train on this rank, from where `folder` is, as docs/library.md does; the lines of rank 0, and the model's state."""
     torch.set_num_threads(1)
-    with World.join(CONFIG.distributed) as world:
+    with DistributedContext.join(CONFIG.distributed) as world:
         torch.manual_seed(0)
         model = make()
         train, validation = create_dataloaders(CONFIG, world, train_dataset=PAIRS[:170], validation_dataset=PAIRS[170:])
@@ -127,7 +135,9 @@ def fit(
             train_data=train,
             validation_data=validation,
             loss_function=loss_function,
-            checkpoints=CheckpointManager(folder, CONFIG.checkpoint, export=weights_writer(model)) if world.is_main else None,
+            checkpoints=CheckpointManager(folder, CONFIG.checkpoint, export=make_weight_saver(model))
+            if world.is_main
+            else None,
             tracker=lines,
         )
         trainer.resume(folder)

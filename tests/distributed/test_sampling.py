@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dist_trainer.tracking.throughput import Throughput
-from dist_trainer.trainer import Trainer
+from dist_trainer.training.trainer import Trainer
 from tests.distributed.small_runs import losses, metrics, run, same_weights, small_config, status
 
 SAMPLED = {"tracking__sample_tokens": 6, "tracking__sample_prompt": "It is a truth"}

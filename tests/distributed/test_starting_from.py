@@ -257,7 +257,7 @@ def test_models_of_transformers_train_go_on_exactly_and_open_again(stories, tmp_
     assert not said["missing_keys"]
     prompt = "It was a truth"
     assert generate.main([str(folder(config)), "--prompt", prompt, "--temperature", "0", "--max_new_tokens", "12"]) == 0
-    from dist_trainer.data.tokenization import load_tokenizer
+    from dist_trainer.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(str(best))
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_trainer.tracking.position import Position
+from dist_trainer.tracking.log_cursor import LogCursor
 from tests.end_to_end.commands import ROOT, lines, status
 
 
@@ -39,4 +39,4 @@ def test_two_runs_of_an_agent_train_in_folders_of_their_own(tmp_path: Path, monk
         assert [line["step"] for line in lines(folder)] == [1, 2]
         assert status(folder)["state"] == "finished"
         assert (folder / "wandb/run_id").read_text().strip() == f"agent{number}", "the sweep's own id"
-        assert Position.read(folder, "wandb").step == 2
+        assert LogCursor.read(folder, "wandb").step == 2

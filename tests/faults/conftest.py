@@ -7,7 +7,7 @@ import pytest
 import torch._dynamo  # noqa: F401  seconds in each forked process otherwise
 import transformers  # noqa: F401
 
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 from tests.distributed.conftest import stories
 from tests.distributed.small_runs import small_config, write_stories
 from tests.faults.faults import Run

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dist_trainer import assembly
 from dist_trainer.checkpoint import writer
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.exit_codes import exit_code_of
-from dist_trainer.trainer import Trainer
+from dist_trainer.run import build
+from dist_trainer.run.cli import run_cli
+from dist_trainer.training.trainer import Trainer
 from tests.distributed.small_runs import changed, command
 from tests.faults.damage import fill, make_room
 from tests.faults.file_operations import Operations
@@ -58,7 +58,7 @@ class Run:
             for fault in faults:
                 fault()
             if ranks == 1:
-                return exit_code_of(lambda: assembly.run(config or self.config))
+                return run_cli(lambda: build.run(config or self.config))
             os.setpgid(0, 0)
             return max(abs(code or 0) for code in command(config or self.config, ranks))
 

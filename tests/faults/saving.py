@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dist_trainer.assembly import export_to
 from dist_trainer.checkpoint.folders import resume_point
 from dist_trainer.checkpoint.manager import CheckpointManager, Export
-from dist_trainer.checkpoint.run_folder import RunFolder
 from dist_trainer.checkpoint.state import Progress, Snapshot
 from dist_trainer.config.schema import CheckpointConfig, ModelConfig, TrainingConfig
-from dist_trainer.data.tokenization import load_tokenizer
-from dist_trainer.manifest import verify
+from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.models.registry import ModelContext, build_model
-from dist_trainer.starting_point import find_starting_point
+from dist_trainer.run.build import export_to
+from dist_trainer.run.folder import RunFolder
+from dist_trainer.run.resume import resolve_resume
+from dist_trainer.storage.manifest import verify
 from tests.faults.file_operations import Operations
 from tests.faults.processes import Ended, Process
 
@@ -71,7 +71,7 @@ class Saver:
         run = RunFolder(self.folder)
         try:
             # The config is not compared: these snapshots remember none.
-            start = find_starting_point(TrainingConfig(), run)
+            start = resolve_resume(TrainingConfig(), run)
         finally:
             run.close()
         if start.checkpoint is None:

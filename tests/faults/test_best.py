@@ -15,7 +15,7 @@ from dist_trainer.checkpoint.folders import best_checkpoint, resume_point
 from dist_trainer.checkpoint.manager import CheckpointManager
 from dist_trainer.checkpoint.state import Progress, Validated, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig
-from dist_trainer.evaluation import ValidationResult
+from dist_trainer.training.validation import ValidationResult
 from tests.distributed.small_runs import command
 from tests.faults.conftest import a_run
 from tests.faults.faults import Fault, Run, do, kill
@@ -25,7 +25,7 @@ def find(losses: dict[int, float]) -> Fault:
     """Validations find these losses, by step, and no checkpoint is left out in favour of a newer one."""
 
     def lay() -> None:
-        from dist_trainer import trainer as module
+        from dist_trainer.training import trainer as module
 
         validate = module.Trainer._validate_if_due
 
@@ -45,10 +45,10 @@ def refuse_to_save(*steps: int) -> Fault:
     def lay() -> None:
         publish = manager.publish
 
-        def publish_or_refuse(folder: Path, write, *, facts) -> None:
-            if facts["step"] in steps:
+        def publish_or_refuse(folder: Path, write, *, metadata) -> None:
+            if metadata["step"] in steps:
                 raise OSError(28, "No space left on device")
-            publish(folder, write, facts=facts)
+            publish(folder, write, metadata=metadata)
 
         manager.publish = publish_or_refuse
 
@@ -143,7 +143,7 @@ def saved(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, prog
         torch.save(weights, into / "weights")
 
     checkpoints = CheckpointManager(folder, CheckpointConfig(keep_last=1), export=export)
-    snapshot = take_snapshot(model, optimizer, scaler={}, progress=progress, facts={})
+    snapshot = take_snapshot(model, optimizer, scaler={}, progress=progress, metadata={})
     checkpoints.save(lambda: snapshot, is_best=False, after=lambda: None)
     checkpoints.wait()
     return checkpoints

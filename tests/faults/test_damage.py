@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from dist_trainer.checkpoint.folders import newest_intact, resume_point
+from dist_trainer.checkpoint.folders import latest_valid, resume_point
 from tests.faults.conftest import a_run
 from tests.faults.damage import DAMAGES, contents, damaged, delete, empty, flip_bit, truncate
 from tests.faults.faults import do, kill
@@ -38,7 +38,7 @@ def files_of(checkpoint):
 def passed_over(folder, caplog):
     """What is chosen, and what is said of what is not."""
     caplog.clear()
-    return newest_intact(folder).name, caplog.text
+    return latest_valid(folder).name, caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_at_the_last_save_is_no_finished_run(run, undisturbe
 
 def test_the_last_save_waits_a_moment_for_room(run, undisturbed, small_disk):
     def make_room_in_the_first_pause():
-        from dist_trainer.checkpoint import last_save
+        from dist_trainer.training import last_save
 
         class Clock:
             @staticmethod

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.checkpoint.folders import resume_point
-from dist_trainer.manifest import describe_files
-from dist_trainer.model_folders import model_folders
+from dist_trainer.huggingface.model_folders import model_folders
+from dist_trainer.storage.manifest import describe_files
 from tests.faults.damage import contents, flip_bit
 from tests.faults.faults import Fault, do, kill
 from tests.faults.saving import Saver
@@ -143,9 +143,9 @@ def test_a_copy_of_a_step_that_was_saved_again_is_not_kept(saver):
     state = json.loads((latest / "trainer_state.json").read_text())
     state["progress"]["validation_loss"] = None
     (latest / "trainer_state.json").write_text(json.dumps(state))
-    facts = {"format_version": 1, "step": 6, "world_size": None}
+    metadata = {"format_version": 1, "step": 6, "world_size": None}
     (latest / "manifest.json").unlink()
-    (latest / "manifest.json").write_text(describe_files(latest, facts))
+    (latest / "manifest.json").write_text(describe_files(latest, metadata))
     assert saver.start() == 6
     assert sorted(os.listdir(saver.checkpoints)) == ["best", "latest", "step-00000003", "step-00000006"]
     assert latest.is_symlink()

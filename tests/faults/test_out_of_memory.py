@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_trainer import assembly
-from dist_trainer.exit_codes import exit_code_of
-from dist_trainer.precision import emulates_bf16
-from dist_trainer.trainer import Trainer
+from dist_trainer.run import build
+from dist_trainer.run.cli import run_cli
+from dist_trainer.training.precision import emulates_bf16
+from dist_trainer.training.trainer import Trainer
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import command
 from tests.faults.faults import before_each_call
@@ -89,7 +89,7 @@ def test_where_one_rank_alone_runs_out_its_line_is_printed_and_its_log_has_the_r
 
 
 def test_before_there_is_a_model_it_is_a_refusal_that_leaves_nothing(run):
-    ended = run.start(before_each_call(lambda: torch.empty(1 << 50), assembly, "build_model"))
+    ended = run.start(before_each_call(lambda: torch.empty(1 << 50), build, "build_model"))
     assert ended.code == 2, ended.said
     assert "Traceback" not in ended.said
     assert "dist_trainer: out of memory before the first step: rank 0 wanted 4096 TiB more of the machine's" in ended.said
@@ -99,14 +99,14 @@ def test_before_there_is_a_model_it_is_a_refusal_that_leaves_nothing(run):
 
 @pytest.mark.slow
 def test_before_there_is_a_model_two_ranks_end_at_once(run, capfd):
-    lay = before_each_call(lambda: torch.empty(1 << 50), assembly, "build_optimizer")
+    lay = before_each_call(lambda: torch.empty(1 << 50), build, "build_optimizer")
 
     def one_rank() -> int:
         if os.environ["RANK"] == "1":
             lay()
-        return assembly.run(run.config)
+        return build.run(run.config)
 
     began = time.monotonic()
-    assert exit_codes(2, lambda: exit_code_of(one_rank)) == [1, 2]
+    assert exit_codes(2, lambda: run_cli(one_rank)) == [1, 2]
     assert time.monotonic() - began < allowed(40)
     assert "[rank 1] error: out of memory before the first step: rank 1 wanted" in capfd.readouterr().err

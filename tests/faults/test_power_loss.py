@@ -6,10 +6,11 @@ import shutil
 
 import pytest
 
-from dist_trainer.checkpoint import manager, storage
+from dist_trainer.checkpoint import manager
 from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.errors import CheckpointError
-from dist_trainer.manifest import verify
+from dist_trainer.storage import folders
+from dist_trainer.storage.manifest import verify
 from tests.faults.power import Disk
 from tests.faults.processes import Process
 from tests.faults.saving import Saver
@@ -89,8 +90,8 @@ def test_the_model_notices_what_is_not_synced(saved, tmp_path, forgotten):
         }[forgotten]
 
     def act():
-        sync = storage.sync
-        storage.sync = lambda path: None if is_forgotten(path) else sync(path)
+        sync = folders.sync
+        folders.sync = lambda path: None if is_forgotten(path) else sync(path)
         return cut_power_during_a_save(saved.at(tmp_path / "run"), 9)
 
     _, complaints = in_a_process(act, tmp_path)
@@ -101,20 +102,20 @@ def test_in_a_whole_run_metrics_are_synced_before_the_checkpoint_that_needs_them
     note = run.folder.parent / "note.txt"
 
     def watch_the_disk():
-        publish = storage.publish
+        publish = folders.publish
         run.folder.mkdir(parents=True)
         disk = Disk(run.folder)
 
-        def publish_then_cut(folder, write, *, facts):
-            publish(folder, write, facts=facts)
+        def publish_then_cut(folder, write, *, metadata):
+            publish(folder, write, metadata=metadata)
             after = disk.after_power_cut(run.folder.with_name("after"), names="lost")
             verify(after / "checkpoints" / folder.name)
             lines = [json.loads(line) for line in (after / "metrics.jsonl").read_text().splitlines()]
             steps = [line["step"] for line in lines if line["kind"] == "train"]
-            assert steps[: facts["step"]] == list(range(1, facts["step"] + 1))
+            assert steps[: metadata["step"]] == list(range(1, metadata["step"] + 1))
             shutil.rmtree(after)
             with note.open("a") as file:
-                file.write(f"{facts['step']}\n")
+                file.write(f"{metadata['step']}\n")
 
         manager.publish = publish_then_cut
 

@@ -9,8 +9,8 @@ import termios
 
 import pytest
 
-from dist_trainer import trainer
 from dist_trainer.checkpoint import manager
+from dist_trainer.training import trainer
 from tests.faults.conftest import a_run
 from tests.faults.faults import before_each_call, do
 from tests.faults.processes import wait_until

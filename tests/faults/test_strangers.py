@@ -14,7 +14,7 @@ import pytest
 
 from dist_trainer.config.loading import load_config
 from dist_trainer.errors import ConfigError
-from dist_trainer.manifest import MANIFEST, describe_files, read_manifest
+from dist_trainer.storage.manifest import MANIFEST, describe_files, read_manifest
 from tests.faults.conftest import a_run
 from tests.faults.damage import contents
 from tests.faults.faults import do, kill
@@ -72,9 +72,9 @@ class Touch:
 
 def seal(checkpoint):
     """A manifest that fits what stands there now, as a stranger would make it."""
-    facts = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "manifest_sha256")}
+    metadata = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "manifest_sha256")}
     (checkpoint / MANIFEST).unlink()
-    (checkpoint / MANIFEST).write_text(describe_files(checkpoint, facts))
+    (checkpoint / MANIFEST).write_text(describe_files(checkpoint, metadata))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json"])
@@ -188,8 +188,8 @@ def test_a_checkpoint_cannot_take_in_what_stands_outside_of_it(run, outside, kin
         (newest / "model.safetensors").symlink_to(outside / "weights")
     else:
         (newest / "more").symlink_to(outside)
-        facts = {"format_version": 1, "step": 6}
-        (newest / MANIFEST).write_text(describe_files(newest, facts).replace('"config.json"', '"more/precious"'))
+        metadata = {"format_version": 1, "step": 6}
+        (newest / MANIFEST).write_text(describe_files(newest, metadata).replace('"config.json"', '"more/precious"'))
     before = contents(outside)
     ended = run.finish()
     assert f"checkpoint passed over: {newest}" in ended.said

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dist_trainer import assembly
+from dist_trainer.run import build
 from dist_trainer.tracking.step_counter import StepCounter, steps_done
 from tests.distributed.small_runs import command, folder, small_config, status
 from tests.faults.damage import empty
@@ -48,7 +48,7 @@ def test_steps_are_lost_whether_or_not_they_were_logged(run, undisturbed):
 def test_steps_are_lost_once_also_where_the_next_life_ends_before_its_first_step(run):
     seldom = run.but(checkpoint__every_steps=100)
     saved_and_killed(run, at_step=8, checkpoint__every_steps=100)
-    assert run.start(before_each_call(die, assembly.Trainer, "train_step"), config=seldom).was_killed
+    assert run.start(before_each_call(die, build.Trainer, "train_step"), config=seldom).was_killed
     assert run.status()["lost_steps"] == 2
     assert run.start(config=seldom).code == 0
     assert (run.status()["restarts"], run.status()["lost_steps"]) == (2, 2)
@@ -140,7 +140,7 @@ def test_what_was_to_replace_a_run_and_could_not_begin_leaves_its_status(run, tm
     gone = run.but(checkpoint__resume="never", data__dataset=str(tmp_path / "gone.jsonl"))
     assert run.start(config=gone).code == 2
     never = run.but(checkpoint__resume="never")
-    assert run.start(before_each_call(interrupt, assembly, "build_model"), config=never).code == 75
+    assert run.start(before_each_call(interrupt, build, "build_model"), config=never).code == 75
     assert (run.folder / "status.json").read_bytes() == before
 
 
@@ -152,7 +152,7 @@ def test_a_crash_before_training_is_told(run, is_new):
     def crash():
         raise ZeroDivisionError("one over nothing")
 
-    assert run.start(before_each_call(crash, assembly, "build_model")).code == 1
+    assert run.start(before_each_call(crash, build, "build_model")).code == 1
     ended = run.status()
     assert (ended["state"], ended["exit_code"], ended["max_steps"]) == ("failed", 1, 12)
     assert ended["reason"] == "ZeroDivisionError: one over nothing"
@@ -167,7 +167,7 @@ def test_a_signal_before_training_keeps_what_is_known_of_the_run(run):
     def interrupt():
         os.kill(os.getpid(), signal.SIGUSR1)
 
-    assert run.start(before_each_call(interrupt, assembly, "build_model")).code == 75
+    assert run.start(before_each_call(interrupt, build, "build_model")).code == 75
     ended = run.status()
     assert (ended["state"], ended["reason"], ended["exit_code"]) == ("preempted", "SIGUSR1", 75)
     assert (ended["step"], ended["best_step"]) == (5, 5), "the newest checkpoint is damaged"
@@ -178,7 +178,7 @@ def test_a_signal_before_training_keeps_what_is_known_of_the_run(run):
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_is_lost_before_training_is_named(stories, tmp_path, monkeypatch, rank, fault):
-    build_model = assembly.build_model
+    build_model = build.build_model
 
     def build_or_fall(*arguments):
         if int(os.environ["RANK"]) == rank:
@@ -186,7 +186,7 @@ def test_a_rank_that_is_lost_before_training_is_named(stories, tmp_path, monkeyp
             os.kill(os.getpid(), fault)
         return build_model(*arguments)
 
-    monkeypatch.setattr(assembly, "build_model", build_or_fall)
+    monkeypatch.setattr(build, "build_model", build_or_fall)
     config = small_config(stories, tmp_path, distributed__timeout_minutes=0.1)
     assert sorted(command(config, 2)) == [-9, 1]
     ended = status(config)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
-from dist_trainer.tracking import follower_tracker
-from dist_trainer.tracking.follower_tracker import FollowerTracker
-from dist_trainer.tracking.position import Position
+from dist_trainer.tracking import subprocess_tracker
+from dist_trainer.tracking.log_cursor import LogCursor
 from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.subprocess_tracker import SubprocessTracker
 from dist_trainer.tracking.tracker import TRACKERS, FanOut
 from tests.faults.faults import kill
 from tests.faults.processes import children_of, is_alive, wait_until
@@ -37,7 +37,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     # Importing wandb and sending must end within it, from a process at nice 10 on a machine that tests fill.
-    monkeypatch.setattr(follower_tracker, "SECONDS_TO_FINISH", 60.0)
+    monkeypatch.setattr(subprocess_tracker, "SECONDS_TO_FINISH", 60.0)
     with WandbServer() as server:
         for name, value in server.variables.items():
             monkeypatch.setenv(name, value)
@@ -79,7 +79,7 @@ class Trackers:
         config = TrainingConfig(tracking=TrackingConfig(wandb=mode))
         context = RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment={})
         self._folder, self._next = folder, start_step + 1
-        follower = FollowerTracker(context, "wandb")
+        follower = SubprocessTracker(context, "wandb")
         assert follower._process is not None
         self.pid = follower._process.pid
         self._trackers = FanOut({"jsonl": TRACKERS["jsonl"](context), "wandb": follower})
@@ -89,7 +89,7 @@ class Trackers:
         for step in range(self._next, up_to + 1):
             self._trackers.log(train_line(step))
         self._next = up_to + 1
-        wait_until(lambda: Position.read(self._folder, "wandb").step == up_to)
+        wait_until(lambda: LogCursor.read(self._folder, "wandb").step == up_to)
 
     def sample(self) -> None:
         self._trackers.log(sample_line(self._next - 1, "a truth"))
@@ -118,8 +118,8 @@ def test_rank_0_alone_sends_config_history_summary_and_samples_to_wandb_s_server
     assert sent.steps == [row["step"] for row in sent.history] == STEPS
     assert [row["train/loss"] for row in sent.history] == [line["loss"] for line in run.lines()]
     best = min(run.lines("validation"), key=lambda line: line["loss"])
-    facts = ("best_validation_loss", "best_step", "state")
-    assert tuple(sent.summary[name] for name in facts) == (best["loss"], best["step"], "finished")
+    metadata = ("best_validation_loss", "best_step", "state")
+    assert tuple(sent.summary[name] for name in metadata) == (best["loss"], best["step"], "finished")
     table = json.loads(sent.files[sent.summary["samples"]["path"]])
     assert table["data"] == [[line["step"], line["prompt"], line["text"]] for line in run.lines("sample")]
     assert f"W&B: has everything: {server.url}/us/books/runs/" in ended.said
@@ -201,7 +201,7 @@ def test_a_server_that_is_down_or_refuses_the_key_makes_it_an_offline_run(run, s
 
 
 def test_a_server_that_never_answers_costs_the_end_seconds_and_the_same_command_sends_all(run, server, monkeypatch):
-    monkeypatch.setattr(follower_tracker, "SECONDS_TO_FINISH", 4.0)
+    monkeypatch.setattr(subprocess_tracker, "SECONDS_TO_FINISH", 4.0)
     server.may_answer.clear()
     config = run.but(tracking__wandb="online")
     began = time.monotonic()
@@ -212,7 +212,7 @@ def test_a_server_that_never_answers_costs_the_end_seconds_and_the_same_command_
         "W&B did not finish within 4 s and was ended; metrics.jsonl has all, and the same command adds the rest" in ended.said
     )
     server.may_answer.set()
-    monkeypatch.setattr(follower_tracker, "SECONDS_TO_FINISH", 60.0)
+    monkeypatch.setattr(subprocess_tracker, "SECONDS_TO_FINISH", 60.0)
     again = run.start(config=config)
     assert "has finished its 12 steps already" in again.said
     assert "W&B: has everything" in again.said

@@ -13,10 +13,10 @@ from benchmarks.fp16_loss import errors, in_chunks, plain_amp, problem_of
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.dry_run import dry_run
-from dist_trainer.models.attention import attend, exact_mask
+from dist_trainer.models.attention import attend, dense_document_mask
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.parallel.compilation import compile_parts
+from dist_trainer.parallel.compile import compile_parts
+from dist_trainer.run.dry_run import dry_run
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import folder, losses, metrics, run, small_config, status, stop_after
 
@@ -111,7 +111,7 @@ def test_snapshots_reuse_pinned_memory_of_exactly_their_size_and_hold_what_the_g
     for step in range(3):
         model(torch.ones(4, 512, device="cuda")).sum().backward()
         optimizer.step()
-        snapshot = take_snapshot(model, optimizer, scaler={}, progress=Progress(step), facts={}, pinned=pinned)
+        snapshot = take_snapshot(model, optimizer, scaler={}, progress=Progress(step), metadata={}, pinned=pinned)
         assert all(tensor.is_pinned() and tensor.is_contiguous() for tensor in snapshot.weights.values())
         assert all(torch.equal(snapshot.weights[name], tensor.cpu()) for name, tensor in model.state_dict().items())
         addresses.add(snapshot.weights["weight"].data_ptr())
@@ -143,11 +143,13 @@ def test_grouped_attention_never_writes_out_all_scores(dtype, masked):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 256, 64, generator=generator) for heads in (8, 2, 2))
     documents = torch.arange(256).div(100, rounding_mode="floor").int().expand(2, -1)
-    mask = exact_mask(documents, torch.float32) if masked else None
+    mask = dense_document_mask(documents, torch.float32) if masked else None
     expected = attend(q, k, v, mask, causal=not masked, dropout=0.0)
     on_gpu = [x.to("cuda", dtype).requires_grad_() for x in (q, k, v)]
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        found = attend(*on_gpu, exact_mask(documents.cuda(), dtype) if masked else None, causal=not masked, dropout=0.0)
+        found = attend(
+            *on_gpu, dense_document_mask(documents.cuda(), dtype) if masked else None, causal=not masked, dropout=0.0
+        )
         found.sum().backward()
     torch.testing.assert_close(found.float().cpu(), expected, atol=1e-2 if dtype == torch.float16 else 1e-3, rtol=1e-2)
 

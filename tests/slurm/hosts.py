@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_trainer.distributed.processes import ProcessId, command_of, environment_of
+from dist_trainer.storage.processes import ProcessId, command_of, environment_of
 from tests.end_to_end.commands import ROOT, environment
 from tests.slurm.jobs import TRAINING
 

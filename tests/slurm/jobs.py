@@ -103,45 +103,45 @@ class Job:
         return self.output / self.run_name
 
     @property
-    def facts(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """What SLURM says of it: JobState, Restarts, NodeList, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.cluster.user("scontrol", "show", "job", self.number)))
 
     @property
     def state(self) -> str:
-        return self.facts["JobState"]
+        return self.metadata["JobState"]
 
     def log(self) -> str:
         """What its shell said, in all its lives."""
-        return (self.output.parent / f"slurm-{self.facts['JobId']}.out").read_text()
+        return (self.output.parent / f"slurm-{self.metadata['JobId']}.out").read_text()
 
     def story(self) -> str:
         """All there is to know when a test fails."""
         logs = [path.read_text()[-3000:] for path in sorted(self.output.rglob("logs/job-*.log"))]
-        return "\n".join([str(self.facts), self.log(), *logs])
+        return "\n".join([str(self.metadata), self.log(), *logs])
 
     def wait_for(self, *states: str, restarts: int = 0) -> str:
         """Until it is in one of `states`, in the life after so many restarts; which one."""
-        self._wait_until(lambda facts: facts["JobState"] in states and int(facts["Restarts"]) >= restarts)
+        self._wait_until(lambda metadata: metadata["JobState"] in states and int(metadata["Restarts"]) >= restarts)
         return self.state
 
     def wait_for_step(self, step: int) -> None:
         """Until the run has finished so many steps."""
         metrics = self.run / "metrics.jsonl"
-        self._wait_until(lambda facts: metrics.exists() and len(lines(self.run)) >= step)
+        self._wait_until(lambda metadata: metrics.exists() and len(lines(self.run)) >= step)
 
     def wait_for_file(self, path: Path) -> None:
         """Until `path` exists and is not empty."""
-        self._wait_until(lambda facts: path.exists() and path.stat().st_size)
+        self._wait_until(lambda metadata: path.exists() and path.stat().st_size)
 
     def _wait_until(self, happened: Callable[[dict[str, str]], object]) -> None:
         """By what SLURM says of it; in vain, where it is over before."""
 
         def arrived() -> bool:
-            facts = self.facts
-            if happened(facts):
+            metadata = self.metadata
+            if happened(metadata):
                 return True
-            if facts["JobState"] in OVER:
+            if metadata["JobState"] in OVER:
                 raise AssertionError(f"job {self.number} is over: {self.story()}")
             return False
 

@@ -14,7 +14,7 @@ SECONDS = "1.0"
 """A slow step's, if SLOW_SECONDS does not say: so that a signal finds the run in its midst."""
 
 
-def cosine(step: int, span: schedules.Span) -> float:
+def cosine(step: int, span: schedules.ScheduleSpec) -> float:
     first_life = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
     if first_life and step >= int(os.environ.get("SLOW_FROM_STEP", span.total_steps)):
         time.sleep(float(os.environ.get("SLOW_SECONDS", SECONDS)))

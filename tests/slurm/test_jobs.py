@@ -109,7 +109,7 @@ def test_a_job_that_slurm_itself_requeues_goes_on_once(cluster: Cluster, undistu
     cluster.user("scontrol", "requeue", job.number)
     job.wait_for("COMPLETED", restarts=1)
     assert_as_if_undisturbed(job, undisturbed)
-    assert job.facts["Restarts"] == "1"
+    assert job.metadata["Restarts"] == "1"
     assert "back to the queue" not in job.log()
 
 
@@ -185,12 +185,12 @@ def test_an_array_of_jobs_is_a_sweep_and_each_task_requeues_alone(cluster: Clust
     array = cluster.train(output, options=options, SWEEP="slurm/sweep.txt", **SLOW)
     tasks = [Job(cluster, f"{array.number}_{number}", output, run_name=name) for number, name in enumerate(names, start=1)]
     last = tasks[-1]
-    assert last.facts["JobId"] == array.number
+    assert last.metadata["JobId"] == array.number
     last.wait_for_step(SLOW_FROM_STEP)
     last.signal_shell("USR1")
     for rate, task in zip(rates, tasks, strict=True):
         task.wait_for("COMPLETED", restarts=int(task is last))
-        assert task.facts["Restarts"] == str(int(task is last))
+        assert task.metadata["Restarts"] == str(int(task is last))
         assert [line["step"] for line in lines(task.run)] == list(range(1, STEPS + 1))
         assert max(line["lr"] for line in lines(task.run)) == pytest.approx(rate)
 

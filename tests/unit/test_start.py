@@ -7,17 +7,17 @@ import subprocess
 import sys
 
 import torch
+from tests.unit.optim.test_registry import Small
 
 from dist_trainer.config.schema import OptimConfig
-from dist_trainer.optim.optimizers import build_optimizer
-from tests.unit.optim.test_optimizers import Small
+from dist_trainer.optim.registry import build_optimizer
 
 STEP = """
 import json, sys, torch
 from dist_trainer.config.schema import ModelConfig, OptimConfig
 from dist_trainer.models.registry import ModelContext, build_model
-from dist_trainer.optim.optimizers import build_optimizer
-from dist_trainer.precision import Precision
+from dist_trainer.optim.registry import build_optimizer
+from dist_trainer.training.precision import Precision
 
 model = build_model(ModelConfig(), ModelContext(64, 32, 0, torch.device("cpu")))
 optimizer = build_optimizer(OptimConfig(), model)

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dist_trainer import run_header
 from dist_trainer.checkpoint import host_copy
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
+from dist_trainer.run import summary
 
 GARBAGE = 77.0
 
@@ -79,7 +79,7 @@ def take() -> Callable[..., Snapshot]:
             optimizer,
             scaler={},
             progress=Progress(1),
-            facts={},
+            metadata={},
             training_goes_on=training_goes_on,
             pinned=pinned,
         )
@@ -189,8 +189,8 @@ def test_the_header_of_a_run_on_gpus_says_how_much_host_memory_saves_pin(monkeyp
     optimizer = torch.optim.AdamW(model.parameters())
     world = SimpleNamespace(device=torch.device("cuda"))
     trainer = SimpleNamespace(model=model, parameters=[*model.parameters()], optimizer=optimizer, world=world)
-    monkeypatch.setattr(run_header, "total_memory", lambda device: 80 << 30)
-    said = run_header.memory_in_words(trainer)
+    monkeypatch.setattr(summary, "total_memory", lambda device: 80 << 30)
+    said = summary.memory_in_words(trainer)
     assert said.endswith("cuda has 80.0 GiB; saves pin 12.0 MiB of host memory on rank 0")
     world.device = torch.device("cpu")
-    assert "pin" not in run_header.memory_in_words(trainer)
+    assert "pin" not in summary.memory_in_words(trainer)

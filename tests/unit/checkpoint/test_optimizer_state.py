@@ -25,7 +25,7 @@ from dist_trainer.checkpoint.optimizer_state import (
 )
 from dist_trainer.config.schema import OptimConfig
 from dist_trainer.errors import CheckpointError, ConfigError
-from dist_trainer.optim.optimizers import OPTIMIZERS
+from dist_trainer.optim.registry import OPTIMIZERS
 
 
 class KeepsStateInGroups(Optimizer):

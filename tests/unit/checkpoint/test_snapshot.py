@@ -24,7 +24,7 @@ def snapshot(model: nn.Module, *, training_goes_on: bool) -> Snapshot:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return take_snapshot(model, optimizer, scaler={}, progress=Progress(step=1), facts={}, training_goes_on=training_goes_on)
+    return take_snapshot(model, optimizer, scaler={}, progress=Progress(step=1), metadata={}, training_goes_on=training_goes_on)
 
 
 def addresses(tensors: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.config.llama_json import read_hf_config
 from dist_trainer.config.loading import load_config
-from dist_trainer.config.yaml_lines import load_yaml
+from dist_trainer.config.yaml_files import load_yaml
 from dist_trainer.errors import ConfigError, RefusedError
-from dist_trainer.tracking.run_history import _read_config
+from dist_trainer.huggingface.llama_config import read_hf_config
+from dist_trainer.tracking.run_reader import _read_config
 
 ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)

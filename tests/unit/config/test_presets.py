@@ -9,8 +9,8 @@ import pytest
 from dist_trainer.config.loading import load_config
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.schema import ModelConfig
+from dist_trainer.huggingface.meta_init import meta_init
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.meta import on_meta
 
 DEFAULT = Path(__file__).parents[3] / "configs" / "default.yaml"
 BY_COMPUTE = ("1m", "10m", "30m")
@@ -19,7 +19,7 @@ BY_COMPUTE = ("1m", "10m", "30m")
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_parameters_that_it_says_beside_the_embedding(name):
     preset = PRESETS[name]
-    with on_meta():
+    with meta_init():
         model = DecoderLM(ModelConfig(**preset.model), 1000, 256)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert parameters == preset.parameters + 1000 * preset.model["hidden_size"]

@@ -21,18 +21,18 @@ from dist_trainer.config.loading import load_config
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import store_building, text_pieces
 from dist_trainer.data.batch import IGNORED_TARGET
+from dist_trainer.data.best_fit_packing import BestFitPackedDataset, best_fit_decreasing, fitted
+from dist_trainer.data.build_datasets import SPLIT_KEY, are_conversations, train_and_validation_rows
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.documents import document_maker
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
-from dist_trainer.data.marked_text import tokens_in_spans
+from dist_trainer.data.loss_mask import tokens_in_spans
 from dist_trainer.data.records import column_names
-from dist_trainer.data.rows import SPLIT_KEY, are_conversations, train_and_validation_rows
-from dist_trainer.data.sampler import KeyedPermutation
+from dist_trainer.data.sampler import FeistelPermutation
 from dist_trainer.data.token_store import TokenStore, token_store
-from dist_trainer.data.tokenization import load_tokenizer, tokenizer_of
-from dist_trainer.data.whole_documents import WholeDocumentRows, best_fit_decreasing, fitted
-from dist_trainer.distributed.world import World
+from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_of
+from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError
 from tests.unit.data.dying import die_at_record
 
@@ -621,7 +621,7 @@ def test_every_answer_is_learnt_exactly_once_behind_its_own_prompt(packing, leng
     lengths, prompts = random_documents(3)
     store, spans = marked_store(lengths, prompts)
     found = fitted(store, spans, length)
-    rows = WholeDocumentRows(store, found.spans, length, padding=0, packing=packing, document_mask=True)
+    rows = BestFitPackedDataset(store, found.spans, length, padding=0, packing=packing, document_mask=True)
     batch = rows.__getitems__(list(range(len(rows))))
     targets = batch.targets
     counted = targets != IGNORED_TARGET
@@ -647,7 +647,7 @@ def test_every_answer_is_learnt_exactly_once_behind_its_own_prompt(packing, leng
 
 def test_rows_do_not_depend_on_what_they_are_read_with():
     store, spans = marked_store(*random_documents(5))
-    rows = WholeDocumentRows(store, spans, 50, padding=0, packing=True)
+    rows = BestFitPackedDataset(store, spans, 50, padding=0, packing=True)
     together = rows.__getitems__([3, 0, 3])
     for number, index in enumerate((3, 0, 3)):
         assert rows[index].tokens[0].equal(together.tokens[number])
@@ -658,7 +658,7 @@ def test_rows_do_not_depend_on_what_they_are_read_with():
 
 
 def test_a_batch_of_one_document_a_row_is_as_long_as_its_longest():
-    rows = WholeDocumentRows(*marked_store([5, 9, 3], [1, 1, 1]), 64, padding=0, packing=False)
+    rows = BestFitPackedDataset(*marked_store([5, 9, 3], [1, 1, 1]), 64, padding=0, packing=False)
     assert rows.__getitems__([0, 2]).tokens.tolist() == [[1, 2, 3, 4], [15, 16, 17, 0]]
     assert rows.__getitems__([0, 2]).targets.tolist() == [[2, 3, 4, 5], [16, 17, IGNORED_TARGET, IGNORED_TARGET]]
 
@@ -726,7 +726,7 @@ def test_data_in_which_there_is_nothing_to_learn_are_refused(tmp_path, messages,
 
 @pytest.mark.parametrize("unusable", [[user("Hi")], [user("Hi " * 99), assistant("Ho")], [user("Hi"), assistant(" ")]])
 def test_validation_data_are_held_out_of_the_documents_that_have_an_answer(tmp_path, unusable):
-    first, second, third = KeyedPermutation(40, SPLIT_KEY)(np.arange(3)).tolist()
+    first, second, third = FeistelPermutation(40, SPLIT_KEY)(np.arange(3)).tolist()
     conversations = [[user("Hi"), assistant(f"Answer {number}.")] for number in range(40)]
     conversations[first] = unusable
     path = chats(tmp_path / "x.jsonl", conversations)
@@ -751,7 +751,7 @@ def test_conversations_are_held_out_whole_and_validated_alone(tmp_path):
     answers = [sorted(part.split("<|endoftext|>")[:-1]) for part in told]
     assert len(answers[1]) == 4
     assert sorted(answers[0] + answers[1]) == sorted(f"Answer {number}." for number in range(40))
-    alone = create_validation_loader(TrainingConfig(data=config, batch=BatchConfig(2, 2)), World.single())
+    alone = create_validation_loader(TrainingConfig(data=config, batch=BatchConfig(2, 2)), DistributedContext.single())
     assert sum(batch.num_targets() for batch in alone) == sum(len(tokenizer(a)["input_ids"]) + 1 for a in answers[1])
     assert SPLIT_KEY == (0x5917, 0), "which documents these are must not change"
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
+from dist_trainer.data.build_datasets import Documents, split_by_document
 from dist_trainer.data.loader import collate_pairs
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
-from dist_trainer.data.rows import Documents, split_by_document
 from dist_trainer.data.token_store import TokenStore
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 
 
 def store(*lengths: int) -> TokenStore:

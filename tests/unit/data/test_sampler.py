@@ -3,8 +3,8 @@ import pytest
 
 from dist_trainer.config.schema import BatchConfig, TrainingConfig
 from dist_trainer.data.sampler import (
+    FeistelPermutation,
     GlobalOrderSampler,
-    KeyedPermutation,
     ValidationSampler,
     accumulation_steps,
     rows_per_micro_batch,
@@ -14,12 +14,12 @@ from dist_trainer.errors import ConfigError
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
 def test_a_keyed_permutation_has_every_position_once(size):
-    order = KeyedPermutation(size, (3, 1))(np.arange(size))
+    order = FeistelPermutation(size, (3, 1))(np.arange(size))
     assert sorted(order.tolist()) == list(range(size))
 
 
 def test_other_keys_give_other_orders_that_are_not_nearly_sorted():
-    one, two = (KeyedPermutation(1000, (0, epoch))(np.arange(1000)) for epoch in (0, 1))
+    one, two = (FeistelPermutation(1000, (0, epoch))(np.arange(1000)) for epoch in (0, 1))
     assert (one != two).mean() > 0.99
     assert abs(np.corrcoef(np.arange(1000), one)[0, 1]) < 0.1
 

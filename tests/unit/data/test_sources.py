@@ -23,14 +23,14 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
-from dist_trainer.data import rows
+from dist_trainer.data import build_datasets as rows
 from dist_trainer.data import text_pieces as text_pieces_module
 from dist_trainer.data import token_store as token_store_module
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
-from dist_trainer.data.template import text_of
-from dist_trainer.data.tokenization import load_tokenizer, tokenizer_digest, vocabulary_size
-from dist_trainer.distributed.world import World
+from dist_trainer.data.templates import text_of
+from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_digest, vocabulary_size
+from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError
 
 STORIES = [f"Story {number}. " + "It is a truth universally acknowledged. " * (number + 3) for number in range(12)]
@@ -314,10 +314,12 @@ def test_messages_name_the_key_that_is_wrong(tmp_path):
         create_dataloaders(small(here, tmp_path, validation_dataset=str(tmp_path / "nowhere.jsonl")))
     assert not list((tmp_path / "cache").glob("tokens/*")), "before anything is tokenised"
     with pytest.raises(DataError, match=r"^--data: .*nowhere\.jsonl does not exist"):
-        create_validation_loader(small(here, tmp_path, validation_dataset="./nowhere.jsonl"), World.single(), key="--data")
+        create_validation_loader(
+            small(here, tmp_path, validation_dataset="./nowhere.jsonl"), DistributedContext.single(), key="--data"
+        )
     empty = str(write(tmp_path / "none.jsonl", ""))
     with pytest.raises(DataError, match=r"none\.jsonl"):
-        create_validation_loader(small(here, tmp_path, validation_dataset=empty), World.single(), key="--data")
+        create_validation_loader(small(here, tmp_path, validation_dataset=empty), DistributedContext.single(), key="--data")
     with pytest.raises(DataError, match=r"^train_dataset makes 1 row"):
         create_dataloaders(small(here, tmp_path), train_dataset=[(np.array([1, 2]), np.array([2, 3]))])
 
@@ -369,7 +371,7 @@ def test_a_source_is_opened_once(tmp_path, monkeypatch):
 
 
 def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
-    from dist_trainer import hub_access as hub
+    from dist_trainer.huggingface import hub
 
     monkeypatch.setattr(hub, "_reachable", False)
     with pytest.raises(DataError, match=r"squad.*Hub cannot be reached.*--data\.dataset austen"):
@@ -379,7 +381,7 @@ def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
 
 
 def test_a_hub_behind_a_dead_proxy_is_unreachable_at_once(monkeypatch):
-    from dist_trainer import hub_access as hub
+    from dist_trainer.huggingface import hub
 
     for name in ("HTTP_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -615,7 +617,7 @@ def test_worker_processes_change_nothing(tmp_path, packing):
 def test_validating_alone_does_not_read_the_text_to_train_on(tmp_path):
     write(tmp_path / "both" / "train.jsonl", "no JSON")
     write(tmp_path / "both" / "validation.jsonl", jsonl())
-    loader = create_validation_loader(small(tmp_path / "both", tmp_path), World.single())
+    loader = create_validation_loader(small(tmp_path / "both", tmp_path), DistributedContext.single())
     assert sum(batch.num_targets() for batch in loader) == len(loader.dataset.stream) - 1
 
 

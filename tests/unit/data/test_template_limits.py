@@ -14,9 +14,9 @@ from dist_trainer.config.schema import DataConfig
 from dist_trainer.data import template_limits
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.template_limits import within_limits
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import DataError
-from dist_trainer.harness import limit_chat_template
+from dist_trainer.generation.harness import limit_chat_template
 
 MESSAGES = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Emma."}]
 MARKS = "{% generation %}{% endgeneration %}"

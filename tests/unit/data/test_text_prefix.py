@@ -18,9 +18,9 @@ from dist_trainer.data.datasets import open_source
 from dist_trainer.data.documents import document_maker
 from dist_trainer.data.token_bytes import token_bytes_of
 from dist_trainer.data.token_store import TokenStore, token_store
-from dist_trainer.data.tokenization import load_tokenizer, prompt_ids, text_prefix, tokenizer_digest
-from dist_trainer.harness import HarnessOptions, open_for_harness
-from dist_trainer.sampling import sample_of
+from dist_trainer.data.tokenizers import load_tokenizer, prompt_ids, text_prefix, tokenizer_digest
+from dist_trainer.generation.harness import HarnessOptions, open_for_harness
+from dist_trainer.generation.samples import sample_of
 
 TEXTS = ["It is a truth.", "A truth universally acknowledged."]
 CHAT = (
@@ -130,11 +130,11 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
         tokens=torch.tensor([[tokenizer.bos_token_id, *bare(tokenizer, TEXTS[1] * 9)]]),
         targets=torch.ones(1, 99),
     )
-    monkeypatch.setattr("dist_trainer.sampling.can_generate", lambda _: True)
-    monkeypatch.setattr("dist_trainer.sampling.context_of", lambda _: 64)
-    monkeypatch.setattr("dist_trainer.sampling.end_tokens", lambda _: set())
+    monkeypatch.setattr("dist_trainer.generation.samples.can_generate", lambda _: True)
+    monkeypatch.setattr("dist_trainer.generation.samples.context_of", lambda _: 64)
+    monkeypatch.setattr("dist_trainer.generation.samples.end_tokens", lambda _: set())
     asked = []
-    monkeypatch.setattr("dist_trainer.sampling.generate", lambda _, tokens, **__: asked.append(tokens) or [])
+    monkeypatch.setattr("dist_trainer.generation.samples.generate", lambda _, tokens, **__: asked.append(tokens) or [])
     config = TrainingConfig(tracking=TrackingConfig(sample_prompt=prompt))
     made = sample_of(config, tokenizer, None, [row])
     said = made(None, lambda: False)["prompt"]
@@ -145,7 +145,7 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
 @pytest.mark.parametrize("prefix", [(), ("<s>",), ("[gMASK]", "<sop>")])
 @pytest.mark.parametrize("chat", [False, True])
 def test_lm_eval_is_told_to_begin_texts_likewise(tmp_path, prefix, chat, monkeypatch):
-    monkeypatch.setattr("dist_trainer.models.transformers_lm.open_weights", lambda _: torch.nn.Identity())
+    monkeypatch.setattr("dist_trainer.huggingface.transformers_models.open_weights", lambda _: torch.nn.Identity())
     tokenizer = beginning_with(*prefix)
     options = HarnessOptions(tasks=(), apply_chat_template=chat)
 

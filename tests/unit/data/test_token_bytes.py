@@ -10,7 +10,7 @@ from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.token_bytes import token_bytes_of
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 from tests.unit.data import test_tokenising as tokenizers_by_name
 from tests.unit.data.test_tokenising import byte_level, wrapped
 

@@ -21,10 +21,10 @@ from dist_trainer.data import encoding, records, store_building, text_file, text
 from dist_trainer.data.datasets import files_split, open_source
 from dist_trainer.data.encoding import FastEncoder, OwnEncoder, encoded, fast_encoder, first_difference
 from dist_trainer.data.growing_file import Extent, GrowingFile
-from dist_trainer.data.template import text_of
+from dist_trainer.data.templates import text_of
 from dist_trainer.data.text_pieces import TextPiece
 from dist_trainer.data.token_store import SECONDS_KEPT, token_store
-from dist_trainer.data.tokenization import load_tokenizer, tokenizer_digest
+from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError
 from tests.unit.data.dying import die_at_record
 

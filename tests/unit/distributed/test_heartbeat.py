@@ -10,7 +10,7 @@ import pytest
 
 from dist_trainer.distributed.beats import Beat, encode_beat
 from dist_trainer.distributed.heartbeat import Heartbeat
-from dist_trainer.distributed.processes import ProcessId
+from dist_trainer.storage.processes import ProcessId
 
 
 class SlowStore:

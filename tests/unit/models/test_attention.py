@@ -14,13 +14,13 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
 from dist_trainer.data.token_store import TokenStore
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import ConfigError
 from dist_trainer.models import attention, decoder_lm
-from dist_trainer.models.attention import attend, block_mask, exact_mask
+from dist_trainer.models.attention import attend, block_mask, dense_document_mask
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.loss import cross_entropy_sum, model_loss
-from dist_trainer.parallel.compilation import compile_parts
+from dist_trainer.parallel.compile import compile_parts
 
 VOCABULARY = 4096
 GROUPED = ModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -137,14 +137,14 @@ def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
 def test_flex_attention_serves_where_it_can(monkeypatch, device, missing, head_size, drops_out, expected):
     monkeypatch.setattr(attention, "missing_compiler", lambda _: missing)
     monkeypatch.setattr(attention, "block_mask", lambda _: "blocks")
-    monkeypatch.setattr(attention, "exact_mask", lambda *_: "exact")
+    monkeypatch.setattr(attention, "dense_document_mask", lambda *_: "exact")
     documents = SimpleNamespace(device=torch.device(device))
     found = attention.document_mask(documents, head_size=head_size, drops_out=drops_out, dtype=torch.float32)
     assert found == expected
 
 
 def test_the_exact_mask_is_causal_within_documents():
-    mask = exact_mask(documents_of([[2, 1], [3]]), torch.float16)
+    mask = dense_document_mask(documents_of([[2, 1], [3]]), torch.float16)
     assert mask.dtype == torch.float16
     assert ((mask == 0) | (mask == -torch.inf)).all()
     assert (mask == 0)[:, 0].int().tolist() == [
@@ -215,7 +215,7 @@ def kept_for_backward(length: int, *, masked: bool, monkeypatch: pytest.MonkeyPa
     """Numbers that attention of `length` tokens keeps, beside the mask, which it shares with all layers."""
     with torch.device("meta"):
         q, k, v = (torch.empty(2, heads, length, 16, dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2))
-        mask = exact_mask(torch.empty(2, length, dtype=torch.int32), torch.float16) if masked else None
+        mask = dense_document_mask(torch.empty(2, length, dtype=torch.int32), torch.float16) if masked else None
     kept = []
     with monkeypatch.context() as other, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         other.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=as_a_gpu_without_flash))
@@ -279,7 +279,7 @@ def test_a_model_gets_the_documents_if_it_takes_them_and_is_refused_if_it_does_n
     assert (batch.targets == IGNORED_TARGET).any()
 
 
-@pytest.mark.parametrize("make", [lambda given: exact_mask(given, torch.float32), block_mask], ids=["exact", "blocks"])
+@pytest.mark.parametrize("make", [lambda given: dense_document_mask(given, torch.float32), block_mask], ids=["exact", "blocks"])
 @torch.no_grad()
 def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_borders(monkeypatch, make):
     model, compiled, graphs = build(), build(), []

@@ -7,9 +7,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.generation.decoding import generate
 from dist_trainer.models import loss
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
-from dist_trainer.models.generation import generate
 from dist_trainer.models.loss import LogitLoss, cross_entropy_sum, linear_cross_entropy_sum, takes
 
 VOCABULARY = 61

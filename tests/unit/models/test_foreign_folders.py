@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dist_trainer.config.loading import load_config
 from dist_trainer.config.schema import DataConfig, PrecisionConfig
 from dist_trainer.data.datasets import CORPUS, open_source
-from dist_trainer.data.tokenization import load_tokenizer
+from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import DataError, RefusedError
-from dist_trainer.harness import HarnessOptions, open_for_harness
-from dist_trainer.models import transformers_lm
+from dist_trainer.generation.harness import HarnessOptions, open_for_harness
+from dist_trainer.huggingface import transformers_models
 from dist_trainer.models.registry import can_open, load_weights, open_model
 from tests.distributed.small_runs import put_into_hub_cache
 
@@ -137,13 +137,13 @@ def test_a_hostile_folder_is_refused_whoever_reads_it(model, tmp_path, harm):
     folder, outside = tmp_path / "model", tmp_path / "outside"
     shutil.copytree(model, folder)
     outside.mkdir()
-    skeleton = transformers_lm.make_skeleton(folder)
+    skeleton = transformers_models.make_skeleton(folder)
     harm(folder, outside)
     name = "decoder_lm" if "llama" in str(model) else "hf"
     for read in (
         lambda: open_model(folder),
-        lambda: transformers_lm.open_weights(folder),
-        lambda: transformers_lm.make_skeleton(folder),
+        lambda: transformers_models.open_weights(folder),
+        lambda: transformers_models.make_skeleton(folder),
         lambda: load_weights(skeleton, folder),
         lambda: load_config(["--model.name", name, "--model.init_from", str(folder), "--data.sequence_length", "32"]),
         lambda: open_for_harness(dict, folder, load_tokenizer("austen"), HarnessOptions(tasks=()), PrecisionConfig()),

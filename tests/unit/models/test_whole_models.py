@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dist_trainer.config.initial_model import keys_that_follow
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, RefusedError
-from dist_trainer.models import transformers_lm
-from dist_trainer.models.generation import end_tokens, generate
-from dist_trainer.models.registry import ModelContext, build_model, load_weights, open_model, weights_writer
+from dist_trainer.generation.decoding import end_tokens, generate
+from dist_trainer.huggingface import transformers_models
+from dist_trainer.huggingface.initial_model import derived_keys
+from dist_trainer.models.registry import ModelContext, build_model, load_weights, make_weight_saver, open_model
 
 SHAPE = {
     "vocab_size": 61,
@@ -47,16 +47,14 @@ def change(path: Path, **values) -> None:
 
 def built(kind: str, folder: Path, context: ModelContext) -> torch.nn.Module:
     asked = {"model.name": KINDS[kind], "model.init_from": str(folder)}
-    shape = {
-        key.removeprefix("model."): value for key, value in {**asked, **keys_that_follow(asked)}.items() if "model." in key
-    }
+    shape = {key.removeprefix("model."): value for key, value in {**asked, **derived_keys(asked)}.items() if "model." in key}
     return build_model(ModelConfig(**shape), context)
 
 
 def written(model: torch.nn.Module, folder: Path) -> Path:
     """A checkpoint of `model`."""
     folder.mkdir()
-    weights_writer(model)(model.state_dict(), folder)
+    make_weight_saver(model)(model.state_dict(), folder)
     return folder
 
 
@@ -173,7 +171,7 @@ def test_a_head_apart_from_the_embedding_that_config_json_says_it_is_is_refused(
         lambda: open_model(folder),
         lambda: built(kind, folder, CONTEXT),
         lambda: load_weights(resumed, checkpoint),
-        lambda: transformers_lm.open_weights(folder),
+        lambda: transformers_models.open_weights(folder),
     ):
         with pytest.raises(CheckpointError, match=r"hold an output head \(lm_head\.weight\) that differs from the embedding"):
             read()

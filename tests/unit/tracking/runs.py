@@ -22,8 +22,8 @@ def train_line(step: int, loss: float = 3.0) -> dict[str, Any]:
 
 
 def validation_line(step: int, loss: float = 2.0) -> dict[str, Any]:
-    facts = {"perplexity": math.exp(loss), "tokens": 7, "seconds": 0.25, "best": True, "time": 1e9 + step}
-    return {"kind": "validation", "step": step, "loss": loss, **facts}
+    metadata = {"perplexity": math.exp(loss), "tokens": 7, "seconds": 0.25, "best": True, "time": 1e9 + step}
+    return {"kind": "validation", "step": step, "loss": loss, **metadata}
 
 
 def sample_line(step: int, text: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def write_run(folder: Path, *, learning_rate: float = 1e-3, steps: int = 40, spi
     write_metrics(folder, lines)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"torn')
-    for event, step, time, facts in (
+    for event, step, time, metadata in (
         ("start", 0, 0.0, {"began": 1e9 - 3}),
         ("preempted", 15, 15.5, {"reason": "SIGTERM"}),
         ("resume", 15, 16.5, {"began": 1e9 + 16, "lost_steps": 0}),
@@ -60,8 +60,8 @@ def write_run(folder: Path, *, learning_rate: float = 1e-3, steps: int = 40, spi
     ):
         if event in ("start", "resume"):
             command = "python -m dist_trainer.train --seed 1"
-            facts |= {"environment": {"host": "<b>", "device": "CPU", "command": command}, "parameters": 1_234_567}
-        append_event(folder, event, step=step, time=1e9 + time, **facts)
+            metadata |= {"environment": {"host": "<b>", "device": "CPU", "command": command}, "parameters": 1_234_567}
+        append_event(folder, event, step=step, time=1e9 + time, **metadata)
     config = as_dict(TrainingConfig(run_name=folder.name))
     config["optim"]["learning_rate"] = learning_rate
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from dist_trainer.config.command_line import in_this_shell
-from dist_trainer.config.llama_json import HFModel, hf_config
+from dist_trainer.config.cli import in_this_shell
 from dist_trainer.config.schema import ModelConfig
+from dist_trainer.huggingface.llama_config import HFModel, hf_config
 from dist_trainer.tracking.console_tracker import ConsoleTracker, next_steps
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging

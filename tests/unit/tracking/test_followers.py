@@ -16,16 +16,16 @@ import pytest
 import dist_trainer
 from dist_trainer.config.schema import ModelConfig, TrackingConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.tracking.follower import SINKS, read_line
-from dist_trainer.tracking.follower_tracker import (
+from dist_trainer.tracking.export_process import SINKS, read_line
+from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.subprocess_tracker import (
     FOLLOWERS,
-    FollowerTracker,
+    SubprocessTracker,
     _description,
     refuse_missing_packages,
     rows_in_words,
     send_lines_online,
 )
-from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.tracker import TRACKERS, FanOut
 from dist_trainer.tracking.wandb_sink import WandbSink, run_id
 from tests.unit.tracking.test_trackers import train_line, validation_line
@@ -148,8 +148,8 @@ def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a
 
 
 def test_followers_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("dist_trainer.tracking.follower_tracker.SECONDS_TO_STOP", 0.5)
-    trackers = {str(number): FollowerTracker(context(tmp_path), "wandb") for number in range(3)}
+    monkeypatch.setattr("dist_trainer.tracking.subprocess_tracker.SECONDS_TO_STOP", 0.5)
+    trackers = {str(number): SubprocessTracker(context(tmp_path), "wandb") for number in range(3)}
     processes = [tracker._process for tracker in trackers.values()]
     for process in processes:
         assert process is not None
@@ -163,8 +163,8 @@ def test_followers_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_p
 
 def test_a_run_with_more_than_1023_open_files_ends_as_any_other(tmp_path, monkeypatch, caplog, many_open_files):
     """As rank 0 of some hundred ranks has; `select` takes no larger descriptor."""
-    monkeypatch.setattr("dist_trainer.tracking.follower_tracker.SECONDS_TO_STOP", 0.5)
-    tracker = FollowerTracker(context(tmp_path), "wandb")
+    monkeypatch.setattr("dist_trainer.tracking.subprocess_tracker.SECONDS_TO_STOP", 0.5)
+    tracker = SubprocessTracker(context(tmp_path), "wandb")
     assert tracker._pipe > 1023
     assert tracker._process is not None
     tracker._process.send_signal(signal.SIGSTOP)
@@ -184,7 +184,7 @@ def test_what_goes_wrong_with_the_rest_of_a_finished_run_costs_a_warning(tmp_pat
     def refuse(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("dist_trainer.tracking.follower_tracker._start_follower", refuse)
+    monkeypatch.setattr("dist_trainer.tracking.subprocess_tracker._start_follower", refuse)
     send_lines_online(context(tmp_path, wandb="online"))
     assert "W&B could not be sent what it lacks of this run (RuntimeError: can't start new thread)" in caplog.text
 

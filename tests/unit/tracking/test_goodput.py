@@ -1,7 +1,7 @@
 """What a run's time went into."""
 
 from dist_trainer.tracking.goodput import goodput
-from dist_trainer.tracking.run_history import RunHistory
+from dist_trainer.tracking.run_reader import RunHistory
 
 
 def history(folder, events, steps):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
-from dist_trainer.distributed.world import World
-from dist_trainer.tracking.follower_tracker import FollowerTracker
+from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.tracking.jsonl_tracker import JsonlTracker
 from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.run_history import whole_lines
+from dist_trainer.tracking.run_reader import whole_lines
 from dist_trainer.tracking.step_counter import StepCounter
+from dist_trainer.tracking.subprocess_tracker import SubprocessTracker
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
 from tests.unit.tracking.runs import sample_line, train_line, validation_line
@@ -89,8 +89,8 @@ def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkey
         raise kind("no")
 
     for method in ("ask_to_finish", "close"):
-        monkeypatch.setattr(FollowerTracker, method, refuse)
-    follower = FollowerTracker.__new__(FollowerTracker)
+        monkeypatch.setattr(SubprocessTracker, method, refuse)
+    follower = SubprocessTracker.__new__(SubprocessTracker)
     trackers = FanOut({"first": follower, "jsonl": JsonlTracker(context(tmp_path)), "last": follower})
     trackers.close(state="finished", reason=None)
     assert [record.message for record in caplog.records] == [
@@ -113,14 +113,14 @@ def test_a_disk_that_refuses_the_end_of_a_finished_run_does_not_make_it_a_crash(
 
 
 def test_only_the_main_rank_tracks(tmp_path):
-    assert isinstance(build_tracker(World(rank=1, world_size=2), context(tmp_path)), NullTracker)
+    assert isinstance(build_tracker(DistributedContext(rank=1, world_size=2), context(tmp_path)), NullTracker)
     assert list(tmp_path.iterdir()) == []
     assert next(iter(TRACKERS)) == "jsonl"
 
 
 def test_throughput_leaves_out_what_is_paused_but_for_what_is_awaited_of_steps():
     now = [0.0]
-    throughput = Throughput(World.single(), dtype="fp32", clock=lambda: now[0])
+    throughput = Throughput(DistributedContext.single(), dtype="fp32", clock=lambda: now[0])
     throughput.start(step=10, tokens=1000)
     now[0] = 3.0
     with throughput.paused():
@@ -137,7 +137,7 @@ def test_throughput_leaves_out_what_is_paused_but_for_what_is_awaited_of_steps()
 
 def test_saves_since_the_last_measurement_are_summed_up_and_without_one_there_is_no_stall():
     now = [0.0]
-    throughput = Throughput(World.single(), dtype="fp32", clock=lambda: now[0])
+    throughput = Throughput(DistributedContext.single(), dtype="fp32", clock=lambda: now[0])
     for seconds in (0.25, 0.5):
         with throughput.saving():
             now[0] += seconds
@@ -167,7 +167,7 @@ def test_the_utilisation_is_what_the_docs_say(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("dist_trainer.tracking.throughput.device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr("dist_trainer.tracking.throughput.peak_memory_bytes", lambda device: 7)
-    world = World(world_size=4, device=torch.device("cuda", 0))
+    world = DistributedContext(world_size=4, device=torch.device("cuda", 0))
     throughput = Throughput(world, dtype="bf16", flops_per_token=1e9, clock=lambda: now[0])
     with throughput.waiting_for_data():
         now[0] = 0.5

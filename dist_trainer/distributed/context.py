@@ -1,0 +1,205 @@
+"""`World`: which rank this process is, on which device, and the process groups it shares with the others."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed.addresses import interface_of
+from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.heartbeat import Heartbeat
+from dist_trainer.distributed.launch_env import Place, place_of_this_process
+from dist_trainer.distributed.launcher import begin_as_rank, is_launched, living_launcher
+from dist_trainer.distributed.rendezvous import meet
+from dist_trainer.distributed.signals import StopRequest
+from dist_trainer.distributed.watchdog import Guard
+from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError, counted
+from dist_trainer.parallel.cpu.memory import keep_freed_memory
+
+CONTROL_TIMEOUT = timedelta(days=7)
+"""Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
+"""Patience of collectives on the device, at least; the heartbeat notices sooner, and knows what is worth waiting for."""
+MOST_COMPILE_THREADS = 32
+"""torch compiles with a process for each core, up to these, and knows of no quota."""
+ERROR_PATIENCE_SECONDS = 20.0
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class DistributedContext(Place):
+    """This process among its peers, what it computes on, and how it hears of them."""
+
+    device: torch.device = field(default=torch.device("cpu"))
+    """What this rank computes on."""
+    control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    """Group for small facts in host memory, by gloo; None for a single process."""
+    stop_request: StopRequest = field(default_factory=StopRequest, repr=False, compare=False)
+    """Whether a signal asked this rank to stop."""
+    heartbeat: Heartbeat = field(default_factory=Heartbeat, repr=False, compare=False)
+    """This rank's sign of life to the others, and theirs to it."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes files and speaks."""
+        return self.rank == 0
+
+    @staticmethod
+    def single(device: str | torch.device = "cpu") -> DistributedContext:
+        """One process without process group, on `device`."""
+        return DistributedContext(device=torch.device(device))
+
+    @classmethod
+    @contextmanager
+    def join(
+        cls, config: DistributedConfig, *, stop_request: StopRequest | None = None, guard: Guard | None = None
+    ) -> Generator[DistributedContext]:
+        """Join the ranks that torchrun or srun started, and leave them in order; alone where there is no launcher.
+
+        `stop_request` and `guard` are those that the command began with. Raises ConfigError where the launcher's variables
+        make no sense, the ranks outnumber the machine's GPUs, or the backend does not fit the machine; PeerLostError where
+        the launcher or another rank is gone; StoppedError where a signal came before all were there.
+        """
+        place = place_of_this_process()
+        keep_threads_within_quota()
+        device = _device_of(place, config.backend)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            keep_freed_memory()
+        heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.timeout_minutes)
+        stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
+        guard = guard or begin_as_rank()
+        if guard is not None:
+            guard.patience_seconds = heartbeat.patience_seconds
+        if is_launched():
+            heartbeat.watch_launcher(living_launcher(), stop_request.note_lost_launcher)
+        try:
+            if place.world_size == 1:
+                yield DistributedContext(device=device, stop_request=stop_request, heartbeat=heartbeat)
+            else:
+                with _process_groups(place, device, heartbeat, stop_request) as control:
+                    world = {"device": device, "control": control, "stop_request": stop_request, "heartbeat": heartbeat}
+                    yield DistributedContext(**asdict(place), **world)
+        finally:
+            heartbeat.stop()
+
+
+def keep_threads_within_quota() -> None:
+    """Compute, and compile, with no more threads than a container's CPU quota keeps busy.
+
+    OMP_NUM_THREADS and TORCHINDUCTOR_COMPILE_THREADS, where they are set, say how many.
+    """
+    cpus = usable_cpus()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpus:
+        torch.set_num_threads(cpus)
+    if cpus < min(MOST_COMPILE_THREADS, os.cpu_count() or 1):
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cpus))
+
+
+def _device_of(place: Place, backend: str) -> torch.device:
+    if backend == "gloo" or (backend == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    available = torch.cuda.device_count()
+    if available == 0:
+        raise ConfigError("distributed.backend: nccl needs CUDA GPUs and there is none here; use auto or gloo")
+    # srun may show each rank just its own GPU, which then is number 0 for each of them.
+    one_gpu_each = available == 1 and place.local_world_size > 1 and "SLURM_LOCALID" in os.environ
+    index = 0 if one_gpu_each else place.local_rank
+    if index >= available:
+        raise ConfigError(
+            f"{place.local_world_size} ranks on this machine, but it has {counted(available, 'GPU')}: start at most "
+            f"{available} ranks (--nproc_per_node={available}), or train on CPU with --distributed.backend gloo"
+        )
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def _process_groups(
+    place: Place, device: torch.device, heartbeat: Heartbeat, stop_request: StopRequest
+) -> Generator[dist.ProcessGroup]:
+    """The control group, beside torch's default one; left together with all other ranks."""
+    store, address = meet(place, heartbeat, stop_request)
+    _choose_network_interface(place, address)
+    with _lost_peers_named(heartbeat):
+        control = _initialise_process_groups(store, place, device, heartbeat.timeout_minutes)
+        try:
+            yield control
+        except (PeerLostError, OutOfMemoryError):
+            raise  # at once: the others may be waiting for this rank elsewhere
+        except DistTrainerError:
+            # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
+            _leave(control, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
+            raise
+    _leave(control, heartbeat)
+
+
+@contextmanager
+def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
+    """Of an error that comes from a lost peer, say that."""
+    try:
+        yield
+    except DistTrainerError:
+        raise
+    except Exception as error:
+        if lost := heartbeat.lost_peers():
+            raise PeerLostError(lost) from error
+        raise
+
+
+def _choose_network_interface(place: Place, address: str | None) -> None:
+    """Tell gloo by which interface the others are reached, unless the user did.
+
+    Left alone it takes the address that this machine's own name means: 127.0.1.1, or none at all, on many machines.
+    """
+    is_alone = place.world_size == place.local_world_size
+    interface = "lo" if is_alone and sys.platform == "linux" else interface_of(address or "")
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def _initialise_process_groups(
+    store: dist.Store, place: Place, device: torch.device, timeout_minutes: float | None
+) -> dist.ProcessGroup:
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * (timeout_minutes or 0)))
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    assert isinstance(control, dist.ProcessGroup), "every rank is a member of the group of all ranks"
+    return control
+
+
+def _leave(control: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_seconds: float = math.inf) -> None:
+    """Wait for all ranks before the groups go: without this barrier every second gloo run hung at its exit."""
+    heartbeat.begin_shutdown()
+    if is_done_within(patience_seconds, dist.all_reduce(torch.zeros(1), group=control, async_op=True)):
+        heartbeat.stop()
+        dist.destroy_process_group()
+
+
+def is_done_within(patience_seconds: float, work: dist.Work) -> bool:
+    """Whether the collective `work` was completed in time; signal handlers run while it is waited for."""
+    end = time.monotonic() + patience_seconds
+    while not work.is_completed():
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_SECONDS)
+    work.wait()
+    return True

@@ -1,0 +1,82 @@
+"""report.html: one or several runs as one page that opens from disk, on a phone, in the dark, by keyboard, on paper."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dist_trainer.config.secrets import masked, masked_within
+from dist_trainer.html_report.curves import SMOOTHING_IN_WORDS, axes_of, charts
+from dist_trainer.html_report.markup import folded
+from dist_trainer.html_report.sections import happened, heading, samples, time_spent
+from dist_trainer.html_report.settings import config, differences, environment
+from dist_trainer.html_report.svg_charts import as_script_data, figure
+from dist_trainer.tracking.goodput import goodput
+from dist_trainer.tracking.run_reader import RunHistory
+
+STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+SCRIPT = Path(__file__).with_name("script.js").read_text(encoding="utf-8")
+
+CONTROLS = """<form class="controls" hidden><fieldset><legend>Charts over</legend>
+<label><input type="radio" name="over" value="step" checked> steps</label>
+<label><input type="radio" name="over" value="tokens"> tokens</label>
+<label><input type="radio" name="over" value="hours"> time since the start</label></fieldset>
+<label class="whole"><input type="checkbox" name="whole"> whole range of values</label></form>"""
+
+
+def html_report(runs: Sequence[RunHistory]) -> str:
+    """The page; several runs lie over one another in its charts. No secret of theirs is on it."""
+    runs = [without_secrets(run) for run in runs]
+    labels, spent = labels_of(runs), [goodput(run) for run in runs]
+    loss, *others = (figure(chart) for chart in charts(runs, labels))
+    drawn = "".join(others)
+
+    def of(number: int, what: str) -> str:
+        return what if len(runs) == 1 else f"{what} of {labels[number]}"
+
+    body = "".join(
+        [
+            heading(runs, labels, spent),
+            differences(runs, labels),
+            CONTROLS if loss or drawn else '<p class="faded">No step has been logged yet.</p>',
+            f'<div class="wide">{loss}{folded("how curves are smoothed", f"<p>{SMOOTHING_IN_WORDS}</p>")}</div>'
+            if loss
+            else "",
+            happened(runs, labels),
+            f'<div class="charts">{drawn}</div>' if drawn else "",
+            time_spent(spent, labels),
+            *(samples(run, of(number, "Samples")) for number, run in enumerate(runs)),
+            *(config(run, of(number, "Config")) for number, run in enumerate(runs)),
+            *(environment(run, of(number, "Environment")) for number, run in enumerate(runs)),
+        ]
+    )
+    axes = as_script_data([axes_of(run) for run in runs])
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(", ".join(labels))}</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
+        f"<style>{STYLE}</style></head><body><main>{body}</main>"
+        f'<script type="application/json" id="axes">{axes}</script><script>{SCRIPT}</script></body></html>\n'
+    )
+
+
+def without_secrets(run: RunHistory) -> RunHistory:
+    """`run` with its texts masked; its numbers are the same arrays."""
+    samples = [replace(sample, prompt=masked(sample.prompt), text=masked(sample.text)) for sample in run.samples]
+    texts = {name: masked_within(getattr(run, name)) for name in ("events", "config", "status", "environment")}
+    return replace(run, samples=samples, **texts)
+
+
+def labels_of(runs: Sequence[RunHistory]) -> list[str]:
+    """The runs' names; where several have the same, with as much of their folders' paths as tells them apart."""
+    paths = [run.folder.absolute() for run in runs]
+    labels = [run.name for run in runs]
+    for parts in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        doubled = {label for label in labels if labels.count(label) > 1}
+        if not doubled:
+            break
+        labels = [
+            "/".join(path.parts[-parts:]) if label in doubled else label for label, path in zip(labels, paths, strict=True)
+        ]
+    return masked_within(labels)

@@ -1,0 +1,91 @@
+"""Before the first step: what would otherwise happen in it, and must not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dist_trainer.data.build_datasets import varies_in_length
+from dist_trainer.data.sampler import ValidationSampler
+from dist_trainer.distributed.collectives import run_and_share_errors
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.models.evaluation_mode import evaluation_mode
+from dist_trainer.parallel.buffers import Buffers
+from dist_trainer.parallel.compile import compiling_for_cpu, is_compiled
+from dist_trainer.parallel.compile_cache import number_format_in_key
+from dist_trainer.parallel.cpu.memory import large_blocks_apart
+from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
+from dist_trainer.training.precision import Precision
+from dist_trainer.training.step import seed_dropout
+from dist_trainer.training.validation import LossFunction
+
+
+def warm_up(
+    model: nn.Module,
+    train_data: DataLoader,
+    validation_data: DataLoader | None,
+    world: DistributedContext,
+    precision: Precision,
+    loss_function: LossFunction,
+    products: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Compile where a signal can break it off, not in the first step, and bring DDP into the state it has in a run that never
+    stopped.
+
+    Training, in contexts that `products` makes, and validation are compiled apart. Buffers keep their values. Raises
+    StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two
+    ranks that changes the order of summation, hence the last bits, of just the first step after a resume.
+    """
+
+    def rehearse(*, exchange: bool, shorter_by: int = 0) -> None:
+        batch = next(iter(train_data)).shortened(shorter_by).to(world.device)
+        seed_dropout(0, 0, block=0)
+        with products(), gradient_sync(model, enabled=exchange):
+            with precision.autocast():
+                loss = compute_loss(model, loss_function, batch)
+            (loss * 0.0).backward()
+        model.zero_grad(set_to_none=True)
+
+    def rehearse_validation(*, shorter_by: int = 0) -> None:
+        if validation_data is None or (first := next(iter(validation_data), None)) is None:
+            return  # there are more ranks than blocks of rows
+        evaluated = unwrap(model)
+        with evaluation_mode(evaluated), torch.no_grad(), precision.autocast():
+            for rows in _rows_of_blocks(validation_data):
+                loss_function(evaluated, first.first_rows(rows).shortened(shorter_by).to(world.device))
+
+    if not unwrap(model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
+        model.train()
+    with ExitStack() as conditions:
+        conditions.enter_context(Buffers(unwrap(model), world).unchanged())
+        conditions.enter_context(number_format_in_key(precision.name))
+        if world.device.type == "cpu":
+            conditions.enter_context(large_blocks_apart())
+            conditions.enter_context(compiling_for_cpu(model))
+        if compiles_in_a_step(model, train_data, world.device):
+            run_and_share_errors(world, lambda: rehearse(exchange=False))
+            run_and_share_errors(world, rehearse_validation)
+            if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
+                run_and_share_errors(world, lambda: rehearse(exchange=False, shorter_by=1))
+                run_and_share_errors(world, lambda: rehearse_validation(shorter_by=1))
+        # torch sorts no buckets anew where it looks for unused parameters.
+        if world.world_size > 2 and not getattr(model, "find_unused_parameters", False):
+            rehearse(exchange=True)
+
+
+def compiles_in_a_step(model: nn.Module, train_data: DataLoader, device: torch.device) -> bool:
+    """Whether the first step would compile: `model` itself, or what keeps documents apart on a GPU, which always is."""
+    if is_compiled(unwrap(model)):
+        return True
+    return device.type == "cuda" and getattr(train_data.dataset[0], "documents", None) is not None
+
+
+def _rows_of_blocks(validation_data: DataLoader) -> set[int]:
+    """How many rows a block may have: the last one has fewer where they do not come out even."""
+    sampler: ValidationSampler = validation_data.sampler  # type: ignore[assignment]
+    full = min(sampler.micro_batch_size, sampler.num_rows)
+    return {full, sampler.num_rows % full or full}

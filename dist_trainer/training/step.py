@@ -1,0 +1,64 @@
+"""What goes into a step and what comes out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_trainer.data.batch import Batch
+from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum
+from dist_trainer.distributed.context import DistributedContext
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One step's share of this rank, fetched ahead, and what the ranks tell one another before it."""
+
+    micro_batches: list[Batch]
+    metadata: PendingSum
+    """Target tokens, who was asked to stop, and whose saves failed for good: summed over the ranks."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves; tensors stay on the device until someone wants to read them."""
+
+    step: int
+    loss_sum: Tensor
+    """Sum of this rank's token losses, in nats; of one micro-batch, it may be the very tensor that the loss function gave."""
+    grad_norm: Tensor
+    learning_rate: float
+    target_tokens: int
+    """Over all ranks."""
+    target_tokens_so_far: int
+    """With those of all steps before."""
+
+    def mean_loss(self, world: DistributedContext) -> float:
+        """Nats per target token over all ranks, which all must ask; the device is awaited."""
+        return float(all_reduce_sum(self.loss_sum.clone(), world)) / max(1, self.target_tokens)
+
+    def metadata(self, world: DistributedContext) -> dict[str, float | int | bool]:
+        """By their names in metrics.jsonl; all ranks must ask, and the device is awaited."""
+        grad_norm = float(self.grad_norm)
+        return {
+            "step": self.step,
+            "loss": self.mean_loss(world),
+            "lr": self.learning_rate,
+            "grad_norm": grad_norm,
+            "skipped": not math.isfinite(grad_norm),
+            "tokens": self.target_tokens_so_far,
+        }
+
+
+def seed_dropout(seed: int, step: int, *, block: int) -> None:
+    """Random numbers of a micro-batch follow from what it is, not from which rank computes it after what."""
+    key = hashlib.blake2b(f"{seed}/{step}/{block}".encode(), digest_size=8).digest()
+    number = int.from_bytes(key, "little")
+    # What torch.manual_seed does, but for its look around for devices of all kinds, a third of a millisecond each time.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)

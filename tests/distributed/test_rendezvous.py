@@ -1,0 +1,170 @@
+"""Before ranks can compute together all must have come: who has not is named, and nobody waits for hours."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed import context as world
+from dist_trainer.distributed import rendezvous
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.signals import StopRequest
+from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
+from tests.distributed.ranks import run_ranks
+
+SECONDS = 1.5
+SHORT = DistributedConfig(timeout_minutes=SECONDS / 60)
+STAYS_AWAY = "stays away"
+
+
+def come(*, without: int):
+    """What a rank finds out about the one that does not come: the message, who tells it, and after how many seconds."""
+    if int(os.environ["RANK"]) == without:
+        return STAYS_AWAY
+    began = time.monotonic()
+    try:
+        with DistributedContext.join(SHORT):
+            return "all came"
+    except PeerLostError as error:
+        return str(error), error.told_by, time.monotonic() - began
+
+
+@pytest.mark.parametrize(("without", "told_by"), [(0, 1), (1, 0), (2, 0)])
+def test_a_rank_that_does_not_come_is_named_after_the_first_steps_patience(without, told_by):
+    found = run_ranks(3, lambda: come(without=without))
+    assert found.pop(without) == STAYS_AWAY
+    for message, teller, seconds in found:
+        assert message.startswith(f"rank {without} has not come within 2 s (distributed.timeout_minutes)")
+        assert teller == told_by, "one rank says it"
+        assert SECONDS - 0.1 < seconds < SECONDS + 10
+
+
+def test_ranks_on_several_machines_whose_launcher_does_not_say_so_are_refused(monkeypatch):
+    """Some set RANK and WORLD_SIZE alone, as Kubeflow's PyTorchJob does: all ranks would look for one another on loopback."""
+
+    def join():
+        own = f"pod-{os.environ['RANK']}"
+        monkeypatch.setattr(socket, "gethostname", lambda: own)
+        del os.environ["LOCAL_WORLD_SIZE"]
+        with pytest.raises(ConfigError) as refusal, DistributedContext.join(SHORT):
+            pass
+        return str(refusal.value)
+
+    for refusal in run_ranks(2, join):
+        assert refusal.startswith("the ranks are on several machines, such as pod-0 and pod-1, but LOCAL_WORLD_SIZE is not set")
+
+
+def test_who_has_come_waits_for_the_others_for_long():
+    """The patience of the meeting is not that of what follows: the heartbeat knows what is worth waiting for."""
+
+    def wait():
+        with DistributedContext.join(SHORT) as world:
+            if world.is_main:
+                time.sleep(3 * SECONDS)
+            total = torch.ones(())
+            dist.all_reduce(total)
+            return float(total)
+
+    assert run_ranks(2, wait) == [2.0, 2.0]
+
+
+def test_a_signal_ends_the_waiting_at_once():
+    def wait():
+        if os.environ["RANK"] == "1":
+            return STAYS_AWAY
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        began = time.monotonic()
+        with StopRequest().listen() as stop_request:
+            try:
+                with DistributedContext.join(DistributedConfig(timeout_minutes=1), stop_request=stop_request):
+                    return "all came"
+            except StoppedError:
+                return time.monotonic() - began
+
+    assert run_ranks(2, wait)[0] < 10
+
+
+def free_ports(number):
+    """The first of so many in a row that nobody listens at."""
+    for first in range(21000, 32000, number):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + number):
+                    stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            except OSError:
+                continue
+        return first
+    raise AssertionError("no free ports")
+
+
+def test_rank_0_keeps_its_stores_at_the_ports_that_launch_files_document(monkeypatch):
+    """MASTER_PORT is what torchrun says, which it chooses by chance."""
+    first = free_ports(2)
+    monkeypatch.setenv(rendezvous.PORT, str(first))
+
+    def listening():
+        with DistributedContext.join(SHORT) as world:
+            local = {line.split()[1] for line in Path("/proc/net/tcp6").read_text().splitlines()[1:] if " 0A " in line}
+            local |= {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line}
+            dist.barrier(world.control)
+            return {int(address.rpartition(":")[2], 16) for address in local}
+
+    for ports in run_ranks(2, listening):
+        assert {first, first + 1} <= ports
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere gloo chooses")
+def test_gloo_takes_the_interface_that_leads_to_the_other_machines_unless_the_user_chose_one(monkeypatch):
+    def interface():
+        os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if on two machines, that reach each other at MASTER_ADDR
+        monkeypatch.setattr(world, "interface_of", lambda address: {"127.0.0.1": "lo"}[address])
+        with DistributedContext.join(SHORT):
+            return os.environ["GLOO_SOCKET_IFNAME"]
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert run_ranks(2, interface) == ["lo", "lo"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "=lo")  # which gloo would not find
+    with pytest.raises(AssertionError, match="=lo"):
+        run_ranks(2, interface)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_free_is_waited_for(taken, monkeypatch):
+    first = free_ports(2)
+    monkeypatch.setenv(rendezvous.PORT, str(first))
+    monkeypatch.setattr(rendezvous, "PORT_SECONDS", 0.3)
+
+    def join():
+        if os.environ["RANK"] == "1":
+            return STAYS_AWAY
+        with pytest.raises(ConfigError) as refusal, DistributedContext.join(SHORT):
+            pass
+        return str(refusal.value)
+
+    with socket.create_server(("0.0.0.0", first + taken)):
+        found = run_ranks(2, join)
+    assert f"port {first + taken} of this machine, where ranks meet, is in use by another process" in found[0]
+
+    other = socket.create_server(("0.0.0.0", first + taken))
+
+    def wait():
+        if os.environ["RANK"] == "1":
+            other.close()
+        else:
+            threading.Timer(0.2, other.close).start()
+        with DistributedContext.join(DistributedConfig(timeout_minutes=1)):
+            return "all came"
+
+    monkeypatch.setattr(rendezvous, "PORT_SECONDS", 30.0)
+    with other:
+        threading.Timer(0.2, other.close).start()
+        assert run_ranks(2, wait) == ["all came"] * 2

@@ -1,0 +1,56 @@
+"""The last save of a run is tried again, and a run that cannot be saved does not say that it was."""
+
+import pytest
+import torch
+
+from dist_trainer.checkpoint.manager import NoCheckpoints
+from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.errors import SavingFailedError, TrainingDivergedError
+from dist_trainer.training import last_save
+from dist_trainer.training.last_save import SECONDS_BEFORE_SAVING_AGAIN, finalize_checkpoint
+
+
+class Failing(NoCheckpoints):
+    """Saves that fail so many times."""
+
+    def __init__(self, times: int) -> None:
+        self.failures_left = times
+        self.saves = 1
+
+    def trouble(self) -> str | None:
+        return "step 9: the checkpoint could not be saved (ENOSPC)" if self.failures_left else None
+
+    def save_again(self) -> None:
+        self.saves += 1
+        self.failures_left -= 1
+
+
+@pytest.fixture
+def world(monkeypatch):
+    monkeypatch.setattr(last_save, "SECONDS_BEFORE_SAVING_AGAIN", (0.0,) * len(SECONDS_BEFORE_SAVING_AGAIN))
+    with DistributedContext.join(DistributedConfig()) as world:
+        yield world
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("failures", [0, 1, 3])
+def test_a_save_that_succeeds_in_the_end_is_enough(world, failures):
+    checkpoints = Failing(failures)
+    finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
+    assert checkpoints.saves == 1 + failures
+
+
+def test_weights_that_are_not_finite_are_no_disks_fault_and_are_not_saved_again(world):
+    checkpoints = Failing(100)
+    checkpoints.diverged = lambda: True
+    with pytest.raises(TrainingDivergedError, match="learning_rate"):
+        finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
+    assert checkpoints.saves == 1
+
+
+def test_after_several_failures_the_truth_is_said_and_what_to_do(world):
+    checkpoints = Failing(100)
+    with pytest.raises(SavingFailedError, match=r"step 9: .*ENOSPC.* nor 3 times after that.*start the same command again"):
+        finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
+    assert checkpoints.saves == 4
