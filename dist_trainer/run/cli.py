@@ -94,7 +94,7 @@ def missing_package(error: Exception) -> MissingPackageError | None:
     if not isinstance(error, ModuleNotFoundError) or error.name is None:
         return None
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     if not Path(frame.f_code.co_filename).is_relative_to(package) or error.name.startswith(f"{package.name}."):
         return None
     checkout, python = package.parent, package.parent / ".venv" / "bin" / "python"

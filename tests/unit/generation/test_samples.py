@@ -17,7 +17,7 @@ from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.generation.samples import BROKEN, beginning_of, given_prompt, prompt_before_answer, sample_of
 from dist_trainer.models.decoder_lm import DecoderLM
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 never = bool  # what bool() gives: no signal comes
 CHINESE = "孔乙己是站着喝酒而穿长衫的唯一的人。" * 4
 SMALL = ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
