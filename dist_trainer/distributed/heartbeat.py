@@ -36,7 +36,7 @@ from dist_trainer.distributed.beats import (
     silent_ranks,
 )
 from dist_trainer.run.cli import EXIT_CRASHED
-from dist_trainer.storage.processes import ProcessId, RunningClock
+from dist_trainer.storage.processes import ProcessId
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,31 @@ SPEAKING_SECONDS = 3.0
 STOPPING_SECONDS = 5.0
 FIRST_WORD_SECONDS = 1.0
 """So much earlier than the others leaves the rank that names a hanging one: else it might take their leaving for the cause."""
+SUSPENDED_SECONDS = 2.0
+"""A clock that is read several times a second, and was not for so long, belongs to a process that was suspended."""
+
+
+class RunningClock:
+    """Seconds, by a clock that stops while this process is suspended: by SIGSTOP, by a scheduler, in a paused container."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = self._suspended = 0.0
+        self._ticks = False
+
+    def tick(self) -> None:
+        """From the first call on, to be called several times a second."""
+        self.now()
+        self._ticks = True
+
+    def now(self) -> float:
+        """The time, in seconds since some moment."""
+        with self._lock:
+            now = time.monotonic()
+            if self._ticks and now - self._last > SUSPENDED_SECONDS:
+                self._suspended += now - self._last
+            self._last = now
+            return now - self._suspended
 
 
 class Place(NamedTuple):

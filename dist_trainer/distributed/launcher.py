@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 
 from dist_trainer.distributed.launch_env import place_or_none, started_by_srun
 from dist_trainer.distributed.watchdog import Guard
 from dist_trainer.errors import PeerLostError
-from dist_trainer.storage.processes import ProcessId, allow_many_open_files, command_of
+from dist_trainer.storage.processes import ProcessId, command_of
 
 LAUNCHER_PID = "DIST_TRAINER_LAUNCHER_PID"
 """The variable that names torchrun's process: set by the launch files, which become it, else by its ranks themselves."""
+MOST_OPEN_FILES = 65_536
+"""More than any number of ranks needs, and few enough for programs that close all descriptors one by one."""
 
 
 def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -33,6 +37,17 @@ def begin_as_rank() -> Guard | None:
         return None
     allow_many_open_files()
     return Guard()
+
+
+def allow_many_open_files() -> None:
+    """Raise this process's limit of open files, often 1,024, as far as the system allows: rank 0 has three connections or
+    more with each of the other ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def living_launcher(environment: Mapping[str, str] = os.environ) -> int:

@@ -6,8 +6,10 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -17,7 +19,7 @@ from dist_trainer.distributed.launch_env import Place, place_of_this_process
 from dist_trainer.distributed.launcher import launcher
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
-from dist_trainer.storage.processes import ProcessId, siblings
+from dist_trainer.storage.processes import ProcessId, environment_of
 
 STORE_TIMEOUT = timedelta(days=7)
 """Patience of the stores' own calls: who waits for them is watched, or watches itself."""
@@ -158,7 +160,7 @@ def _leave_without(missing: list[int], place: Place, patience_seconds: float) ->
         time.sleep(2 * LINGER_SECONDS)
     elif place.rank == 0:
         time.sleep(LINGER_SECONDS)
-    for pid, environment in siblings().items():
+    for pid, environment in _siblings().items():
         if _rank_of(environment, place.world_size) in missing:
             ProcessId.of(pid).kill()
     names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
@@ -180,3 +182,14 @@ def _rank_of(environment: dict[str, str], world_size: int) -> int | None:
     except ConfigError:
         return None
     return place.rank if place.world_size == world_size and launcher(environment) == launcher() else None
+
+
+def _siblings() -> dict[int, dict[str, str]]:
+    """The other processes that this one's parent has started, and the environments they began with, as far as can be seen."""
+    found: dict[int, dict[str, str]] = {}
+    for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in map(int, children.read_text().split()):
+                found[pid] = environment_of(pid)
+    found.pop(os.getpid(), None)
+    return found

@@ -1,58 +1,12 @@
-"""Processes by pid and start time, so that a number that was given to another process is never mistaken for the first; and how
-long this one has run.
-"""
+"""Processes by pid and start time, so that a pid that was given to another process is never mistaken for the first."""
 
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import socket
-import threading
-import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-MOST_OPEN_FILES = 65_536
-"""More than any number of ranks needs, and few enough for programs that close all descriptors one by one."""
-
-SUSPENDED_SECONDS = 2.0
-"""A clock that is read several times a second, and was not for so long, belongs to a process that was suspended."""
-
-
-def allow_many_open_files() -> None:
-    """Raise this process's limit of open files, often 1,024, as far as the system allows: rank 0 has three connections or
-    more with each of the other ranks.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-class RunningClock:
-    """Seconds, by a clock that stops while this process is suspended: by SIGSTOP, by a scheduler, in a paused container."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last = self._suspended = 0.0
-        self._ticks = False
-
-    def tick(self) -> None:
-        """From the first call on, to be called several times a second."""
-        self.now()
-        self._ticks = True
-
-    def now(self) -> float:
-        """The time, in seconds since some moment."""
-        with self._lock:
-            now = time.monotonic()
-            if self._ticks and now - self._last > SUSPENDED_SECONDS:
-                self._suspended += now - self._last
-            self._last = now
-            return now - self._suspended
 
 
 @dataclass(frozen=True)
@@ -101,17 +55,6 @@ def environment_of(pid: int) -> dict[str, str]:
     """The environment that it was started with; empty if the system does not tell."""
     variables = (text.partition("=") for text in _strings(Path(f"/proc/{pid}/environ")))
     return {name: value for name, _, value in variables}
-
-
-def siblings() -> dict[int, dict[str, str]]:
-    """The other processes that this one's parent has started, and the environments they began with, as far as can be seen."""
-    found: dict[int, dict[str, str]] = {}
-    for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
-        with suppress(OSError):
-            for pid in map(int, children.read_text().split()):
-                found[pid] = environment_of(pid)
-    found.pop(os.getpid(), None)
-    return found
 
 
 def _strings(file: Path) -> list[str]:

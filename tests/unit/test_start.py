@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import torch
-from tests.unit.optim.test_registry import Small
 
 from dist_trainer.config.schema import OptimConfig
 from dist_trainer.optim.registry import build_optimizer
+from tests.unit.optim.test_registry import Small
 
 STEP = """
 import json, sys, torch
