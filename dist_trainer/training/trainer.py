@@ -16,7 +16,7 @@ from dist_trainer.checkpoint.folders import resume_point
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
 from dist_trainer.checkpoint.optimizer_state import FirstStepCheck
-from dist_trainer.checkpoint.state import Progress, Snapshot, Validated, restore, take_snapshot
+from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
@@ -151,7 +151,8 @@ class Trainer:
             self._save()
         self._at("saving")
         finalize_checkpoint(self.checkpoints, self.world, save_again=self._save)
-        self.progress.best = self._best_saved()
+        # Only rank 0 knows whether a save has failed meanwhile.
+        self.progress.best = broadcast_object(self.checkpoints.best(self.progress.best), self.world)
         if self._stopped:
             return result_when_stopped(self.progress, self.world)
         return TrainingResult("finished", self.progress)
@@ -307,7 +308,8 @@ class Trainer:
         if result is None:
             self._stopped = True
             return False
-        self.progress.best = self._best_saved()
+        # Only rank 0 knows whether a save has failed meanwhile.
+        self.progress.best = broadcast_object(self.checkpoints.best(self.progress.best), self.world)
         is_best = self.progress.note_validation(result.loss)
         metadata = {**result.metadata(), "best": is_best, "seconds": result.seconds, "time": time.time()}
         self.tracker.log({"kind": "validation", "step": step, **metadata})
@@ -331,10 +333,6 @@ class Trainer:
         if (validated := self.progress.validated_step != before) or owes_sample:
             self._sample_if_due(validated=validated)
             self._save()
-
-    def _best_saved(self) -> Validated | None:
-        """`progress.best`, unless its save has failed, which rank 0 knows: then the best that is saved."""
-        return broadcast_object(self.checkpoints.best(self.progress.best), self.world)
 
     def _save(self) -> None:
         self._watch(None)
