@@ -182,5 +182,5 @@ def _rows_in_order(workload: Workload) -> np.ndarray:
         rows = []
         for _ in range(workload.total_steps):
             batch = next(batches)
-            rows.append(np.concatenate([batch.tokens.numpy(), batch.targets.numpy()[:, -1:]], axis=1))
+            rows.append(np.concatenate([batch.input_ids.numpy(), batch.targets.numpy()[:, -1:]], axis=1))
     return np.stack(rows).astype(np.int32)

@@ -18,12 +18,12 @@ IGNORED_TARGET = -100
 class Batch:
     """Rows of tokens and what should follow each of them."""
 
-    tokens: Any
+    input_ids: Any
     """int64, B x T. From a data set of your own any inputs: a tensor, or tensors in dictionaries and lists, B first."""
     targets: Tensor
     """int64, B x T: the token that follows, or IGNORED_TARGET. From a data set of your own of any shape, B first."""
 
-    documents: Tensor | None = None
+    document_ids: Tensor | None = None
     """int32, B x T: the number of each token's document within its row, ascending, where documents must not attend to each
     other; None: a row is one whole."""
 
@@ -50,7 +50,7 @@ class Batch:
 
     def widened(self, length: int) -> Batch:
         """Rows of `length` positions, each repeated from its beginning to fill them."""
-        repeats = -(-length // self.tokens.shape[1])
+        repeats = -(-length // self.input_ids.shape[1])
         return self if repeats == 1 else self._each(lambda part: part.repeat(1, repeats)[:, :length].contiguous())
 
     def first_rows(self, count: int) -> Batch:
@@ -61,11 +61,11 @@ class Batch:
         """Batches of `count` of its rows each, the last one of what is left, and their targets counted: all at once, since
         each call costs a small model's step more than what it does.
         """
-        tokens, targets = self.tokens.split(count), self.targets.split(count)
-        documents = [None] * len(tokens) if self.documents is None else self.documents.split(count)
+        input_ids, targets = self.input_ids.split(count), self.targets.split(count)
+        document_ids = [None] * len(input_ids) if self.document_ids is None else self.document_ids.split(count)
         counts = np.count_nonzero(self.targets.numpy() != IGNORED_TARGET, axis=1)
         sums = np.add.reduceat(counts, np.arange(0, len(counts), count)).tolist()
-        batches = [Batch(*parts) for parts in zip(tokens, targets, documents, strict=True)]
+        batches = [Batch(*parts) for parts in zip(input_ids, targets, document_ids, strict=True)]
         for batch, counted in zip(batches, sums, strict=True):
             object.__setattr__(batch, "counted_targets", counted)  # no argument: `replace(batch, targets=...)` would keep it
         return batches
@@ -80,8 +80,8 @@ class Batch:
         self._each(record)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        documents = None if self.documents is None else change(self.documents)
-        return Batch(_each_tensor(self.tokens, change), change(self.targets), documents)
+        document_ids = None if self.document_ids is None else change(self.document_ids)
+        return Batch(_each_tensor(self.input_ids, change), change(self.targets), document_ids)
 
 
 def _each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:

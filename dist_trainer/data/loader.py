@@ -65,7 +65,7 @@ def create_dataloaders(
         if config.data.document_mask:
             raise ConfigError(
                 "data.document_mask: is true, but nothing says where documents end in a train_dataset of your own; set it to "
-                "false, and give rows as Batches with `documents` where they are to be kept apart"
+                "false, and give rows as Batches with `document_ids` where they are to be kept apart"
             )
         train = _own_rows(train_dataset, "train_dataset")
         validation = None if validation_dataset is None else _own_rows(validation_dataset, "validation_dataset")
@@ -180,8 +180,8 @@ def _loader(rows: TokenDataset, sampler: Any, config: TrainingConfig, world: Dis
 def collate_pairs(pairs: Sequence[Any]) -> Batch:
     """One Batch of (inputs, targets) pairs, dictionaries with these keys, or Batches of a row. Raises ValueError for others."""
     if isinstance(pairs[0], Batch):
-        documents = None if pairs[0].documents is None else torch.stack([p.documents for p in pairs])
-        return Batch(torch.stack([p.tokens for p in pairs]), torch.stack([p.targets for p in pairs]), documents)
+        document_ids = None if pairs[0].document_ids is None else torch.stack([p.document_ids for p in pairs])
+        return Batch(torch.stack([p.input_ids for p in pairs]), torch.stack([p.targets for p in pairs]), document_ids)
     pairs = [_pair_of(item) for item in pairs]
     inputs, targets = default_collate(pairs)
     if not isinstance(targets, Tensor):

@@ -123,8 +123,8 @@ class PackedRows(torch.utils.data.Dataset):
         border_rows, columns = self.stream.borders(positions, T + 1)
         begins[border_rows, columns] = 1
         targets[border_rows, columns - 1] = IGNORED_TARGET
-        documents = begins[:, :-1].cumsum(axis=1, dtype=np.int32)
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(documents))
+        document_ids = begins[:, :-1].cumsum(axis=1, dtype=np.int32)
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(document_ids))
 
 
 def identity_collate(batch: Batch) -> Batch:

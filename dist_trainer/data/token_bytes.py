@@ -42,7 +42,7 @@ class TokenBytes:
 
     def count(self, batch: Batch) -> int:
         """Bytes of the targets of `batch` that carry loss; call it while the batch is in host memory."""
-        targets, before = batch.targets.numpy(), batch.tokens.numpy()
+        targets, before = batch.targets.numpy(), batch.input_ids.numpy()
         counted = targets != IGNORED_TARGET
         targets, before = targets[counted], before[counted]
         return int(self.sizes[targets].sum() - (self.leads[targets] & self.borders[before]).sum())

@@ -88,7 +88,7 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
             )
     else:
         first = dataset[0]
-        row = (first if isinstance(first, Tensor) else first.tokens[0]).tolist()
+        row = (first if isinstance(first, Tensor) else first.input_ids[0]).tolist()
         most = min(PROMPT_TOKENS, config.data.sequence_length // 2, context - 1)
         prompt_tokens = prompt_before_answer(first, most=context - 1)
         if not prompt_tokens and (beginning := beginning_of(row, tokenizer, most=most - len(text_prefix(tokenizer)))):
@@ -131,7 +131,7 @@ def prompt_before_answer(row: Any, *, most: int) -> list[int]:
         return []
     carries_loss = (row.targets[0] != IGNORED_TARGET).nonzero()
     length = int(carries_loss[0]) + 1 if len(carries_loss) else 0
-    return row.tokens[0, :length].tolist() if 1 < length <= most else []
+    return row.input_ids[0, :length].tolist() if 1 < length <= most else []
 
 
 def beginning_of(row: Sequence[int], tokenizer: Any, *, most: int) -> list[int]:

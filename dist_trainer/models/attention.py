@@ -33,42 +33,42 @@ LARGEST_FLASH_HEAD = 256
 """Numbers of a head that torch's flash kernel takes at most."""
 
 
-def document_mask(documents: Tensor, *, head_size: int, drops_out: bool, dtype: torch.dtype) -> DocumentMask:
-    """The causal mask within `documents` [B, T], the number of each token's document in its row.
+def document_mask(document_ids: Tensor, *, head_size: int, drops_out: bool, dtype: torch.dtype) -> DocumentMask:
+    """The causal mask within `document_ids` [B, T], the number of each token's document in its row.
 
     FlexAttention's on GPUs, which pays for the tokens that are seen alone; but it must be compiled, takes no small heads,
     cannot drop out attention (`drops_out`), and on a CPU has no backward pass: there the exact mask serves, B * T * T numbers
     of `dtype`, that of the scores.
     """
-    suits = documents.device.type == "cuda" and head_size >= SMALLEST_FLEX_HEAD and not drops_out
+    suits = document_ids.device.type == "cuda" and head_size >= SMALLEST_FLEX_HEAD and not drops_out
     # What compiles the caller compiles this with it, and need not follow the question.
-    if suits and (torch.compiler.is_compiling() or missing_compiler(documents.device) is None):
-        return block_mask(documents)
-    return dense_document_mask(documents, dtype)
+    if suits and (torch.compiler.is_compiling() or missing_compiler(document_ids.device) is None):
+        return block_mask(document_ids)
+    return dense_document_mask(document_ids, dtype)
 
 
-def dense_document_mask(documents: Tensor, dtype: torch.dtype) -> Tensor:
+def dense_document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, 1, T, T] of `dtype`: 0 where query t (third) sees key s (last), else -inf.
 
     Not bool: each layer would make such numbers of it and keep them for its backward pass, where one tensor serves all layers.
     """
-    same = documents[:, None, :, None] == documents[:, None, None, :]
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     sees = same.logical_and_(same.new_ones(same.shape[-2:]).tril_())
     return torch.zeros(sees.shape, dtype=dtype, device=sees.device).masked_fill_(sees.logical_not_(), -math.inf)
 
 
-def block_mask(documents: Tensor) -> BlockMask:
+def block_mask(document_ids: Tensor) -> BlockMask:
     """The same for FlexAttention."""
     # Some versions of it import sympy, 0.4 s of every start.
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[batch, query] == documents[batch, key])
+        return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
-    rows, length = documents.shape
+    rows, length = document_ids.shape
     # Compiled, the T x T mask is never written out.
-    make = _compiled_on_gpu(create_block_mask, documents)
-    return make(sees, rows, None, length, length, device=documents.device)
+    make = _compiled_on_gpu(create_block_mask, document_ids)
+    return make(sees, rows, None, length, length, device=document_ids.device)
 
 
 def attend(

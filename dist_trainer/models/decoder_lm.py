@@ -190,24 +190,24 @@ class DecoderLM(nn.Module):
 
     def forward(
         self,
-        tokens: Tensor,
+        input_ids: Tensor,
         targets: Tensor | None = None,
         *,
-        documents: Tensor | None = None,
+        document_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of `tokens` [B, T]; with `targets` [B, T] the float32 sum of the token losses instead.
+        """Logits [B, T, V] of `input_ids` [B, T]; with `targets` [B, T] the float32 sum of the token losses instead.
 
-        `documents` [B, T], the number of each token's document in its row, keeps attention within documents; None: a row is
+        `document_ids` [B, T], the number of each token's document in its row, keeps attention within documents; None: a row is
         one. `cache` holds keys and values of the tokens before these (one new token at a time once it is not empty), all of
         one document. Raises ValueError where both are given.
         """
-        if documents is not None and cache is not None:
-            raise ValueError("documents: a cache holds tokens of one document; give documents or cache, not both")
-        mask = None if documents is None else self._document_mask(documents)
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids: a cache holds tokens of one document; give document_ids or cache, not both")
+        mask = None if document_ids is None else self._document_mask(document_ids)
         start = 0 if cache is None else cache.length
-        cos_TK, sin_TK = self._rotary_tables(start + tokens.shape[1], tokens.device)
-        x_BTD = self.dropout(self.embed_tokens(tokens))
+        cos_TK, sin_TK = self._rotary_tables(start + input_ids.shape[1], input_ids.device)
+        x_BTD = self.dropout(self.embed_tokens(input_ids))
         for block in self.layers:
             # With a cache each token has other shapes: a compiled block would be compiled for each of them.
             forward = block if cache is None else block.forward
@@ -217,10 +217,10 @@ class DecoderLM(nn.Module):
             return F.linear(x_BTD, self.head_weight)
         return linear_cross_entropy_sum(x_BTD.flatten(0, 1), self.head_weight, targets.flatten(), logit_loss=self.logit_loss)
 
-    def _document_mask(self, documents: Tensor) -> DocumentMask:
-        drops_out, kind = self.training and self.config.dropout > 0, documents.device.type
+    def _document_mask(self, document_ids: Tensor) -> DocumentMask:
+        drops_out, kind = self.training and self.config.dropout > 0, document_ids.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
-        return document_mask(documents, head_size=self.config.head_size, drops_out=drops_out, dtype=dtype)
+        return document_mask(document_ids, head_size=self.config.head_size, drops_out=drops_out, dtype=dtype)
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:

@@ -176,11 +176,11 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     any other the output is logits, or carries them as `.logits` (Hugging Face). Raises ConfigError where the batch's documents
     are to be kept apart and the model cannot.
     """
-    by_name = isinstance(batch.tokens, Mapping)
-    inputs, named = ((), dict(batch.tokens)) if by_name else ((batch.tokens,), {})
-    if getattr(batch, "documents", None) is not None:
-        refuse_model_without_documents(model)
-        named["documents"] = batch.documents
+    by_name = isinstance(batch.input_ids, Mapping)
+    inputs, named = ((), dict(batch.input_ids)) if by_name else ((batch.input_ids,), {})
+    if getattr(batch, "document_ids", None) is not None:
+        check_model_takes_document_ids(model)
+        named["document_ids"] = batch.document_ids
     if takes(model, "targets"):
         return model(*inputs, targets=batch.targets, **named)
     if takes(model, "use_cache"):
@@ -190,13 +190,19 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     return cross_entropy_sum(getattr(output, "logits", output), batch.targets)
 
 
-def refuse_model_without_documents(model: nn.Module) -> None:
-    """Raises ConfigError where `model` cannot keep the documents of a row apart."""
-    if not takes(model, "documents"):
+def check_model_takes_document_ids(model: nn.Module) -> None:
+    """Raises ConfigError if the forward of `model` has no parameter `document_ids`, which keeps documents apart."""
+    if takes(model, "document_ids"):
+        return
+    name = type(_inner(model)).__name__
+    if takes(model, "documents"):
         raise ConfigError(
-            f"data.document_mask: is true, but the forward of {type(_inner(model)).__name__} takes no `documents` by which to "
-            "keep them apart; set it to false, or data.packing to false for one document a row"
+            f"data.document_mask: the forward of {name} takes `documents`; rename the parameter to `document_ids`"
         )
+    raise ConfigError(
+        f"data.document_mask: is true, but the forward of {name} takes no `document_ids`, by which to keep documents apart; "
+        "set it to false, or data.packing to false for one document per sequence"
+    )
 
 
 def takes(model: nn.Module, parameter: str) -> bool:

@@ -32,7 +32,7 @@ from dist_trainer.distributed.watchdog import Guard
 from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
 from dist_trainer.generation.samples import sample_of
 from dist_trainer.huggingface.hub import is_hub_name
-from dist_trainer.models.loss import refuse_model_without_documents
+from dist_trainer.models.loss import check_model_takes_document_ids
 from dist_trainer.models.registry import (
     MODELS,
     ModelContext,
@@ -213,7 +213,7 @@ def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolde
     model = run_and_share_errors(world, lambda: build_model(config.model, model_context(config, world, tokenizer, start)))
     assert model is not None, "every rank builds one"
     if config.data.document_mask and config.data.packing:
-        refuse_model_without_documents(model)
+        check_model_takes_document_ids(model)
     metadata: dict[str, Any] = {
         "config": as_dict(config),
         "world_size": world.world_size,

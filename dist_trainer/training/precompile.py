@@ -81,7 +81,7 @@ def compiles_in_a_step(model: nn.Module, train_data: DataLoader, device: torch.d
     """Whether the first step would compile: `model` itself, or what keeps documents apart on a GPU, which always is."""
     if is_compiled(unwrap(model)):
         return True
-    return device.type == "cuda" and getattr(train_data.dataset[0], "documents", None) is not None
+    return device.type == "cuda" and getattr(train_data.dataset[0], "document_ids", None) is not None
 
 
 def _rows_of_blocks(validation_data: DataLoader) -> set[int]:

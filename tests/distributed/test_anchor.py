@@ -74,7 +74,7 @@ def plain_loop(config: TrainingConfig) -> tuple[list[dict[str, float]], float, d
 def summed_loss(model: DecoderLM, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Of the batch's targets, from logits in `dtype`."""
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        logits: Tensor = model(batch.tokens)
+        logits: Tensor = model(batch.input_ids)
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=-100, reduction="sum")
 
 

@@ -147,5 +147,5 @@ def test_of_a_model_that_only_its_code_describes_the_commands_say_what_they_cann
 def test_a_model_that_cannot_keep_documents_apart_is_refused_before_training(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path, model__name=f"{__name__}:bare", train__max_steps=2, data__document_mask=True)
     assert command(config, 1) == [2]
-    assert "data.document_mask: is true, but the forward of Sequential takes no `documents`" in capfd.readouterr().err
+    assert "data.document_mask: is true, but the forward of Sequential takes no `document_ids`" in capfd.readouterr().err
     assert run(changed(config, data__packing=False), 1) == [0]  # where each has a row of its own

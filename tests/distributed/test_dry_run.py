@@ -152,10 +152,12 @@ def trainer_of(config):
 
 def test_the_batch_is_as_large_as_any_can_be(stories, tmp_path):
     trainer = trainer_of(small_config(stories, tmp_path, data__packing=False, data__sequence_length=300))
-    assert max(batch.tokens.shape[1] for batch, _ in zip(trainer.train_data, range(20), strict=False)) < 300
+    assert max(batch.input_ids.shape[1] for batch, _ in zip(trainer.train_data, range(20), strict=False)) < 300
     batches, targets = largest_step(trainer)
     assert (
-        [tuple(batch.tokens.shape) for batch in batches] == [tuple(batch.targets.shape) for batch in batches] == [(2, 300)] * 4
+        [tuple(batch.input_ids.shape) for batch in batches]
+        == [tuple(batch.targets.shape) for batch in batches]
+        == [(2, 300)] * 4
     )
     assert targets == sum(batch.num_targets() for batch in batches)
     cost = rehearse(trainer)

@@ -276,13 +276,13 @@ class WithSpareParts(nn.Module):
         return logits, self.output(inputs)
 
     def loss(self, batch: Batch) -> Tensor:
-        return F.cross_entropy(self(batch.tokens)[0], batch.targets, reduction="sum")
+        return F.cross_entropy(self(batch.input_ids)[0], batch.targets, reduction="sum")
 
 
 @pytest.mark.parametrize(
     "loss_function",
     [
-        lambda model, batch: F.cross_entropy(model(batch.tokens)[0], batch.targets, reduction="sum"),
+        lambda model, batch: F.cross_entropy(model(batch.input_ids)[0], batch.targets, reduction="sum"),
         lambda model, batch: model.loss(batch),
         lambda model, batch: (model.loss(batch) + model.loss(batch)) / 2,
     ],

@@ -88,7 +88,7 @@ def test_flex_attention_keeps_documents_apart_as_the_exact_mask_does(compiles):
         model.to(device)
         if compiles and device == "cuda":
             compile_parts(model)
-        loss = model(tokens.to(device), tokens.roll(-1, 1).to(device), documents=None if apart is None else apart.to(device))
+        loss = model(tokens.to(device), tokens.roll(-1, 1).to(device), document_ids=None if apart is None else apart.to(device))
         loss.backward()
         found.append(model.layers[0].self_attn.q_proj.weight.grad.cpu())
     exact, flex, together = found

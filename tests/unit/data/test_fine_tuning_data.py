@@ -625,7 +625,7 @@ def test_every_answer_is_learnt_exactly_once_behind_its_own_prompt(packing, leng
     batch = rows.__getitems__(list(range(len(rows))))
     targets = batch.targets
     counted = targets != IGNORED_TARGET
-    assert (targets == batch.tokens + 1)[counted].all(), "each follows the token before it"
+    assert (targets == batch.input_ids + 1)[counted].all(), "each follows the token before it"
     expected = [
         int(store.tokens[place])
         for start, end in spans
@@ -635,11 +635,11 @@ def test_every_answer_is_learnt_exactly_once_behind_its_own_prompt(packing, leng
     assert sorted(targets[counted].tolist()) == expected
     assert counted.any(dim=1).all()
     if not packing:
-        assert batch.documents is None
+        assert batch.document_ids is None
         return
-    assert batch.tokens.shape == (len(rows), length)
+    assert batch.input_ids.shape == (len(rows), length)
     document_of = np.searchsorted(store.offsets, np.arange(len(store.tokens)), side="right") - 1
-    for tokens, numbers in zip(batch.tokens.tolist(), batch.documents.tolist(), strict=True):
+    for tokens, numbers in zip(batch.input_ids.tolist(), batch.document_ids.tolist(), strict=True):
         real = [(document_of[token - 1], number) for token, number in zip(tokens, numbers, strict=True) if token]
         assert len(set(real)) == len({document for document, _ in real}) == len({number for _, number in real})
         assert numbers == sorted(numbers)
@@ -650,16 +650,16 @@ def test_rows_do_not_depend_on_what_they_are_read_with():
     rows = BestFitPackedDataset(store, spans, 50, padding=0, packing=True)
     together = rows.__getitems__([3, 0, 3])
     for number, index in enumerate((3, 0, 3)):
-        assert rows[index].tokens[0].equal(together.tokens[number])
+        assert rows[index].input_ids[0].equal(together.input_ids[number])
         assert rows[index].targets[0].equal(together.targets[number])
-    assert together.documents is None
-    assert together.tokens.is_contiguous()
+    assert together.document_ids is None
+    assert together.input_ids.is_contiguous()
     assert together.targets.is_contiguous()
 
 
 def test_a_batch_of_one_document_a_row_is_as_long_as_its_longest():
     rows = BestFitPackedDataset(*marked_store([5, 9, 3], [1, 1, 1]), 64, padding=0, packing=False)
-    assert rows.__getitems__([0, 2]).tokens.tolist() == [[1, 2, 3, 4], [15, 16, 17, 0]]
+    assert rows.__getitems__([0, 2]).input_ids.tolist() == [[1, 2, 3, 4], [15, 16, 17, 0]]
     assert rows.__getitems__([0, 2]).targets.tolist() == [[2, 3, 4, 5], [16, 17, IGNORED_TARGET, IGNORED_TARGET]]
 
 
@@ -766,9 +766,9 @@ def test_worker_processes_change_nothing(tmp_path, packing):
     )
     for _ in range(3):
         ours, theirs = next(here), next(there)
-        assert ours.tokens.equal(theirs.tokens)
+        assert ours.input_ids.equal(theirs.input_ids)
         assert ours.targets.equal(theirs.targets)
-        assert (ours.documents is None) == (theirs.documents is None) == (not packing)
+        assert (ours.document_ids is None) == (theirs.document_ids is None) == (not packing)
 
 
 def test_a_column_of_messages_that_is_read_as_text_names_the_key_that_reads_them(tmp_path):

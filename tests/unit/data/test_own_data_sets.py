@@ -36,8 +36,8 @@ def first_batch(dataset: Any) -> Batch:
 )
 def test_items_become_inputs_and_targets(items: Any) -> None:
     batch = first_batch(items)
-    order = batch.tokens[:, 0].argsort()
-    assert torch.equal(batch.tokens[order], X)
+    order = batch.input_ids[:, 0].argsort()
+    assert torch.equal(batch.input_ids[order], X)
     assert torch.equal(batch.targets[order], Y)
     assert batch.num_targets() == 1
 
@@ -46,10 +46,10 @@ def test_inputs_may_be_dictionaries_and_lists_of_tensors() -> None:
     items = [({"x": x, "both": (x, 2 * x)}, y) for x, y in zip(X, Y, strict=True)]
     batch = collate_pairs(items)
     for same in (batch, batch.to(torch.device("cpu")), batch.shortened(0)):
-        assert torch.equal(same.tokens["x"], X)
-        assert torch.equal(same.tokens["both"][1], 2 * X)
+        assert torch.equal(same.input_ids["x"], X)
+        assert torch.equal(same.input_ids["both"][1], 2 * X)
     first = batch.first_rows(1)
-    assert torch.equal(first.tokens["both"][0], X[:1])
+    assert torch.equal(first.input_ids["both"][0], X[:1])
     assert torch.equal(first.targets, Y[:1])
 
 

@@ -30,7 +30,7 @@ def spans(fraction: float, *lengths: int) -> tuple[list[list[int]], list[list[in
 
 def read_all(rows: PackedRows):
     batch = rows.__getitems__(list(range(len(rows))))
-    return batch.tokens, batch.targets
+    return batch.input_ids, batch.targets
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 23, 24, 100])
@@ -83,19 +83,19 @@ def test_rows_gathered_at_once_are_those_of_a_plain_loop(dtype, length, left_out
     indices = [*random.integers(0, len(rows), 12).tolist(), len(rows) - 1, 0]
     tokens, targets, documents = rows_by_a_plain_loop(store, spans, length, indices, padding=9)
     batch = rows.__getitems__(indices)
-    assert (batch.tokens.tolist(), batch.targets.tolist(), batch.documents) == (tokens, targets, None)
-    assert batch.tokens.is_contiguous()
+    assert (batch.input_ids.tolist(), batch.targets.tolist(), batch.document_ids) == (tokens, targets, None)
+    assert batch.input_ids.is_contiguous()
     assert batch.targets.is_contiguous()
-    assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
 
     batch = apart.__getitems__(indices)
     within = [
         [target if one == other else IGNORED_TARGET for target, one, other in zip(row, numbers, numbers[1:], strict=False)]
         for row, numbers in zip(targets, documents, strict=True)
     ]
-    assert batch.documents.dtype == torch.int32
-    assert batch.documents.tolist() == [numbers[:-1] for numbers in documents]
-    assert (batch.tokens.tolist(), batch.targets.tolist()) == (tokens, within)
+    assert batch.document_ids.dtype == torch.int32
+    assert batch.document_ids.tolist() == [numbers[:-1] for numbers in documents]
+    assert (batch.input_ids.tolist(), batch.targets.tolist()) == (tokens, within)
 
 
 @pytest.mark.parametrize("length", [3, 8, 100])
@@ -113,26 +113,26 @@ def test_borders_are_where_documents_end_not_where_text_spells_the_end():
     eos = 2
     spelled = TokenStore(np.array([7, eos, 8, eos, 9, 9, eos], dtype=np.uint16), np.array([0, 4, 7]), "key")
     rows = PackedRows(TokenStream(spelled, np.array([[0, 4], [4, 7]])), 6, padding=eos, fingerprint="", document_mask=True)
-    assert rows[0].documents.tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert rows[0].document_ids.tolist() == [[0, 0, 0, 0, 1, 1]]
     assert rows[0].targets.tolist() == [[eos, 8, eos, IGNORED_TARGET, 9, eos]]
 
 
 def test_documents_go_wherever_their_batch_goes():
     rows = PackedRows(TokenStream(*documents(5, 11, 7)), 4, padding=0, fingerprint="", document_mask=True)
     together, alone = rows.__getitems__([2, 3]), rows[2]
-    assert together.to(torch.device("meta")).documents.shape == (2, 4)
-    assert together.shortened(1).documents.tolist() == together.documents[:, :-1].tolist()
+    assert together.to(torch.device("meta")).document_ids.shape == (2, 4)
+    assert together.shortened(1).document_ids.tolist() == together.document_ids[:, :-1].tolist()
     assert together.shortened(1).targets.tolist() == together.targets[:, :-1].tolist()
-    one_by_one = [Batch(batch.tokens[0], batch.targets[0], batch.documents[0]) for batch in (alone, rows[3])]
-    assert collate_pairs(one_by_one).documents.equal(together.documents)
-    without = [Batch(batch.tokens, batch.targets) for batch in one_by_one]
-    assert collate_pairs(without).documents is None
-    assert without[0].to(torch.device("cpu")).documents is None
+    one_by_one = [Batch(batch.input_ids[0], batch.targets[0], batch.document_ids[0]) for batch in (alone, rows[3])]
+    assert collate_pairs(one_by_one).document_ids.equal(together.document_ids)
+    without = [Batch(batch.input_ids, batch.targets) for batch in one_by_one]
+    assert collate_pairs(without).document_ids is None
+    assert without[0].to(torch.device("cpu")).document_ids is None
 
 
 def test_padding_targets_leaves_the_tokens_of_a_single_row_alone():
     rows = PackedRows(TokenStream(store(24)), 5, padding=0, fingerprint="")
-    assert rows[4].tokens.tolist() == [[20, 21, 22, 23, 0]]
+    assert rows[4].input_ids.tolist() == [[20, 21, 22, 23, 0]]
     assert rows[4].targets.tolist() == [[21, 22, 23, IGNORED_TARGET, IGNORED_TARGET]]
 
 
@@ -147,13 +147,13 @@ def test_parts_of_what_is_read_at_once_are_what_is_read_apart_and_know_their_tar
     rows = PackedRows(TokenStream(*documents(5, 11, 7, 9)), 4, padding=0, fingerprint="", document_mask=document_mask)
     together = rows.__getitems__([0, 7, 2, 5, 3])
     parts = together.split(2)
-    assert [len(part.tokens) for part in parts] == [2, 2, 1]
+    assert [len(part.input_ids) for part in parts] == [2, 2, 1]
     for part, indices in zip(parts, ([0, 7], [2, 5], [3]), strict=True):
         alone = rows.__getitems__(indices)
-        assert part.tokens.equal(alone.tokens)
+        assert part.input_ids.equal(alone.input_ids)
         assert part.targets.equal(alone.targets)
-        assert (part.documents is not None) == (alone.documents is not None) == document_mask
-        assert not document_mask or part.documents.equal(alone.documents)
+        assert (part.document_ids is not None) == (alone.document_ids is not None) == document_mask
+        assert not document_mask or part.document_ids.equal(alone.document_ids)
         assert alone.counted_targets is None
         assert part.num_targets() == part.counted_targets == alone.num_targets()
         assert part.first_rows(1).num_targets() == alone.first_rows(1).num_targets(), "of fewer rows it is to be counted anew"
@@ -198,7 +198,7 @@ def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
         [32, 33, 34, 35],
         [36, 37, eos, none],
     ]
-    assert batch.tokens[3, :3].tolist() == [35, 36, 37]
+    assert batch.input_ids[3, :3].tolist() == [35, 36, 37]
 
 
 def test_padded_rows_are_what_the_collator_makes_of_lists_of_numbers():
@@ -210,7 +210,7 @@ def test_padded_rows_are_what_the_collator_makes_of_lists_of_numbers():
     as_lists = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in chosen]
     padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)(as_lists)
     batch = PaddingCollator(tokenizer)(chosen)
-    assert batch.tokens.equal(padded["input_ids"][:, :-1])
+    assert batch.input_ids.equal(padded["input_ids"][:, :-1])
     targets = padded["input_ids"].masked_fill(padded["attention_mask"] == 0, IGNORED_TARGET)
     assert batch.targets.equal(targets[:, 1:])
     assert (batch.targets == IGNORED_TARGET).any()

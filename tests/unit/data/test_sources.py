@@ -336,7 +336,7 @@ def test_a_split_can_be_validated_on_by_name(tmp_path, caplog):
         tokenizer = load_tokenizer("austen")
         found = rows.validation_rows(config.data, tokenizer)
         assert found is not None
-        return tokenizer.decode(found.dataset[0].tokens[0].tolist()).split()[0]
+        return tokenizer.decode(found.dataset[0].input_ids[0].tolist()).split()[0]
 
     assert begins() == "val"
     assert "left out (test split): test.jsonl" in caplog.text
@@ -468,7 +468,7 @@ def test_bad_records_are_skipped_up_to_a_limit_and_each_is_named(tmp_path, caplo
     caplog.clear()
     rows = create_dataloaders(small(path, tmp_path, bad_records=4)).train.dataset
     expected = create_dataloaders(small(whole, tmp_path)).train.dataset
-    assert torch.equal(rows[0].tokens, expected[0].tokens)
+    assert torch.equal(rows[0].input_ids, expected[0].input_ids)
     assert len(rows) == len(expected)
     told = [message for message in caplog.messages if "skipped" in message]
     assert len(told) == 4
@@ -597,7 +597,7 @@ def test_the_loaders_carry_the_text_and_all_of_it(tmp_path):
     tokenizer = load_tokenizer("austen")
     expected = [i for story in STORIES for i in [*tokenizer(story)["input_ids"], tokenizer.eos_token_id]]
     rows = loaders.train.dataset
-    assert [int(rows[0].tokens[0, 0])] + [
+    assert [int(rows[0].input_ids[0, 0])] + [
         t for index in range(len(rows)) for t in rows[index].targets[0].tolist() if t >= 0
     ] == expected
 
@@ -610,7 +610,7 @@ def test_worker_processes_change_nothing(tmp_path, packing):
     )
     for _ in range(5):
         ours, theirs = next(here), next(there)
-        assert ours.tokens.equal(theirs.tokens)
+        assert ours.input_ids.equal(theirs.input_ids)
         assert ours.targets.equal(theirs.targets)
 
 
@@ -626,7 +626,7 @@ def test_data_sets_of_ones_own_are_paired_into_batches():
     loaders = create_dataloaders(TrainingConfig(batch=BatchConfig(4, 2)), train_dataset=pairs, validation_dataset=pairs)
     batch = next(iter(loaders.validation))
     assert batch.targets.tolist() == [0, 1]
-    assert batch.tokens.shape == (2, 3)
+    assert batch.input_ids.shape == (2, 3)
 
 
 def test_a_data_set_to_validate_on_gives_its_validation_split_or_all_of_itself(tmp_path):
@@ -644,7 +644,7 @@ def test_a_data_set_to_validate_on_gives_its_validation_split_or_all_of_itself(t
             )
         )
         _, validation = create_dataloaders(config, tokenizer=tokenizer)
-        assert tokenizer.decode(next(iter(validation)).tokens[0]).split()[:2] == [word, word]
+        assert tokenizer.decode(next(iter(validation)).input_ids[0]).split()[:2] == [word, word]
 
 
 def test_rows_of_ones_own_are_not_kept_apart_by_a_key():

@@ -127,7 +127,7 @@ def test_a_chat_template_alone_begins_conversations_and_one_that_leaves_it_out_i
 def test_samples_while_training_begin_with_it(monkeypatch, prompt):
     tokenizer = beginning_with("<s>")
     row = SimpleNamespace(
-        tokens=torch.tensor([[tokenizer.bos_token_id, *bare(tokenizer, TEXTS[1] * 9)]]),
+        input_ids=torch.tensor([[tokenizer.bos_token_id, *bare(tokenizer, TEXTS[1] * 9)]]),
         targets=torch.ones(1, 99),
     )
     monkeypatch.setattr("dist_trainer.generation.samples.can_generate", lambda _: True)

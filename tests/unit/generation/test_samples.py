@@ -87,8 +87,8 @@ def test_where_answers_alone_carry_loss_the_prompt_before_the_first_is_answered(
     assert made(model, never)["prompt"] == tokenizer.decode(tokens[:answer])
     assert answer > 16, "more than is shown of plain text"
     assert prompt_before_answer(rows[0], most=answer - 1) == []
-    assert prompt_before_answer(Batch(rows[0].tokens, torch.full_like(targets, IGNORED_TARGET)), most=99) == []
-    assert prompt_before_answer(Batch(rows[0].tokens, rows[0].tokens), most=99) == []
+    assert prompt_before_answer(Batch(rows[0].input_ids, torch.full_like(targets, IGNORED_TARGET)), most=99) == []
+    assert prompt_before_answer(Batch(rows[0].input_ids, rows[0].input_ids), most=99) == []
 
 
 MESSAGES = '[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who is [Emma]?"}]'

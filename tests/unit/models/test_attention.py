@@ -61,7 +61,7 @@ def separate() -> Batch:
 
 def logits_of_each(model: DecoderLM, batch: Batch) -> list[Tensor]:
     """Logits in the packed row, document by document, at the positions that have a token."""
-    logits = model(batch.tokens, documents=batch.documents)[0]
+    logits = model(batch.input_ids, document_ids=batch.document_ids)[0]
     ends = np.cumsum(DOCUMENT_LENGTHS)
     return [logits[end - length : min(end, ROW)] for end, length in zip(ends, DOCUMENT_LENGTHS, strict=True)]
 
@@ -114,11 +114,11 @@ LONG = [[3, 150, 47], [200], [130, 70]]
 def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
     model, documents = build(), documents_of(LONG)
     tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(1))
-    expected = model(tokens, documents=documents)
+    expected = model(tokens, document_ids=documents)
     asked = []
     monkeypatch.setattr(decoder_lm, "document_mask", lambda given, **named: asked.append(named) or block_mask(given))
     with pytest.warns(UserWarning, match="without torch.compile"):
-        found = model(tokens, documents=documents)
+        found = model(tokens, document_ids=documents)
     assert asked == [{"head_size": 8, "drops_out": False, "dtype": torch.float32}]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -248,7 +248,7 @@ def test_repeated_keys_and_values_give_the_same_outputs_and_gradients(monkeypatc
 def test_a_cache_and_documents_do_not_go_together():
     batch = packed()
     with pytest.raises(ValueError, match="not both"):
-        build()(batch.tokens, documents=batch.documents, cache=KeyValueCache(2))
+        build()(batch.input_ids, document_ids=batch.document_ids, cache=KeyValueCache(2))
 
 
 class Bare(torch.nn.Module):
@@ -258,24 +258,33 @@ class Bare(torch.nn.Module):
         super().__init__()
         self.inner = build()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.inner(tokens)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.inner(input_ids)
+
+
+class Before(Bare):
+    """A model written for the parameter's earlier name."""
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        return self.inner(tokens, document_ids=documents)
 
 
 class Knowing(Bare):
     """One that gives logits, and keeps documents apart."""
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        return self.inner(tokens, documents=documents)
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        return self.inner(input_ids, document_ids=document_ids)
 
 
 def test_a_model_gets_the_documents_if_it_takes_them_and_is_refused_if_it_does_not():
     batch = packed()
-    logits = build()(batch.tokens, documents=batch.documents)
+    logits = build()(batch.input_ids, document_ids=batch.document_ids)
     torch.testing.assert_close(model_loss(Knowing(), batch), cross_entropy_sum(logits, batch.targets))
-    with pytest.raises(ConfigError, match=r"data\.document_mask.*Bare"):
+    with pytest.raises(ConfigError, match=r"data\.document_mask.*Bare takes no `document_ids`"):
         model_loss(Bare(), batch)
-    assert model_loss(Bare(), replace(batch, documents=None)).isfinite()
+    with pytest.raises(ConfigError, match=r"the forward of Before takes `documents`; rename the parameter to `document_ids`"):
+        model_loss(Before(), batch)
+    assert model_loss(Bare(), replace(batch, document_ids=None)).isfinite()
     assert (batch.targets == IGNORED_TARGET).any()
 
 
@@ -293,10 +302,10 @@ def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_
     tokens = torch.randint(0, VOCABULARY, (3, 200), generator=torch.Generator().manual_seed(1))
     for lengths in (LONG, [[100, 100], [199, 1], [20, 30, 150]]):
         documents = documents_of(lengths)
-        expected = model(tokens, documents=documents)
+        expected = model(tokens, document_ids=documents)
         with monkeypatch.context() as other:
             other.setattr(decoder_lm, "document_mask", lambda given, **_: make(given))
-            torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(compiled(tokens, document_ids=documents), expected, atol=1e-5, rtol=1e-5)
     assert len(graphs) == 1
 
 
@@ -306,8 +315,8 @@ def test_compiled_either_mask_gives_the_same_logits(monkeypatch):
     model, compiled, documents = build(), build(), documents_of(LONG)
     compile_parts(compiled)
     tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(1))
-    expected = model(tokens, documents=documents)
-    torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
+    expected = model(tokens, document_ids=documents)
+    torch.testing.assert_close(compiled(tokens, document_ids=documents), expected, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(decoder_lm, "document_mask", lambda given, **_: block_mask(given))
     with torch.no_grad():
-        torch.testing.assert_close(compiled(tokens, documents=documents), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(compiled(tokens, document_ids=documents), expected, atol=1e-5, rtol=1e-5)

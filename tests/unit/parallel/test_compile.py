@@ -124,7 +124,7 @@ def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(monk
 
     def loss_function(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         seen.append(state())
-        return model(batch.tokens.float()).sum()
+        return model(batch.input_ids.float()).sum()
 
     monkeypatch.setattr("dist_trainer.training.precompile.is_compiled", lambda _: True)
     config, model = TrainingConfig(batch=BatchConfig(global_batch_size=2)), torch.nn.Linear(8, 1)

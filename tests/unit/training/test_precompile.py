@@ -12,7 +12,7 @@ from dist_trainer.training.precompile import compiles_in_a_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 PAIR = (torch.arange(8), torch.arange(8))
-WHOLE, APART = Batch(*PAIR), Batch(*PAIR, documents=torch.zeros(8, dtype=torch.int32))
+WHOLE, APART = Batch(*PAIR), Batch(*PAIR, document_ids=torch.zeros(8, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(
