@@ -174,7 +174,7 @@ def _write_text(workload: Workload) -> None:
 
 def _rows_in_order(workload: Workload) -> np.ndarray:
     from dist_trainer import DistributedContext, create_dataloaders
-    from dist_trainer.config.loading import load_config
+    from dist_trainer.run.configure import load_config
 
     config = load_config(["--config", str(workload.folder / "config.yaml")])
     with DistributedContext.join(config.distributed) as world:

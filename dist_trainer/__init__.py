@@ -9,7 +9,6 @@ from dist_trainer.version import __version__
 
 if TYPE_CHECKING:
     from dist_trainer.checkpoint.manager import CheckpointManager
-    from dist_trainer.config.loading import load_config
     from dist_trainer.config.schema import TrainingConfig
     from dist_trainer.data.batch import Batch
     from dist_trainer.data.loader import create_dataloaders
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from dist_trainer.models.registry import make_weight_saver
     from dist_trainer.optim.registry import build_optimizer
     from dist_trainer.parallel.registry import parallelize
+    from dist_trainer.run.configure import load_config
     from dist_trainer.training.trainer import Trainer
 
 _HOMES = {
@@ -30,7 +30,7 @@ _HOMES = {
     "DistributedContext": "distributed.context",
     "build_optimizer": "optim.registry",
     "create_dataloaders": "data.loader",
-    "load_config": "config.loading",
+    "load_config": "run.configure",
     "load_tokenizer": "data.tokenizers",
     "parallelize": "parallel.registry",
     "make_weight_saver": "models.registry",

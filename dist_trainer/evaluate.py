@@ -64,8 +64,9 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
     # Values of training's keys must not be taken for RUN: they are split off before argparse sees them.
     own_words, rest = split_off_keys(sys.argv[1:] if argv is None else argv)
     arguments = argument_parser().parse_args(own_words)
-    from dist_trainer.config.loading import keys_given, load_config
+    from dist_trainer.config.loading import keys_given
     from dist_trainer.huggingface.initial_model import model_folder
+    from dist_trainer.run.configure import load_config
     from dist_trainer.tracking.run_reader import run_folder_of
 
     harness = harness_fields(arguments, keys_given(rest))

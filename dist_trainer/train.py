@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Listening comes before all else that takes time, and a config error before a signal: another rank that found
             # the same error may be gone already, and torchrun's SIGTERM must not keep this one from saying it.
             from dist_trainer.config.cli import pop_dry_run
-            from dist_trainer.config.loading import load_config
+            from dist_trainer.run.configure import load_config
 
             words, is_dry_run = pop_dry_run(argv)
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
@@ -36,21 +36,23 @@ from dist_trainer.config.keys import (
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.presets import preset_keys, presets_in_words
 from dist_trainer.config.rules import broken_rules
-from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.schema import SHAPE_FIELDS, TrainingConfig, keys_in_use
 from dist_trainer.config.sweep_run import in_folder_of_its_own
 from dist_trainer.config.yaml_files import Assignment, read_assignments
-from dist_trainer.distributed.launch_env import place_of_this_process
 from dist_trainer.errors import ConfigError, RefusedError
-from dist_trainer.huggingface.initial_model import SHAPE_FIELDS, derived_keys, keys_in_use
 from dist_trainer.version import VERSION_LINE
 
 
-def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> TrainingConfig:
-    """The config that the command line `argv` (default: this process's) asks for; later files and arguments win.
-
-    `trains`: whether a run is to come of it, so that the ranks there are must be able to share the global batch evenly.
-    `--help`, `--version`, `--print_config` and `--print_completion` print and raise SystemExit(0). Raises ConfigError with
-    every problem found.
+def config_from_argv(
+    argv: Sequence[str] | None,
+    *,
+    trains: bool,
+    count_ranks: Callable[[], int],
+    derive_keys: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> TrainingConfig:
+    """What run.configure.load_config returns. This package knows neither launchers nor models, so it is given both:
+    `count_ranks` returns the number of ranks; `derive_keys` returns values for dotted keys that the ones set imply. Either may
+    raise RefusedError, which is reported together with all other problems.
     """
     arguments = parse_argv(sys.argv[1:] if argv is None else argv)
     if arguments.help_on is not None:
@@ -62,7 +64,7 @@ def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> Tr
     if arguments.shell is not None:
         _raise_all(arguments.problems)
         _print_and_leave(completion_script(arguments.shell))
-    config = _resolve(arguments, trains=trains)
+    config = _resolve(arguments, trains, count_ranks, derive_keys)
     if "--print_config" in arguments.flags:
         _print_and_leave(dump_config(config))
     return config
@@ -94,7 +96,7 @@ def dump_config(config: TrainingConfig) -> str:
 def as_dict(config: TrainingConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values; without the keys of the model section that have no meaning for its model."""
     plain = dataclasses.asdict(config)
-    plain["model"] = {name: value for name, value in plain["model"].items() if name in keys_in_use(config)}
+    plain["model"] = {name: value for name, value in plain["model"].items() if name in keys_in_use(config.model)}
     plain["optim"]["betas"] = list(config.optim.betas)
     return plain
 
@@ -110,13 +112,22 @@ def config_differences(before: TrainingConfig | Mapping[str, Any], now: Training
 # ------------------------------------------------------------------------------------------------ the parts
 
 
-def _resolve(arguments: Arguments, *, trains: bool) -> TrainingConfig:
+def _resolve(
+    arguments: Arguments,
+    trains: bool,
+    count_ranks: Callable[[], int],
+    derive_keys: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> TrainingConfig:
     problems = list(arguments.problems)
     asked = _asked_for(arguments, problems)
-    ranks = _ranks(problems)
-    following = _keys_from_elsewhere(arguments.preset, asked, problems, ranks=ranks or 1)
+    ranks = 1
+    try:
+        ranks = count_ranks()
+    except RefusedError as error:
+        problems.append(str(error))
+    following = _keys_from_elsewhere(arguments.preset, asked, problems, ranks, derive_keys)
     resolved = in_folder_of_its_own(_config_of({**following, **asked.values}))
-    broken = broken_rules(resolved, world_size=ranks if trains else None)
+    broken = broken_rules(resolved, world_size=ranks if trains and ranks > 1 else None)
     _raise_all(problems + [_with_place(problem, asked.places) for problem in broken])
     return resolved
 
@@ -168,7 +179,13 @@ def _asked_for(arguments: Arguments, problems: list[str]) -> _Asked:
     return asked
 
 
-def _keys_from_elsewhere(preset: str | None, asked: _Asked, problems: list[str], *, ranks: int) -> dict[str, Any]:
+def _keys_from_elsewhere(
+    preset: str | None,
+    asked: _Asked,
+    problems: list[str],
+    ranks: int,
+    derive_keys: Callable[[Mapping[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
     """Values for keys that nobody asked for: the preset's, or those of the model to start from."""
     initial = asked.values.get("model.init_from")
     if preset is not None and initial is not None:
@@ -186,7 +203,7 @@ def _keys_from_elsewhere(preset: str | None, asked: _Asked, problems: list[str],
         for group in ([f"model.{name}" for name in SHAPE_FIELDS], ["model.dropout"], ["data.tokenizer"]):
             asked.drop_defaults(group)
     try:
-        return derived_keys(asked.values)
+        return derive_keys(asked.values)
     except RefusedError as error:
         problems += [_with_place(problem, asked.places) for problem in str(error).splitlines()]
         return {}
@@ -245,16 +262,6 @@ def _parser(kind: Any) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     return parser
-
-
-def _ranks(problems: list[str]) -> int | None:
-    """How many a launcher has started; None without one. Adds to `problems` where its variables make no sense."""
-    try:
-        ranks = place_of_this_process().world_size
-    except ConfigError as error:
-        problems.append(str(error))
-        return None
-    return ranks if ranks > 1 else None
 
 
 def _raise_all(problems: Sequence[str]) -> None:

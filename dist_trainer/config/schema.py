@@ -5,7 +5,7 @@ The sentence under a key is what `--help` and docs/configuration.md show.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -294,3 +294,16 @@ class TrainingConfig:
     def run_folder(self) -> Path:
         """The run's folder; `~` in output_dir is the home folder."""
         return user_path(self.output_dir) / self.run_name
+
+
+LLAMA, TRANSFORMERS = "decoder_lm", "hf"
+"""Values of model.name: DecoderLM, a Llama; and any causal language model of transformers."""
+SHAPE_FIELDS = tuple(field.name for field in fields(ModelConfig) if field.name not in ("name", "init_from", "dropout"))
+"""Keys of the model section that a model's config.json determines."""
+
+
+def keys_in_use(model: ModelConfig) -> frozenset[str]:
+    """The fields of the model section that this kind of model reads."""
+    if model.name == TRANSFORMERS:
+        return frozenset(("name", "init_from"))
+    return frozenset(field.name for field in fields(ModelConfig))

@@ -7,14 +7,12 @@ model's own shape, not defaults.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.keys import as_written
-from dist_trainer.config.paths import is_same_path, user_path
-from dist_trainer.config.schema import ModelConfig, TrainingConfig
-from dist_trainer.config.yaml_files import load_yaml
+from dist_trainer.config.paths import user_path
+from dist_trainer.config.schema import LLAMA, SHAPE_FIELDS, TRANSFORMERS, ModelConfig
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.huggingface.hub import is_hub_name, model_from_hub
 from dist_trainer.huggingface.llama_config import read_hf_config
@@ -22,18 +20,15 @@ from dist_trainer.huggingface.model_files import CONFIG_FILE, check_model_folder
 from dist_trainer.huggingface.model_folders import TOKENIZER_FILES, model_folders
 from dist_trainer.storage.manifest import MANIFEST
 
-LLAMA, TRANSFORMERS = "decoder_lm", "hf"
-OUTSIDE_THE_SHAPE = ("name", "init_from", "dropout")
-SHAPE_FIELDS = tuple(field.name for field in fields(ModelConfig) if field.name not in OUTSIDE_THE_SHAPE)
 _NO_FOLDER = "is not a folder; give a run, a checkpoint, a Hugging Face model folder, or a name on the Hub"
 
 
-def derived_keys(asked: Mapping[str, Any]) -> dict[str, Any]:
+def derived_keys(asked: Mapping[str, Any], of_run: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Values for keys that `asked` (dotted keys that the user has set) leaves open: the model's shape, and its tokenizer.
 
-    Those of the run itself, where one that began from the same model can go on: the model may have gone, or changed. Raises
-    ConfigError where a key that was set contradicts the model, where there is no model, or where it is none that
-    model.name can train.
+    `of_run`: the dotted keys of a run that started from the same model and is resumed; the model may have been moved or changed
+    since, so these count. Raises ConfigError if a key that was set contradicts the model, if there is no model, or if
+    model.name cannot train it.
     """
     name, init_from = asked.get("model.name", LLAMA), asked.get("model.init_from")
     if init_from is None or name not in (LLAMA, TRANSFORMERS):
@@ -42,9 +37,8 @@ def derived_keys(asked: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError("\n".join(problems))
     shape = [f"model.{field}" for field in SHAPE_FIELDS] if name == LLAMA else []
     wanted = [key for key in (*shape, "data.tokenizer") if key not in asked]
-    begun = _keys_of_the_run(asked)
-    if begun is not None and all(key in begun for key in wanted):
-        return {key: begun[key] for key in wanted}
+    if of_run is not None and all(key in of_run for key in wanted):
+        return {key: of_run[key] for key in wanted}
     if not wanted and not user_path(init_from).is_dir():
         return {}  # nothing to ask the Hub for, or a folder that has gone since all keys were written down
     folder = model_folder(init_from, weights=False)
@@ -79,12 +73,6 @@ def model_folder(named: str, *, weights: bool, key: str = "model.init_from") -> 
 def described_in(folder: Path) -> Path | None:
     """The folder with config.json that a run, a checkpoint or a model's folder means; None where there is none."""
     return next((found for found in model_folders(folder) if (found / CONFIG_FILE).is_file()), None)
-
-
-def keys_in_use(config: TrainingConfig) -> frozenset[str]:
-    """The fields of the model section that this config's model reads."""
-    names = frozenset(field.name for field in fields(ModelConfig))
-    return frozenset(("name", "init_from")) if config.model.name == TRANSFORMERS else names
 
 
 def _keys_without_meaning(asked: Mapping[str, Any]) -> list[str]:
@@ -128,18 +116,3 @@ def _tokenizer_beside(folder: Path, init_from: str) -> str | None:
     if any((found / name).is_file() for found in model_folders(folder) for name in TOKENIZER_FILES):
         return init_from
     return None
-
-
-def _keys_of_the_run(asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The dotted keys of model and data with which the run began that goes on now; None where none does."""
-    defaults = TrainingConfig()
-    folder = user_path(asked.get("output_dir", defaults.output_dir)) / asked.get("run_name", defaults.run_name)
-    if asked.get("checkpoint.resume") == "never" or not any((folder / "checkpoints").glob("step-*")):
-        return None
-    try:
-        saved = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
-        keys = {f"{section}.{name}": value for section in ("model", "data") for name, value in saved[section].items()}
-    except (OSError, ValueError, ConfigError, KeyError, TypeError, AttributeError):
-        return None
-    is_same = keys.get("model.name") == asked.get("model.name", LLAMA)
-    return keys if is_same and is_same_path(keys.get("model.init_from"), asked["model.init_from"]) else None

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.registry import build
-from dist_trainer.config.schema import ModelConfig
+from dist_trainer.config.schema import SHAPE_FIELDS, ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError, RefusedError, counted
 from dist_trainer.huggingface import transformers_models
-from dist_trainer.huggingface.initial_model import SHAPE_FIELDS, contradictions, model_folder
+from dist_trainer.huggingface.initial_model import contradictions, model_folder
 from dist_trainer.huggingface.llama_config import read_hf_config, with_end_token
 from dist_trainer.huggingface.meta_init import materialize, meta_init
 from dist_trainer.huggingface.model_files import CONFIG_FILE, WEIGHTS_FILE

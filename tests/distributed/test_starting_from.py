@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dist_trainer import evaluate, generate
-from dist_trainer.config.loading import as_dict, dump_config, load_config
+from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.run.configure import load_config
 from tests.distributed.small_runs import (
     changed,
     command,
@@ -336,8 +337,8 @@ def test_training_decoder_lm_imports_no_model_code_of_transformers(stories, tmp_
     import sys
 
     script = (
-        "import sys\nfrom dist_trainer.config.loading import load_config\nfrom dist_trainer import assembly\n"
-        "assert assembly.run(load_config(sys.argv[1:])) == 0\n"
+        "import sys\nfrom dist_trainer.run.build import run\nfrom dist_trainer.run.configure import load_config\n"
+        "assert run(load_config(sys.argv[1:])) == 0\n"
         "assert not [name for name in sys.modules if name.startswith('transformers.models.llama.modeling')]\n"
         "assert 'transformers.modeling_utils' not in sys.modules\n"
     )

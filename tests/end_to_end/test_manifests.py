@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_trainer.config.loading import load_config
+from dist_trainer.run.configure import load_config
 from tests.end_to_end.test_launch_files import REPOSITORY, stand_in_under
 
 KUBEFLOW = list(yaml.safe_load_all((REPOSITORY / "launch/kubeflow.yaml").read_text()))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.distributed.watchdog import MARGIN_SECONDS
+from dist_trainer.run.configure import load_config
 from dist_trainer.storage.processes import ProcessId, environment_of
 from tests.distributed import small_runs
 from tests.end_to_end.commands import ROOT, SMALL, environment, lines, status

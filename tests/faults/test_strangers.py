@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.errors import ConfigError
+from dist_trainer.run.configure import load_config
 from dist_trainer.storage.manifest import MANIFEST, describe_files, read_manifest
 from tests.faults.conftest import a_run
 from tests.faults.damage import contents

@@ -16,7 +16,7 @@ import pytest
 import torch._dynamo  # noqa: F401  three seconds in each forked rank otherwise
 import transformers  # noqa: F401
 
-from dist_trainer.config.loading import load_config
+from dist_trainer.run.configure import load_config
 from tests.distributed import small_runs
 from tests.end_to_end.commands import environment
 from tests.slurm import hosts, jobs

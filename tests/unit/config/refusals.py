@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.errors import ConfigError
+from dist_trainer.run.configure import load_config
 
 
 def refused(*argv: str) -> str:

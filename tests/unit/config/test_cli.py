@@ -13,8 +13,8 @@ import pytest
 from dist_trainer.config.cli import CONSOLE_SCRIPT, MODULE, pop_dry_run, program
 from dist_trainer.config.help import WIDTH, help_text
 from dist_trainer.config.keys import leaf_types, section_classes, sentences_by_key
-from dist_trainer.config.loading import load_config
 from dist_trainer.config.presets import PRESETS
+from dist_trainer.run.configure import load_config
 from dist_trainer.train import main
 from tests.unit.config.refusals import refused
 

@@ -13,8 +13,8 @@ import pytest
 
 from dist_trainer.config import completion
 from dist_trainer.config.keys import leaf_types
-from dist_trainer.config.loading import load_config
 from dist_trainer.errors import ConfigError
+from dist_trainer.run.configure import load_config
 
 
 def test_every_key_can_be_completed_with_the_values_it_may_have():

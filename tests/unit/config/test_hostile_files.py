@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.config.yaml_files import load_yaml
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.huggingface.llama_config import read_hf_config
+from dist_trainer.run.configure import load_config
 from dist_trainer.tracking.run_reader import _read_config
 
 ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(

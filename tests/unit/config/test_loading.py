@@ -10,7 +10,7 @@ import pytest
 
 from dist_trainer.config.aliases import NOT_KEYS, OTHER_NAMES, OTHER_VALUES
 from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of
-from dist_trainer.config.loading import config_differences, dump_config, load_config, validated
+from dist_trainer.config.loading import config_differences, dump_config, validated
 from dist_trainer.config.registry import build, resolve
 from dist_trainer.config.registry_names import ROW_NAMES
 from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
@@ -21,6 +21,7 @@ from dist_trainer.optim.registry import OPTIMIZERS
 from dist_trainer.optim.schedules import SCHEDULES
 from dist_trainer.parallel.registry import STRATEGIES
 from dist_trainer.run.build import check_rows
+from dist_trainer.run.configure import load_config
 from dist_trainer.storage.cache_dir import default_cache_dir
 from tests.unit.config.refusals import refused
 

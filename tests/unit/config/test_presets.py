@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.meta_init import meta_init
 from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.run.configure import load_config
 
 DEFAULT = Path(__file__).parents[3] / "configs" / "default.yaml"
 BY_COMPUTE = ("1m", "10m", "30m")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_trainer.config.loading import dump_config, load_config
+from dist_trainer.config.loading import dump_config
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.run.configure import load_config
 from tests.unit.config.refusals import refused
 
 ROOT = Path(__file__).parents[3]

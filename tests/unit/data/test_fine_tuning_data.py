@@ -17,7 +17,6 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import store_building, text_pieces
 from dist_trainer.data.batch import IGNORED_TARGET
@@ -34,6 +33,7 @@ from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_of
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError
+from dist_trainer.run.configure import load_config
 from tests.unit.data.dying import die_at_record
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dist_trainer.config.loading import load_config
 from dist_trainer.distributed.launch_env import Place, place_of_this_process
 from dist_trainer.errors import ConfigError
+from dist_trainer.run.configure import load_config
 
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", **MEETING}

@@ -18,14 +18,14 @@ RANKS = 3
 # As each rank of one machine; the slow one is still loading when the others have found the error.
 CODE = """
 import sys, time
-from dist_trainer.config import loading
+from dist_trainer.run import configure
 from dist_trainer.train import main
-load = loading.load_config
+load = configure.load_config
 def slowly(argv):
     print("loading", flush=True)
     time.sleep(float(sys.argv[1]))
     return load(argv)
-loading.load_config = slowly
+configure.load_config = slowly
 sys.exit(main(["--seed", "x"]))
 """
 

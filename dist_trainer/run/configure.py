@@ -1,0 +1,48 @@
+"""From a command line to a TrainingConfig, with what the launcher, the initial model and an earlier run imply. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dist_trainer.config.loading import config_from_argv
+from dist_trainer.config.paths import is_same_path, user_path
+from dist_trainer.config.schema import LLAMA, TrainingConfig
+from dist_trainer.config.yaml_files import load_yaml
+from dist_trainer.distributed.launch_env import place_of_this_process
+from dist_trainer.errors import ConfigError
+from dist_trainer.huggingface.initial_model import derived_keys
+
+
+def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> TrainingConfig:
+    """The config that the command line `argv` (default: this process's) asks for; later files and arguments win.
+
+    `trains`: whether a run follows, so that the global batch must divide evenly among the ranks. `--help`, `--version`,
+    `--print_config` and `--print_completion` print and raise SystemExit(0). Raises ConfigError with every problem found.
+    """
+    return config_from_argv(
+        argv,
+        trains=trains,
+        count_ranks=lambda: place_of_this_process().world_size,
+        derive_keys=lambda keys: derived_keys(keys, _keys_of_earlier_run(keys)),
+    )
+
+
+def _keys_of_earlier_run(keys: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The dotted keys of model and data of the run that the config with these `keys` resumes; None if it resumes none, or if
+    that one started from another model.
+    """
+    defaults = TrainingConfig()
+    folder = user_path(keys.get("output_dir", defaults.output_dir)) / keys.get("run_name", defaults.run_name)
+    is_resumed = keys.get("checkpoint.resume") != "never" and any((folder / "checkpoints").glob("step-*"))
+    if "model.init_from" not in keys or not is_resumed:
+        return None
+    try:
+        saved = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
+        of_run = {f"{section}.{name}": value for section in ("model", "data") for name, value in saved[section].items()}
+    except (OSError, ValueError, ConfigError, KeyError, TypeError, AttributeError):
+        return None
+    is_same_model = of_run.get("model.name") == keys.get("model.name", LLAMA) and is_same_path(
+        of_run.get("model.init_from"), keys["model.init_from"]
+    )
+    return of_run if is_same_model else None
