@@ -20,11 +20,16 @@ Each message names the key or the path, the value, and the remedy; commands prin
 
 from __future__ import annotations
 
+EXIT_FINISHED = 0
+EXIT_CRASHED = 1
+EXIT_PREEMPTED = 75
+"""Stopped by a signal after saving; EX_TEMPFAIL of sysexits.h: rerunning the same command resumes the run."""
+
 
 class DistTrainerError(Exception):
     """Base of all errors that end in a message and an exit code."""
 
-    exit_code = 1
+    exit_code = EXIT_CRASHED
 
 
 class RefusedError(DistTrainerError):
@@ -98,7 +103,7 @@ class LauncherLostError(DistTrainerError):
 class StoppedError(DistTrainerError):
     """A signal asked to stop before training began: there is nothing to save."""
 
-    exit_code = 75
+    exit_code = EXIT_PREEMPTED
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number} before the first step; the same command begins again")

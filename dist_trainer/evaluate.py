@@ -18,9 +18,9 @@ from typing import Any
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.launch_env import place_of_this_process
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import EXIT_FINISHED, ConfigError
 from dist_trainer.huggingface.model_folders import model_folders
-from dist_trainer.run.cli import EXIT_FINISHED, end_process, run_cli
+from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.storage.manifest import read_json
 from dist_trainer.tracking.jsonl_tracker import encode_line
 from dist_trainer.version import VERSION_LINE
@@ -216,6 +216,7 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
     from dist_trainer.huggingface.weights import find_model
     from dist_trainer.models.loss import model_loss
     from dist_trainer.models.registry import open_model, refuse_lack_of_room
+    from dist_trainer.parallel.cpu.memory import keep_freed_memory
     from dist_trainer.tracking.run_log import configure_logging
     from dist_trainer.training.precision import build_precision, warn_of_emulated_bf16
     from dist_trainer.training.validation import evaluate
@@ -223,6 +224,8 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
     tokenizer_key, data_key = ((typed or {}).get(key, key) for key in (DATA_TOKENIZER, DATA_VALIDATION))
     with DistributedContext.join(config.distributed) as world:
         configure_logging(None, rank=world.rank)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         # Before data, which may take long; a model of the Hub so far without its weights.
         folder = local_rank0_first(world, lambda: model_folder(str(path), weights=True, key="RUN"))
         find_model(folder)

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from dist_trainer.config.paths import user_path
 from dist_trainer.distributed.launch_env import place_of_this_process
-from dist_trainer.errors import ConfigError, DataError, counted
-from dist_trainer.run.cli import EXIT_FINISHED, end_process, run_cli
+from dist_trainer.errors import EXIT_FINISHED, ConfigError, DataError, counted
+from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.tracking.formatting import printable
 from dist_trainer.version import VERSION_LINE
 

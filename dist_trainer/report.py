@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_trainer.config.paths import user_path
-from dist_trainer.errors import ConfigError
-from dist_trainer.run.cli import EXIT_FINISHED, end_process, run_cli
+from dist_trainer.errors import EXIT_FINISHED, ConfigError
+from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.version import VERSION_LINE
 
 DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."

@@ -24,7 +24,6 @@ from dist_trainer.distributed.rendezvous import meet
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.distributed.watchdog import Guard
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError, counted
-from dist_trainer.parallel.cpu.memory import keep_freed_memory
 
 CONTROL_TIMEOUT = timedelta(days=7)
 """Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
@@ -75,8 +74,6 @@ class DistributedContext(Place):
         device = _device_of(place, config.backend)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        else:
-            keep_freed_memory()
         heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.timeout_minutes)
         stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
         guard = guard or begin_as_rank()

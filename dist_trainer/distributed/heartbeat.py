@@ -35,7 +35,7 @@ from dist_trainer.distributed.beats import (
     judge,
     silent_ranks,
 )
-from dist_trainer.run.cli import EXIT_CRASHED
+from dist_trainer.errors import EXIT_CRASHED
 from dist_trainer.storage.processes import ProcessId
 
 log = logging.getLogger(__name__)

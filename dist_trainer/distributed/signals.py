@@ -20,8 +20,9 @@ from types import FrameType
 from typing import Any
 
 from dist_trainer.errors import StoppedError
-from dist_trainer.run.cli import STOP_SIGNALS, heeded_stop_signals
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""What asks a run to stop. SIGHUP: its terminal was closed, or the connection to it was lost."""
 SECONDS_TO_RAISE_AGAIN = 0.5
 """A tick: so often StoppedError is raised anew where it was swallowed."""
 TICKS_TO_CLEAN_UP = 10
@@ -31,6 +32,11 @@ PATIENCE = 3
 closing a terminal may send several, from the shell, the kernel and the session manager."""
 _GOODBYE = b"\0"
 """No signal has the number 0."""
+
+
+def heeded_stop_signals() -> list[signal.Signals]:
+    """The STOP_SIGNALS to handle: without SIGHUP if this process was started to ignore it, as by nohup."""
+    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class StopRequest:

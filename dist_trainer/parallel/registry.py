@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_trainer.config.registry import build
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.parallel.compile import compile_parts, should_compile
+from dist_trainer.parallel.cpu.memory import keep_freed_memory
 from dist_trainer.parallel.ddp import LossDDP, ddp
 
 
@@ -37,6 +38,8 @@ def parallelize(
     `flops`: floating-point operations of the whole run, where known, by which `auto` decides. `varying_length`: of the
     sequences, from batch to batch. For all ranks; raises ConfigError on each where one of them cannot compile.
     """
+    if world.device.type == "cpu":
+        keep_freed_memory()
     if should_compile(compile, world, flops):
         compile_parts(model, varying_length=varying_length)
     row = "ddp" if strategy == "auto" else strategy  # which leaves a single process as it is

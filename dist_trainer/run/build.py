@@ -29,7 +29,7 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.launcher import launcher
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.distributed.watchdog import Guard
-from dist_trainer.errors import CheckpointError, RefusedError, StoppedError
+from dist_trainer.errors import EXIT_FINISHED, CheckpointError, RefusedError, StoppedError
 from dist_trainer.generation.samples import sample_of
 from dist_trainer.huggingface.hub import is_hub_name
 from dist_trainer.models.loss import check_model_takes_document_ids
@@ -50,7 +50,6 @@ from dist_trainer.optim.schedules import (
     warn_of_unfinished_warmup,
 )
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
-from dist_trainer.run.cli import EXIT_FINISHED
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.lifecycle import (
     SaveNotes,

@@ -17,16 +17,19 @@ from typing import NoReturn
 
 from dist_trainer.config.secrets import MaskedStream, masked
 from dist_trainer.distributed.launch_env import Place, place_or_none
-from dist_trainer.errors import DistTrainerError, LauncherLostError, MissingPackageError, PeerLostError, StoppedError
+from dist_trainer.distributed.signals import heeded_stop_signals
+from dist_trainer.errors import (
+    EXIT_CRASHED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    DistTrainerError,
+    LauncherLostError,
+    MissingPackageError,
+    PeerLostError,
+    StoppedError,
+)
 from dist_trainer.storage.cache_dir import ensure_home
 
-EXIT_FINISHED = 0
-EXIT_CRASHED = 1
-EXIT_PREEMPTED = 75
-"""Stopped by a signal after saving; EX_TEMPFAIL of sysexits.h: the same command goes on from there."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""What asks a run to stop. SIGHUP: its terminal was closed, or the connection to it was lost."""
 HOLD_BACK_SECONDS = 5.0
 """How long ranks that don't speak let the one that does go first."""
 
@@ -132,11 +135,6 @@ def _says(error: DistTrainerError, place: Place | None) -> bool:
     if isinstance(error, PeerLostError) and error.told_by is not None:
         return place.rank == error.told_by
     return place.local_rank == 0
-
-
-def heeded_stop_signals() -> list[signal.Signals]:
-    """The STOP_SIGNALS to handle: without SIGHUP if this process was started to ignore it, as by nohup."""
-    return [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def _take_stop_signals() -> threading.Event:

@@ -25,10 +25,9 @@ from dist_trainer.distributed.collectives import PendingSum, broadcast_object, g
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.distributed.watchdog import Guard
-from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError, counted
+from dist_trainer.errors import EXIT_FINISHED, ConfigError, StoppedError, TrainingDivergedError, counted
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.build import assemble, build_with_fallback, check_visible_everywhere, refuse_what_cannot_run
-from dist_trainer.run.cli import EXIT_FINISHED
 from dist_trainer.run.folder import CHECKPOINTS
 from dist_trainer.run.lifecycle import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.run.memory import explaining_out_of_memory, snapshot_bytes, state_bytes, total_memory

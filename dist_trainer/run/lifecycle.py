@@ -17,6 +17,9 @@ from dist_trainer.data.build_datasets import are_conversations
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.signals import signal_name
 from dist_trainer.errors import (
+    EXIT_CRASHED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
     AnotherRunError,
     ConfigError,
     DistTrainerError,
@@ -27,7 +30,6 @@ from dist_trainer.errors import (
     counted,
 )
 from dist_trainer.html_report.report_tracker import write_report
-from dist_trainer.run.cli import EXIT_CRASHED, EXIT_FINISHED, EXIT_PREEMPTED
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.memory import explaining_out_of_memory
 from dist_trainer.run.summary import run_header
