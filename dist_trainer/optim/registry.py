@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -24,8 +23,6 @@ LARGE_MODEL = 50_000_000
 MUON_TOKENS = 16
 """Of a step, for each of hidden_size, from which Muon's products are a small part of it: for a matrix of n rows they are about
 3.3 n / tokens of those of its forward and backward pass."""
-AVERAGES = {torch.optim.Adam: 2, torch.optim.Muon: 1}
-"""Running averages of each parameter."""
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module) -> Optimizer:
@@ -71,16 +68,6 @@ def warn_of_default_learning_rate(config: OptimConfig, *, parameters: int, init_
             "try %s (docs/fine_tuning.md)",
             *(config.learning_rate, init_from, "2e-5" if parameters >= LARGE_MODEL else f"{config.learning_rate / 10:g}"),
         )
-
-
-def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """What its running averages will take once it has made a step: one of gradients, and AdamW one of their squares; 0 where
-    it is not one of these.
-    """
-    if isinstance(optimizer, MuonWithAdamW):
-        return sum(optimizer_state_bytes(part) for part in optimizer.parts)
-    averages = next((count for kind, count in AVERAGES.items() if isinstance(optimizer, kind)), 0)
-    return averages * sum(parameter.nbytes for group in optimizer.param_groups for parameter in group["params"])
 
 
 def init_optimizer_state(optimizer: Optimizer) -> None:

@@ -60,7 +60,7 @@ from dist_trainer.run.lifecycle import (
     sync_to_wandb,
     train,
 )
-from dist_trainer.run.memory import explaining_out_of_memory
+from dist_trainer.run.memory import explain_out_of_memory
 from dist_trainer.run.resume import (
     ResumeState,
     log_world_size_change,
@@ -126,7 +126,7 @@ def check_rows(config: TrainingConfig) -> None:
 def run_in(folder: RunFolder | None, config: TrainingConfig, world: DistributedContext, *, began: float) -> int:
     """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
     with record_startup_failure(folder, config, world):
-        with explaining_out_of_memory(config, world):
+        with explain_out_of_memory(config, world):
             trainer = prepare(config, world, folder)
         if trainer.has_finished:
             log.info("%s", has_finished_in_words(trainer))

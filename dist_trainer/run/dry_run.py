@@ -30,7 +30,7 @@ from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.build import assemble, build_with_fallback, check_visible_everywhere, refuse_what_cannot_run
 from dist_trainer.run.folder import CHECKPOINTS
 from dist_trainer.run.lifecycle import exit_code_when_preempted, has_finished_in_words
-from dist_trainer.run.memory import explaining_out_of_memory, snapshot_bytes, state_bytes, total_memory
+from dist_trainer.run.memory import explain_out_of_memory, snapshot_bytes, state_bytes, total_memory
 from dist_trainer.run.resume import ResumeState, look_for_starting_point
 from dist_trainer.run.summary import run_header
 from dist_trainer.tracking.formatting import aligned, duration, memory, quantity, significant
@@ -74,13 +74,13 @@ def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, 
         refuse_what_cannot_run(config, world)
         run_and_share_errors(world, lambda: refuse_what_cannot_be_written(folder), acts=world.is_main)
         try:
-            with explaining_out_of_memory(config, world):
+            with explain_out_of_memory(config, world):
                 trainer = prepare_beside(folder, config, world)
             if trainer.has_finished:
                 log.info("dry run: %s", has_finished_in_words(trainer))
                 return EXIT_FINISHED
             log.info("dry run of %s", run_header(trainer, folder, is_dry=True))
-            with explaining_out_of_memory(config, world, trainer):
+            with explain_out_of_memory(config, world, trainer):
                 cost = rehearse(trainer)
         except StoppedError as stopped:
             log.warning("%s", stopped)

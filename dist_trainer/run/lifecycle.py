@@ -31,7 +31,7 @@ from dist_trainer.errors import (
 )
 from dist_trainer.html_report.report_tracker import write_report
 from dist_trainer.run.folder import RunFolder
-from dist_trainer.run.memory import explaining_out_of_memory
+from dist_trainer.run.memory import explain_out_of_memory
 from dist_trainer.run.summary import run_header
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import FIRST_CHECKPOINT, append_event
@@ -76,7 +76,7 @@ def _train_in(folder: RunFolder, trainer: Trainer) -> TrainingResult:
 
 def fit(trainer: Trainer) -> TrainingResult:
     """Train, with the steps recorded that profile.steps names; where memory runs out, with the numbers and what would help."""
-    with explaining_out_of_memory(trainer.config, trainer.world, trainer), profiled(trainer):
+    with explain_out_of_memory(trainer.config, trainer.world, trainer), profiled(trainer):
         return trainer.fit()
 
 

@@ -31,7 +31,6 @@ NEVER_ONE = {
     "generate.py: ... ranks": "only said of several",
     "storage/manifest.py: ... bytes": "a limit of millions",
     "run/memory.py: ... tokens": "a product",
-    "run/memory.py: ... words": "a product",
     "distributed/launch_env.py: ... ranks": "only said of several",
     "training/profiler.py: %d ranks": "only said of several",
     "report.py: ... runs": "more than fit on a page",

@@ -15,7 +15,6 @@ from dist_trainer.optim.muon import hidden_matrices, newton_schulz
 from dist_trainer.optim.registry import (
     build_optimizer,
     init_optimizer_state,
-    optimizer_state_bytes,
     parameter_groups,
     resolve_optimizer_name,
 )
@@ -235,17 +234,6 @@ def test_hidden_matrices_of_transformers_models_are_what_multiplies_hidden_state
     found = names_of_hidden_matrices("Mamba", hidden_size=8, state_size=4, num_hidden_layers=1, vocab_size=9)
     assert found
     assert not any(name.endswith("A_log") for name in found)
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_what_an_optimizer_will_hold_is_known_before_its_first_step(name):
-    model = small()
-    optimizer = build_optimizer(OptimConfig(name=name), model)
-    told = optimizer_state_bytes(optimizer)
-    a_step_of(model, optimizer)
-    steps = sum(1 for state in optimizer.state.values() if "step" in state)
-    assert told == sum(value.nbytes for value in tensors_of(optimizer)) - 4 * steps
-    assert optimizer_state_bytes(torch.optim.SGD(model.parameters())) == 0
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
