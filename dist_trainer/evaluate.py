@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None) -> Asked:
         given = [] if context is None or asked else ["--data.sequence_length", str(context)]
     if arguments.data is not None:
         # Other data have no configuration of that name, and all of them is wanted, unless said otherwise.
-        given += ["--validation.max_batches", "null", "--data.dataset_config", "null", "--data.validation_split", "null"]
+        given += ["--validation.max_global_batches", "null", "--data.dataset_config", "null", "--data.validation_split", "null"]
     if arguments.data == "":
         raise ConfigError("--data: must not be empty; name a data set, or leave it out for the run's own validation data")
     if any(word.partition("=")[0] == "--preset" for word in rest):

@@ -1,10 +1,15 @@
-"""What other trainers call keys and values, for the message that names the right one.
+"""What other trainers, and earlier versions of this one, call keys and values, for the message that names the right one.
 
 Names are those of Hugging Face's TrainingArguments, Lightning's Trainer, torchtune and nanoGPT.
 """
 
 from __future__ import annotations
 
+RENAMED_KEYS = {
+    "distributed.timeout_minutes": "distributed.hang_timeout_minutes",
+    "validation.max_batches": "validation.max_global_batches",
+}
+"""Keys of earlier versions and their present names. Only the config.yaml that a run wrote may still use the old ones."""
 OTHER_NAMES = {
     "run_name": "name experiment experiment_name exp_name wandb_run_name",
     "output_dir": "output out out_dir save_dir checkpoint_dir default_root_dir",
@@ -39,13 +44,14 @@ OTHER_NAMES = {
     "precision.dtype": "bf16 fp16 mixed_precision amp torch_dtype",
     "precision.compile": "torch_compile",
     "validation.every_steps": "eval_steps eval_interval eval_every val_check_interval val_every",
-    "validation.max_batches": "eval_iters limit_val_batches",
+    "validation.max_global_batches": "max_batches eval_iters limit_val_batches",
     "checkpoint.every_steps": "save_steps save_interval save_every",
     "checkpoint.keep_last": "save_total_limit save_top_k",
     "checkpoint.resume": "resume_from resume_from_checkpoint ckpt_path",
     "tracking.log_every_steps": "logging_steps log_interval log_every log_every_n_steps",
     "tracking.wandb": "report_to wandb_log wandb_mode",
     "distributed.strategy": "ddp fsdp",
+    "distributed.hang_timeout_minutes": "timeout timeout_minutes",
 }
 NOT_KEYS = {
     "gradient_accumulation_steps gradient_accumulation accumulation_steps grad_accum accumulate_grad_batches": (

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from dist_trainer.config.aliases import key_called, value_called, why_no_key
+from dist_trainer.config.aliases import RENAMED_KEYS, key_called, value_called, why_no_key
 from dist_trainer.config.schema import TrainingConfig
 
 PATH_KEYS = ("data.dataset", "data.validation_dataset", "data.tokenizer", "data.chat_template", "data.cache_dir")
@@ -75,6 +75,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def no_such_key(key: str) -> str:
     """The complaint, with the key that may be meant."""
+    if key in RENAMED_KEYS:
+        return f"no such key; it was renamed to {RENAMED_KEYS[key]}"
     known = list(leaf_types())
     last = key.rsplit(".", 1)[-1].replace("-", "_")
     if (message := why_no_key(last)) is not None:

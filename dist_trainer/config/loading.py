@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
+from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from dist_trainer.config.aliases import RENAMED_KEYS
 from dist_trainer.config.cli import COMMAND_LINE, VERSION, Arguments, parse_argv, program
 from dist_trainer.config.completion import completion_script
 from dist_trainer.config.help import help_text
@@ -104,6 +106,7 @@ def as_dict(config: TrainingConfig) -> dict[str, Any]:
 def config_differences(before: TrainingConfig | Mapping[str, Any], now: TrainingConfig) -> list[tuple[str, Any, Any]]:
     """(key, value before, value now) of each dotted key that differs; a key that is missing before has its default."""
     earlier = flatten(before if isinstance(before, Mapping) else as_dict(before))
+    earlier = {RENAMED_KEYS.get(key, key): value for key, value in earlier.items()}
     defaults, current = flatten(as_dict(TrainingConfig())), flatten(as_dict(now))
     both = [(key, earlier.get(key, defaults.get(key)), value) for key, value in current.items()]
     return [difference for difference in both if difference[1] != difference[2]]
@@ -172,11 +175,17 @@ def _asked_for(arguments: Arguments, problems: list[str]) -> _Asked:
         problems += wrong
         is_whole = leaf_types().keys() <= {assignment.key for assignment in assignments}
         for assignment in assignments:
+            if name is not None and _is_written_by_a_run(user_path(name)):
+                assignment = dataclasses.replace(assignment, key=RENAMED_KEYS.get(assignment.key, assignment.key))
             try:
                 asked.assign(assignment, _checked(assignment), in_whole_file=is_whole)
             except ConfigError as error:
                 problems.append(str(error))
     return asked
+
+
+def _is_written_by_a_run(config_file: Path) -> bool:
+    return config_file.name == "config.yaml" and (config_file.parent / "checkpoints").is_dir()
 
 
 def _keys_from_elsewhere(

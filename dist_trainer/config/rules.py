@@ -43,11 +43,11 @@ _POSITIVE = (
     "train.max_steps",
     "train.epochs",
     "train.max_skipped_steps",
-    "validation.max_batches",
+    "validation.max_global_batches",
     "checkpoint.keep_last",
     "checkpoint.max_failures",
     "tracking.log_every_steps",
-    "distributed.timeout_minutes",
+    "distributed.hang_timeout_minutes",
 )
 _NOT_NEGATIVE = (
     "seed",

@@ -193,8 +193,9 @@ class ValidationConfig:
     """Steps between validations; 0: only by every_epochs and at the end."""
     every_epochs: float = 0.0
     """Passes over the training data between validations; 0: only by every_steps and at the end."""
-    max_batches: int | None = None
-    """Validate on the first rows alone: this many times batch.global_batch_size, over all ranks; null: every row once."""
+    max_global_batches: int | None = None
+    """Validate on this many global batches only, each of batch.global_batch_size sequences over all ranks; null: on every
+    validation sequence once."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class DistributedConfig:
     """Row of the STRATEGIES table; auto: ddp with several ranks, none with one."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """auto: nccl on GPUs, gloo on CPU."""
-    timeout_minutes: float | None = None
+    hang_timeout_minutes: float | None = None
     """Minutes without a sign of life, or without progress while other ranks wait, after which a rank is considered hung and the
     run aborts; null: 10 until the first step is done (compilation, loading), then 2. Each micro-batch, each batch that is read
     and each validation batch counts as progress; the limit is never less than ten times the longest step so far. Preparing data

@@ -130,14 +130,14 @@ def _validation_loader(
 ) -> DataLoader:
     if len(rows.dataset) == 0:  # type: ignore[arg-type]
         raise DataError(f"the text or data set to validate on makes no row; give more of it, or name {key}")
-    batch, max_batches = config.batch, config.validation.max_batches
+    batch, max_global_batches = config.batch, config.validation.max_global_batches
     sampler = ValidationSampler(
         rows.dataset,
         micro_batch_size=rows_per_validation_block(batch),
         rank=world.rank,
         world_size=world.world_size,
         # Rows that depend neither on the number of ranks nor on accumulation.
-        max_rows=None if max_batches is None else max_batches * batch.global_batch_size,
+        max_rows=None if max_global_batches is None else max_global_batches * batch.global_batch_size,
     )
     return _loader(rows, sampler, config, world)
 

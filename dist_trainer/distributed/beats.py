@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
-"""distributed.timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
+"""distributed.hang_timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
 STEPS_OF_PATIENCE = 10.0
 """Times the longest step so far: a rank may go without progress for so long, if that is more than the timeout."""
 

@@ -74,7 +74,7 @@ class DistributedContext(Place):
         device = _device_of(place, config.backend)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.timeout_minutes)
+        heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.hang_timeout_minutes)
         stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
         guard = guard or begin_as_rank()
         if guard is not None:

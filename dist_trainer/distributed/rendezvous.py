@@ -165,8 +165,8 @@ def _leave_without(missing: list[int], place: Place, patience_seconds: float) ->
             ProcessId.of(pid).kill()
     names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
     raise PeerLostError(
-        f"{names} not come within {patience_seconds:.0f} s (distributed.timeout_minutes) to {_where()}; the run ends here, "
-        "start the same command again",
+        f"{names} not come within {patience_seconds:.0f} s (distributed.hang_timeout_minutes) to {_where()}; the run ends "
+        "here, start the same command again",
         told_by=told_by,
     )
 

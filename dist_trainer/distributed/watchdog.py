@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 TELL_SECONDS = 1.0
 PATIENCE_SECONDS = 600.0
-"""Until the rank knows better: distributed.timeout_minutes where that is null."""
+"""Until the rank knows better: distributed.hang_timeout_minutes where that is null."""
 MARGIN_SECONDS = 8.0
 """More than the rank's own patience: the other ranks should name it first, and end it where they can."""
 _WORD = struct.Struct("d")

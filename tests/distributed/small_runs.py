@@ -89,7 +89,7 @@ def small_config(data: Path, output_dir: Path, **changes: Any) -> TrainingConfig
         validation=ValidationConfig(every_steps=5),
         checkpoint=CheckpointConfig(every_steps=4, keep_last=10),
         tracking=TrackingConfig(log_every_steps=1, wandb="disabled", sample_tokens=0),
-        distributed=DistributedConfig(timeout_minutes=1),
+        distributed=DistributedConfig(hang_timeout_minutes=1),
     )
     return changed(config, **changes)
 

@@ -159,7 +159,7 @@ def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path)
 
 def joined(function):
     def one_rank():
-        with DistributedContext.join(DistributedConfig(timeout_minutes=1)) as world:
+        with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1)) as world:
             return function(world)
 
     return one_rank

@@ -26,7 +26,7 @@ def operations_of_each_graph(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
     monkeypatch.setattr(nn.Module, "compile", compile_counted)
 
     def on_each_rank() -> list[list[int]]:
-        with DistributedContext.join(DistributedConfig(timeout_minutes=1)) as world:
+        with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1)) as world:
             model = DecoderLM(CONFIG, 64, 32)
             model.init_weights(0)
             wrapped = parallelize(model, world, compile=True)

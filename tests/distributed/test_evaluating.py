@@ -95,7 +95,7 @@ def test_all_bytes_count_but_those_of_first_tokens_that_nothing_comes_before(mea
 
 
 def test_only_rows_that_were_read_count(measured):
-    found = measured(validation__max_batches=1)
+    found = measured(validation__max_global_batches=1)
     assert found["tokens"] == 8 * 32
     tokenizer = load_tokenizer("austen")
     ids = tokenizer(TEXTS[0])["input_ids"]

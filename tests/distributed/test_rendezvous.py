@@ -22,7 +22,7 @@ from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from tests.distributed.ranks import run_ranks
 
 SECONDS = 1.5
-SHORT = DistributedConfig(timeout_minutes=SECONDS / 60)
+SHORT = DistributedConfig(hang_timeout_minutes=SECONDS / 60)
 STAYS_AWAY = "stays away"
 
 
@@ -43,7 +43,7 @@ def test_a_rank_that_does_not_come_is_named_after_the_first_steps_patience(witho
     found = run_ranks(3, lambda: come(without=without))
     assert found.pop(without) == STAYS_AWAY
     for message, teller, seconds in found:
-        assert message.startswith(f"rank {without} has not come within 2 s (distributed.timeout_minutes)")
+        assert message.startswith(f"rank {without} has not come within 2 s (distributed.hang_timeout_minutes)")
         assert teller == told_by, "one rank says it"
         assert SECONDS - 0.1 < seconds < SECONDS + 10
 
@@ -85,7 +85,7 @@ def test_a_signal_ends_the_waiting_at_once():
         began = time.monotonic()
         with StopRequest().listen() as stop_request:
             try:
-                with DistributedContext.join(DistributedConfig(timeout_minutes=1), stop_request=stop_request):
+                with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1), stop_request=stop_request):
                     return "all came"
             except StoppedError:
                 return time.monotonic() - began
@@ -161,7 +161,7 @@ def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_
             other.close()
         else:
             threading.Timer(0.2, other.close).start()
-        with DistributedContext.join(DistributedConfig(timeout_minutes=1)):
+        with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1)):
             return "all came"
 
     monkeypatch.setattr(rendezvous, "PORT_SECONDS", 30.0)

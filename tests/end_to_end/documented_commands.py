@@ -21,7 +21,7 @@ NEEDS = re.compile(
 SMALL = shlex.split(
     "--model.hidden_size 16 --model.intermediate_size 32 --model.num_hidden_layers 1 --model.num_attention_heads 2 "
     "--model.num_key_value_heads 1 --data.tokenizer austen --data.sequence_length 16 --batch.global_batch_size 2 "
-    "--batch.micro_batch_size 2 --train.max_steps 2 --validation.max_batches 1 --tracking.sample_tokens 4 "
+    "--batch.micro_batch_size 2 --train.max_steps 2 --validation.max_global_batches 1 --tracking.sample_tokens 4 "
     "--tracking.wandb disabled --precision.compile false"
 )
 LOOKING = {"ls", "cat", "head", "tail", "mkdir"}

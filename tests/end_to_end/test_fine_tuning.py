@@ -18,7 +18,7 @@ from tests.end_to_end.forked_commands import quick_command
 
 PAGE = (ROOT / "docs" / "fine_tuning.md").read_text("utf-8")
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-CHEAP = ["--train.max_steps", "3", "--batch.global_batch_size", "2", "--validation.max_batches", "2"]
+CHEAP = ["--train.max_steps", "3", "--batch.global_batch_size", "2", "--validation.max_global_batches", "2"]
 CHEAP += ["--tracking.wandb", "disabled", "--tracking.sample_tokens", "0"]
 
 

@@ -168,7 +168,7 @@ def test_ranks_whose_torchrun_dies_while_they_start_do_not_train_without_it(tmp_
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, victim):
-    with launched(tmp_path, "--distributed.timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
+    with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
         processes = ranks_that_have_just_been_started(launcher)
         time.sleep(0.5)
         os.kill(processes[victim].pid, signal.SIGSTOP)
@@ -176,14 +176,14 @@ def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, 
         wait_until(lambda: launcher.poll() is not None, seconds=seconds)
         assert not [process for process in processes if process.is_alive()]
     said = (tmp_path / "said.txt").read_text()
-    assert said.count(" has not come within 6 s (distributed.timeout_minutes)") == 1, said
+    assert said.count(" has not come within 6 s (distributed.hang_timeout_minutes)") == 1, said
     assert f"dist_trainer: rank {victim} has not come within" in said
 
 
 @pytest.mark.slow
 def test_ranks_that_are_frozen_all_together_do_not_stay(tmp_path):
     """As one alone on its machine: there is no other rank that could end it."""
-    with launched(tmp_path, "--distributed.timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
+    with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
         wait_until(lambda: logged(tmp_path / "debug") >= 2, seconds=90, of=launcher)
         processes = ranks_of(launcher)
         for process in processes:
@@ -201,7 +201,7 @@ def test_ranks_that_are_frozen_all_together_do_not_stay(tmp_path):
 def test_a_job_that_is_suspended_as_a_whole_for_longer_than_the_timeout_continues(undisturbed, tmp_path):
     """By a scheduler that takes turns, or in a container that is paused: launcher, ranks, and all that they have started."""
     folder = tmp_path / "debug"
-    with launched(tmp_path, "--distributed.timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
+    with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
         wait_until(lambda: logged(folder) >= 2, seconds=90, of=launcher)
         children = children_of(launcher.pid)
         job = [launcher.pid, *children, *(pid for child in children for pid in children_of(child))]

@@ -125,7 +125,7 @@ def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp_path, rank):
-    config = small_config(stories, tmp_path / "run", distributed__timeout_minutes=0.1)
+    config = small_config(stories, tmp_path / "run", distributed__hang_timeout_minutes=0.1)
     codes = command(config, 2, before=freeze(rank=rank, at=7))
     assert 6 - 1 < seconds_since_the_fault(config) < 6 + allowed(SECONDS_TO_LEAVE_A_HANGING_RANK)
     assert codes == ([-9, 1] if rank == 0 else [1, -9])
@@ -140,7 +140,7 @@ def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_of_four_ranks_the_one_that_hangs_is_named_and_none_that_left_for_it(stories, tmp_path, rank):
-    config = small_config(stories, tmp_path / "run", distributed__timeout_minutes=0.1)
+    config = small_config(stories, tmp_path / "run", distributed__hang_timeout_minutes=0.1)
     codes = command(config, 4, before=freeze(rank=rank, at=7))
     assert codes == [-9 if each == rank else 1 for each in range(4)]
     assert said(config).count(" was last seen in step ") == 1
@@ -149,7 +149,7 @@ def test_of_four_ranks_the_one_that_hangs_is_named_and_none_that_left_for_it(sto
 
 
 def test_a_rank_whose_main_thread_is_stuck_is_named_too(stories, tmp_path):
-    config = small_config(stories, tmp_path, distributed__timeout_minutes=0.1)
+    config = small_config(stories, tmp_path, distributed__hang_timeout_minutes=0.1)
     codes = command(config, 2, before=get_stuck_reading_data(rank=1, at=6))
     assert codes == [1, -9]
     assert status(config)["reason"].startswith("rank 1 on ")
@@ -243,7 +243,7 @@ def sleep_for_longer_than_the_timeout(trainer):
 )
 def test_healthy_ranks_whose_steps_take_longer_than_the_timeout_finish(stories, tmp_path, slow, micro_batch_size):
     batch = {"batch__global_batch_size": 16, "batch__micro_batch_size": micro_batch_size}
-    config = small_config(stories, tmp_path, distributed__timeout_minutes=0.1, train__max_steps=1, **batch)
+    config = small_config(stories, tmp_path, distributed__hang_timeout_minutes=0.1, train__max_steps=1, **batch)
     began = time.monotonic()
     assert command(config, 2, before=slow) == [0, 0]
     assert time.monotonic() - began > 7.0

@@ -187,7 +187,7 @@ def test_a_rank_that_is_lost_before_training_is_named(stories, tmp_path, monkeyp
         return build_model(*arguments)
 
     monkeypatch.setattr(build, "build_model", build_or_fall)
-    config = small_config(stories, tmp_path, distributed__timeout_minutes=0.1)
+    config = small_config(stories, tmp_path, distributed__hang_timeout_minutes=0.1)
     assert sorted(command(config, 2)) == [-9, 1]
     ended = status(config)
     assert (ended["state"], ended["exit_code"], ended["step"]) == ("failed", 1, 0)

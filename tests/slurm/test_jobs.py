@@ -139,7 +139,7 @@ def test_a_job_goes_on_elsewhere_when_a_node_loses_power(
     cluster: Cluster, undisturbed: Path, output: Path, node: str, ranks_leave_first: bool
 ) -> None:
     """Of node9 come the shell, the rendezvous and rank 0. SLURM often takes longer than the ranks to give up a node."""
-    patience = ("--distributed.timeout_minutes", "0.2") if ranks_leave_first else ()
+    patience = ("--distributed.hang_timeout_minutes", "0.2") if ranks_leave_first else ()
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, *patience, **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
     cluster.cut_power(node)
@@ -210,7 +210,7 @@ def test_a_job_whose_time_is_up_before_its_ranks_have_left_goes_on_from_its_last
     cluster: Cluster, undisturbed: Path, output: Path
 ) -> None:
     options = ("--time=2", "--signal=B:USR1@1")
-    patient = ("--distributed.timeout_minutes", "10")  # or SLURM may come later than the ranks' own watch
+    patient = ("--distributed.hang_timeout_minutes", "10")  # or SLURM may come later than the ranks' own watch
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, *patient, options=options, **SLOW, SLOW_SECONDS="300")
     job.wait_for("COMPLETED", restarts=1)
     assert "WARNING: the time is up before the ranks have left" in job.log()

@@ -53,7 +53,7 @@ def test_a_run_on_two_nodes_is_back_by_itself_when_a_rank_is_killed(
 
 def test_a_frozen_rank_on_the_other_node_is_named_and_all_leave(two_hosts: Hosts, tmp_path: Path) -> None:
     output = tmp_path / "runs"
-    patience = ("--distributed.timeout_minutes", str(TIMEOUT_MINUTES))
+    patience = ("--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES))
     with two_hosts.train(output, *patience, SLOW_FROM_STEP=str(SLOW_FROM_STEP), SLOW_SECONDS="1") as launchers:
         wait_for_step(SLOW_FROM_STEP, output)
         ranks = ranks_of(output)
@@ -78,7 +78,7 @@ def test_a_frozen_rank_that_is_alone_on_its_node_does_not_stay_nor_does_its_laun
     two_hosts: Hosts, tmp_path: Path, victim: int
 ) -> None:
     output = tmp_path / "runs"
-    patience = ("--distributed.timeout_minutes", str(TIMEOUT_MINUTES))
+    patience = ("--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES))
     slowly = {"SLOW_FROM_STEP": str(SLOW_FROM_STEP), "SLOW_SECONDS": "1"}
     with two_hosts.train(output, *patience, NPROC="1", **slowly) as launchers:
         wait_for_step(SLOW_FROM_STEP, output)

@@ -162,6 +162,9 @@ REFUSED = {
     "--tracking.wandb ofline": "did you mean offline?",
     "--precision.dtype bfloat16": "precision.dtype: 'bfloat16' is not one of auto, fp32, bf16, fp16; did you mean bf16?",
     "--precision.dtype zzz": "precision.dtype: 'zzz' is not one of auto, fp32, bf16, fp16",
+    "--distributed.timeout_minutes 5": "no such key; it was renamed to distributed.hang_timeout_minutes",
+    "--validation.max_batches 5": "no such key; it was renamed to validation.max_global_batches",
+    "--max_batches 5": "no such key; did you mean validation.max_global_batches?",
     "--zzz 1": "zzz: no such key; --help all lists them all",
     "stray": "'stray' stands alone",
     "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are auto, adamw, muon,",
@@ -174,7 +177,7 @@ REFUSED = {
     "--profile.steps 0-3": "profile.steps: '0-3' is neither a step",
     "--profile.steps 8-5": "profile.steps: '8-5' ends before it begins; write 5-8",
     "--profile.steps 5-500": "profile.steps: '5-500' are 496 steps, too many for a trace; at most 5-54",
-    "--distributed.timeout_minutes 0": "distributed.timeout_minutes: 0.0 must be more than 0",
+    "--distributed.hang_timeout_minutes 0": "distributed.hang_timeout_minutes: 0.0 must be more than 0",
 }
 
 
@@ -324,10 +327,24 @@ def test_differences_are_named_by_key():
     ]
 
 
+def test_keys_that_were_renamed_are_read_from_the_config_that_a_run_wrote(tmp_path):
+    old = "validation:\n  max_batches: 4\ndistributed:\n  timeout_minutes: 3\n"
+    path = write(tmp_path / "config.yaml", old)
+    message = refused("--config", path)
+    assert f"{path}:2: validation.max_batches: no such key; it was renamed to validation.max_global_batches" in message
+    (tmp_path / "checkpoints").mkdir()
+    config = load_config(["--config", path])
+    assert config.validation.max_global_batches == 4
+    assert config.distributed.hang_timeout_minutes == 3
+    assert config_differences({"validation": {"max_batches": 4}, "distributed": {"timeout_minutes": 3.0}}, config) == []
+
+
 def test_the_contract_s_keys_are_there():
     expected = "seed run_name output_dir model.hidden_size model.init_from data.template data.cache_dir batch.micro_batch_size"
-    expected += " optim.betas schedule.min_lr_ratio train.epochs precision.compile validation.max_batches checkpoint.resume"
-    expected += " tracking.wandb_project distributed.timeout_minutes"
+    expected += (
+        " optim.betas schedule.min_lr_ratio train.epochs precision.compile validation.max_global_batches checkpoint.resume"
+    )
+    expected += " tracking.wandb_project distributed.hang_timeout_minutes"
     assert set(expected.split()) <= set(leaf_types())
 
 

@@ -88,11 +88,11 @@ def test_the_default_file_asks_for_nothing_that_a_preset_says():
 
 @pytest.mark.parametrize(("name", "tokens"), [("gpt2_124m", 10e9), ("llama_1b", 100e9)])
 def test_a_large_run_validates_on_a_part_of_what_it_holds_out(name, tokens):
-    """max_batches counts global batches: a large number would be all there are, and mean nothing."""
+    """A large number of global batches would be all there are, and mean nothing."""
     config = load_config(["--config", str(DEFAULT.with_name(f"{name}.yaml"))])
     assert config.data.dataset_config == f"sample-{tokens / 1e9:.0f}BT"
     batch_tokens = config.batch.global_batch_size * config.data.sequence_length
-    validated = config.validation.max_batches * batch_tokens
+    validated = config.validation.max_global_batches * batch_tokens
     assert 1e6 < validated < 0.75 * config.data.validation_fraction * tokens
     # A forward pass takes a third of a step.
     assert validated / 3 < 0.05 * config.validation.every_steps * batch_tokens
