@@ -8,27 +8,23 @@ from typing import NoReturn
 
 from dist_trainer.distributed.launcher import begin_as_rank
 from dist_trainer.distributed.signals import StopRequest
-from dist_trainer.errors import ConfigError
-from dist_trainer.run.cli import end_process, exit_on_error, run_cli
+from dist_trainer.run.cli import end_process, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The whole command; its exit code."""
+    """Run the command; its exit code."""
     began = time.time()
 
-    def act() -> int:
+    def command() -> int:
+        # Listening comes first, because all else takes time. Loading the config is not interruptible: another rank that found
+        # the same config error may have exited already, and torchrun's SIGTERM must not keep this one from printing it.
         with StopRequest().listen(for_good=True) as stop_request:
             guard = begin_as_rank()
-            # Listening comes before all else that takes time, and a config error before a signal: another rank that found
-            # the same error may be gone already, and torchrun's SIGTERM must not keep this one from saying it.
             from dist_trainer.config.cli import pop_dry_run
             from dist_trainer.run.configure import load_config
 
-            words, is_dry_run = pop_dry_run(argv)
-            try:
-                config = load_config(words)
-            except ConfigError as error:
-                return exit_on_error(error)
+            arguments, is_dry_run = pop_dry_run(argv)
+            config = load_config(arguments)
             with stop_request.interruptible():
                 # Only now torch: --help and config errors answer at once.
                 from dist_trainer.run.build import run
@@ -37,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return dry_run(config, stop_request=stop_request, guard=guard)
             return run(config, began=began, stop_request=stop_request, guard=guard)
 
-    return run_cli(act)
+    return run_cli(command)
 
 
 def console_script() -> NoReturn:
