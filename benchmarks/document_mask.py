@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dist_trainer.config.schema import ModelConfig, OptimConfig
-from dist_trainer.data.packing import PackedRows, TokenStream
+from dist_trainer.data.packing import PackedDataset, TokenStream
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss
@@ -72,7 +72,7 @@ def stepper(
     ends = random.integers(1, 2 * DOCUMENT_TOKENS, TOKENS // DOCUMENT_TOKENS).cumsum()
     store = TokenStore(random.integers(0, vocabulary, ends[-1], dtype=np.uint16), np.append(0, ends), "key")
     spans = np.stack([store.offsets[:-1], store.offsets[1:]], axis=1)
-    data = PackedRows(TokenStream(store, spans), length, padding=0, fingerprint="", document_mask=document_mask)
+    data = PackedDataset(TokenStream(store, spans), length, padding=0, fingerprint="", document_mask=document_mask)
     model = DecoderLM(config, vocabulary, length)
     model.init_weights(0)
     if compiles:

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_trainer.config.schema import BatchConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
-from dist_trainer.data.best_fit_packing import BestFitPackedDataset, fitted
-from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, identity_collate
+from dist_trainer.data.best_fit_packing import BestFitPackedDataset, truncate_and_filter
+from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCollator, TokenStream, identity_collate
 from dist_trainer.data.sampler import GlobalOrderSampler
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenizers import load_tokenizer
@@ -49,12 +49,12 @@ def main() -> None:
         ):
             stream = TokenStream(TokenStore(tokens, np.array([0, TOKENS]), "key"), spans)
             for length, rows in PACKED:
-                dataset = PackedRows(stream, length, padding=0, fingerprint="", document_mask=apart)
+                dataset = PackedDataset(stream, length, padding=0, fingerprint="", document_mask=apart)
                 measure(name, dataset, length, rows, identity_collate)
         spans = documents_of_about(UNPACKED_TOKENS)
         collate = PaddingCollator(load_tokenizer("austen"))
         for length, rows in UNPACKED:
-            dataset = DocumentRows(TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key"), spans, length)
+            dataset = DocumentDataset(TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key"), spans, length)
             measure(f"a document of about {UNPACKED_TOKENS} tokens each", dataset, length, rows, collate)
         store = TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key", all_but_first_tokens(spans))
         for name, packing, apart, sizes in (
@@ -63,7 +63,7 @@ def main() -> None:
             ("the same, one a row", False, False, UNPACKED),
         ):
             for length, rows in sizes:
-                kept = fitted(store, spans, length).spans
+                kept = truncate_and_filter(store, spans, length).spans
                 dataset = BestFitPackedDataset(store, kept, length, padding=0, packing=packing, document_mask=apart)
                 measure(name, dataset, length, rows, identity_collate)
 

@@ -208,8 +208,8 @@ def run(asked: Asked) -> int:
 def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] | None = None) -> dict[str, Any] | None:
     """Loss, perplexity, bits per byte, and on how much; on rank 0. `typed`: as in Asked."""
     from dist_trainer.data.loader import create_validation_loader
-    from dist_trainer.data.token_bytes import token_bytes_of
-    from dist_trainer.data.tokenizers import tokenizer_of, vocabulary_size
+    from dist_trainer.data.token_bytes import build_token_bytes
+    from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
     from dist_trainer.distributed.collectives import local_rank0_first
     from dist_trainer.distributed.context import DistributedContext
     from dist_trainer.huggingface.initial_model import model_folder
@@ -229,7 +229,7 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
         # Before data, which may take long; a model of the Hub so far without its weights.
         folder = local_rank0_first(world, lambda: model_folder(str(path), weights=True, key="RUN"))
         find_model(folder)
-        tokenizer = local_rank0_first(world, lambda: tokenizer_of(config.data, key=tokenizer_key))
+        tokenizer = local_rank0_first(world, lambda: configured_tokenizer(config.data, key=tokenizer_key))
         loader = create_validation_loader(config, world, tokenizer=tokenizer, key=data_key)
         model = open_model(folder, device=world.device)
         refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
@@ -243,7 +243,7 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
             world=world,
             precision=precision,
             loss_function=model_loss,
-            token_bytes=token_bytes_of(tokenizer),
+            token_bytes=build_token_bytes(tokenizer),
         )
         if not world.is_main or result is None:
             return None

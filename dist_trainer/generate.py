@@ -231,10 +231,10 @@ def refuse_broken_text(name: str, text: str) -> None:
 
 def prompts_of(path: Path) -> list[Prompt]:
     """The prompts of a file. Raises ConfigError where it cannot be read, naming every line that holds none."""
-    from dist_trainer.data.prompts import prompts_in
+    from dist_trainer.data.prompts import read_prompts
 
     try:
-        return [Prompt(record["prompt"], record, place) for place, record in prompts_in(path)]
+        return [Prompt(record["prompt"], record, place) for place, record in read_prompts(path)]
     except DataError as error:
         raise ConfigError(f"--prompts_file: {error}") from error
 

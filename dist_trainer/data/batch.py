@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,7 @@ class Batch:
         repeats = -(-length // self.input_ids.shape[1])
         return self if repeats == 1 else self._each(lambda part: part.repeat(1, repeats)[:, :length].contiguous())
 
-    def first_rows(self, count: int) -> Batch:
+    def first_sequences(self, count: int) -> Batch:
         """The first `count` of its rows."""
         return self._each(lambda part: part[:count])
 
@@ -92,3 +93,28 @@ def _each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, list | tuple):
         return [_each_tensor(part, change) for part in inputs]
     return inputs
+
+
+class DeviceCopy:
+    """On GPUs copies run on a stream of their own, beside the kernels; on CPUs there is nothing to copy."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches on the device; not to be read before `wait`. Those that are pinned are copied without waiting."""
+        if self._device.type == "cpu":
+            return list(batches)
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            return [batch.to(self._device) for batch in batches]
+
+    def wait(self, batches: Sequence[Batch]) -> None:
+        """Have the device, not the host, wait until these have arrived."""
+        if self._stream is None:
+            return
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for batch in batches:
+            # Their memory came from the other stream's pool, and must not go back there before the step has read it.
+            batch.record_stream(computing)

@@ -20,7 +20,7 @@ from dist_trainer.data.token_store import TokenStore
 DOCUMENTS_AT_A_TIME = 4096
 
 
-class Fitted(NamedTuple):
+class TruncatedDocuments(NamedTuple):
     """Documents as rows can hold them."""
 
     spans: np.ndarray
@@ -34,7 +34,7 @@ class Fitted(NamedTuple):
     """How many have none among their first T + 1 tokens, and were left out."""
 
 
-def fitted(store: TokenStore, spans: np.ndarray, sequence_length: int) -> Fitted:
+def truncate_and_filter(store: TokenStore, spans: np.ndarray, sequence_length: int) -> TruncatedDocuments:
     """The documents `spans` [documents, 2], ascending, of a store with a loss mask, cut to `sequence_length` + 1 tokens."""
     assert store.loss_mask is not None, "without one every token carries loss"
     starts, ends = spans[:, 0], spans[:, 1]
@@ -47,7 +47,7 @@ def fitted(store: TokenStore, spans: np.ndarray, sequence_length: int) -> Fitted
         targets[some] = before[ends[some] - begin] - before[starts[some] - begin]
         targets_left[some] = before[short_ends[some] - begin] - before[starts[some] - begin]
     kept = targets_left > 0
-    return Fitted(
+    return TruncatedDocuments(
         np.stack([starts, short_ends], axis=1)[kept],
         cut=int((kept & (short_ends < ends)).sum()),
         without_answer=int((targets == 0).sum()),
@@ -63,7 +63,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """
     rows = np.zeros(len(lengths), dtype=np.int64)
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms, num_rows = 0, 0
+    rooms, num_sequences = 0, 0
     as_numbers = lengths.tolist()
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = as_numbers[document]
@@ -73,15 +73,15 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
             if not with_room[room]:
                 rooms ^= 1 << room
         else:
-            room, row = capacity, num_rows
-            num_rows += 1
+            room, row = capacity, num_sequences
+            num_sequences += 1
         rows[document] = row
         if room > length:
             with_room[room - length].append(row)
             rooms |= 1 << (room - length)
     _, first_documents = np.unique(rows, return_index=True)
-    renumbered = np.empty(num_rows, dtype=np.int64)
-    renumbered[np.argsort(first_documents)] = np.arange(num_rows)
+    renumbered = np.empty(num_sequences, dtype=np.int64)
+    renumbered[np.argsort(first_documents)] = np.arange(num_sequences)
     return renumbered[rows]
 
 
@@ -99,7 +99,7 @@ class BestFitPackedDataset(torch.utils.data.Dataset):
         document_mask: bool = False,
         are_conversations: bool = False,
     ) -> None:
-        """`spans` are those of `fitted`. Without `packing` a batch is as long as its longest document, else T."""
+        """`spans` are those of `truncate_and_filter`. Without `packing` a batch is as long as its longest document, else T."""
         self._tokens, self._loss_mask = np.asarray(store.tokens), np.asarray(store.loss_mask)
         starts, lengths = spans[:, 0], spans[:, 1] - spans[:, 0]
         rows = best_fit_decreasing(lengths, sequence_length + 1) if packing else np.arange(len(spans))

@@ -13,13 +13,13 @@ from torch.utils.data import Dataset
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.best_fit_packing import BestFitPackedDataset, Fitted, fitted
+from dist_trainer.data.best_fit_packing import BestFitPackedDataset, TruncatedDocuments, truncate_and_filter
 from dist_trainer.data.datasets import Source, open_source
-from dist_trainer.data.documents import document_maker
-from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream, identity_collate
+from dist_trainer.data.documents import record_formatter
+from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCollator, TokenStream, identity_collate
 from dist_trainer.data.sampler import FeistelPermutation
 from dist_trainer.data.split import Split
-from dist_trainer.data.templates import in_known_layout
+from dist_trainer.data.templates import infer_layout
 from dist_trainer.data.token_store import TokenStore, store_key, token_store
 from dist_trainer.data.tokenizers import Tokenizer
 from dist_trainer.errors import DataError, counted
@@ -64,7 +64,7 @@ class Documents(NamedTuple):
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
 
-def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
+def build_datasets(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
     """What the config names to train on, and to validate on if anything. Raises DataError, ConfigError."""
     text, layout, held_out, its_layout = _splits(config)
     train = _all_documents(text, layout, tokenizer)
@@ -82,11 +82,11 @@ def train_and_validation_rows(config: DataConfig, tokenizer: Tokenizer) -> tuple
 
 
 def fingerprints(config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """Those that the rows of `train_and_validation_rows` will have, without tokenising anything. Raises DataError."""
+    """Those that the rows of `build_datasets` will have, without tokenising anything. Raises DataError."""
     text, layout, held_out, its_layout = _splits(config)
 
     def fingerprint(split: Split, layout: DataConfig) -> str:
-        identity = document_maker(layout, tokenizer).identity
+        identity = record_formatter(layout, tokenizer).identity
         return store_key(split, tokenizer, identity, _cache_dir(layout), _max_bad_records(layout))
 
     of_text = fingerprint(text, layout)
@@ -102,7 +102,7 @@ def _splits(config: DataConfig) -> tuple[Split, DataConfig, Split | None, DataCo
     return source.train, layout, *_other_text(config.validation_dataset, config, VALIDATION_KEY)
 
 
-def validation_rows(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALIDATION_KEY) -> TokenDataset | None:
+def build_validation_dataset(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALIDATION_KEY) -> TokenDataset | None:
     """What the config names to validate on; the text to train on is not even tokenised where that is a text of its own, which
     messages call `key`.
     """
@@ -134,7 +134,7 @@ def _other_text(name: str, config: DataConfig, key: str) -> tuple[Split, DataCon
 def _opened(name: str, config: DataConfig, key: str) -> tuple[Source, DataConfig]:
     """The source that `name` means, and `config` with what well-known names of its columns add to it."""
     source = open_source(name, config, key=key)
-    layout = in_known_layout(config, source.train.column_names())
+    layout = infer_layout(config, source.train.column_names())
     if layout == config:
         return source, config
     keys = f"data.template {layout.template}" if layout.template else f"data.messages_column {layout.messages_column}"
@@ -146,13 +146,13 @@ def _opened(name: str, config: DataConfig, key: str) -> tuple[Source, DataConfig
 
 
 def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Documents:
-    maker = document_maker(config, tokenizer)
+    maker = record_formatter(config, tokenizer)
     store = token_store(
         split,
         tokenizer,
         text=maker.text,
         text_identity=maker.identity,
-        is_marked=maker.is_marked,
+        has_loss_mask=maker.has_loss_mask,
         max_bad_records=_max_bad_records(config),
         cache_dir=_cache_dir(config),
     )
@@ -174,7 +174,7 @@ def split_by_document(documents: Documents, fraction: float, sequence_length: in
     store, spans = documents
     usable = np.ones(len(spans), dtype=bool)
     if store.loss_mask is not None:
-        usable = np.isin(spans[:, 0], fitted(store, spans, sequence_length).spans[:, 0])
+        usable = np.isin(spans[:, 0], truncate_and_filter(store, spans, sequence_length).spans[:, 0])
     num_usable = int(usable.sum())
     if fraction == 0 or num_usable == 0:
         return documents, Documents(store, spans[:0])
@@ -201,9 +201,9 @@ def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer, name: 
     if store.loss_mask is not None:
         return _whole_document_rows(documents, config, tokenizer, name)
     if not config.packing:
-        return TokenDataset(DocumentRows(store, spans, config.sequence_length), PaddingCollator(tokenizer))
+        return TokenDataset(DocumentDataset(store, spans, config.sequence_length), PaddingCollator(tokenizer))
     stream = TokenStream(store, spans)
-    packed = PackedRows(
+    packed = PackedDataset(
         stream,
         config.sequence_length,
         padding=tokenizer.eos_token_id,
@@ -216,7 +216,7 @@ def _rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer, name: 
 def _whole_document_rows(documents: Documents, config: DataConfig, tokenizer: Tokenizer, name: str) -> TokenDataset:
     """Raises DataError where no row would have anything to learn."""
     store, spans = documents
-    found = fitted(store, spans, config.sequence_length)
+    found = truncate_and_filter(store, spans, config.sequence_length)
     remark = _remark(found, len(spans), config.sequence_length)
     if not len(found.spans):
         answer = (
@@ -247,7 +247,7 @@ def _in_words(documents: Documents) -> str:
     return f"{counted(len(documents.spans), 'document')}, {counted(documents.num_tokens, 'token')}"
 
 
-def _remark(found: Fitted, documents: int, sequence_length: int) -> str:
+def _remark(found: TruncatedDocuments, documents: int, sequence_length: int) -> str:
     """What was cut or left out, in a sentence; empty where nothing was."""
     length = f"data.sequence_length ({counted(sequence_length, 'token')})"
     counts = {

@@ -8,13 +8,21 @@ earlier messages otherwise once others follow, nothing is guessed: it is refused
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.loss_mask import LossMaskedText
-from dist_trainer.data.messages import ASSISTANT, SAID_BESIDE_CONTENT, Message, is_learnt
-from dist_trainer.data.template_limits import check_length, check_template, within_limits
+from dist_trainer.data.templates import (
+    BESIDE_MESSAGES,
+    LossMaskedText,
+    check_length,
+    check_template,
+    describe_type,
+    missing_column,
+    within_limits,
+)
 from dist_trainer.data.tokenizers import Tokenizer, read_chat_template, text_prefix
 from dist_trainer.errors import DataError
 
@@ -25,6 +33,22 @@ _ASKS_FOR_DATE = "asks for today's date"
 _WITHOUT_DATE = f'{{% macro strftime_now(_) %}}{{{{ raise_exception("{_ASKS_FOR_DATE}") }}}}{{% endmacro %}}\n'
 """Goes before a template, in place of transformers' function for the date. Like any tag's, its line end is not written."""
 _MARKS = "{% generation %} and {% endgeneration %} around what the assistant says"
+
+Message = dict[str, Any]
+ASSISTANT = "assistant"
+FLAGS = ("weight", "train", "training")
+"""Keys of a message that say whether it is learnt: 1 or true, 0 or false."""
+SAID_BESIDE_CONTENT = (
+    *("tool_calls", "function_call", "tools", "functions"),
+    *("reasoning_content", "reasoning", "thinking", "refusal", "images", "audio", "videos"),
+)
+"""Keys of a message that say something too. The chat template must write them, or they would be lost without a word."""
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot"), ASSISTANT),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
 
 
 class ChatTemplate:
@@ -194,14 +218,14 @@ class ChatTemplate:
         )
 
 
-def own_template(tokenizer: Tokenizer) -> str | None:
+def default_chat_template(tokenizer: Tokenizer) -> str | None:
     """The chat template that came with `tokenizer`, of several the default one; None where there is none."""
     templates = getattr(tokenizer, "chat_template", None)
     return (templates.get("default") if isinstance(templates, dict) else templates) or None
 
 
 def _required_template(config: DataConfig, tokenizer: Tokenizer) -> str:
-    template = own_template(tokenizer)
+    template = default_chat_template(tokenizer)
     if template is None:
         which = "default " if getattr(tokenizer, "chat_template", None) else ""
         raise DataError(
@@ -210,3 +234,78 @@ def _required_template(config: DataConfig, tokenizer: Tokenizer) -> str:
             "configs/plain_chat.jinja), or the tokenizer of a chat model"
         )
     return template
+
+
+def read_messages(where: str, record: dict[str, Any], column: str) -> list[Message]:
+    """The messages of a record. Raises DataError naming the place, and what is wrong with them."""
+    if column not in record:
+        raise missing_column(column, list(record), where)
+    messages = record[column]
+    if isinstance(messages, dict) and messages and all(isinstance(part, list) for part in messages.values()):
+        # As `datasets` keeps lists of records that are declared as a Sequence: a list of each field.
+        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+    if not isinstance(messages, list):
+        raise DataError(
+            f'{where}: the column {column!r} holds {describe_type(messages)}, not a list of {{"role", "content"}} messages'
+        )
+    if not messages:
+        raise DataError(f"{where}: the conversation in {column!r} has no message; remove the record")
+    for other in BESIDE_MESSAGES:
+        if other != column and record.get(other) not in (None, "", "[]", []):
+            raise DataError(
+                f"{where}: the column {other!r} has content that would not be part of the conversation; write it into a "
+                "system message, and remove the column"
+            )
+    return [_message(where, f"message {number} in {column!r}", message) for number, message in enumerate(messages, start=1)]
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether it is an answer to learn: the assistant's, not flagged as none, not empty (that would teach to say nothing)."""
+    says_something = message["content"].strip() or any(message.get(key) for key in SAID_BESIDE_CONTENT)
+    return message["role"] == ASSISTANT and bool(says_something) and all(message.get(flag, True) for flag in FLAGS)
+
+
+def _message(where: str, name: str, message: Any) -> Message:
+    """With "role" and "content" that are text, and flags that are yes or no. Raises DataError naming place and message."""
+    if not isinstance(message, dict):
+        raise DataError(f'{where}: {name} is {describe_type(message)}, not an object with "role" and "content"')
+    # Tables give each message every field that any message has.
+    message = {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
+    if "role" not in message and "from" in message:
+        message = _of_sharegpt(where, name, message)
+    if message.get("content") is None and (message.get("tool_calls") or message.get("function_call")):
+        message["content"] = ""
+    if isinstance(message.get("tool_calls"), list):
+        message["tool_calls"] = [_with_arguments(call) for call in message["tool_calls"]]
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            what = f"holds {describe_type(message[key])}, not text" if key in message else f"is missing ({', '.join(message)})"
+            raise DataError(f'{where}: "{key}" of {name} {what}; each message needs "role" and "content"')
+    for flag in FLAGS:
+        if message.get(flag, 0) not in (0, 1):
+            raise DataError(
+                f'{where}: "{flag}" of {name} is {message[flag]!r}; it must be 1 or true (trained on), or 0 or false (not)'
+            )
+        if message.get(flag) and message["role"] != ASSISTANT:
+            raise DataError(
+                f'{where}: "{flag}" of {name} asks to train on a message of the {message["role"]}, but only messages of '
+                f"the {ASSISTANT} are trained on; remove it, or set it to 0"
+            )
+    return message
+
+
+def _of_sharegpt(where: str, name: str, message: Message) -> Message:
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+        raise DataError(f'{where}: {name} is "from" {speaker!r}; known are {", ".join(SHAREGPT_ROLES)}')
+    others = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT_ROLES[speaker], "content": message.get("value"), **others}
+
+
+def _with_arguments(call: Any) -> Any:
+    """A tool call with its arguments as an object, which templates write as JSON themselves; OpenAI gives the JSON."""
+    try:
+        arguments = json.loads(call["function"]["arguments"])
+    except (TypeError, KeyError, ValueError, RecursionError):
+        return call
+    return {**call, "function": {**call["function"], "arguments": arguments}}

@@ -23,7 +23,7 @@ from dist_trainer.data.records import (
     read_file,
 )
 from dist_trainer.data.split import Split
-from dist_trainer.data.templates import columns_of, optional_columns_of
+from dist_trainer.data.templates import optional_columns, required_columns
 from dist_trainer.data.text_file import COMPRESSIONS
 from dist_trainer.errors import ConfigError, DataError, counted
 from dist_trainer.huggingface.hub import is_hub_name
@@ -138,7 +138,7 @@ def _from_splits(name: str, splits: dict[str, Split]) -> Source:
 def files_split(files: Iterable[Path], config: DataConfig) -> Split:
     """The records of local files, one file after the other."""
     paths = sorted(files)
-    columns, optional = columns_of(config), optional_columns_of(config)
+    columns, optional = required_columns(config), optional_columns(config)
 
     def records() -> Records:
         for path in paths:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.chat import ChatTemplate
-from dist_trainer.data.loss_mask import LossMaskedText
-from dist_trainer.data.messages import messages_of
-from dist_trainer.data.templates import TextOf, completion_of, completion_template_of, text_of
+from dist_trainer.data.chat import ChatTemplate, read_messages
+from dist_trainer.data.templates import LossMaskedText, TextOf, completion_formatter, completion_template_of, text_formatter
 from dist_trainer.data.tokenizers import Tokenizer
 from dist_trainer.errors import ConfigError
 
@@ -22,11 +20,11 @@ class RecordFormatter:
     text: TextOf
     identity: str
     """Tells apart what `text` may make of the same record."""
-    is_marked: bool = False
+    has_loss_mask: bool = False
     """Whether it makes MarkedTexts, of which only parts carry loss."""
 
 
-def document_maker(config: DataConfig, tokenizer: Tokenizer) -> RecordFormatter:
+def record_formatter(config: DataConfig, tokenizer: Tokenizer) -> RecordFormatter:
     """The one that `config` asks for. Raises DataError, ConfigError."""
     if config.messages_column is not None:
         return _of_conversations(config, config.messages_column, tokenizer)
@@ -35,7 +33,7 @@ def document_maker(config: DataConfig, tokenizer: Tokenizer) -> RecordFormatter:
             f"data.chat_template: {config.chat_template!r} is set, but {config.dataset} has no column of conversations that is "
             "known by its name; name it by data.messages_column, or set data.chat_template to null"
         )
-    text = text_of(config.text_column, config.template)
+    text = text_formatter(config.text_column, config.template)
     if (completion_template := completion_template_of(config)) is not None:
         return _of_completions(config, completion_template, text)
     return RecordFormatter(text, json.dumps([config.text_column, config.template]))
@@ -45,7 +43,7 @@ def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> 
     template = ChatTemplate(config, tokenizer)
 
     def make(where: str, record: dict[str, Any]) -> LossMaskedText:
-        return template(where, messages_of(where, record, column))
+        return template(where, read_messages(where, record, column))
 
     parts = [
         "messages, with their flags",
@@ -53,11 +51,11 @@ def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> 
         template.text,
         sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()),
     ]
-    return RecordFormatter(make, json.dumps(parts), is_marked=True)
+    return RecordFormatter(make, json.dumps(parts), has_loss_mask=True)
 
 
 def _of_completions(config: DataConfig, completion_template: str, prompt: TextOf) -> RecordFormatter:
-    completion = completion_of(completion_template)
+    completion = completion_formatter(completion_template)
 
     def make(where: str, record: dict[str, Any]) -> LossMaskedText:
         before, after = str(prompt(where, record)), completion(where, record)
@@ -66,4 +64,4 @@ def _of_completions(config: DataConfig, completion_template: str, prompt: TextOf
         return LossMaskedText(whole, [(len(before), len(whole))] if after.strip() else [], is_complete=False)
 
     parts = ["completion, not an empty one", config.text_column, config.template, completion_template]
-    return RecordFormatter(make, json.dumps(parts), is_marked=True)
+    return RecordFormatter(make, json.dumps(parts), has_loss_mask=True)

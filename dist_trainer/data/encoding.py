@@ -6,6 +6,7 @@ where it gave the same ids for the texts of `probe_texts`, and some of each batc
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections import deque
@@ -17,9 +18,9 @@ import numpy as np
 
 from dist_trainer.data.text_pieces import TextPiece
 from dist_trainer.data.tokenizer_check import probe_texts
-from dist_trainer.data.tokenizers import Tokenizer, tokenizer_description, with_prefix
+from dist_trainer.data.tokenizers import Tokenizer, text_prefix, tokenizer_description, with_prefix
 from dist_trainer.distributed.cpu_count import usable_cpus
-from dist_trainer.errors import StoppedError
+from dist_trainer.errors import DataError, StoppedError, counted
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Encoder(Protocol):
         ...
 
 
-class OwnEncoder:
+class HuggingFaceEncoder:
     """The tokenizer itself."""
 
     threads = 1  # it has its own
@@ -100,7 +101,7 @@ def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
         return None
     try:
         fast = FastEncoder(tokenizer)
-        differs = first_difference(fast, OwnEncoder(tokenizer), probe_texts(tokenizer))
+        differs = first_difference(fast, HuggingFaceEncoder(tokenizer), probe_texts(tokenizer))
     except ImportError:
         log.info("gigatoken is not installed: Hugging Face's tokenizers do the tokenising, some ten times as slowly")
         return None
@@ -181,3 +182,79 @@ def _result(pieces: list[TextPiece], ids: Future[list[np.ndarray]], encoder: Enc
     if first_difference(encoder, own, [sample]) is not None:
         raise TokenizerMismatchError(f"{encoder.name} gives other ids than {own.name}, as for {sample[:60]!r}")
     return EncodedPieces(pieces, ids.result())
+
+
+class LossMaskEncoder:
+    """Gives texts their ids and the characters that each token is made of."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises DataError where the tokenizer cannot tell places."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                f"data.tokenizer: {type(tokenizer).__name__} cannot tell which characters its tokens are made of, so which of "
+                "them carry loss is unknown; give a tokenizer with a tokenizer.json"
+            )
+        self._prefix, self._end = text_prefix(tokenizer), tokenizer.eos_token_id
+        self._backend = copy.deepcopy(backend)
+        # Without special tokens around a text it has nothing to do but to leave white space out of the places.
+        self._backend.post_processor = None
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        self.texts = self.texts_with_token_over_border = 0
+
+    def __call__(self, pieces: list[TextPiece]) -> EncodedPieces:
+        """Ids with each document's BOS and EOS, if it has them, and loss masks. No document's first token carries loss: nothing
+        comes before it to tell it from.
+        """
+        all_ids, masks = [], []
+        encodings = self._backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            marked = piece.marked
+            assert marked is not None, "other pieces are encoded elsewhere"
+            ids = np.array(encoding.ids, dtype=np.int64)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            mask = tokens_in_spans(offsets, marked.loss_spans)
+            if not marked.is_complete:  # else a chat template has written both
+                begun = np.array(with_prefix(ids.tolist(), self._prefix), dtype=np.int64)
+                mask = np.append(np.zeros(len(begun) - len(ids), dtype=bool), mask)
+                ids, mask = np.append(begun, self._end), np.append(mask, bool(marked.loss_spans))
+            mask[:1] = False
+            all_ids.append(ids)
+            masks.append(mask)
+            self.texts_with_token_over_border += has_token_over_border(offsets, marked.loss_spans)
+        self.texts += len(pieces)
+        return EncodedPieces(pieces, all_ids, masks)
+
+
+def encode_with_loss_masks(batches: Iterable[list[TextPiece]], tokenizer: Tokenizer) -> Generator[EncodedPieces, None, None]:
+    """The batches in order with their ids and loss masks. Raises DataError."""
+    encoder = LossMaskEncoder(tokenizer)
+    for pieces in batches:
+        yield encoder(pieces)
+    if encoder.texts_with_token_over_border:
+        log.warning(
+            "in %d of %s one token holds the end of the prompt and the beginning of the answer (it carries loss), as "
+            "where a prompt ends with a space: a prompt alone would be cut into other tokens. Let the answer begin with the "
+            "space instead (data.completion_template, data.chat_template)",
+            *(encoder.texts_with_token_over_border, counted(encoder.texts, "document")),
+        )
+
+
+def tokens_in_spans(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Which tokens lie in `spans`, if only in part: bool [tokens].
+
+    `offsets` [tokens, 2] are each token's [start, end) in characters. One of no characters, such as a space that the
+    tokenizer put there itself, counts as the character that follows.
+    """
+    starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+    inside = np.zeros(len(offsets), dtype=bool)
+    for start, end in spans:
+        inside |= (ends > start) & (starts < end)
+    return inside
+
+
+def has_token_over_border(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether a token holds characters from before one of `spans` and from inside it."""
+    return any(bool(((offsets[:, 0] < start) & (offsets[:, 1] > start)).any()) for start, _ in spans)

@@ -14,7 +14,7 @@ from typing import Any
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
-from dist_trainer.data.templates import columns_of, missing_column, optional_columns_of
+from dist_trainer.data.templates import missing_column, optional_columns, required_columns
 from dist_trainer.errors import DataError
 from dist_trainer.huggingface.hub import hub_is_reachable
 
@@ -91,8 +91,8 @@ def _splits(name: str, loaded: Any, config: DataConfig) -> dict[str, Split]:
 
 
 def _split(where: str, table: Any, config: DataConfig) -> Split:
-    required = columns_of(config)
-    columns = [*required, *(column for column in optional_columns_of(config) if column in table.column_names)]
+    required = required_columns(config)
+    columns = [*required, *(column for column in optional_columns(config) if column in table.column_names)]
 
     def records() -> Iterator[tuple[str, Record]]:
         for column in required:

@@ -19,13 +19,13 @@ from dist_trainer.data.batch import Batch
 from dist_trainer.data.build_datasets import (
     VALIDATION_KEY,
     TokenDataset,
-    train_and_validation_rows,
-    validation_rows,
+    build_datasets,
+    build_validation_dataset,
     varies_in_length,
 )
 from dist_trainer.data.packing import identity_collate
-from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, rows_per_validation_block
-from dist_trainer.data.tokenizers import Tokenizer, tokenizer_of
+from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, sequences_per_validation_block
+from dist_trainer.data.tokenizers import Tokenizer, configured_tokenizer
 from dist_trainer.distributed.collectives import local_rank0_first
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError, counted, type_named
@@ -71,7 +71,7 @@ def create_dataloaders(
         validation = None if validation_dataset is None else _own_rows(validation_dataset, "validation_dataset")
     else:
         chosen = _agreed_tokenizer(config, world, tokenizer)
-        train, validation = local_rank0_first(world, lambda: train_and_validation_rows(config.data, chosen))
+        train, validation = local_rank0_first(world, lambda: build_datasets(config.data, chosen))
     if world.is_main:
         for name, rows in (("to train on", train), ("to validate on", validation)):
             if rows is not None and rows.remark:
@@ -88,7 +88,7 @@ def create_validation_loader(
     config names no such data.
     """
     chosen = _agreed_tokenizer(config, world, tokenizer)
-    rows = local_rank0_first(world, lambda: validation_rows(config.data, chosen, key=key))
+    rows = local_rank0_first(world, lambda: build_validation_dataset(config.data, chosen, key=key))
     if rows is None:
         raise DataError(f"data.validation_fraction: is 0, so there is nothing to validate on; name {key}")
     if world.is_main and rows.remark:
@@ -109,7 +109,7 @@ def _own_rows(dataset: Dataset, name: str) -> TokenDataset:
 
 
 def _agreed_tokenizer(config: TrainingConfig, world: DistributedContext, tokenizer: Tokenizer | None) -> Tokenizer:
-    return tokenizer or local_rank0_first(world, lambda: tokenizer_of(config.data))
+    return tokenizer or local_rank0_first(world, lambda: configured_tokenizer(config.data))
 
 
 def _train_loader(rows: TokenDataset, config: TrainingConfig, world: DistributedContext, *, origin: str) -> DataLoader:
@@ -133,11 +133,11 @@ def _validation_loader(
     batch, max_global_batches = config.batch, config.validation.max_global_batches
     sampler = ValidationSampler(
         rows.dataset,
-        micro_batch_size=rows_per_validation_block(batch),
+        micro_batch_size=sequences_per_validation_block(batch),
         rank=world.rank,
         world_size=world.world_size,
         # Rows that depend neither on the number of ranks nor on accumulation.
-        max_rows=None if max_global_batches is None else max_global_batches * batch.global_batch_size,
+        max_sequences=None if max_global_batches is None else max_global_batches * batch.global_batch_size,
     )
     return _loader(rows, sampler, config, world)
 

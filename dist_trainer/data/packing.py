@@ -81,7 +81,7 @@ class TokenStream:
         return rows, self._document_ends[numbers] - positions[rows]
 
 
-class PackedRows(torch.utils.data.Dataset):
+class PackedDataset(torch.utils.data.Dataset):
     """Rows of a stream; see the top of this file."""
 
     def __init__(
@@ -132,7 +132,7 @@ def identity_collate(batch: Batch) -> Batch:
     return batch
 
 
-class DocumentRows(torch.utils.data.Dataset):
+class DocumentDataset(torch.utils.data.Dataset):
     """One document a row, of at most T + 1 tokens; a longer one goes on in further rows, so that no target is lost."""
 
     varies_in_length = True

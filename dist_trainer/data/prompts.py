@@ -14,7 +14,7 @@ from dist_trainer.errors import DataError
 PROMPT = "prompt"
 
 
-def prompts_in(path: Path) -> list[tuple[str, Record]]:
+def read_prompts(path: Path) -> list[tuple[str, Record]]:
     """(place, record) of each prompt of a file; the record has its text under `prompt`. Raises DataError if the file cannot be
     read, or with every place that holds no prompt.
     """

@@ -19,12 +19,12 @@ from dist_trainer.errors import ConfigError
 
 ROWS_AT_A_TIME = 2048
 """Rows whose place in the order is computed at once, half a millisecond's work; fewer cost more each."""
-VALIDATION_ROWS = 8
+VALIDATION_SEQUENCES = 8
 """Rows at a time in validation, where batch.micro_batch_size does not say; without gradients few are enough."""
 _ROUNDS = 6
 
 
-def rows_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
+def sequences_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
     """Rows of one forward pass of one rank. Raises ConfigError where those of all ranks do not make a global batch."""
     if batch.micro_batch_size is None:
         if batch.global_batch_size % world_size:
@@ -41,14 +41,14 @@ def rows_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
     return batch.micro_batch_size
 
 
-def rows_per_validation_block(batch: BatchConfig) -> int:
+def sequences_per_validation_block(batch: BatchConfig) -> int:
     """Rows of one forward pass of validation: the same on any number of ranks, so that its sum is too."""
-    return batch.micro_batch_size or min(batch.global_batch_size, VALIDATION_ROWS)
+    return batch.micro_batch_size or min(batch.global_batch_size, VALIDATION_SEQUENCES)
 
 
 def accumulation_steps(batch: BatchConfig, world_size: int) -> int:
     """Micro-batches of one rank per optimizer step. Raises ConfigError where they do not come out even."""
-    return batch.global_batch_size // (rows_per_micro_batch(batch, world_size) * world_size)
+    return batch.global_batch_size // (sequences_per_micro_batch(batch, world_size) * world_size)
 
 
 class FeistelPermutation:
@@ -91,19 +91,19 @@ class GlobalOrderSampler(DistributedSampler):
 
     def __init__(self, dataset: Dataset, *, batch: BatchConfig, rank: int, world_size: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
-        self.num_rows = len(dataset)  # type: ignore[arg-type]
+        self.num_sequences = len(dataset)  # type: ignore[arg-type]
         self.batch = batch
-        self.micro_batch_size = rows_per_micro_batch(batch, world_size)
+        self.micro_batch_size = sequences_per_micro_batch(batch, world_size)
         self._start_step: int | None = None
 
     @property
     def steps_per_epoch(self) -> float:
         """Global batches in one pass over the rows."""
-        return self.num_rows / self.batch.global_batch_size
+        return self.num_sequences / self.batch.global_batch_size
 
     def epoch_of(self, step: int) -> float:
         """Passes over the rows after `step` steps."""
-        return step * self.batch.global_batch_size / self.num_rows  # rounded once, so whole epochs are whole numbers
+        return step * self.batch.global_batch_size / self.num_sequences  # rounded once, so whole epochs are whole numbers
 
     def seek(self, step: int) -> None:
         """Iterate from global batch number `step` on, without end; until the next `set_epoch`."""
@@ -115,7 +115,7 @@ class GlobalOrderSampler(DistributedSampler):
         self._start_step = None
 
     def _steps_of_epoch(self) -> range:
-        first, end = (-(-epoch * self.num_rows // self.batch.global_batch_size) for epoch in (self.epoch, self.epoch + 1))
+        first, end = (-(-epoch * self.num_sequences // self.batch.global_batch_size) for epoch in (self.epoch, self.epoch + 1))
         return range(first, end)
 
     def __len__(self) -> int:
@@ -135,33 +135,35 @@ class GlobalOrderSampler(DistributedSampler):
         steps = np.arange(first, first + count, dtype=np.int64)
         blocks = np.arange(per_step, dtype=np.int64) * self.num_replicas + self.rank
         starts = (steps[:, None] * self.batch.global_batch_size + blocks * micro).reshape(-1, 1)
-        return self.rows_at((starts + np.arange(micro, dtype=np.int64)).reshape(-1))
+        return self.sequences_at((starts + np.arange(micro, dtype=np.int64)).reshape(-1))
 
-    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+    def sequences_at(self, positions: np.ndarray) -> np.ndarray:
         """Rows at `positions` of the endless global order."""
-        epochs, within = np.divmod(positions, self.num_rows)
+        epochs, within = np.divmod(positions, self.num_sequences)
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = FeistelPermutation(self.num_rows, (self.seed, int(epoch)))(within[here])
+            rows[here] = FeistelPermutation(self.num_sequences, (self.seed, int(epoch)))(within[here])
         return rows
 
 
 class ValidationSampler(DistributedSampler):
     """This rank's blocks of micro_batch_size rows: block b is rank b % world_size's; no row twice, none left out."""
 
-    def __init__(self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_rows: int | None) -> None:
+    def __init__(
+        self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_sequences: int | None
+    ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
         rows = len(dataset)  # type: ignore[arg-type]
-        self.num_rows = rows if max_rows is None else min(rows, max_rows)
+        self.num_sequences = rows if max_sequences is None else min(rows, max_sequences)
         self.micro_batch_size = micro_batch_size
-        self.num_blocks = -(-self.num_rows // micro_batch_size)
+        self.num_blocks = -(-self.num_sequences // micro_batch_size)
         """Over all ranks."""
 
     def __iter__(self) -> Iterator[int]:
         for block in range(self.rank, self.num_blocks, self.num_replicas):
             first = block * self.micro_batch_size
-            yield from range(first, min(first + self.micro_batch_size, self.num_rows))
+            yield from range(first, min(first + self.micro_batch_size, self.num_sequences))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

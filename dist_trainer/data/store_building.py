@@ -21,9 +21,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dist_trainer.data.encoding import EncodedPieces, Encoder, OwnEncoder, TokenizerMismatchError, encoded, fast_encoder
+from dist_trainer.data.encoding import (
+    EncodedPieces,
+    Encoder,
+    HuggingFaceEncoder,
+    TokenizerMismatchError,
+    encode_with_loss_masks,
+    encoded,
+    fast_encoder,
+)
 from dist_trainer.data.growing_file import Extent, GrowingFile, sync
-from dist_trainer.data.loss_mask_encoding import encoded_with_masks
 from dist_trainer.data.split import Split
 from dist_trainer.data.templates import TextOf
 from dist_trainer.data.text_pieces import BadRecords, border_of_pieces, cutting, in_batches, text_pieces
@@ -58,17 +65,17 @@ class Progress:
 
 
 def build_store(
-    staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, *, is_marked: bool = False, max_bad_records: int = 0
+    staging: Path, split: Split, tokenizer: Tokenizer, text: TextOf, *, has_loss_mask: bool = False, max_bad_records: int = 0
 ) -> int:
     """Write the files of a store into the folder `staging`, from where an earlier build left off if one did; give the number of
-    tokens. `is_marked`: `text` makes MarkedTexts, so there is a loss mask to write too. Raises DataError, OSError.
+    tokens. `has_loss_mask`: `text` makes MarkedTexts, so there is a loss mask to write too. Raises DataError, OSError.
     """
-    own = OwnEncoder(tokenizer)
+    own = HuggingFaceEncoder(tokenizer)
 
     def write(encoder: Encoder | None) -> int:
         return _write_store(staging, split, tokenizer, text, encoder, own, BadRecords(max_bad_records))
 
-    if is_marked:
+    if has_loss_mask:
         return write(None)
     left_off = _recorded(staging)
     # An earlier build may have found out that the fast one's ids are other ones.
@@ -125,7 +132,7 @@ def _write_store(
         display = stack.enter_context(contextlib.closing(_Display(split.description, files.text_bytes)))
         rest = in_batches(itertools.islice(text_pieces(split, text, border, bad_records), files.pieces, None))
         batches = (
-            encoded_with_masks(rest, tokenizer) if encoder is None else encoded(rest, encoder, own, text_prefix(tokenizer))
+            encode_with_loss_masks(rest, tokenizer) if encoder is None else encoded(rest, encoder, own, text_prefix(tokenizer))
         )
         for batch in stack.enter_context(contextlib.closing(batches)):
             files.append(batch, dtype, tokenizer.eos_token_id)

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Collection
-from dataclasses import replace
-from typing import Any
+import signal
+import threading
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.config.template import ALPACA, parse_template
-from dist_trainer.data.loss_mask import LossMaskedText
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError, type_named
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 BESIDE_MESSAGES = ("tools", "functions", "system")
 """Columns that some data sets of conversations have next to the messages; what they say would be lost."""
 PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
 COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
+
+
+@dataclass(frozen=True)
+class LossMaskedText:
+    """A whole document and what in it is to be learnt."""
+
+    text: str
+    loss_spans: Sequence[tuple[int, int]]
+    """[start, end) in characters, ascending, apart from one another."""
+    is_complete: bool
+    """Whether the text says itself where it ends; otherwise the EOS follows, and carries loss if anything does."""
+
+
 TextOf = Callable[[str, dict[str, Any]], str | LongText | LossMaskedText]
 """(place, record) to text; raises DataError naming the place."""
 
@@ -35,8 +56,17 @@ NOT_IN_ALPACA_PROMPT = ("system", "history")
 """Columns that some data sets with Alpaca's columns have too."""
 CONVERSATION_COLUMNS = ("messages", "conversations")
 
+MOST_SECONDS = 5.0
+"""Of CPU time. A conversation takes milliseconds."""
+MOST_BYTES = 1 << 30
+"""Of memory beyond what the process has when rendering starts."""
+MOST_CHARACTERS = 1 << 26
+"""Of the text that comes out."""
+_MEMORY_IN_USE = Path("/proc/self/statm")
+Result = TypeVar("Result")
 
-def in_known_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
+
+def infer_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
     """`config` with the keys that columns of well-known names ask for: Alpaca's, or those of conversations. Unchanged if it
     says how records become text, or if they have the column `text`.
     """
@@ -49,7 +79,7 @@ def in_known_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
     return config if conversations is None else replace(config, messages_column=conversations)
 
 
-def text_of(column: str, template: str | None) -> TextOf:
+def text_formatter(column: str, template: str | None) -> TextOf:
     """How a record becomes text, by data.text_column or data.template."""
     if template == ALPACA:
         return _alpaca_prompt
@@ -72,12 +102,12 @@ def _alpaca_prompt(where: str, record: dict[str, Any]) -> str:
     return _template(template)(where, record)
 
 
-def completion_of(template: str) -> Callable[[str, dict[str, Any]], str]:
+def completion_formatter(template: str) -> Callable[[str, dict[str, Any]], str]:
     """How a record becomes what follows its prompt, by data.completion_template."""
     return _template(template, key="data.completion_template")
 
 
-def columns_of(config: DataConfig) -> list[str]:
+def required_columns(config: DataConfig) -> list[str]:
     """The columns of a record that `config` reads."""
     if config.messages_column is not None:
         return [config.messages_column]
@@ -89,7 +119,7 @@ def columns_of(config: DataConfig) -> list[str]:
     return sorted(columns)
 
 
-def optional_columns_of(config: DataConfig) -> list[str]:
+def optional_columns(config: DataConfig) -> list[str]:
     """The columns that `config` reads if they are there."""
     if config.template == ALPACA:
         return ["input", *NOT_IN_ALPACA_PROMPT]
@@ -123,7 +153,7 @@ def _column(column: str) -> TextOf:
         value = record[column]
         if not isinstance(value, str | LongText):
             remedy = "; a list of messages is read by --data.messages_column" if isinstance(value, list) else ""
-            raise DataError(f"{where}: the column {column!r} holds {kind_of(value)}, not text{remedy}")
+            raise DataError(f"{where}: the column {column!r} holds {describe_type(value)}, not text{remedy}")
         return value
 
     return read
@@ -153,10 +183,84 @@ def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where} asks for {name}{indices}, but [{index}] is not there") from error
     if isinstance(value, (list, dict)) or value is None:
-        raise DataError(f"{where}'s {name}{indices} is {kind_of(value)}, not text")
+        raise DataError(f"{where}'s {name}{indices} is {describe_type(value)}, not text")
     return str(value)
 
 
-def kind_of(value: Any) -> str:
+def describe_type(value: Any) -> str:
     """What a value of a record is, in words."""
     return "nothing (null)" if value is None else type_named(value)
+
+
+class TemplateLimitError(DataError):
+    """A chat template takes more time or memory than any conversation needs."""
+
+
+def check_template(template: object, name: str) -> None:
+    """Raises DataError where `template`, which messages call `name`, is no text, or raises numbers to powers, which cannot be
+    interrupted. Errors of syntax are left to rendering.
+    """
+    import jinja2
+
+    if not isinstance(template, str):
+        raise DataError(f"{name} is {type_named(template)}, not the text of a Jinja template")
+    before = ""
+    with contextlib.suppress(jinja2.TemplateSyntaxError):
+        for _, kind, value in jinja2.Environment().lex(template):
+            if kind == "operator" and value == "**" and before not in ("(", ","):  # behind these it unpacks arguments
+                raise DataError(f"{name} raises a number to a power (**), which can take without end; use a template without")
+            before = before if kind == "whitespace" else value
+
+
+def within_limits(render: Callable[[], Result]) -> Result:
+    """What `render` gives. Raises TemplateLimitError where that takes more than any conversation needs.
+
+    Time is limited in the main thread only, memory where the system can limit it (Linux).
+    """
+    try:
+        with _limited_memory(), _limited_time():
+            return render()
+    except MemoryError:
+        raise TemplateLimitError(f"it takes more than {MOST_BYTES >> 20:,} MiB of memory") from None
+
+
+def check_length(text: str) -> str:
+    """`text`, which a template wrote. Raises TemplateLimitError where it is longer than any conversation."""
+    if len(text) > MOST_CHARACTERS:
+        raise TemplateLimitError(f"it writes {len(text):,} characters, more than {MOST_CHARACTERS:,}")
+    return text
+
+
+@contextlib.contextmanager
+def _limited_time() -> Generator[None]:
+    """By processor time, which a busy machine does not lengthen."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TemplateLimitError(f"it takes more than {MOST_SECONDS:g} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Generator[None]:
+    """By the size of the address space: an allocation beyond it fails, whatever asks for it."""
+    if resource is None or not _MEMORY_IN_USE.exists():
+        yield
+        return
+    in_use = int(_MEMORY_IN_USE.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, hard, in_use + MOST_BYTES) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

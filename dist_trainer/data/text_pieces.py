@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from dist_trainer.data.loss_mask import LossMaskedText
 from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
-from dist_trainer.data.templates import TextOf
+from dist_trainer.data.templates import LossMaskedText, TextOf
 from dist_trainer.data.text_file import LongText
 from dist_trainer.data.tokenizers import Tokenizer
 from dist_trainer.errors import DataError, counted

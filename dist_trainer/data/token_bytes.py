@@ -48,7 +48,7 @@ class TokenBytes:
         return int(self.sizes[targets].sum() - (self.leads[targets] & self.borders[before]).sum())
 
 
-def token_bytes_of(tokenizer: Tokenizer) -> TokenBytes | None:
+def build_token_bytes(tokenizer: Tokenizer) -> TokenBytes | None:
     """The table of `tokenizer`; None where it has no exact one: where tokens do not spell the text they were made of (unknown
     characters, lower-casing, WordPiece's lost spaces).
 

@@ -68,13 +68,13 @@ def token_store(
     text: TextOf,
     text_identity: str,
     cache_dir: Path,
-    is_marked: bool = False,
+    has_loss_mask: bool = False,
     max_bad_records: int = 0,
 ) -> TokenStore:
     """The store of `split`, opened, or built first where no process has before.
 
-    `text_identity` tells apart what `text` may make of the same records; `is_marked`: these are MarkedTexts, so the store has
-    a loss mask; `max_bad_records`: so many that cannot be read or used are skipped. Raises DataError.
+    `text_identity` tells apart what `text` may make of one record; `has_loss_mask`: these are LossMaskedTexts, so there is
+    a loss mask too; `max_bad_records`: so many that cannot be read or used are skipped. Raises DataError.
     """
     for name in ("tokens", "digests"):
         if (cache_dir / name).is_symlink():
@@ -83,7 +83,7 @@ def token_store(
         (cache_dir / "tokens").mkdir(parents=True, exist_ok=True)
         key = store_key(split, tokenizer, text_identity, cache_dir, max_bad_records)
         folder = cache_dir / "tokens" / key
-        if (store := _open(folder, key, is_marked=is_marked)) is not None:
+        if (store := _open(folder, key, has_loss_mask=has_loss_mask)) is not None:
             if store.skipped_records:
                 log.warning(
                     "%s: %s skipped when it was tokenised (data.bad_records)",
@@ -93,10 +93,10 @@ def token_store(
             return store
         _sweep(cache_dir / "tokens")
         with _locked(folder):
-            if (store := _open(folder, key, is_marked=is_marked)) is not None:
+            if (store := _open(folder, key, has_loss_mask=has_loss_mask)) is not None:
                 return store
-            _build(folder, split, tokenizer, text, is_marked, max_bad_records)
-        store = _open(folder, key, is_marked=is_marked)
+            _build(folder, split, tokenizer, text, has_loss_mask, max_bad_records)
+        store = _open(folder, key, has_loss_mask=has_loss_mask)
     except (OSError, NotImplementedError) as error:
         reason = getattr(error, "strerror", None) or error or "its file system has no locks"
         raise DataError(
@@ -151,29 +151,29 @@ def _sweep(stores: Path) -> None:
             remove(half)
 
 
-def _open(folder: Path, key: str, *, is_marked: bool) -> TokenStore | None:
+def _open(folder: Path, key: str, *, has_loss_mask: bool) -> TokenStore | None:
     """The store in `folder`; None where it is absent or not what its index says."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        if index["dtype"] not in DTYPES or not _is_as_written(folder, index["digests"], is_marked):
+        if index["dtype"] not in DTYPES or not _is_as_written(folder, index["digests"], has_loss_mask):
             return None
         tokens = np.memmap(folder / "tokens.bin", dtype=np.dtype(index["dtype"]), mode="r")
         offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
         whole = len(tokens) == index["tokens"] == offsets[-1] and len(offsets) == index["documents"] + 1
-        loss_mask = np.memmap(folder / LOSS_MASK, dtype=bool, mode="r") if is_marked else None
+        loss_mask = np.memmap(folder / LOSS_MASK, dtype=bool, mode="r") if has_loss_mask else None
         whole = whole and (loss_mask is None or len(loss_mask) == len(tokens))
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
     return TokenStore(tokens, offsets, key, loss_mask, index.get("skipped_records", 0)) if whole else None
 
 
-def _is_as_written(folder: Path, digests: dict[str, str], is_marked: bool) -> bool:
+def _is_as_written(folder: Path, digests: dict[str, str], has_loss_mask: bool) -> bool:
     """Whether the files have the digests that the index names; of a very large one that would take minutes."""
-    files = [folder / name for name in ("tokens.bin", "offsets.npy", *([LOSS_MASK] if is_marked else []))]
+    files = [folder / name for name in ("tokens.bin", "offsets.npy", *([LOSS_MASK] if has_loss_mask else []))]
     return all(path.stat().st_size > MOST_BYTES_VERIFIED or digest_of(path) == digests[path.name] for path in files)
 
 
-def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, is_marked: bool, max_bad_records: int) -> None:
+def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, has_loss_mask: bool, max_bad_records: int) -> None:
     started = time.perf_counter()
     staging = folder.with_name(f"{_BUILDING}{folder.name}")
     remove(folder)
@@ -181,7 +181,7 @@ def _build(folder: Path, split: Split, tokenizer: Tokenizer, text: TextOf, is_ma
         remove(staging)
     staging.mkdir(exist_ok=True)
     try:
-        num_tokens = build_store(staging, split, tokenizer, text, is_marked=is_marked, max_bad_records=max_bad_records)
+        num_tokens = build_store(staging, split, tokenizer, text, has_loss_mask=has_loss_mask, max_bad_records=max_bad_records)
         os.rename(staging, folder)
     except (StoppedError, KeyboardInterrupt, SystemExit):
         raise  # what is written stays: the next build goes on from it

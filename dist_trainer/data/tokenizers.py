@@ -44,7 +44,7 @@ def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
     return _with_end_and_padding(tokenizer, name)
 
 
-def tokenizer_of(config: DataConfig, *, key: str = TOKENIZER_KEY) -> Tokenizer:
+def configured_tokenizer(config: DataConfig, *, key: str = TOKENIZER_KEY) -> Tokenizer:
     """That of data.tokenizer, with the template of data.chat_template where one is named, so that it is saved with it.
 
     Raises DataError; it calls the tokenizer's name `key`.

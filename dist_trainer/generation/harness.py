@@ -20,8 +20,8 @@ import torch
 from dist_trainer.config.cli import in_this_shell
 from dist_trainer.config.schema import PrecisionConfig
 from dist_trainer.config.secrets import masked_within
-from dist_trainer.data.chat import own_template
-from dist_trainer.data.template_limits import TemplateLimitError, check_length, check_template, within_limits
+from dist_trainer.data.chat import default_chat_template
+from dist_trainer.data.templates import TemplateLimitError, check_length, check_template, within_limits
 from dist_trainer.data.tokenizers import Tokenizer, load_tokenizer, text_prefix
 from dist_trainer.errors import ConfigError
 from dist_trainer.huggingface import transformers_models
@@ -104,7 +104,7 @@ def limit_chat_template(tokenizer: Tokenizer, name: str) -> None:
 
     Raises DataError if the template cannot be limited.
     """
-    check_template(own_template(tokenizer), name)
+    check_template(default_chat_template(tokenizer), name)
     render = tokenizer.apply_chat_template
 
     def limited(*arguments: Any, **options: Any) -> Any:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from dist_trainer.config.schema import DataConfig, TrackingConfig, TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
 from dist_trainer.data.build_datasets import are_conversations
-from dist_trainer.data.chat import ChatTemplate
-from dist_trainer.data.messages import messages_of
+from dist_trainer.data.chat import ChatTemplate, read_messages
 from dist_trainer.data.tokenizers import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.context import DistributedContext
@@ -112,7 +111,7 @@ def given_prompt(given: str, data: DataConfig, tokenizer: Any, *, chats: bool) -
         return given, prompt_ids(tokenizer, given)
     key = "tracking.sample_prompt"
     try:
-        messages = messages_of(key, {"messages": json.loads(given)}, "messages")
+        messages = read_messages(key, {"messages": json.loads(given)}, "messages")
     except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"{key}: {given!r} begins as a list of messages does, but is no JSON ({error}); write it as "

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.chat import ChatTemplate, own_template
-from dist_trainer.data.messages import Message
+from dist_trainer.data.chat import ChatTemplate, Message, default_chat_template
 from dist_trainer.data.tokenizers import Tokenizer, prompt_ids
 from dist_trainer.errors import ConfigError, counted
 from dist_trainer.generation.decoding import context_of, end_tokens, generate
@@ -111,7 +110,7 @@ class TextStream:
 
 def chat_template(tokenizer: Tokenizer, folder: Path) -> ChatTemplate:
     """The tokenizer's own. Raises ConfigError where it has none."""
-    if own_template(tokenizer) is None:
+    if default_chat_template(tokenizer) is None:
         raise ConfigError(
             f"--chat: the tokenizer in {folder} has no chat template to write messages with; leave --chat out, or put a "
             "template beside the tokenizer as chat_template.jinja"

@@ -22,8 +22,8 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.build_datasets import fingerprints, varies_in_length
 from dist_trainer.data.loader import Dataloaders, create_dataloaders
 from dist_trainer.data.sampler import accumulation_steps
-from dist_trainer.data.token_bytes import token_bytes_of
-from dist_trainer.data.tokenizers import tokenizer_of, vocabulary_size
+from dist_trainer.data.token_bytes import build_token_bytes
+from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import local_rank0_first, run_and_share_errors, run_on_rank0
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.launcher import launcher
@@ -201,7 +201,7 @@ def open_run_folder(config: TrainingConfig, world: DistributedContext) -> Genera
 def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolder | None, start: ResumeState) -> Trainer:
     """All parts of a run, standing where `start` says."""
     named = replace(config.data, tokenizer=tokenizer_name(config, start))
-    tokenizer = local_rank0_first(world, lambda: tokenizer_of(named))
+    tokenizer = local_rank0_first(world, lambda: configured_tokenizer(named))
     if names_other_content(config, start):  # another run's data must not be tokenised for hours before they are refused
         refuse_other_content(config, start, local_rank0_first(world, lambda: fingerprints(named, tokenizer)))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
@@ -243,7 +243,7 @@ def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolde
         precision=build_precision(config.precision, world.device),
         checkpoints=checkpoints,
         sample=sample,
-        token_bytes=token_bytes_of(tokenizer),
+        token_bytes=build_token_bytes(tokenizer),
         flops_per_token=per_token,
         metadata=metadata,
     )

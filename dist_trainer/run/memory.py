@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.data.sampler import rows_per_micro_batch
+from dist_trainer.data.sampler import sequences_per_micro_batch
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import DoesNotFitError, OutOfMemoryError
 from dist_trainer.optim.muon import MuonWithAdamW
@@ -186,7 +186,7 @@ def format_state(trainer: Trainer) -> str:
 
 def hints(config: TrainingConfig, world: DistributedContext) -> list[str]:
     """What reduces the memory of a run, the least intrusive first."""
-    size = rows_per_micro_batch(config.batch, world.world_size)
+    size = sequences_per_micro_batch(config.batch, world.world_size)
     return [
         *([f"a smaller --batch.micro_batch_size (now {size}): the global batch stays the same"] if size > 1 else []),
         *(["--precision.dtype bf16 (now fp32): activations take about half"] if config.precision.dtype == "fp32" else []),

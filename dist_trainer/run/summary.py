@@ -61,7 +61,7 @@ def tokens_in_words(trainer: Trainer) -> str:
     at_most = "at most " if varies_in_length(trainer.train_data.dataset) else ""
     return (
         f"{rows} x {at_most}{length} = {quantity(rows * length)} a step, {quantity(trainer.max_steps * rows * length)} in all: "
-        f"{sampler.epoch_of(trainer.max_steps):.3g} epochs of {config.data.dataset} ({counted(sampler.num_rows, 'row')})"
+        f"{sampler.epoch_of(trainer.max_steps):.3g} epochs of {config.data.dataset} ({counted(sampler.num_sequences, 'row')})"
     )
 
 

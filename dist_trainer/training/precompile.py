@@ -56,7 +56,7 @@ def warm_up(
         evaluated = unwrap(model)
         with evaluation_mode(evaluated), torch.no_grad(), precision.autocast():
             for rows in _rows_of_blocks(validation_data):
-                loss_function(evaluated, first.first_rows(rows).shortened(shorter_by).to(world.device))
+                loss_function(evaluated, first.first_sequences(rows).shortened(shorter_by).to(world.device))
 
     if not unwrap(model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
         model.train()
@@ -87,5 +87,5 @@ def compiles_in_a_step(model: nn.Module, train_data: DataLoader, device: torch.d
 def _rows_of_blocks(validation_data: DataLoader) -> set[int]:
     """How many rows a block may have: the last one has fewer where they do not come out even."""
     sampler: ValidationSampler = validation_data.sampler  # type: ignore[assignment]
-    full = min(sampler.micro_batch_size, sampler.num_rows)
-    return {full, sampler.num_rows % full or full}
+    full = min(sampler.micro_batch_size, sampler.num_sequences)
+    return {full, sampler.num_sequences % full or full}

@@ -19,9 +19,8 @@ from dist_trainer.checkpoint.optimizer_state import FirstStepCheck
 from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.data.batch import Batch
+from dist_trainer.data.batch import Batch, DeviceCopy
 from dist_trainer.data.build_datasets import varies_in_length
-from dist_trainer.data.device_copy import DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.beats import Phase

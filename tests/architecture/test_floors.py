@@ -32,7 +32,7 @@ DOORS = {
     "transformers": {"data/tokenizers.py", "data/packing.py", "data/chat.py", "huggingface/transformers_models.py"},
     "tokenizers": {"data/tokenizers.py"},
     "gigatoken": {"data/encoding.py"},
-    "jinja2": {"data/template_limits.py"},
+    "jinja2": {"data/templates.py"},
     "lm_eval": {"generation/harness.py"},
     "shtab": {"config/completion.py"},
     "docstring_parser": {"config/keys.py"},

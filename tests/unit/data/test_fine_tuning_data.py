@@ -20,17 +20,17 @@ from transformers import PreTrainedTokenizerFast
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import store_building, text_pieces
 from dist_trainer.data.batch import IGNORED_TARGET
-from dist_trainer.data.best_fit_packing import BestFitPackedDataset, best_fit_decreasing, fitted
-from dist_trainer.data.build_datasets import SPLIT_KEY, are_conversations, train_and_validation_rows
+from dist_trainer.data.best_fit_packing import BestFitPackedDataset, best_fit_decreasing, truncate_and_filter
+from dist_trainer.data.build_datasets import SPLIT_KEY, are_conversations, build_datasets
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.datasets import open_source
-from dist_trainer.data.documents import document_maker
+from dist_trainer.data.documents import record_formatter
+from dist_trainer.data.encoding import tokens_in_spans
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
-from dist_trainer.data.loss_mask import tokens_in_spans
 from dist_trainer.data.records import column_names
 from dist_trainer.data.sampler import FeistelPermutation
 from dist_trainer.data.token_store import TokenStore, token_store
-from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_of
+from dist_trainer.data.tokenizers import configured_tokenizer, load_tokenizer
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError
 from dist_trainer.run.configure import load_config
@@ -172,11 +172,11 @@ def small(path: Path, tmp_path: Path, **data) -> DataConfig:
 
 
 def stored(config: DataConfig, tokenizer) -> TokenStore:
-    maker = document_maker(config, tokenizer)
+    maker = record_formatter(config, tokenizer)
     split = open_source(config.dataset, config).train
     cache = Path(config.cache_dir)
     return token_store(
-        split, tokenizer, text=maker.text, text_identity=maker.identity, is_marked=maker.is_marked, cache_dir=cache
+        split, tokenizer, text=maker.text, text_identity=maker.identity, has_loss_mask=maker.has_loss_mask, cache_dir=cache
     )
 
 
@@ -238,7 +238,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
     marked = tmp_path / "marked.jinja"
     marked.write_text(Path(PLAIN).read_text(), encoding="utf-8-sig")
     first, second = (
-        stored(config, tokenizer_of(config))
+        stored(config, configured_tokenizer(config))
         for template in (PLAIN, str(marked))
         for config in [small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages", chat_template=template)]
     )
@@ -249,7 +249,7 @@ def test_the_plain_template_needs_no_new_tokens(tmp_path):
     config = small(
         chats(tmp_path / "x.jsonl", [[SYSTEM, *CONVERSATIONS[1]]]), tmp_path, messages_column="messages", chat_template=PLAIN
     )
-    tokenizer = tokenizer_of(config)
+    tokenizer = configured_tokenizer(config)
     store = stored(config, tokenizer)
     assert learnt(store, tokenizer) == [["She is rich.<|endoftext|>", f"{CONVERSATIONS[1][3]['content']}<|endoftext|>"]]
     assert tokenizer.decode(store.tokens).startswith(
@@ -291,7 +291,7 @@ def test_the_same_text_without_the_key_is_plain_text_in_the_store_it_always_had(
     config = small(path, tmp_path, template=SQUAD + " {answers[text][0]}")
     store = stored(config, load_tokenizer("austen"))
     assert store.loss_mask is None
-    assert document_maker(config, None).identity == json.dumps(["text", config.template])
+    assert record_formatter(config, None).identity == json.dumps(["text", config.template])
     [index] = (tmp_path / "cache" / "tokens").glob("*/index.json")
     assert sorted(json.loads(index.read_text())["digests"]) == ["offsets.npy", "tokens.bin"]
 
@@ -355,7 +355,7 @@ ALPACA = [
 
 
 def loss_of_first_row(config: DataConfig, tokenizer) -> str:
-    rows = train_and_validation_rows(config, tokenizer)[0].dataset
+    rows = build_datasets(config, tokenizer)[0].dataset
     targets = rows[0].targets[0]
     return tokenizer.decode([token for token in targets.tolist() if token >= 0])
 
@@ -387,20 +387,20 @@ def test_alpaca_s_columns_are_read_as_they_are(tmp_path, name, caplog):
 def test_what_alpaca_s_prompt_has_no_place_for_is_refused(tmp_path):
     path = write(tmp_path / "x.jsonl", [ALPACA[0], ALPACA[1] | {"history": [["Hi", "Ho"]]}])
     with pytest.raises(DataError, match=r"x\.jsonl:2: the column 'history' has content that Alpaca's prompt"):
-        train_and_validation_rows(small(path, tmp_path), load_tokenizer("austen"))
+        build_datasets(small(path, tmp_path), load_tokenizer("austen"))
 
 
 def test_a_template_is_for_conversations_that_are_found_by_their_column_too(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"messages": messages} for messages in CONVERSATIONS * 4])
     config, tokenizer = small(path, tmp_path, chat_template=PLAIN), load_tokenizer("austen")
-    train, _ = train_and_validation_rows(config, tokenizer)
-    named, _ = train_and_validation_rows(replace(config, messages_column="messages"), tokenizer)
+    train, _ = build_datasets(config, tokenizer)
+    named, _ = build_datasets(replace(config, messages_column="messages"), tokenizer)
     assert train.dataset.fingerprint == named.dataset.fingerprint
     assert are_conversations(train.dataset)
     text = write(tmp_path / "text.jsonl", [{"text": "Emma"}])
     with pytest.raises(ConfigError, match=r"data\.chat_template: .* is set, but .*text\.jsonl has no column of conversations"):
-        train_and_validation_rows(replace(config, dataset=str(text)), tokenizer)
-    pairs, _ = train_and_validation_rows(small(write(tmp_path / "pairs.jsonl", ALPACA * 4), tmp_path), tokenizer)
+        build_datasets(replace(config, dataset=str(text)), tokenizer)
+    pairs, _ = build_datasets(small(write(tmp_path / "pairs.jsonl", ALPACA * 4), tmp_path), tokenizer)
     assert not are_conversations(pairs.dataset)
 
 
@@ -418,7 +418,7 @@ def test_columns_are_read_by_their_names_only_where_nothing_says_how(tmp_path):
     assert stored(small(text, tmp_path), tokenizer).loss_mask is None
     path = write(tmp_path / "z.jsonl", ALPACA)
     with pytest.raises(DataError, match="there is no column 'body'"):
-        train_and_validation_rows(small(path, tmp_path, text_column="body"), tokenizer)
+        build_datasets(small(path, tmp_path, text_column="body"), tokenizer)
     own = small(path, tmp_path, template="{instruction}", completion_template=" {output}")
     assert loss_of_first_row(own, tokenizer).startswith(" Emma<|im_end|>")
 
@@ -565,7 +565,7 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(tmp_path):
         if content is not None:
             (tmp_path / name).write_text(content)
         with pytest.raises(DataError, match=rf"data\.chat_template: .*{name} {reason}"):
-            tokenizer_of(replace(config, chat_template=str(tmp_path / name)))
+            configured_tokenizer(replace(config, chat_template=str(tmp_path / name)))
 
 
 def test_an_end_of_turn_at_which_generation_does_not_stop_is_told(tmp_path, caplog):
@@ -620,7 +620,7 @@ def random_documents(seed: int, count: int = 60) -> tuple[list[int], list[int]]:
 def test_every_answer_is_learnt_exactly_once_behind_its_own_prompt(packing, length):
     lengths, prompts = random_documents(3)
     store, spans = marked_store(lengths, prompts)
-    found = fitted(store, spans, length)
+    found = truncate_and_filter(store, spans, length)
     rows = BestFitPackedDataset(store, found.spans, length, padding=0, packing=packing, document_mask=True)
     batch = rows.__getitems__(list(range(len(rows))))
     targets = batch.targets
@@ -677,7 +677,7 @@ def test_best_fit_decreasing_fills_rows_and_overfills_none():
 def test_what_is_cut_or_left_out_is_counted():
     #  fits, cut within the answer, cut before it, no answer
     store, spans = marked_store([5, 20, 20, 6], [2, 4, 15, 6])
-    found = fitted(store, spans, 9)
+    found = truncate_and_filter(store, spans, 9)
     assert found.spans.tolist() == [[0, 5], [5, 15]]
     assert found[1:] == (1, 1, 1)
 
@@ -717,7 +717,7 @@ def test_data_in_which_there_is_nothing_to_learn_are_refused(tmp_path, messages,
         create_dataloaders(TrainingConfig(data=config, batch=BatchConfig(1, 1)))
     by_its_columns = replace(config, messages_column=None)  # the answers are those of conversations then, too
     with pytest.raises(DataError, match=r"^data\.dataset: .*" + re.escape(message)):
-        train_and_validation_rows(by_its_columns, byte_level(CHATML, "<|im_end|>"))
+        build_datasets(by_its_columns, byte_level(CHATML, "<|im_end|>"))
     good = str(chats(tmp_path / "good.jsonl", [[user("Hi"), assistant("Ho")]]))
     config = replace(config, dataset=good, validation_dataset=config.dataset)
     with pytest.raises(DataError, match=r"^data\.validation_dataset: .*" + re.escape(message)):
@@ -731,8 +731,8 @@ def test_validation_data_are_held_out_of_the_documents_that_have_an_answer(tmp_p
     conversations[first] = unusable
     path = chats(tmp_path / "x.jsonl", conversations)
     config = small(path, tmp_path, messages_column="messages", chat_template=PLAIN, document_mask=True)
-    tokenizer = tokenizer_of(config)
-    held_out = train_and_validation_rows(replace(config, sequence_length=32, validation_fraction=0.05), tokenizer)[1]
+    tokenizer = configured_tokenizer(config)
+    held_out = build_datasets(replace(config, sequence_length=32, validation_fraction=0.05), tokenizer)[1]
     targets = [t for i in range(len(held_out.dataset)) for t in held_out.dataset[i].targets[0].tolist() if t >= 0]
     told = tokenizer.decode(targets).split("<|endoftext|>")[:-1]
     assert sorted(told) == sorted([f"Answer {second}.", f"Answer {third}."])
@@ -742,8 +742,8 @@ def test_conversations_are_held_out_whole_and_validated_alone(tmp_path):
     conversations = [[user(f"Question {number}?"), assistant(f"Answer {number}.")] for number in range(40)]
     config = small(chats(tmp_path / "x.jsonl", conversations), tmp_path, messages_column="messages", chat_template=PLAIN)
     config = replace(config, validation_fraction=0.1, document_mask=True)
-    tokenizer = tokenizer_of(config)
-    train, validation = train_and_validation_rows(config, tokenizer)
+    tokenizer = configured_tokenizer(config)
+    train, validation = build_datasets(config, tokenizer)
     told = [
         tokenizer.decode([t for i in range(len(r.dataset)) for t in r.dataset[i].targets[0].tolist() if t >= 0])
         for r in (train, validation)
@@ -779,7 +779,7 @@ def test_a_column_of_messages_that_is_read_as_text_names_the_key_that_reads_them
 def test_a_single_conversation_is_not_torn_apart_to_validate_on(tmp_path):
     config = small(chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), tmp_path, messages_column="messages", chat_template=PLAIN)
     with pytest.raises(DataError, match=r"data\.validation_fraction: there is a single document"):
-        train_and_validation_rows(replace(config, validation_fraction=0.1), tokenizer_of(config))
+        build_datasets(replace(config, validation_fraction=0.1), configured_tokenizer(config))
 
 
 def test_a_token_of_no_characters_belongs_to_what_follows():
@@ -793,7 +793,7 @@ def test_a_token_of_no_characters_belongs_to_what_follows():
 
 def _killed(config: DataConfig, after_records: int) -> None:
     die_at_record(after_records)
-    stored(config, tokenizer_of(config))
+    stored(config, configured_tokenizer(config))
 
 
 @pytest.mark.parametrize("harm", [None, "tokens.bin", "loss.bin"])
@@ -802,7 +802,7 @@ def test_a_build_with_a_loss_mask_that_was_killed_goes_on_to_the_same_bytes(tmp_
     monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
     path = chats(tmp_path / "x.jsonl", CONVERSATIONS * 10)
     config = small(path, tmp_path, messages_column="messages", chat_template=PLAIN)
-    stored(replace(config, cache_dir=str(tmp_path / "at once")), tokenizer_of(config))
+    stored(replace(config, cache_dir=str(tmp_path / "at once")), configured_tokenizer(config))
     process = multiprocessing.get_context("fork").Process(target=_killed, args=(config, 5))
     process.start()
     process.join(60)
@@ -817,7 +817,7 @@ def test_a_build_with_a_loss_mask_that_was_killed_goes_on_to_the_same_bytes(tmp_
     monkeypatch.setattr(
         store_building._Unfinished, "append", lambda self, *rest: (appended.append(self.pieces), real(self, *rest))
     )
-    stored(config, tokenizer_of(config))
+    stored(config, configured_tokenizer(config))
     assert appended[0] == (15 if harm is None else 0)
     made = [{p.name: p.read_bytes() for p in (tmp_path / cache / "tokens").glob("*/*")} for cache in ("at once", "cache")]
     assert made[0] == made[1]
@@ -826,12 +826,12 @@ def test_a_build_with_a_loss_mask_that_was_killed_goes_on_to_the_same_bytes(tmp_
 
 def test_a_damaged_loss_mask_is_made_anew(tmp_path):
     config = small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages", chat_template=PLAIN)
-    mask = stored(config, tokenizer_of(config)).loss_mask.tolist()
+    mask = stored(config, configured_tokenizer(config)).loss_mask.tolist()
     [file] = (tmp_path / "cache" / "tokens").glob("*/loss.bin")
     content = bytearray(file.read_bytes())
     content[3] ^= 1
     file.write_bytes(content)
-    assert stored(config, tokenizer_of(config)).loss_mask.tolist() == mask
+    assert stored(config, configured_tokenizer(config)).loss_mask.tolist() == mask
 
 
 def test_an_unfinished_build_of_the_time_before_loss_masks_is_gone_on_with(tmp_path):

@@ -48,7 +48,7 @@ def test_inputs_may_be_dictionaries_and_lists_of_tensors() -> None:
     for same in (batch, batch.to(torch.device("cpu")), batch.shortened(0)):
         assert torch.equal(same.input_ids["x"], X)
         assert torch.equal(same.input_ids["both"][1], 2 * X)
-    first = batch.first_rows(1)
+    first = batch.first_sequences(1)
     assert torch.equal(first.input_ids["both"][0], X[:1])
     assert torch.equal(first.targets, Y[:1])
 

@@ -7,7 +7,7 @@ import torch
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.build_datasets import Documents, split_by_document
 from dist_trainer.data.loader import collate_pairs
-from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
+from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCollator, TokenStream
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenizers import load_tokenizer
 
@@ -28,14 +28,14 @@ def spans(fraction: float, *lengths: int) -> tuple[list[list[int]], list[list[in
     return train.spans.tolist(), validation.spans.tolist()
 
 
-def read_all(rows: PackedRows):
+def read_all(rows: PackedDataset):
     batch = rows.__getitems__(list(range(len(rows))))
     return batch.input_ids, batch.targets
 
 
 @pytest.mark.parametrize("length", [1, 3, 8, 23, 24, 100])
 def test_packing_makes_every_token_but_the_first_a_target_exactly_once(length):
-    rows = PackedRows(TokenStream(store(5, 1, 11, 7)), length, padding=0, fingerprint="")
+    rows = PackedDataset(TokenStream(store(5, 1, 11, 7)), length, padding=0, fingerprint="")
     tokens, targets = read_all(rows)
     assert tokens.shape == targets.shape == (len(rows), length)
     assert targets[targets != IGNORED_TARGET].tolist() == list(range(1, 24))
@@ -43,7 +43,7 @@ def test_packing_makes_every_token_but_the_first_a_target_exactly_once(length):
 
 
 def test_only_the_last_row_is_padded():
-    _, targets = read_all(PackedRows(TokenStream(store(24)), 5, padding=0, fingerprint=""))
+    _, targets = read_all(PackedDataset(TokenStream(store(24)), 5, padding=0, fingerprint=""))
     assert (targets == IGNORED_TARGET).sum(1).tolist() == [0, 0, 0, 0, 2]
 
 
@@ -78,8 +78,8 @@ def test_rows_gathered_at_once_are_those_of_a_plain_loop(dtype, length, left_out
     offsets = np.cumsum([0, *random.integers(1, 60, 40)])
     store = TokenStore(random.integers(0, 1 << 16, offsets[-1]).astype(dtype), offsets, "key")
     spans = np.stack([offsets[:-1], offsets[1:]], axis=1)[random.random(40) >= left_out]
-    rows = PackedRows(TokenStream(store, spans), length, padding=9, fingerprint="")
-    apart = PackedRows(TokenStream(store, spans), length, padding=9, fingerprint="", document_mask=True)
+    rows = PackedDataset(TokenStream(store, spans), length, padding=9, fingerprint="")
+    apart = PackedDataset(TokenStream(store, spans), length, padding=9, fingerprint="", document_mask=True)
     indices = [*random.integers(0, len(rows), 12).tolist(), len(rows) - 1, 0]
     tokens, targets, documents = rows_by_a_plain_loop(store, spans, length, indices, padding=9)
     batch = rows.__getitems__(indices)
@@ -101,9 +101,9 @@ def test_rows_gathered_at_once_are_those_of_a_plain_loop(dtype, length, left_out
 @pytest.mark.parametrize("length", [3, 8, 100])
 def test_kept_apart_documents_have_the_targets_that_they_have_in_rows_of_their_own(length):
     documents_ = documents(5, 1, 11, 7)
-    rows = PackedRows(TokenStream(*documents_), length, padding=0, fingerprint="", document_mask=True)
+    rows = PackedDataset(TokenStream(*documents_), length, padding=0, fingerprint="", document_mask=True)
     _, targets = read_all(rows)
-    unpacked = DocumentRows(*documents_, length)
+    unpacked = DocumentDataset(*documents_, length)
     expected = [token for index in range(len(unpacked)) for token in unpacked[index][1:].tolist()]
     assert targets[targets != IGNORED_TARGET].tolist() == expected
     assert set(range(24)) - set(expected) == {0, 5, 6, 17}
@@ -112,13 +112,13 @@ def test_kept_apart_documents_have_the_targets_that_they_have_in_rows_of_their_o
 def test_borders_are_where_documents_end_not_where_text_spells_the_end():
     eos = 2
     spelled = TokenStore(np.array([7, eos, 8, eos, 9, 9, eos], dtype=np.uint16), np.array([0, 4, 7]), "key")
-    rows = PackedRows(TokenStream(spelled, np.array([[0, 4], [4, 7]])), 6, padding=eos, fingerprint="", document_mask=True)
+    rows = PackedDataset(TokenStream(spelled, np.array([[0, 4], [4, 7]])), 6, padding=eos, fingerprint="", document_mask=True)
     assert rows[0].document_ids.tolist() == [[0, 0, 0, 0, 1, 1]]
     assert rows[0].targets.tolist() == [[eos, 8, eos, IGNORED_TARGET, 9, eos]]
 
 
 def test_documents_go_wherever_their_batch_goes():
-    rows = PackedRows(TokenStream(*documents(5, 11, 7)), 4, padding=0, fingerprint="", document_mask=True)
+    rows = PackedDataset(TokenStream(*documents(5, 11, 7)), 4, padding=0, fingerprint="", document_mask=True)
     together, alone = rows.__getitems__([2, 3]), rows[2]
     assert together.to(torch.device("meta")).document_ids.shape == (2, 4)
     assert together.shortened(1).document_ids.tolist() == together.document_ids[:, :-1].tolist()
@@ -131,20 +131,20 @@ def test_documents_go_wherever_their_batch_goes():
 
 
 def test_padding_targets_leaves_the_tokens_of_a_single_row_alone():
-    rows = PackedRows(TokenStream(store(24)), 5, padding=0, fingerprint="")
+    rows = PackedDataset(TokenStream(store(24)), 5, padding=0, fingerprint="")
     assert rows[4].input_ids.tolist() == [[20, 21, 22, 23, 0]]
     assert rows[4].targets.tolist() == [[21, 22, 23, IGNORED_TARGET, IGNORED_TARGET]]
 
 
 def test_rows_do_not_depend_on_what_they_are_read_with():
-    rows = PackedRows(TokenStream(store(50)), 7, padding=0, fingerprint="")
+    rows = PackedDataset(TokenStream(store(50)), 7, padding=0, fingerprint="")
     alone = torch.cat([rows[index].targets for index in (5, 0, 7, 7)])
     assert torch.equal(alone, rows.__getitems__([5, 0, 7, 7]).targets)
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_parts_of_what_is_read_at_once_are_what_is_read_apart_and_know_their_targets(document_mask):
-    rows = PackedRows(TokenStream(*documents(5, 11, 7, 9)), 4, padding=0, fingerprint="", document_mask=document_mask)
+    rows = PackedDataset(TokenStream(*documents(5, 11, 7, 9)), 4, padding=0, fingerprint="", document_mask=document_mask)
     together = rows.__getitems__([0, 7, 2, 5, 3])
     parts = together.split(2)
     assert [len(part.input_ids) for part in parts] == [2, 2, 1]
@@ -156,7 +156,9 @@ def test_parts_of_what_is_read_at_once_are_what_is_read_apart_and_know_their_tar
         assert not document_mask or part.document_ids.equal(alone.document_ids)
         assert alone.counted_targets is None
         assert part.num_targets() == part.counted_targets == alone.num_targets()
-        assert part.first_rows(1).num_targets() == alone.first_rows(1).num_targets(), "of fewer rows it is to be counted anew"
+        assert part.first_sequences(1).num_targets() == alone.first_sequences(1).num_targets(), (
+            "of fewer rows it is to be counted anew"
+        )
         masked = replace(part, targets=torch.full_like(part.targets, IGNORED_TARGET))
         assert masked.num_targets() == 0, "and so it is of other targets"
 
@@ -187,7 +189,7 @@ def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
     ids = [i for document in documents for i in [*document, tokenizer.eos_token_id]]
     offsets = np.cumsum([0, *(len(document) + 1 for document in documents)])
     spans = np.stack([offsets[:-1], offsets[1:]], axis=1)
-    rows = DocumentRows(TokenStore(np.array(ids, dtype=np.uint16), offsets, "key"), spans, 4)
+    rows = DocumentDataset(TokenStore(np.array(ids, dtype=np.uint16), offsets, "key"), spans, 4)
     tokenizer.padding_side = "left"  # as some published tokenizers have it; rows are padded on the right all the same
     batch = PaddingCollator(tokenizer)([rows[index] for index in range(len(rows))])
     assert tokenizer.padding_side == "left"
@@ -205,7 +207,7 @@ def test_padded_rows_are_what_the_collator_makes_of_lists_of_numbers():
     import transformers
 
     tokenizer = load_tokenizer("austen")
-    rows = DocumentRows(*documents(5, 2, 11, 7), 8)
+    rows = DocumentDataset(*documents(5, 2, 11, 7), 8)
     chosen = [rows[index] for index in (3, 0, 2, 0)]
     as_lists = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in chosen]
     padded = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)(as_lists)

@@ -7,7 +7,7 @@ from dist_trainer.data.sampler import (
     GlobalOrderSampler,
     ValidationSampler,
     accumulation_steps,
-    rows_per_micro_batch,
+    sequences_per_micro_batch,
 )
 from dist_trainer.errors import ConfigError
 
@@ -47,7 +47,7 @@ def test_each_step_reads_the_same_rows_on_any_number_of_ranks_and_accumulation_s
 
 def test_one_epoch_reads_every_row_exactly_once_and_the_next_in_another_order():
     sampler = GlobalOrderSampler(range(37), batch=BatchConfig(16, 8), rank=0, world_size=1, seed=0)
-    first, second = sampler.rows_at(np.arange(37)), sampler.rows_at(np.arange(37, 74))
+    first, second = sampler.sequences_at(np.arange(37)), sampler.sequences_at(np.arange(37, 74))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(37))
     assert first.tolist() != second.tolist()
 
@@ -91,7 +91,7 @@ def test_another_seed_gives_another_order():
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 40])
 def test_validation_reads_every_row_once_over_all_ranks(world_size, rows):
     samplers = [
-        ValidationSampler(range(rows), micro_batch_size=4, rank=rank, world_size=world_size, max_rows=None)
+        ValidationSampler(range(rows), micro_batch_size=4, rank=rank, world_size=world_size, max_sequences=None)
         for rank in range(world_size)
     ]
     assert sorted(row for sampler in samplers for row in sampler) == list(range(rows))
@@ -101,7 +101,7 @@ def test_validation_reads_every_row_once_over_all_ranks(world_size, rows):
 def test_validation_can_be_limited_to_some_rows_the_same_on_any_number_of_ranks():
     def rows(world_size: int) -> list[int]:
         samplers = [
-            ValidationSampler(range(40), micro_batch_size=4, rank=rank, world_size=world_size, max_rows=12)
+            ValidationSampler(range(40), micro_batch_size=4, rank=rank, world_size=world_size, max_sequences=12)
             for rank in range(world_size)
         ]
         return sorted(row for sampler in samplers for row in sampler)
@@ -118,10 +118,10 @@ def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
 def test_without_a_micro_batch_size_a_rank_takes_its_share_of_the_default_batch_at_once(world_size):
     share = 16 // world_size
-    assert rows_per_micro_batch(TrainingConfig().batch, world_size) == share
+    assert sequences_per_micro_batch(TrainingConfig().batch, world_size) == share
     assert accumulation_steps(TrainingConfig().batch, world_size) == 1
 
 
 def test_a_global_batch_without_equal_shares_is_refused():
     with pytest.raises(ConfigError, match=r"\(16\) must be a multiple of the number of ranks \(3\)"):
-        rows_per_micro_batch(BatchConfig(16), 3)
+        sequences_per_micro_batch(BatchConfig(16), 3)

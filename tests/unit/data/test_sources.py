@@ -28,7 +28,7 @@ from dist_trainer.data import text_pieces as text_pieces_module
 from dist_trainer.data import token_store as token_store_module
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.loader import create_dataloaders, create_validation_loader
-from dist_trainer.data.templates import text_of
+from dist_trainer.data.templates import text_formatter
 from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_digest, vocabulary_size
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError
@@ -49,7 +49,7 @@ def write(path: Path, content: str | bytes) -> Path:
 def texts(path: Path | str, **data) -> tuple[list[str], list[str] | None]:
     config = DataConfig(dataset=str(path), **data)
     source = open_source(config.dataset, config)
-    read = text_of(config.text_column, config.template)
+    read = text_formatter(config.text_column, config.template)
 
     def all_of(split):
         return None if split is None else [read(where, record) for where, record in split.records()]
@@ -233,7 +233,7 @@ def test_a_template_joins_columns_and_looks_into_them(tmp_path):
 @pytest.mark.parametrize("template", ["{context.upper}", "{context!r}", "{context:>10}", "none", "{", "{0[__class__}"])
 def test_templates_only_look_up(template):
     with pytest.raises(ConfigError, match=r"data\.template"):
-        text_of("text", template)
+        text_formatter("text", template)
 
 
 BAD = {
@@ -334,7 +334,7 @@ def test_a_split_can_be_validated_on_by_name(tmp_path, caplog):
     def begins(**data) -> str:
         config = small(here, tmp_path, **data)
         tokenizer = load_tokenizer("austen")
-        found = rows.validation_rows(config.data, tokenizer)
+        found = rows.build_validation_dataset(config.data, tokenizer)
         assert found is not None
         return tokenizer.decode(found.dataset[0].input_ids[0].tolist()).split()[0]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data import template_limits
+from dist_trainer.data import templates as template_limits
 from dist_trainer.data.chat import ChatTemplate
-from dist_trainer.data.template_limits import within_limits
+from dist_trainer.data.templates import within_limits
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import DataError
 from dist_trainer.generation.harness import limit_chat_template

@@ -15,8 +15,8 @@ from tokenizers import processors
 from dist_trainer.config.schema import DataConfig, PrecisionConfig, TrackingConfig, TrainingConfig
 from dist_trainer.data import text_pieces
 from dist_trainer.data.datasets import open_source
-from dist_trainer.data.documents import document_maker
-from dist_trainer.data.token_bytes import token_bytes_of
+from dist_trainer.data.documents import record_formatter
+from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, prompt_ids, text_prefix, tokenizer_digest
 from dist_trainer.generation.harness import HarnessOptions, open_for_harness
@@ -46,10 +46,15 @@ def store_of(tokenizer, records: list[dict], tmp_path: Path, **data) -> TokenSto
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     config = DataConfig(dataset=str(path), **data)
-    maker = document_maker(config, tokenizer)
+    maker = record_formatter(config, tokenizer)
     split = open_source(str(path), config).train
     return token_store(
-        split, tokenizer, text=maker.text, text_identity=maker.identity, is_marked=maker.is_marked, cache_dir=tmp_path / "cache"
+        split,
+        tokenizer,
+        text=maker.text,
+        text_identity=maker.identity,
+        has_loss_mask=maker.has_loss_mask,
+        cache_dir=tmp_path / "cache",
     )
 
 
@@ -162,4 +167,4 @@ def test_lm_eval_is_told_to_begin_texts_likewise(tmp_path, prefix, chat, monkeyp
 
 def test_it_has_no_bytes():
     tokenizer = beginning_with("<s>")
-    assert token_bytes_of(tokenizer).sizes[text_prefix(tokenizer)].tolist() == [0]
+    assert build_token_bytes(tokenizer).sizes[text_prefix(tokenizer)].tolist() == [0]

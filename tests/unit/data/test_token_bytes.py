@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.datasets import open_source
-from dist_trainer.data.token_bytes import token_bytes_of
+from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.tokenizers import load_tokenizer
 from tests.unit.data import test_tokenising as tokenizers_by_name
 from tests.unit.data.test_tokenising import byte_level, wrapped
@@ -72,7 +72,7 @@ def gemma(novels):
 )
 def test_the_bytes_of_a_stream_of_documents_are_those_of_their_texts(novels, kind):
     tokenizer = kind(novels)
-    sizes = token_bytes_of(tokenizer)
+    sizes = build_token_bytes(tokenizer)
     assert sizes is not None
     texts = [novels[0][:50_000], *ODD]
     stream = [tokenizer.eos_token_id]
@@ -87,7 +87,7 @@ def test_the_bytes_of_a_stream_of_documents_are_those_of_their_texts(novels, kin
 
 def test_a_space_that_is_no_texts_counts_where_it_stands_between_words_alone(novels):
     tokenizer = llama2(novels)
-    sizes, end = token_bytes_of(tokenizer), tokenizer.eos_token_id
+    sizes, end = build_token_bytes(tokenizer), tokenizer.eos_token_id
     (word,) = tokenizer("the", add_special_tokens=False)["input_ids"]
     assert sizes.count(Batch(torch.tensor([[end]]), torch.tensor([[word]]))) == len("the")
     assert sizes.count(Batch(torch.tensor([[word]]), torch.tensor([[word]]))) == len(" the")
@@ -99,9 +99,9 @@ def test_only_targets_that_carry_loss_count_and_special_tokens_have_no_text(nove
     row = torch.tensor([[*ids, tokenizer.eos_token_id, *ids]])
     targets = row[:, 1:].clone()
     counted = len("truth universally" * 2) - len(tokenizer.decode(ids[:1]))
-    assert token_bytes_of(tokenizer).count(Batch(row[:, :-1], targets)) == counted
+    assert build_token_bytes(tokenizer).count(Batch(row[:, :-1], targets)) == counted
     targets[0, -1] = IGNORED_TARGET
-    assert token_bytes_of(tokenizer).count(Batch(row[:, :-1], targets)) == counted - len(tokenizer.decode(ids[-1:]))
+    assert build_token_bytes(tokenizer).count(Batch(row[:, :-1], targets)) == counted - len(tokenizer.decode(ids[-1:]))
 
 
 def in_lower_case(novels):
@@ -119,4 +119,4 @@ def that_does_not_know_all_characters(novels):
 
 @pytest.mark.parametrize("kind", [tokenizers_by_name.of_word_pieces, in_lower_case, that_does_not_know_all_characters])
 def test_where_tokens_do_not_spell_the_text_no_number_is_claimed(novels, kind):
-    assert token_bytes_of(kind(novels)) is None
+    assert build_token_bytes(kind(novels)) is None

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data import encoding, records, store_building, text_file, text_pieces
 from dist_trainer.data.datasets import files_split, open_source
-from dist_trainer.data.encoding import FastEncoder, OwnEncoder, encoded, fast_encoder, first_difference
+from dist_trainer.data.encoding import FastEncoder, HuggingFaceEncoder, encoded, fast_encoder, first_difference
 from dist_trainer.data.growing_file import Extent, GrowingFile
-from dist_trainer.data.templates import text_of
+from dist_trainer.data.templates import text_formatter
 from dist_trainer.data.text_pieces import TextPiece
 from dist_trainer.data.token_store import SECONDS_KEPT, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_digest
@@ -112,7 +112,7 @@ def written(path: Path, texts) -> Path:
 
 def stored(path: Path, tokenizer, cache: Path):
     split = files_split([path], DataConfig())
-    return token_store(split, tokenizer, text=text_of("text", None), text_identity="", cache_dir=cache)
+    return token_store(split, tokenizer, text=text_formatter("text", None), text_identity="", cache_dir=cache)
 
 
 def files_of(cache: Path) -> dict[str, bytes]:
@@ -154,7 +154,7 @@ def test_gigatoken_is_used_for_byte_level_bpe(novels, kind):
     tokenizer = kind(novels)
     fast = fast_encoder(tokenizer)
     assert fast is not None
-    assert first_difference(fast, OwnEncoder(tokenizer), [*novels, *documents(novels)]) is None
+    assert first_difference(fast, HuggingFaceEncoder(tokenizer), [*novels, *documents(novels)]) is None
 
 
 @pytest.mark.parametrize("kind", [of_word_pieces, that_lets_special_tokens_be_text])
@@ -207,12 +207,12 @@ def test_a_difference_found_later_on_makes_the_store_anew(tmp_path, monkeypatch,
 def test_who_found_gigatoken_at_fault_does_not_go_on_with_it(tmp_path, monkeypatch):
     staging = tmp_path / "staging"
     staging.mkdir()
-    own = OwnEncoder(load_tokenizer("austen"))
+    own = HuggingFaceEncoder(load_tokenizer("austen"))
     record = store_building.Progress("", own.name)
     (staging / "progress.json").write_text(json.dumps(store_building.asdict(record)))
     seen = flawed(monkeypatch, "xyzzy")
     split = files_split([written(tmp_path / "x.jsonl", ["a text"])], DataConfig())
-    store_building.build_store(staging, split, load_tokenizer("austen"), text_of("text", None))
+    store_building.build_store(staging, split, load_tokenizer("austen"), text_formatter("text", None))
     assert seen == []
 
 
@@ -222,7 +222,9 @@ def test_a_fresh_gigatoken_takes_over_before_its_memory_grows_large(novels, monk
     tokenizer = load_tokenizer("austen")
     fast = FastEncoder(tokenizer)
     first = fast._encode
-    assert first_difference(lambda texts: [fast([text])[0] for text in texts], OwnEncoder(tokenizer), novels[:4]) is None
+    assert (
+        first_difference(lambda texts: [fast([text])[0] for text in texts], HuggingFaceEncoder(tokenizer), novels[:4]) is None
+    )
     assert fast._encode is not first
 
 
@@ -274,7 +276,7 @@ def test_a_long_file_makes_the_store_that_it_makes_when_read_at_once(tmp_path, m
     monkeypatch.setattr(text_file, "PART_BYTES", 1000)
     stored(path, tokenizer, tmp_path / "in parts")
     assert files_of(tmp_path / "in parts") == files_of(tmp_path / "at once")
-    assert str(text_of("text", "<{text}>")("here", {"text": text_file.LongText(path)})) == f"<{novels[0]}>"
+    assert str(text_formatter("text", "<{text}>")("here", {"text": text_file.LongText(path)})) == f"<{novels[0]}>"
 
 
 @pytest.mark.parametrize(("content", "line"), [(b"one\ntwo\nthr\xffe\n", 3), (b"one\ntwo\nthree\xc3", 3)])

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
-from dist_trainer.data.packing import DocumentRows, PackedRows, PaddingCollator, TokenStream
+from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCollator, TokenStream
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import ConfigError
@@ -48,14 +48,14 @@ def store() -> tuple[TokenStore, np.ndarray]:
 def packed(*, document_mask: bool = True) -> Batch:
     """One row of all documents."""
     tokens, spans = store()
-    rows = PackedRows(TokenStream(tokens, spans), ROW, padding=0, fingerprint="", document_mask=document_mask)
+    rows = PackedDataset(TokenStream(tokens, spans), ROW, padding=0, fingerprint="", document_mask=document_mask)
     assert len(rows) == 1
     return rows[0]
 
 
 def separate() -> Batch:
     """Each document in a row of its own; the one of a single token has nothing to say."""
-    rows = DocumentRows(*store(), ROW)
+    rows = DocumentDataset(*store(), ROW)
     return PaddingCollator(load_tokenizer("austen"))([rows[index] for index in range(len(rows))])
 
 
