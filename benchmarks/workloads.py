@@ -173,11 +173,11 @@ def _write_text(workload: Workload) -> None:
 
 
 def _rows_in_order(workload: Workload) -> np.ndarray:
-    from dist_trainer import DistributedContext, create_dataloaders
+    from dist_trainer import create_dataloaders, init_distributed
     from dist_trainer.run.configure import load_config
 
     config = load_config(["--config", str(workload.folder / "config.yaml")])
-    with DistributedContext.join(config.distributed) as world:
+    with init_distributed(config.distributed) as world:
         batches = iter(create_dataloaders(config, world).train)
         rows = []
         for _ in range(workload.total_steps):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dist_trainer.data.batch import Batch
     from dist_trainer.data.loader import create_dataloaders
     from dist_trainer.data.tokenizers import load_tokenizer
-    from dist_trainer.distributed.context import DistributedContext
+    from dist_trainer.distributed.context import DistributedContext, init_distributed
     from dist_trainer.models.decoder_lm import DecoderLM
     from dist_trainer.models.registry import make_weight_saver
     from dist_trainer.optim.registry import build_optimizer
@@ -30,6 +30,7 @@ _HOMES = {
     "DistributedContext": "distributed.context",
     "build_optimizer": "optim.registry",
     "create_dataloaders": "data.loader",
+    "init_distributed": "distributed.context",
     "load_config": "run.configure",
     "load_tokenizer": "data.tokenizers",
     "parallelize": "parallel.registry",
@@ -46,6 +47,7 @@ __all__ = [
     "__version__",
     "build_optimizer",
     "create_dataloaders",
+    "init_distributed",
     "load_config",
     "load_tokenizer",
     "make_weight_saver",

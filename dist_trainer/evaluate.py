@@ -211,7 +211,7 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
     from dist_trainer.data.token_bytes import build_token_bytes
     from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
     from dist_trainer.distributed.collectives import local_rank0_first
-    from dist_trainer.distributed.context import DistributedContext
+    from dist_trainer.distributed.context import init_distributed
     from dist_trainer.huggingface.initial_model import model_folder
     from dist_trainer.huggingface.weights import find_model
     from dist_trainer.models.loss import model_loss
@@ -222,7 +222,7 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
     from dist_trainer.training.validation import evaluate
 
     tokenizer_key, data_key = ((typed or {}).get(key, key) for key in (DATA_TOKENIZER, DATA_VALIDATION))
-    with DistributedContext.join(config.distributed) as world:
+    with init_distributed(config.distributed) as world:
         configure_logging(None, rank=world.rank)
         if world.device.type == "cpu":
             keep_freed_memory()

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Listening comes first, because all else takes time. Loading the config is not interruptible: another rank that found
         # the same config error may have exited already, and torchrun's SIGTERM must not keep this one from printing it.
         with StopRequest().listen(for_good=True) as stop_request:
-            guard = begin_as_rank()
+            begin_as_rank()
             from dist_trainer.config.cli import pop_dry_run
             from dist_trainer.run.configure import load_config
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from dist_trainer.run.build import run
                 from dist_trainer.run.dry_run import dry_run
             if is_dry_run:
-                return dry_run(config, stop_request=stop_request, guard=guard)
-            return run(config, began=began, stop_request=stop_request, guard=guard)
+                return dry_run(config, stop_request=stop_request)
+            return run(config, began=began, stop_request=stop_request)
 
     return run_cli(command)
 

@@ -1,4 +1,4 @@
-"""`World`: which rank this process is, on which device, and the process groups it shares with the others."""
+"""`DistributedContext`: which rank this process is, on which device, and the process groups it shares with the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -22,7 +22,6 @@ from dist_trainer.distributed.launch_env import Place, place_of_this_process
 from dist_trainer.distributed.launcher import begin_as_rank, is_launched, living_launcher
 from dist_trainer.distributed.rendezvous import meet
 from dist_trainer.distributed.signals import StopRequest
-from dist_trainer.distributed.watchdog import Guard
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError, counted
 
 CONTROL_TIMEOUT = timedelta(days=7)
@@ -58,38 +57,40 @@ class DistributedContext(Place):
         """One process without process group, on `device`."""
         return DistributedContext(device=torch.device(device))
 
-    @classmethod
-    @contextmanager
-    def join(
-        cls, config: DistributedConfig, *, stop_request: StopRequest | None = None, guard: Guard | None = None
-    ) -> Generator[DistributedContext]:
-        """Join the ranks that torchrun or srun started, and leave them in order; alone where there is no launcher.
 
-        `stop_request` and `guard` are those that the command began with. Raises ConfigError where the launcher's variables
-        make no sense, the ranks outnumber the machine's GPUs, or the backend does not fit the machine; PeerLostError where
-        the launcher or another rank is gone; StoppedError where a signal came before all were there.
-        """
-        place = place_of_this_process()
-        keep_threads_within_quota()
-        device = _device_of(place, config.backend)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.hang_timeout_minutes)
-        stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
-        guard = guard or begin_as_rank()
-        if guard is not None:
-            guard.patience_seconds = heartbeat.patience_seconds
-        if is_launched():
-            heartbeat.watch_launcher(living_launcher(), stop_request.note_lost_launcher)
-        try:
-            if place.world_size == 1:
-                yield DistributedContext(device=device, stop_request=stop_request, heartbeat=heartbeat)
-            else:
-                with _process_groups(place, device, heartbeat, stop_request) as control:
-                    world = {"device": device, "control": control, "stop_request": stop_request, "heartbeat": heartbeat}
-                    yield DistributedContext(**asdict(place), **world)
-        finally:
-            heartbeat.stop()
+@contextmanager
+def init_distributed(
+    config: DistributedConfig,
+    *,
+    stop_request: StopRequest | None = None,
+    on_fatal: Callable[[str], None] | None = None,
+) -> Generator[DistributedContext]:
+    """Join the ranks that torchrun or srun started, and leave them in order; a single process if there is no launcher.
+
+    `stop_request`: the one that the command started with. `on_fatal` is called with a sentence on one of the remaining ranks
+    before this process exits because the launcher or another rank is lost. Raises ConfigError if the launcher's variables
+    contradict one another, the ranks outnumber the machine's GPUs, or the backend does not fit the machine; PeerLostError if
+    the launcher or another rank is gone; StoppedError if a signal arrived before all ranks had joined.
+    """
+    begin_as_rank()
+    place = place_of_this_process()
+    keep_threads_within_quota()
+    device = _device_of(place, config.backend)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.hang_timeout_minutes, on_fatal=on_fatal)
+    stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
+    if is_launched():
+        heartbeat.watch_launcher(living_launcher(), stop_request.note_lost_launcher)
+    try:
+        if place.world_size == 1:
+            yield DistributedContext(device=device, stop_request=stop_request, heartbeat=heartbeat)
+        else:
+            with _process_groups(place, device, heartbeat, stop_request) as control:
+                world = {"device": device, "control": control, "stop_request": stop_request, "heartbeat": heartbeat}
+                yield DistributedContext(**asdict(place), **world)
+    finally:
+        heartbeat.stop()
 
 
 def keep_threads_within_quota() -> None:

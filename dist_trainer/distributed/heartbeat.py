@@ -91,11 +91,13 @@ class Place(NamedTuple):
 class Heartbeat:
     """This rank's sign of life, and its eye on the others. Before a call of `watch_...` it only notes the phase."""
 
-    def __init__(self, *, rank: int = 0, timeout_minutes: float | None = None) -> None:
+    def __init__(
+        self, *, rank: int = 0, timeout_minutes: float | None = None, on_fatal: Callable[[str], None] | None = None
+    ) -> None:
+        """`on_fatal`: called with a sentence, on one of the remaining ranks, before this process exits."""
         self.rank = rank
         self.timeout_minutes = timeout_minutes
-        self.on_fatal: Callable[[str], None] = lambda reason: None
-        """What to do before this process ends; called on one rank of those that still can."""
+        self._on_fatal = on_fatal or (lambda reason: None)
         self.told = Beat()
         """The last one of this rank that the others can know."""
         # All ranks may have been suspended at once: that is nobody's silence.
@@ -327,7 +329,7 @@ class Heartbeat:
 
         def say() -> None:
             log.error("%s. The run ends here; the same command goes on from its last checkpoint", reason)
-            self.on_fatal(reason)
+            self._on_fatal(reason)
 
         speaking = threading.Thread(target=say, name="last words", daemon=True)
         speaking.start()

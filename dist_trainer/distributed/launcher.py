@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 
 from dist_trainer.distributed.launch_env import place_or_none, started_by_srun
-from dist_trainer.distributed.watchdog import Guard
 from dist_trainer.errors import PeerLostError
 from dist_trainer.storage.processes import ProcessId, command_of
 
@@ -24,19 +23,17 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment or started_by_srun(environment)
 
 
-def begin_as_rank() -> Guard | None:
-    """What a launched rank does first of all, before it imports anything heavy; its guard, if it is one of several.
+def begin_as_rank() -> None:
+    """What a launched rank does first of all, before it imports anything heavy; once more changes nothing.
 
-    Raises PeerLostError where the launcher has died already.
+    Raises PeerLostError if the launcher has died already.
     """
     if not is_launched():
-        return None
+        return
     os.environ.setdefault(LAUNCHER_PID, str(living_launcher()))
     place = place_or_none()
-    if place is None or place.world_size == 1:
-        return None
-    allow_many_open_files()
-    return Guard()
+    if place is not None and place.world_size > 1:
+        allow_many_open_files()
 
 
 def allow_many_open_files() -> None:

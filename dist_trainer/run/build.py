@@ -25,10 +25,9 @@ from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import local_rank0_first, run_and_share_errors, run_on_rank0
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import DistributedContext, init_distributed
 from dist_trainer.distributed.launcher import launcher
 from dist_trainer.distributed.signals import StopRequest
-from dist_trainer.distributed.watchdog import Guard
 from dist_trainer.errors import EXIT_FINISHED, CheckpointError, RefusedError, StoppedError
 from dist_trainer.generation.samples import sample_of
 from dist_trainer.huggingface.hub import is_hub_name
@@ -52,6 +51,7 @@ from dist_trainer.optim.schedules import (
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.lifecycle import (
+    CrashRecorder,
     SaveNotes,
     exit_code_when_preempted,
     has_finished_in_words,
@@ -81,23 +81,23 @@ def run(
     *,
     began: float | None = None,
     stop_request: StopRequest | None = None,
-    guard: Guard | None = None,
 ) -> int:
     """A whole run; its exit code. Raises DistTrainerError, the same one on every rank.
 
     `began` (unix seconds; None: now) is when the command was entered: what it imported since belongs to the run's time.
-    `stop_request` and `guard` are those that it began with.
+    `stop_request`: the one that it began with.
     """
     began = time.time() if began is None else began
+    crash = CrashRecorder()
     with (
-        DistributedContext.join(config.distributed, stop_request=stop_request, guard=guard) as world,
+        init_distributed(config.distributed, stop_request=stop_request, on_fatal=crash) as world,
         world.stop_request.listen(),
     ):
         configure_logging(None, rank=world.rank)
         refuse_what_cannot_run(config, world)
         try:
             with open_run_folder(config, world) as folder:
-                return run_in(folder, config, world, began=began)
+                return run_in(folder, config, world, crash, began=began)
         except StoppedError as stopped:
             log.warning("%s", stopped)
             return exit_code_when_preempted(world)
@@ -123,9 +123,11 @@ def check_rows(config: TrainingConfig) -> None:
         resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")
 
 
-def run_in(folder: RunFolder | None, config: TrainingConfig, world: DistributedContext, *, began: float) -> int:
+def run_in(
+    folder: RunFolder | None, config: TrainingConfig, world: DistributedContext, crash: CrashRecorder, *, began: float
+) -> int:
     """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
-    with record_startup_failure(folder, config, world):
+    with record_startup_failure(folder, config, world, crash):
         with explain_out_of_memory(config, world):
             trainer = prepare(config, world, folder)
         if trainer.has_finished:
@@ -135,7 +137,7 @@ def run_in(folder: RunFolder | None, config: TrainingConfig, world: DistributedC
                 sync_to_wandb(trainer, folder)
             return EXIT_FINISHED
         run_and_share_errors(world, lambda: _owned(folder).write_config(dump_config(config)), acts=world.is_main)
-    result = train(trainer, folder, began=began)
+    result = train(trainer, folder, crash, began=began)
     return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
 
 

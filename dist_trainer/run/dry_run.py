@@ -22,9 +22,8 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import PendingSum, broadcast_object, gather_objects, run_and_share_errors
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import DistributedContext, init_distributed
 from dist_trainer.distributed.signals import StopRequest
-from dist_trainer.distributed.watchdog import Guard
 from dist_trainer.errors import EXIT_FINISHED, ConfigError, StoppedError, TrainingDivergedError, counted
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.build import assemble, build_with_fallback, check_visible_everywhere, refuse_what_cannot_run
@@ -63,11 +62,11 @@ class Cost:
     validations: int
 
 
-def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None, guard: Guard | None = None) -> int:
+def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None) -> int:
     """Say what the run would be, and what it takes; the exit code. Raises DistTrainerError, the same one on every rank."""
     folder = config.run_folder
     with (
-        DistributedContext.join(config.distributed, stop_request=stop_request, guard=guard) as world,
+        init_distributed(config.distributed, stop_request=stop_request) as world,
         world.stop_request.listen(),
     ):
         configure_logging(None, rank=world.rank)

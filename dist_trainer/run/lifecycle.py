@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +48,21 @@ from dist_trainer.training.trainer import Trainer, TrainingResult
 log = logging.getLogger(__name__)
 
 
-def train(trainer: Trainer, folder: RunFolder | None, *, began: float) -> TrainingResult:
+class CrashRecorder:
+    """Records in the run's folder that this process is about to exit because its launcher or another rank is lost."""
+
+    def __init__(self) -> None:
+        self.record: Callable[[str], None] = lambda reason: None
+        """Changes as the run becomes known."""
+
+    def __call__(self, reason: str) -> None:
+        """What the heartbeat calls before the process exits."""
+        self.record(reason)
+
+
+def train(trainer: Trainer, folder: RunFolder | None, crash: CrashRecorder, *, began: float) -> TrainingResult:
     """Train, and leave the truth in the run's folder however it ends. `began` (unix seconds): when the command did."""
-    trainer.world.heartbeat.on_fatal = lambda reason: record_crash(trainer, reason, began=began)
+    crash.record = lambda reason: record_crash(trainer, reason, began=began)
     if folder is None:
         return _train_beside_main(trainer, began=began)
     with closing(StepCounter(folder.path)) as counter:
@@ -269,11 +281,11 @@ def record_crash(trainer: Trainer, reason: str, *, began: float) -> None:
 
 
 @contextmanager
-def record_startup_failure(folder: RunFolder | None, config: TrainingConfig, world: DistributedContext) -> Generator[None]:
+def record_startup_failure(
+    folder: RunFolder | None, config: TrainingConfig, world: DistributedContext, crash: CrashRecorder
+) -> Generator[None]:
     """What ends a life before it trains stands in status.json too, unless it is the status of a run that this is none of."""
-    world.heartbeat.on_fatal = lambda reason: note_early_end(
-        folder, config, RunOutcome("failed", reason, EXIT_CRASHED), is_last=True
-    )
+    crash.record = lambda reason: note_early_end(folder, config, RunOutcome("failed", reason, EXIT_CRASHED), is_last=True)
     try:
         yield
     except BaseException as error:

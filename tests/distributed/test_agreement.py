@@ -7,7 +7,7 @@ import torch
 
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.collectives import all_reduce_sum, local_rank0_first, run_on_rank0
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import DistributedContext, init_distributed
 from dist_trainer.errors import ConfigError, DataError, TrainingDivergedError
 from dist_trainer.parallel import compile
 from dist_trainer.run import build
@@ -159,7 +159,7 @@ def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path)
 
 def joined(function):
     def one_rank():
-        with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1)) as world:
+        with init_distributed(DistributedConfig(hang_timeout_minutes=1)) as world:
             return function(world)
 
     return one_rank

@@ -6,7 +6,7 @@ from torch import nn
 
 from dist_trainer.config.schema import DistributedConfig, ModelConfig
 from dist_trainer.distributed.collectives import gather_objects
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import init_distributed
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.parallel.registry import parallelize
 from tests.distributed.ranks import run_ranks
@@ -26,7 +26,7 @@ def operations_of_each_graph(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
     monkeypatch.setattr(nn.Module, "compile", compile_counted)
 
     def on_each_rank() -> list[list[int]]:
-        with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1)) as world:
+        with init_distributed(DistributedConfig(hang_timeout_minutes=1)) as world:
             model = DecoderLM(CONFIG, 64, 32)
             model.init_weights(0)
             wrapped = parallelize(model, world, compile=True)

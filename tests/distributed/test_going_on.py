@@ -13,7 +13,7 @@ from dist_trainer import CheckpointManager, Trainer, build_optimizer, create_dat
 from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.config.schema import BatchConfig, CheckpointConfig, OptimConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import DistributedContext, init_distributed
 from dist_trainer.distributed.launcher import is_started_again, launcher
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking import status as status_file
@@ -32,7 +32,7 @@ def train_own_model(path: Path, max_steps: int) -> list[float]:
     )
     inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     pairs = [(row, (row.sum() > 0).long()) for row in inputs]
-    with DistributedContext.join(config.distributed) as world:
+    with init_distributed(config.distributed) as world:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 2))
         checkpoints = CheckpointManager(path, config.checkpoint, export=make_weight_saver(model))

@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from dist_trainer import (
     CheckpointManager,
-    DistributedContext,
     Trainer,
     TrainingConfig,
     create_dataloaders,
+    init_distributed,
     make_weight_saver,
     parallelize,
 )
@@ -57,7 +57,7 @@ CONFIG = TrainingConfig(
 
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "library.md").read_text("utf-8")
-EXAMPLES = [code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) if "World.join" in code]
+EXAMPLES = [code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) if "init_distributed" in code]
 
 
 def run_example(code: str, folder: Path) -> Any:
@@ -122,7 +122,7 @@ def fit(
 ) -> tuple[Lines, dict[str, np.ndarray]]:
     """Train on this rank, from where `folder` is, as docs/library.md does; the lines of rank 0, and the model's state."""
     torch.set_num_threads(1)
-    with DistributedContext.join(CONFIG.distributed) as world:
+    with init_distributed(CONFIG.distributed) as world:
         torch.manual_seed(0)
         model = make()
         train, validation = create_dataloaders(CONFIG, world, train_dataset=PAIRS[:170], validation_dataset=PAIRS[170:])

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed import context as world
 from dist_trainer.distributed import rendezvous
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import init_distributed
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from tests.distributed.ranks import run_ranks
@@ -32,7 +32,7 @@ def come(*, without: int):
         return STAYS_AWAY
     began = time.monotonic()
     try:
-        with DistributedContext.join(SHORT):
+        with init_distributed(SHORT):
             return "all came"
     except PeerLostError as error:
         return str(error), error.told_by, time.monotonic() - began
@@ -55,7 +55,7 @@ def test_ranks_on_several_machines_whose_launcher_does_not_say_so_are_refused(mo
         own = f"pod-{os.environ['RANK']}"
         monkeypatch.setattr(socket, "gethostname", lambda: own)
         del os.environ["LOCAL_WORLD_SIZE"]
-        with pytest.raises(ConfigError) as refusal, DistributedContext.join(SHORT):
+        with pytest.raises(ConfigError) as refusal, init_distributed(SHORT):
             pass
         return str(refusal.value)
 
@@ -67,7 +67,7 @@ def test_who_has_come_waits_for_the_others_for_long():
     """The patience of the meeting is not that of what follows: the heartbeat knows what is worth waiting for."""
 
     def wait():
-        with DistributedContext.join(SHORT) as world:
+        with init_distributed(SHORT) as world:
             if world.is_main:
                 time.sleep(3 * SECONDS)
             total = torch.ones(())
@@ -85,7 +85,7 @@ def test_a_signal_ends_the_waiting_at_once():
         began = time.monotonic()
         with StopRequest().listen() as stop_request:
             try:
-                with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1), stop_request=stop_request):
+                with init_distributed(DistributedConfig(hang_timeout_minutes=1), stop_request=stop_request):
                     return "all came"
             except StoppedError:
                 return time.monotonic() - began
@@ -112,7 +112,7 @@ def test_rank_0_keeps_its_stores_at_the_ports_that_launch_files_document(monkeyp
     monkeypatch.setenv(rendezvous.PORT, str(first))
 
     def listening():
-        with DistributedContext.join(SHORT) as world:
+        with init_distributed(SHORT) as world:
             local = {line.split()[1] for line in Path("/proc/net/tcp6").read_text().splitlines()[1:] if " 0A " in line}
             local |= {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line}
             dist.barrier(world.control)
@@ -127,7 +127,7 @@ def test_gloo_takes_the_interface_that_leads_to_the_other_machines_unless_the_us
     def interface():
         os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if on two machines, that reach each other at MASTER_ADDR
         monkeypatch.setattr(world, "interface_of", lambda address: {"127.0.0.1": "lo"}[address])
-        with DistributedContext.join(SHORT):
+        with init_distributed(SHORT):
             return os.environ["GLOO_SOCKET_IFNAME"]
 
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
@@ -146,7 +146,7 @@ def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_
     def join():
         if os.environ["RANK"] == "1":
             return STAYS_AWAY
-        with pytest.raises(ConfigError) as refusal, DistributedContext.join(SHORT):
+        with pytest.raises(ConfigError) as refusal, init_distributed(SHORT):
             pass
         return str(refusal.value)
 
@@ -161,7 +161,7 @@ def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_
             other.close()
         else:
             threading.Timer(0.2, other.close).start()
-        with DistributedContext.join(DistributedConfig(hang_timeout_minutes=1)):
+        with init_distributed(DistributedConfig(hang_timeout_minutes=1)):
             return "all came"
 
     monkeypatch.setattr(rendezvous, "PORT_SECONDS", 30.0)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.distributed.watchdog import MARGIN_SECONDS
 from dist_trainer.run.configure import load_config
 from dist_trainer.storage.processes import ProcessId, environment_of
 from tests.distributed import small_runs
@@ -181,23 +180,6 @@ def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, 
 
 
 @pytest.mark.slow
-def test_ranks_that_are_frozen_all_together_do_not_stay(tmp_path):
-    """As one alone on its machine: there is no other rank that could end it."""
-    with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
-        wait_until(lambda: logged(tmp_path / "debug") >= 2, seconds=90, of=launcher)
-        processes = ranks_of(launcher)
-        for process in processes:
-            os.kill(process.pid, signal.SIGSTOP)
-        frozen_at = time.monotonic()
-        seconds = 60 * TIMEOUT_MINUTES + SECONDS_TO_LEAVE_A_HANGING_RANK
-        wait_until(lambda: launcher.poll() is not None, seconds=seconds)
-        assert launcher.returncode == 1
-        assert time.monotonic() - frozen_at > 60 * TIMEOUT_MINUTES
-        assert not [process for process in processes if process.is_alive()]
-    assert "has been frozen for" in (tmp_path / "said.txt").read_text()
-
-
-@pytest.mark.slow
 def test_a_job_that_is_suspended_as_a_whole_for_longer_than_the_timeout_continues(undisturbed, tmp_path):
     """By a scheduler that takes turns, or in a container that is paused: launcher, ranks, and all that they have started."""
     folder = tmp_path / "debug"
@@ -205,12 +187,12 @@ def test_a_job_that_is_suspended_as_a_whole_for_longer_than_the_timeout_continue
         wait_until(lambda: logged(folder) >= 2, seconds=90, of=launcher)
         children = children_of(launcher.pid)
         job = [launcher.pid, *children, *(pid for child in children for pid in children_of(child))]
-        assert len(job) >= 1 + 2 + 2, "two ranks, each with its guard"
+        assert len(job) >= 1 + 2, "two ranks"
         try:
             for pid in job:
                 os.kill(pid, signal.SIGSTOP)
             before = logged(folder)
-            time.sleep(60 * TIMEOUT_MINUTES + MARGIN_SECONDS + 2)
+            time.sleep(60 * TIMEOUT_MINUTES + 10)
         finally:
             for pid in job:
                 os.kill(pid, signal.SIGCONT)

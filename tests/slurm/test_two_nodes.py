@@ -74,7 +74,7 @@ def test_a_frozen_rank_on_the_other_node_is_named_and_all_leave(two_hosts: Hosts
 
 
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_frozen_rank_that_is_alone_on_its_node_does_not_stay_nor_does_its_launcher(
+def test_a_rank_frozen_alone_on_its_node_is_named_by_the_other_and_leaves_when_it_continues(
     two_hosts: Hosts, tmp_path: Path, victim: int
 ) -> None:
     output = tmp_path / "runs"
@@ -85,7 +85,9 @@ def test_a_frozen_rank_that_is_alone_on_its_node_does_not_stay_nor_does_its_laun
         ranks = ranks_of(output)
         assert sorted(ranks) == [0, 1]
         os.kill(ranks[victim].pid, signal.SIGSTOP)
-        codes = wait_for_end(launchers, output, seconds=60 * TIMEOUT_MINUTES + SECONDS_TO_LEAVE)
+        wait_for_end([launchers[1 - victim]], output, seconds=60 * TIMEOUT_MINUTES + SECONDS_TO_LEAVE)
+        os.kill(ranks[victim].pid, signal.SIGCONT)
+        codes = wait_for_end(launchers, output, seconds=SECONDS_TO_LEAVE)
         assert 0 not in codes
         assert not [rank for rank, process in ranks.items() if process.is_alive()]
     found = [line for path in output.glob("debug/logs/rank-*.log") for line in path.read_text().splitlines()]

@@ -10,7 +10,7 @@ import torch
 
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed import context as world
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import init_distributed
 from dist_trainer.distributed.cpu_count import usable_cpus
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
@@ -87,7 +87,7 @@ def test_torch_computes_and_compiles_with_no_more_threads_than_the_quota_pays_fo
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
     try:
         torch.set_num_threads(5)
-        with DistributedContext.join(DistributedConfig()):
+        with init_distributed(DistributedConfig()):
             assert torch.get_num_threads() == threads
         assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
     finally:

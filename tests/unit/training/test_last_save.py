@@ -5,7 +5,7 @@ import torch
 
 from dist_trainer.checkpoint.manager import NoCheckpoints
 from dist_trainer.config.schema import DistributedConfig
-from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.context import init_distributed
 from dist_trainer.errors import SavingFailedError, TrainingDivergedError
 from dist_trainer.training import last_save
 from dist_trainer.training.last_save import SECONDS_BEFORE_SAVING_AGAIN, finalize_checkpoint
@@ -29,7 +29,7 @@ class Failing(NoCheckpoints):
 @pytest.fixture
 def world(monkeypatch):
     monkeypatch.setattr(last_save, "SECONDS_BEFORE_SAVING_AGAIN", (0.0,) * len(SECONDS_BEFORE_SAVING_AGAIN))
-    with DistributedContext.join(DistributedConfig()) as world:
+    with init_distributed(DistributedConfig()) as world:
         yield world
     torch.set_num_threads(1)
 
