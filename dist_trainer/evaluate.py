@@ -254,9 +254,9 @@ def evaluate_model(path: Path, config: TrainingConfig, typed: Mapping[str, str] 
 
 def evaluate_tasks(asked: Asked) -> dict[str, Any]:
     """lm_eval's results by task and metric; all that it tells of them is kept in the run's folder."""
-    from dist_trainer.generation.harness import HarnessOptions, run_harness, write_results
     from dist_trainer.huggingface.initial_model import model_folder
     from dist_trainer.huggingface.weights import locate_weights
+    from dist_trainer.run.harness import HarnessOptions, run_harness, write_results
     from dist_trainer.tracking.run_log import configure_logging
     from dist_trainer.tracking.run_reader import run_folder_of
 

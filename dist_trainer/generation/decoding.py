@@ -1,8 +1,9 @@
-"""Text from a model, token by token. V vocabulary."""
+"""Token-by-token decoding. T sequence, V vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,32 @@ from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.evaluation_mode import evaluation_mode
 
 
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How tokens are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0: greedy."""
+    top_k: int | None = None
+    """Sample from the k most likely tokens."""
+    top_p: float | None = None
+    """Nucleus sampling: sample from the most likely tokens up to this total probability."""
+    seed: int = 0
+
+
 def can_generate(model: nn.Module) -> bool:
-    """Whether `generate` knows how to ask `model` for its next token."""
+    """Whether `generate` supports `model`."""
     return isinstance(model, DecoderLM) or transformers_models.is_of_transformers(model)
 
 
-def context_of(model: nn.Module) -> int | None:
-    """Positions that `model` was made for; None: without limit."""
+def context_length(model: nn.Module) -> int | None:
+    """The most positions that `model` supports; None: unlimited."""
     return model.max_position_embeddings if isinstance(model, DecoderLM) else transformers_models.context_of(model)
 
 
 def end_tokens(model: nn.Module) -> set[int]:
-    """Ids after which the model's own config says that nothing follows."""
+    """The end-of-sequence ids in the model's config."""
     if not isinstance(model, DecoderLM):
         return transformers_models.end_tokens(model)
     ids = model.token_ids["eos_token_id"]
@@ -42,15 +57,15 @@ def generate(
     seed: int = 0,
     eos_token_id: int | Collection[int] | None = None,
 ) -> Iterator[int]:
-    """Tokens that continue `prompt_tokens`, until `eos_token_id` (or one of them), `max_new_tokens`, or the end of the
-    model's context. `model` is a DecoderLM, or one of transformers.
+    """Yield tokens that continue `prompt_tokens`, until `eos_token_id` (or one of them), `max_new_tokens`, or the end of the
+    model's context. `model` is a DecoderLM or a causal LM of transformers; see DecodingOptions.
 
-    `temperature` 0 takes the likeliest token each time. Draws from a generator of its own, and leaves the model's mode as it
-    was, so that training is not changed by it. Raises ConfigError for an empty or too long prompt.
+    Uses its own random generator and restores the model's mode, so it does not affect training. Raises ConfigError if the
+    prompt is empty or too long.
     """
     if not prompt_tokens:
         raise ConfigError("the prompt is empty: give it at least one token")
-    context = context_of(model)
+    context = context_length(model)
     room = max_new_tokens if context is None else context - len(prompt_tokens)
     if room <= 0 < max_new_tokens:
         raise ConfigError(
@@ -60,31 +75,31 @@ def generate(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     with evaluation_mode(model):
-        logits_after = _next_logits(model)
-        new = torch.tensor([list(prompt_tokens)], device=device)
+        next_logits = _next_logits(model)
+        new_tokens = torch.tensor([list(prompt_tokens)], device=device)
         for _ in range(min(max_new_tokens, room)):
-            with torch.no_grad():  # not inference_mode: training may use the rotary tables made here
-                logits_V = logits_after(new).float().cpu()
-            token = choose(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            with torch.no_grad():  # not inference_mode: training may reuse the rotary tables made here
+                logits_V = next_logits(new_tokens).float().cpu()
+            token = draw(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             if token in ends:
                 return
             yield token
-            new = torch.tensor([[token]], device=device)
+            new_tokens = torch.tensor([[token]], device=device)
 
 
 def _next_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A function from the tokens [1, T] that are new to the logits [V] after them; it remembers those before."""
+    """A function from new tokens [1, T] to the logits [V] of the next one; it caches keys and values of earlier tokens."""
     if not isinstance(model, DecoderLM):
         return transformers_models.next_logits(model)
     cache = KeyValueCache(len(model.layers))
-    return lambda new: model(new, cache=cache)[0, -1]
+    return lambda new_tokens: model(new_tokens, cache=cache)[0, -1]
 
 
-def choose(logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
-    """One token, drawn from softmax(logits / temperature) cut to the `top_k` likeliest and to a total of `top_p`."""
+def draw(logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+    """One token drawn from softmax(logits / temperature), restricted to the `top_k` most likely and to a total of `top_p`."""
     if temperature == 0:
         return int(logits_V.argmax())
-    # The likeliest token stands at 0 and in double precision, so that no temperature above 0 makes it infinite.
+    # Largest logit 0, in double precision: no temperature above 0 overflows.
     logits_V = (logits_V - logits_V.max()).double() / temperature
     if top_k is not None and top_k < logits_V.numel():
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)

@@ -19,15 +19,14 @@ from dist_trainer.data.tokenizers import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, counted
-from dist_trainer.generation.decoding import can_generate, context_of, end_tokens, generate
+from dist_trainer.generation.decoding import can_generate, context_length, end_tokens, generate
+from dist_trainer.generation.text import REPLACEMENT
 
 log = logging.getLogger(__name__)
 
 SAMPLE_TEMPERATURE = 0.6
 SAMPLE_TOP_P = 0.8
 PROMPT_TOKENS = 16
-BROKEN = "\ufffd"
-"""What a tokenizer gives for bytes that are no whole character."""
 _LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 
 Sample = Callable[[Any, Callable[[], bool]], dict[str, Any] | None]
@@ -77,7 +76,7 @@ def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset:
     tracking = config.tracking
     if 0 in (tracking.sample_tokens, tracking.sample_every_steps) or tracking.sample_prompt == "" or not can_generate(model):
         return None
-    context = context_of(model) or config.data.sequence_length
+    context = context_length(model) or config.data.sequence_length
     if tracking.sample_prompt is not None:
         prompt, prompt_tokens = given_prompt(tracking.sample_prompt, config.data, tokenizer, chats=are_conversations(dataset))
         if not 0 < len(prompt_tokens) < context:
@@ -138,7 +137,7 @@ def beginning_of(row: Sequence[int], tokenizer: Any, *, most: int) -> list[int]:
     special = set(tokenizer.all_special_ids)
     text_tokens = [token for token in row if token not in special][: most + 1]
     decoded = [tokenizer.decode(text_tokens[:length], skip_special_tokens=True) for length in range(len(text_tokens) + 1)]
-    whole = [n for n in range(1, min(most, len(text_tokens)) + 1) if decoded[n].strip() and BROKEN not in decoded[n]]
+    whole = [n for n in range(1, min(most, len(text_tokens)) + 1) if decoded[n].strip() and REPLACEMENT not in decoded[n]]
     # A word is whole where white space follows it; scripts that do without are cut between any two characters.
     at_words = [n for n in whole if n + 1 < len(decoded) and decoded[n + 1][len(decoded[n]) :][:1].isspace()]
     return text_tokens[: max(at_words or whole, default=0)]
@@ -164,6 +163,6 @@ def build_sample(tokenizer: Any, *, prompt: str, prompt_tokens: Sequence[int], m
             if interrupted():
                 return None
         # The last character may lack bytes that were never drawn.
-        return {"prompt": prompt, "text": tokenizer.decode(tokens, skip_special_tokens=True).rstrip(BROKEN)}
+        return {"prompt": prompt, "text": tokenizer.decode(tokens, skip_special_tokens=True).rstrip(REPLACEMENT)}
 
     return sample

@@ -33,7 +33,7 @@ DOORS = {
     "tokenizers": {"data/tokenizers.py"},
     "gigatoken": {"data/encoding.py"},
     "jinja2": {"data/templates.py"},
-    "lm_eval": {"generation/harness.py"},
+    "lm_eval": {"run/harness.py"},
     "shtab": {"config/completion.py"},
     "docstring_parser": {"config/keys.py"},
     "torch.nn.attention.flex_attention": {"models/attention.py"},

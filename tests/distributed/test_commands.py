@@ -96,7 +96,7 @@ def test_a_typed_prompt_that_is_too_long_does_not_end_the_session(trained, capsy
 
 def test_text_that_ends_with_the_context_says_so(trained, capsys):
     assert generate.main([str(trained), "--prompt", "It was", "--max_new_tokens", "100", "--temperature", "0"]) == 0
-    assert "where the model's context of 32 ends" in capsys.readouterr().err
+    assert "the model's context of 32 is full" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_had_enough_is_no_error(trained):

@@ -20,6 +20,7 @@ from dist_trainer import generate
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.generation import decoding
+from dist_trainer.generation.decoding import DecodingOptions
 from dist_trainer.generation.text import TextGenerator, TextStream
 from dist_trainer.models.registry import open_model
 from tests.distributed.ranks import exit_codes
@@ -108,9 +109,8 @@ def test_pieces_are_whole_characters_and_together_the_text(request, monkeypatch,
     prompt = tokenizer.encode("a b", add_special_tokens=False)
     new = tokenizer.encode("a b" + text, add_special_tokens=False)[len(prompt) :]
     FromAList(monkeypatch, new)
-    arguments = generate.parse_arguments([str(path)])
-    writer = TextGenerator(open_model(path), tokenizer, arguments)
-    pieces = list(TextStream(writer, prompt))
+    generator = TextGenerator(open_model(path), tokenizer, DecodingOptions(max_new_tokens=200))
+    pieces = list(TextStream(generator, prompt))
     whole = tokenizer.decode(prompt + new)
     assert whole == tokenizer.decode(prompt) + "".join(pieces)
     assert "\ufffd" not in "".join(pieces)
@@ -143,13 +143,13 @@ def test_text_appears_as_it_is_made(trained, monkeypatch):
         def flush(self):
             shown.append(self.getvalue())
 
-    def choose_and_note(*arguments, **options):
+    def draw_and_note(*arguments, **options):
         shown_before.append(shown[-1])
-        return choose(*arguments, **options)
+        return draw(*arguments, **options)
 
-    shown_before, choose = [], decoding.choose
+    shown_before, draw = [], decoding.draw
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(decoding, "choose", choose_and_note)
+    monkeypatch.setattr(decoding, "draw", draw_and_note)
     generate.main([str(trained), "--prompt", PROMPT, "--temperature", "0", "--max_new_tokens", "20"])
     assert shown_before[0] == PROMPT
     assert len(set(shown_before)) > 10
@@ -164,12 +164,11 @@ def test_an_empty_prompt_begins_with_what_stands_before_a_text(trained, elsewher
         assert len(text) > 4
         said(capsys, path, *options, "--output", tmp_path / "out.jsonl")
         assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] + "\n" == text
-        arguments = generate.parse_arguments([str(path), *options])
         tokenizer = load_tokenizer(str(path))
-        writer = TextGenerator(open_model(path), tokenizer, arguments)
-        written = writer.continuation("")
-        assert "".join(written) + "\n" == text
-        assert written.tokens == greedily(where, [begins_with], max_new_tokens=8)
+        greedy = DecodingOptions(max_new_tokens=8, temperature=0)
+        stream = TextGenerator(open_model(path), tokenizer, greedy).stream("")
+        assert "".join(stream) + "\n" == text
+        assert stream.new_tokens == greedily(where, [begins_with], max_new_tokens=8)
 
 
 def test_a_file_of_prompts_becomes_json_lines(trained, tmp_path, capsys):
@@ -340,7 +339,7 @@ def test_a_system_message_stands_before_every_conversation(chatty, capsys, monke
 
 def test_a_system_message_is_refused_where_no_chat_is(trained, capsys):
     assert generate.main([str(trained), "--system", "Be brief.", "--prompt", "Who?"]) == 2
-    assert "--system: is a message of a chat; add --chat" in capsys.readouterr().err
+    assert "--system: needs --chat; add it" in capsys.readouterr().err
 
 
 class Typing(io.StringIO):
@@ -376,14 +375,14 @@ def test_a_conversation_that_fills_the_context_begins_anew_and_a_question_that_d
     assert generate.main([str(chatty), "--chat", "--temperature", "0", "--max_new_tokens", "3"]) == 0
     printed, complaint = capsys.readouterr()
     assert printed == "".join(answer(chatty, f"Who came to {whom}? " * 6, max_new_tokens=3) + "\n" for whom in ("them", "her"))
-    assert complaint.count("the conversation fills the model's context of 64; a new one begins here") == 2
+    assert complaint.count("the conversation has filled the model's context of 64; starting a new one") == 2
     assert complaint.count("the model's context is 64: shorten it") == 1
 
 
 def test_a_chat_without_a_template_is_refused_before_the_model_is_read(trained, capsys, monkeypatch):
     monkeypatch.setattr("dist_trainer.models.registry.open_model", None)
     assert generate.main([str(trained), "--chat", "--prompt", "Who?"]) == 2
-    assert "has no chat template to write messages with; leave --chat out, or put a template" in capsys.readouterr().err
+    assert "has no chat template; leave --chat out, or put a template" in capsys.readouterr().err
 
 
 def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):
@@ -405,4 +404,4 @@ def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):
 def test_several_ranks_are_refused_and_say_so_once(trained, capfd):
     assert exit_codes(2, lambda: generate.main([str(trained), "--prompt", PROMPT])) == [2, 2]
     printed, complaint = capfd.readouterr()
-    assert (printed, complaint.count("the environment speaks of 2 ranks; start it without torchrun")) == ("", 1)
+    assert (printed, complaint.count("the environment describes 2 ranks; start it without torchrun")) == ("", 1)

@@ -16,7 +16,7 @@ from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.templates import within_limits
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import DataError
-from dist_trainer.generation.harness import limit_chat_template
+from dist_trainer.run.harness import limit_chat_template
 
 MESSAGES = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Emma."}]
 MARKS = "{% generation %}{% endgeneration %}"

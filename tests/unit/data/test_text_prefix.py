@@ -19,8 +19,8 @@ from dist_trainer.data.documents import record_formatter
 from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, prompt_ids, text_prefix, tokenizer_digest
-from dist_trainer.generation.harness import HarnessOptions, open_for_harness
 from dist_trainer.generation.samples import sample_of
+from dist_trainer.run.harness import HarnessOptions, open_for_harness
 
 TEXTS = ["It is a truth.", "A truth universally acknowledged."]
 CHAT = (
@@ -136,7 +136,7 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
         targets=torch.ones(1, 99),
     )
     monkeypatch.setattr("dist_trainer.generation.samples.can_generate", lambda _: True)
-    monkeypatch.setattr("dist_trainer.generation.samples.context_of", lambda _: 64)
+    monkeypatch.setattr("dist_trainer.generation.samples.context_length", lambda _: 64)
     monkeypatch.setattr("dist_trainer.generation.samples.end_tokens", lambda _: set())
     asked = []
     monkeypatch.setattr("dist_trainer.generation.samples.generate", lambda _, tokens, **__: asked.append(tokens) or [])

@@ -14,7 +14,8 @@ from dist_trainer.config.schema import DataConfig, ModelConfig, TrackingConfig, 
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.tokenizers import load_tokenizer, vocabulary_size
 from dist_trainer.errors import ConfigError, RefusedError
-from dist_trainer.generation.samples import BROKEN, beginning_of, given_prompt, prompt_before_answer, sample_of
+from dist_trainer.generation.samples import beginning_of, given_prompt, prompt_before_answer, sample_of
+from dist_trainer.generation.text import REPLACEMENT
 from dist_trainer.models.decoder_lm import DecoderLM
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -47,7 +48,7 @@ def test_text_of_several_tokens_a_character_is_cut_between_characters(tokenizer,
     shown = made(model, never)
     assert shown["prompt"]
     assert CHINESE.startswith(shown["prompt"])
-    assert not shown["text"].endswith(BROKEN)
+    assert not shown["text"].endswith(REPLACEMENT)
 
 
 def test_words_stay_whole(tokenizer):
