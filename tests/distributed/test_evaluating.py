@@ -14,6 +14,7 @@ import pytest
 from dist_trainer import evaluate
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.run.evaluation import evaluate_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import changed, folder, metrics, run, small_config
 from tests.unit.data.test_tokenising import of_word_pieces
@@ -43,12 +44,12 @@ def measured(reader):
 
     def measure(data=here / "my_texts", **changes):
         config_of_data = changed(config, data__validation_dataset=str(data), **changes)
-        return evaluate.evaluate_model(folder(config), config_of_data)
+        return evaluate_model(folder(config), config_of_data)
 
     return measure
 
 
-def printed(asked: evaluate.Asked) -> str:
+def printed(asked: evaluate.EvaluationRequest) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert evaluate.run(asked) == 0
     return out.getvalue()
@@ -115,7 +116,7 @@ def test_where_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentenc
     found = measured(data__tokenizer=str(tmp_path))
     assert (found["bits_per_byte"], found["bytes"]) == (None, None)
     assert found["loss"] > 0
-    assert "bits per byte are null: this tokenizer's tokens do not spell" in capfd.readouterr().err
+    assert "bits per byte are null: this tokenizer's tokens do not decode to exactly" in capfd.readouterr().err
 
 
 def test_rows_longer_than_the_model_s_context_are_refused_instead_of_measured(measured):
@@ -132,5 +133,5 @@ def test_without_lm_eval_a_sentence_says_how_to_install_it(reader, monkeypatch):
     _, config = reader
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"install it with `EXTRAS=harness launch/setup\.sh`"):
-        evaluate.run(evaluate.Asked(folder(config), config, {"tasks": ("letters",)}))
+        evaluate.run(evaluate.EvaluationRequest(folder(config), config, {"tasks": ("letters",)}))
     assert not (folder(config) / "evaluations").exists()

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_trainer import evaluate, generate
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.generation import harness
+from dist_trainer.run import harness
+from dist_trainer.run.evaluation import evaluate_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import folder, put_into_hub_cache, run, small_config
 
@@ -80,8 +81,8 @@ def test_several_ranks_evaluate_a_name_and_one_speaks(models, cache, tmp_path):
     put_into_hub_cache(cache, "owner/model", models["llama"].iterdir())
     (tmp_path / "text.txt").write_text(TEXT * 30)
     config = evaluate.parse_arguments(["owner/model", "--data", str(tmp_path / "text.txt")]).config
-    alone = evaluate.evaluate_model(Path("owner/model"), config)
-    assert run_ranks(2, lambda: evaluate.evaluate_model(Path("owner/model"), config)) == [alone, None]
+    alone = evaluate_model(Path("owner/model"), config)
+    assert run_ranks(2, lambda: evaluate_model(Path("owner/model"), config)) == [alone, None]
 
 
 def test_lm_eval_gets_the_folder_of_a_name(models, cache, capsys, monkeypatch):

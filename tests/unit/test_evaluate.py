@@ -10,7 +10,7 @@ import pytest
 from dist_trainer.config.loading import dump_config
 from dist_trainer.config.schema import CheckpointConfig, DataConfig, TrainingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.evaluate import Asked, main, parse_arguments, run
+from dist_trainer.evaluate import EvaluationRequest, main, parse_arguments, run
 
 
 def test_other_data_do_not_take_the_configuration_of_the_run_s_own(tmp_path):
@@ -58,10 +58,10 @@ def test_a_run_is_evaluated_also_where_the_one_that_it_began_from_has_gone(tmp_p
     ("words", "said"),
     [
         (["--harness", " ,"], "--harness: names no task"),
-        (["--limit", "3"], "--limit: goes with --harness"),
+        (["--limit", "3"], "--limit: needs --harness"),
         (["--data", ""], "--data: must not be empty"),
         (["--harness", "a", "--limit", "0"], "--limit: 0 must be 1 or more"),
-        (["--harness", "a", "--data", "b"], "--data and --harness: give one of them"),
+        (["--harness", "a", "--data", "b"], "--data and --harness: give only one of them"),
         (["--harness=a", "--data.sequence_length", "8"], "data.sequence_length: has no effect with --harness"),
     ],
 )
@@ -91,10 +91,10 @@ def test_options_of_lm_eval_do_not_take_the_run_and_leave_precision_to_be_set(tm
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--preset", "10m"], "--preset: is for training"),
+        (["--preset", "10m"], "--preset: applies to training only"),
         (["--dry_run"], "dry_run: no such key"),
-        (["--model.dropout", "0.1"], "model.dropout: has no effect on what is measured"),
-        (["--data.num_workers=1", "--optim.learning_rate=1"], "optim.learning_rate: has no effect on what is measured"),
+        (["--model.dropout", "0.1"], "model.dropout: has no effect on the evaluation"),
+        (["--data.num_workers=1", "--optim.learning_rate=1"], "optim.learning_rate: has no effect on the evaluation"),
         (["--optim.lr", "1"], "optim.lr: no such key; did you mean optim.learning_rate"),
     ],
 )
@@ -110,8 +110,8 @@ def test_a_file_may_hold_keys_of_training(tmp_path):
 
 
 def test_what_is_printed_is_json_also_where_a_number_is_not_finite(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dist_trainer.evaluate.evaluate_model", lambda *_: {"loss": 800.0, "perplexity": math.inf})
-    assert run(Asked(tmp_path, TrainingConfig())) == 0
+    monkeypatch.setattr("dist_trainer.run.evaluation.evaluate_model", lambda *_: {"loss": 800.0, "perplexity": math.inf})
+    assert run(EvaluationRequest(tmp_path, TrainingConfig())) == 0
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
