@@ -63,9 +63,8 @@ from dist_trainer.run.lifecycle import (
 from dist_trainer.run.memory import explain_out_of_memory
 from dist_trainer.run.resume import (
     ResumeState,
+    check_same_data,
     log_world_size_change,
-    names_other_content,
-    refuse_other_content,
     resolve_resume,
 )
 from dist_trainer.tracking.run_log import configure_logging
@@ -204,11 +203,13 @@ def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolde
     """All parts of a run, standing where `start` says."""
     named = replace(config.data, tokenizer=tokenizer_name(config, start))
     tokenizer = local_rank0_first(world, lambda: configured_tokenizer(named))
-    if names_other_content(config, start):  # another run's data must not be tokenised for hours before they are refused
-        refuse_other_content(config, start, local_rank0_first(world, lambda: fingerprints(named, tokenizer)))
+    is_renamed = start.renamed_data(config)
+    if is_renamed:  # another run's data must not be tokenised for hours before they are refused
+        check_same_data(config, start, local_rank0_first(world, lambda: fingerprints(named, tokenizer)))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
     found = data_fingerprints(loaders)
-    refuse_other_content(config, start, found)
+    if not is_renamed:
+        check_same_data(config, start, found)
     if start.checkpoint is None and config.model.init_from is not None:
         local_rank0_first(world, lambda: fetch_initial_model(config.model))
     model = run_and_share_errors(world, lambda: build_model(config.model, model_context(config, world, tokenizer, start)))

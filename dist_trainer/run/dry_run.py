@@ -30,7 +30,7 @@ from dist_trainer.run.build import assemble, build_with_fallback, check_visible_
 from dist_trainer.run.folder import CHECKPOINTS
 from dist_trainer.run.lifecycle import exit_code_when_preempted, has_finished_in_words
 from dist_trainer.run.memory import explain_out_of_memory, snapshot_bytes, state_bytes, total_memory
-from dist_trainer.run.resume import ResumeState, look_for_starting_point
+from dist_trainer.run.resume import ResumeState, preview_resume
 from dist_trainer.run.summary import run_header
 from dist_trainer.tracking.formatting import aligned, duration, memory, quantity, significant
 from dist_trainer.tracking.run_log import configure_logging
@@ -98,7 +98,7 @@ def prepare_beside(folder: Path, config: TrainingConfig, world: DistributedConte
         check_visible_everywhere(start, world)
         return assemble(config, world, None, start)
 
-    return build_with_fallback(world, find=lambda: look_for_starting_point(config, folder), build=build)
+    return build_with_fallback(world, find=lambda: preview_resume(config, folder), build=build)
 
 
 def refuse_what_cannot_be_written(folder: Path) -> None:

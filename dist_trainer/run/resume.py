@@ -1,9 +1,10 @@
-"""Where a run begins: at its newest intact checkpoint, at another run's, or at step 0. Decided on rank 0 alone."""
+"""Which checkpoint a run resumes from: its newest valid one, another run's, or none. Decided on rank 0."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,119 +34,151 @@ log = logging.getLogger(__name__)
 DEFINING_SECTIONS = ("model", "data", "optim", "schedule")
 DEFINING_KEYS = ("seed", "batch.global_batch_size")
 FREE_KEYS = ("data.cache_dir", "data.num_workers")
-KNOWN_BY_CONTENT = {
+FINGERPRINTED_KEYS = {
     "data.dataset": "data_fingerprint",
     "data.tokenizer": "data_fingerprint",
     "data.chat_template": "data_fingerprint",
     "data.validation_dataset": "validation_fingerprint",
 }
-"""Defining keys that may name the same content by another path, and which fact tells whether they do."""
+"""Defining keys whose value may be another path to the same content, and the fingerprint of that content."""
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What to go on from."""
+    """Where a run starts."""
 
     checkpoint: Path | None = None
-    """None: step 0."""
+    """None: at step 0."""
     progress: Progress = field(default_factory=Progress)
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What that run remembered of itself."""
+    """What the checkpoint says about its run."""
 
     @property
     def train_before(self) -> TrainConfig | None:
-        """The `train` section that the checkpoint was written under; None if it does not say."""
+        """The `train` section that the checkpoint was written under; None if unknown."""
         section = self.metadata.get("config", {}).get("train")
         if not isinstance(section, Mapping):
             return None
         return TrainConfig(max_steps=section.get("max_steps"), epochs=section.get("epochs"))
 
+    def renamed_data(self, config: TrainingConfig) -> bool:
+        """Whether `config` names data or tokenizer differently than the run did."""
+        return self.checkpoint is not None and any(key in FINGERPRINTED_KEYS for key, _, _ in self.differences(config))
+
+    def differences(self, config: TrainingConfig) -> list[tuple[str, Any, Any]]:
+        """The keys that are not as they were when the checkpoint was written: (key, before, now)."""
+        return config_differences(self.metadata.get("config", {}), config)
+
 
 def resolve_resume(config: TrainingConfig, folder: RunFolder) -> ResumeState:
-    """What checkpoint.resume means for this run folder, as it is now; tidies up what a killed run left behind. With `never`, an
-    earlier run stays where it is until the new one is known to be good; where a launcher has restarted ranks that crashed,
-    the run that they began is none.
+    """What checkpoint.resume means for this run folder now; cleans up after a killed run.
 
-    Raises CheckpointError where checkpoints are there but none is intact, where those that were saved have gone, or where the
-    folder cannot be written; AnotherRunError where the config is another run's.
+    With `never`, an earlier run stays in place until the new one is known to be valid; but ranks that their launcher restarted
+    after a crash resume the run that they started. Raises CheckpointError if there are checkpoints but no valid one, if the
+    saved ones are gone, or if the folder cannot be written; AnotherRunError if the config is another run's.
     """
-    if config.checkpoint.resume == "never" and not _began_in_this_launch(folder):
+    if config.checkpoint.resume == "never" and not _started_in_this_launch(folder):
         folder.is_to_be_replaced = not folder.is_new
         return ResumeState()
-    try:
+    with _refused_access(folder.path):
         tidy_before_the_search(folder.checkpoints)
-        start = _own_or_anothers(config, folder.path, prepares=True)
-        folder.progress = start.progress
-        return start
-    except OSError as error:
-        raise _out_of_order(error, folder.path) from error
+        start = _find(config, folder.path, tidies=True)
+    folder.progress = start.progress
+    return start
 
 
-def look_for_starting_point(config: TrainingConfig, folder: Path) -> ResumeState:
-    """What `resolve_resume` would find in the run folder `folder`, without a lock, and with nothing written, moved or
-    deleted: its run may be going on. Raises as that does.
+def preview_resume(config: TrainingConfig, folder: Path) -> ResumeState:
+    """What `resolve_resume` would return for the run folder `folder`, without locking, writing, moving or deleting anything
+    there: another job may be using it. Raises the same errors.
     """
     if config.checkpoint.resume == "never":
         return ResumeState()
-    try:
-        return _own_or_anothers(config, folder, prepares=False)
-    except OSError as error:
-        raise _out_of_order(error, folder) from error
+    with _refused_access(folder):
+        return _find(config, folder, tidies=False)
 
 
-def _out_of_order(error: OSError, folder: Path) -> CheckpointError:
-    named = error.filename if isinstance(error.filename, str) else folder
-    return CheckpointError(f"{named} cannot be brought in order ({error.strerror}); see that {folder} can be read and written")
-
-
-def _own_or_anothers(config: TrainingConfig, folder: Path, *, prepares: bool) -> ResumeState:
-    """`prepares`: the folder is brought in line with it."""
-    checkpoints = folder / CHECKPOINTS
-    checkpoint = latest_valid(checkpoints)
-    own = checkpoint is not None
-    if not own:
-        _refuse_to_start_over(folder)
-    if checkpoint is None and config.checkpoint.resume not in ("auto", "never"):
-        checkpoint = find_checkpoint(user_path(config.checkpoint.resume))
-    if checkpoint is None:
-        return ResumeState()
-    state = read_training_state(checkpoint)
-    _refuse_another_run(config, state, checkpoint)
-    progress: Progress = state["progress"]
-    if own and prepares:
-        progress.best = tidy_after_the_search(checkpoints, checkpoint, keep_last=config.checkpoint.keep_last)
-    elif not own:
-        progress.best = None
-    return ResumeState(checkpoint, progress, metadata={key: value for key, value in state.items() if key != "progress"})
-
-
-def _refuse_to_start_over(folder: Path) -> None:
-    """Where a checkpoint was saved once and there is no trace of any."""
-    if is_number(read_status(folder).get("checkpoint_seconds")) or any(
-        event["event"] == FIRST_CHECKPOINT for event in read_events(folder)
-    ):
-        raise CheckpointError(
-            f"{folder / CHECKPOINTS} holds no checkpoint, but this run has saved some; bring them back, or begin anew with "
-            "--checkpoint.resume never, which sets this run aside"
-        )
+def check_same_data(config: TrainingConfig, start: ResumeState, fingerprints: Mapping[str, Any]) -> None:
+    """Raises AnotherRunError if the opened data, with these `fingerprints`, are not those of the run to resume."""
+    names = set(FINGERPRINTED_KEYS.values())
+    changed = {name for name in names if start.metadata.get(name) not in (None, fingerprints.get(name))}
+    if not changed:
+        return
+    assert start.checkpoint is not None, "a new run has no metadata"
+    if renamed := [entry for entry in start.differences(config) if FINGERPRINTED_KEYS.get(entry[0]) in changed]:
+        raise _another_run(renamed, start.checkpoint)
+    data = config.data
+    if "data_fingerprint" in changed:
+        name = f"data.dataset: the text in {data.dataset}"
+    elif data.validation_dataset is not None:
+        name = f"data.validation_dataset: the text in {data.validation_dataset}"
+    else:
+        name = f"data.validation_dataset: the text in the validation split of {data.dataset}"
+    raise AnotherRunError(
+        f"{name} has changed since the run in {start.checkpoint} started; "
+        "restore it, choose another --run_name, or start over with --checkpoint.resume never"
+    )
 
 
 def log_world_size_change(start: ResumeState, world_size: int, *, masks_depend_on_ranks: bool) -> None:
-    """Log what going on with another number of ranks means: the order of data does not change, dropout may."""
+    """Log what another number of ranks changes: not the order of data, but possibly dropout."""
     before = start.metadata.get("world_size")
     if before in (None, world_size):
         return
     if masks_depend_on_ranks:
         log.warning(
-            "going on with %s (it was %d): the same global batches, but other dropout masks than without the change; "
-            "with batch.micro_batch_size set they do not depend on the ranks",
+            "resuming with %s (was %d): the global batches stay the same, but dropout masks differ; "
+            "they do not depend on the number of ranks if batch.micro_batch_size is set",
             *(counted(world_size, "rank"), before),
         )
     else:
-        log.info("going on with %s (it was %d): the same global batches", counted(world_size, "rank"), before)
+        log.info("resuming with %s (was %d): the global batches stay the same", counted(world_size, "rank"), before)
 
 
-def _began_in_this_launch(folder: RunFolder) -> bool:
+def _find(config: TrainingConfig, folder: Path, *, tidies: bool) -> ResumeState:
+    """`tidies`: links and old checkpoints in the folder are brought in line with what is found."""
+    checkpoints = folder / CHECKPOINTS
+    checkpoint = latest_valid(checkpoints)
+    is_own = checkpoint is not None
+    if not is_own:
+        _check_nothing_saved(folder)
+    if checkpoint is None and config.checkpoint.resume not in ("auto", "never"):
+        checkpoint = find_checkpoint(user_path(config.checkpoint.resume))
+    if checkpoint is None:
+        return ResumeState()
+    state = read_training_state(checkpoint)
+    progress: Progress = state["progress"]
+    start = ResumeState(checkpoint, progress, metadata={key: value for key, value in state.items() if key != "progress"})
+    _check_same_run(config, start, checkpoint)
+    if not is_own:
+        progress.best = None
+    elif tidies:
+        progress.best = tidy_after_the_search(checkpoints, checkpoint, keep_last=config.checkpoint.keep_last)
+    return start
+
+
+@contextmanager
+def _refused_access(folder: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        path = error.filename if isinstance(error.filename, str) else folder
+        raise CheckpointError(
+            f"{path} cannot be repaired ({error.strerror}); check that {folder} is readable and writable"
+        ) from error
+
+
+def _check_nothing_saved(folder: Path) -> None:
+    """Raises CheckpointError if a folder without checkpoints has had some."""
+    if is_number(read_status(folder).get("checkpoint_seconds")) or any(
+        event["event"] == FIRST_CHECKPOINT for event in read_events(folder)
+    ):
+        raise CheckpointError(
+            f"{folder / CHECKPOINTS} contains no checkpoint, but this run has saved some; restore them, or start over with "
+            "--checkpoint.resume never, which moves this run aside"
+        )
+
+
+def _started_in_this_launch(folder: RunFolder) -> bool:
     newest = next(iter(step_folders(folder.checkpoints)), None)
     try:
         return newest is not None and is_started_again(read_training_state(newest).get("launcher"))
@@ -153,63 +186,30 @@ def _began_in_this_launch(folder: RunFolder) -> bool:
         return False
 
 
-def names_other_content(config: TrainingConfig, start: ResumeState) -> bool:
-    """Whether a key of KNOWN_BY_CONTENT is not what it was when the run in `start` began."""
-    if start.checkpoint is None:
-        return False
-    return any(key in KNOWN_BY_CONTENT for key, _, _ in config_differences(start.metadata.get("config", {}), config))
-
-
-def refuse_other_content(config: TrainingConfig, start: ResumeState, fingerprints: Mapping[str, Any]) -> None:
-    """Raises AnotherRunError if the data that were opened, with these `fingerprints`, are not those of the run to resume."""
-    names = set(KNOWN_BY_CONTENT.values())
-    other = {name for name in names if start.metadata.get(name) not in (None, fingerprints.get(name))}
-    if not other:
-        return
-    assert start.checkpoint is not None, "a new run has no facts"
-    differences = config_differences(start.metadata.get("config", {}), config)
-    if renamed := [difference for difference in differences if KNOWN_BY_CONTENT.get(difference[0]) in other]:
-        raise _another_run(renamed, start.checkpoint)
-    data = config.data
-    if "data_fingerprint" in other:
-        name = f"data.dataset: {data.dataset}"
-    else:
-        name = f"data.validation_dataset: {data.validation_dataset or f'the validation split of {data.dataset}'}"
-    raise AnotherRunError(
-        f"{name} holds other text now than when the run in {start.checkpoint} began; "
-        "bring the old text back, choose another --run_name, or begin anew with --checkpoint.resume never"
-    )
-
-
-def _refuse_another_run(config: TrainingConfig, state: Mapping[str, Any], checkpoint: Path) -> None:
-    """Name every key that defines a run and differs; log those that may."""
-    differences = config_differences(state.get("config", {}), config)
-    if defining := [difference for difference in differences if _makes_another_run(difference, state)]:
+def _check_same_run(config: TrainingConfig, start: ResumeState, checkpoint: Path) -> None:
+    """Raises AnotherRunError with every key that defines a run and differs; logs those that may differ."""
+    differences = start.differences(config)
+    if defining := [entry for entry in differences if _makes_another_run(*entry, start.metadata)]:
         raise _another_run(defining, checkpoint)
     for key, before, now in differences:
         if not key.startswith("checkpoint.resume"):
-            log.info("going on with %s %s (it was %s)", key, as_written(now), as_written(before))
+            log.info("resuming with %s %s (was %s)", key, as_written(now), as_written(before))
 
 
 def _another_run(differences: list[tuple[str, Any, Any]], checkpoint: Path) -> AnotherRunError:
     lines = "\n".join(
-        f"  {key}: {as_written(now)}, but the run began with {as_written(before)}" for key, before, now in differences
+        f"  {key}: {as_written(now)}, but the run started with {as_written(before)}" for key, before, now in differences
     )
     return AnotherRunError(
-        f"this config is not that of the run in {checkpoint}:\n{lines}\n"
-        "set these keys back, choose another --run_name, or begin anew with --checkpoint.resume never"
+        f"this config differs from the run in {checkpoint}:\n{lines}\n"
+        "restore these keys, choose another --run_name, or start over with --checkpoint.resume never"
     )
 
 
-def _makes_another_run(difference: tuple[str, Any, Any], metadata: Mapping[str, Any]) -> bool:
-    """Whether a key that differs from the run's `facts` means another run. One that names content by another path is judged by
-    `refuse_other_content`, once that is opened.
-    """
-    key, before, now = difference
-    is_renamed = before is not None and now is not None and metadata.get(KNOWN_BY_CONTENT.get(key, "")) is not None
-    is_same = key in PATH_KEYS and is_same_path(before, now)
-    return _defines_the_run(key) and not is_renamed and not is_same
-
-
-def _defines_the_run(key: str) -> bool:
-    return key not in FREE_KEYS and (key in DEFINING_KEYS or key.split(".")[0] in DEFINING_SECTIONS)
+def _makes_another_run(key: str, before: Any, now: Any, metadata: Mapping[str, Any]) -> bool:
+    """Whether a key that differs makes this another run. Content under another path is left to `check_same_data`."""
+    if key in FREE_KEYS or not (key in DEFINING_KEYS or key.split(".")[0] in DEFINING_SECTIONS):
+        return False
+    is_unchanged = key in PATH_KEYS and is_same_path(before, now)
+    is_renamed = before is not None and now is not None and metadata.get(FINGERPRINTED_KEYS.get(key, "")) is not None
+    return not is_unchanged and not is_renamed

@@ -17,7 +17,7 @@ from dist_trainer.run.build import assemble
 from dist_trainer.run.cli import run_cli
 from dist_trainer.run.dry_run import dry_run, largest_step, prepare_beside, rehearse
 from dist_trainer.run.folder import RunFolder
-from dist_trainer.run.resume import ResumeState, look_for_starting_point
+from dist_trainer.run.resume import ResumeState, preview_resume
 from dist_trainer.run.summary import run_header
 from dist_trainer.training.trainer import Trainer
 from tests.distributed.ranks import exit_codes
@@ -111,7 +111,7 @@ def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_
     assert dry(config) == [0]
     assert f"dry run: {folder(config)} has finished its 1 step already" in capfd.readouterr().err
     assert dry(changed(config, optim__learning_rate=1.0)) == [2]
-    assert "optim.learning_rate: 1.0, but the run began with 0.01" in capfd.readouterr().err
+    assert "optim.learning_rate: 1.0, but the run started with 0.01" in capfd.readouterr().err
     (weights,) = (folder(config) / "checkpoints").glob("step-*/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     before = everything_in(folder(config))
@@ -139,8 +139,8 @@ def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_on
     config = small_config(stories, tmp_path, train__max_steps=12)
     run(config, 1, before=stop_after(2))
     gone = ResumeState(tmp_path / "gone")
-    found = iter([gone, look_for_starting_point(config, folder(config)), gone, gone])
-    monkeypatch.setattr("dist_trainer.run.dry_run.look_for_starting_point", lambda *_: next(found))
+    found = iter([gone, preview_resume(config, folder(config)), gone, gone])
+    monkeypatch.setattr("dist_trainer.run.dry_run.preview_resume", lambda *_: next(found))
     assert prepare_beside(folder(config), config, DistributedContext.single()).progress.step == 2
     with pytest.raises(CheckpointError, match="gone"):
         prepare_beside(folder(config), config, DistributedContext.single())

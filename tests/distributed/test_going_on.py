@@ -95,7 +95,7 @@ def test_changed_validation_text_is_refused_on_resume(stories, tmp_path):
     config = small_config(stories, tmp_path / "runs", data__validation_dataset=str(validation))
     run(config, 1, before=stop_after(6))
     validation.write_text("".join(stories.read_text().splitlines(keepends=True)[4:8]))
-    with pytest.raises(AssertionError, match=r"data\.validation_dataset: .*validation\.jsonl holds other text now"):
+    with pytest.raises(AssertionError, match=r"data\.validation_dataset: the text in .*\.jsonl has changed since"):
         run(config, 1)
     assert status(config)["state"] == "preempted", "a refusal touches nothing"
 
@@ -112,12 +112,12 @@ def test_the_same_text_under_another_path_resumes_the_run(stories, tmp_path):
     shutil.rmtree(first)
     moved = small_config(second / "stories.jsonl", tmp_path, data__tokenizer=str(second / "tokenizer") + "/")
     (second / "stories.jsonl").write_text(stories.read_text().replace(" the ", " this "))
-    with pytest.raises(AssertionError, match=r"data\.dataset: '.*second/stories\.jsonl', but the run began with '.*first/"):
+    with pytest.raises(AssertionError, match=r"data\.dataset: '.*second/stories\.jsonl', but the run started with '.*first/"):
         run(changed(moved, data__cache_dir=str(tmp_path / "empty")), 1)
     assert not list((tmp_path / "empty").glob("tokens/*")), "before it is tokenised"
     assert status(config)["state"] == "preempted", "a refusal touches nothing"
     (second / "stories.jsonl").write_text(stories.read_text())
-    with pytest.raises(AssertionError, match=r"data\.validation_dataset: '.*stories\.jsonl', but the run began with null"):
+    with pytest.raises(AssertionError, match=r"data\.validation_dataset: '.*stories\.jsonl', but the run started with null"):
         run(changed(moved, data__validation_dataset=str(second / "stories.jsonl")), 1)
     assert run(moved, 1) == [0]
     assert losses(moved) == losses(undisturbed)
@@ -156,7 +156,7 @@ def test_weights_to_start_from_may_be_gone_when_the_run_goes_on(stories, tmp_pat
     config = small_config(stories, tmp_path / "second", model__init_from=str(weights))
     run(config, 1, before=stop_after(6))
     weights.rename(tmp_path / "gone")
-    with pytest.raises(AssertionError, match=r"model\.init_from: '.*/gone', but the run began with"):
+    with pytest.raises(AssertionError, match=r"model\.init_from: '.*/gone', but the run started with"):
         run(changed(config, model__init_from=str(tmp_path / "gone")), 1)
     assert run(changed(config, model__init_from=f"{weights}/"), 1) == [0]
     undisturbed = small_config(stories, tmp_path / "third", model__init_from=str(tmp_path / "gone"))

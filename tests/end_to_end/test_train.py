@@ -100,8 +100,8 @@ def test_a_changed_config_is_refused_by_naming_the_keys_and_never_begins_anew(fi
     again = [*SMALL, "--output_dir", folder.parent]
     refused = quick_command(*again, "--optim.learning_rate", "0.5", "--seed", "9")
     assert refused.returncode == 2
-    assert "optim.learning_rate: 0.5, but the run began with 0.01" in refused.stderr
-    assert "seed: 9, but the run began with 0" in refused.stderr
+    assert "optim.learning_rate: 0.5, but the run started with 0.01" in refused.stderr
+    assert "seed: 9, but the run started with 0" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
     said = quick_command(*again)

@@ -209,7 +209,7 @@ def test_with_its_checkpoints_gone_a_run_refuses_and_changes_nothing(run, undist
     for _ in range(2):
         ended = run.start()
         assert ended.code == 2
-        assert "holds no checkpoint, but this run has saved some" in ended.said
+        assert "contains no checkpoint, but this run has saved some" in ended.said
         assert "--checkpoint.resume never" in ended.said
         assert (run.folder / "metrics.jsonl").read_bytes() == before
         assert run.status()["state"] == "failed"
