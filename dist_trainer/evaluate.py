@@ -17,7 +17,7 @@ from dist_trainer.errors import EXIT_FINISHED, ConfigError
 from dist_trainer.huggingface.model_folders import model_folders
 from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.storage.manifest import read_json
-from dist_trainer.tracking.jsonl_tracker import encode_line
+from dist_trainer.tracking.jsonl import encode_line
 from dist_trainer.version import VERSION_LINE
 
 DESCRIPTION = "Loss, perplexity and bits per byte of a model on its run's validation data or on other data."

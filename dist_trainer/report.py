@@ -34,8 +34,7 @@ def run(argv: Sequence[str] | None) -> int:
     parser.add_argument("--version", action="version", version=VERSION_LINE)
     arguments = parser.parse_args(argv)
     from dist_trainer.html_report.curves import MOST_RUNS
-    from dist_trainer.html_report.page import html_report
-    from dist_trainer.html_report.report_tracker import REPORT_FILE
+    from dist_trainer.html_report.page import REPORT_FILE, html_report
     from dist_trainer.storage.atomic_file import replace_file
     from dist_trainer.tracking.run_reader import read_run
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dist_trainer.config.secrets import masked, masked_within
 from dist_trainer.html_report.curves import SMOOTHING_IN_WORDS, axes_of, charts
@@ -13,9 +16,13 @@ from dist_trainer.html_report.markup import folded
 from dist_trainer.html_report.sections import happened, heading, samples, time_spent
 from dist_trainer.html_report.settings import config, differences, environment
 from dist_trainer.html_report.svg_charts import as_script_data, figure
+from dist_trainer.storage.atomic_file import replace_file
 from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.run_reader import RunHistory
 
+REPORT_FILE = "report.html"
+SHARE_OF_TIME = 0.01
+"""Of a run's time at most, for pages written during training."""
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("script.js").read_text(encoding="utf-8")
 
@@ -80,3 +87,32 @@ def labels_of(runs: Sequence[RunHistory]) -> list[str]:
             "/".join(path.parts[-parts:]) if label in doubled else label for label, path in zip(labels, paths, strict=True)
         ]
     return masked_within(labels)
+
+
+def write_report(history: RunHistory) -> None:
+    """Read what is new of `history`'s run and write the page into its folder. Raises OSError if the disk refuses."""
+    history.refresh()
+    replace_file(history.folder / REPORT_FILE, [html_report([history]).encode()], durable=False)
+
+
+class ReportTracker:
+    """Keeps report.html up to date: at validations and samples, within a share of the run's time, and at the end."""
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._history = RunHistory(folder)
+        self._clock = clock
+        self._not_before = -math.inf
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write the page after a validation or a sample; the longer that took, the longer until the next one."""
+        if line.get("kind") in ("validation", "sample") and self._clock() >= self._not_before:
+            began = self._clock()
+            write_report(self._history)
+            self._not_before = self._clock() + (self._clock() - began) / SHARE_OF_TIME
+
+    def sync(self) -> None:
+        """Nothing: the page can be rebuilt from metrics.jsonl."""
+
+    def close(self, *, state: str, reason: str | None) -> None:
+        """Write the last page."""
+        write_report(self._history)

@@ -29,7 +29,7 @@ PARTS_OF_TIME = (
     ("saving", "saving_seconds", "t4"),
     ("starting, up to the first step", "starting_seconds", "t5"),
     ("steps lost to a restart (estimated)", "redone_seconds", "t6"),
-    ("standing still between lives", "standing_seconds", "t7"),
+    ("standing still between lives", "downtime_seconds", "t7"),
     ("all else", "other_seconds", "t8"),
 )
 

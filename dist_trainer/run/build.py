@@ -68,7 +68,7 @@ from dist_trainer.run.resume import (
     resolve_resume,
 )
 from dist_trainer.tracking.run_log import configure_logging
-from dist_trainer.tracking.tracker import refuse_missing_packages
+from dist_trainer.tracking.subprocess_tracker import check_packages
 from dist_trainer.training.precision import build_precision, warn_of_emulated_bf16
 from dist_trainer.training.trainer import Trainer
 
@@ -110,7 +110,7 @@ def refuse_what_cannot_run(config: TrainingConfig, world: DistributedContext) ->
     """
     accumulation_steps(config.batch, world.world_size)
     run_and_share_errors(world, lambda: check_rows(config))
-    run_and_share_errors(world, lambda: refuse_missing_packages(config.tracking), acts=world.is_main)
+    run_and_share_errors(world, lambda: check_packages(config.tracking), acts=world.is_main)
 
 
 def check_rows(config: TrainingConfig) -> None:

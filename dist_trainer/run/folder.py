@@ -23,7 +23,7 @@ CONFIG_FILE = "config.yaml"
 FILES = (CONFIG_FILE, "metrics.jsonl", "status.json", "report.html")
 CHECKPOINTS = "checkpoints"
 FOLDERS = (CHECKPOINTS, "logs", "wandb", "tensorboard", "trackio")
-WANDB_FILES = ("run_id", "logged.json", "wandb", "wandb/logs", "artifacts")
+WANDB_FILES = ("run_id", "cursor.json", "logged.json", "wandb", "wandb/logs", "artifacts")
 """Of wandb/, what is opened again at the next start; W&B's own links to its newest files are not."""
 REPLACED_PREFIX = "replaced-"
 _MOVING = ".moving-aside"

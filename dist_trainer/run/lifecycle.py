@@ -12,6 +12,7 @@ from typing import Any
 
 from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.checkpoint.state import Progress, Validated
+from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.data.build_datasets import are_conversations
 from dist_trainer.distributed.context import DistributedContext
@@ -29,19 +30,18 @@ from dist_trainer.errors import (
     TrainingDivergedError,
     counted,
 )
-from dist_trainer.html_report.report_tracker import write_report
+from dist_trainer.html_report.page import ReportTracker, write_report
+from dist_trainer.models.registry import can_open
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.memory import explain_out_of_memory
 from dist_trainer.run.summary import run_header
 from dist_trainer.tracking.environment import describe_environment
-from dist_trainer.tracking.events import FIRST_CHECKPOINT, append_event
-from dist_trainer.tracking.goodput import Goodput, goodput, goodput_of, restarts_of, steps_to_redo
-from dist_trainer.tracking.lenient_json import is_number
-from dist_trainer.tracking.run_reader import RunHistory, read_events, read_run
-from dist_trainer.tracking.status import State, amend_status, read_status, write_status
-from dist_trainer.tracking.step_counter import StepCounter
-from dist_trainer.tracking.subprocess_tracker import lacks_lines_online, send_lines_online
-from dist_trainer.tracking.tracker import RunContext, build_tracker
+from dist_trainer.tracking.events import FIRST_CHECKPOINT, StepCounter, append_event
+from dist_trainer.tracking.goodput import Goodput, goodput, restarts_of, steps_to_redo
+from dist_trainer.tracking.run_reader import RunHistory, is_number, read_events, read_run, read_status
+from dist_trainer.tracking.status import State, amend_status, write_status
+from dist_trainer.tracking.subprocess_tracker import is_wandb_behind
+from dist_trainer.tracking.tracker import RunContext, build_tracker, send_to_wandb
 from dist_trainer.training.profiler import profiled
 from dist_trainer.training.trainer import Trainer, TrainingResult
 
@@ -129,22 +129,25 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, 
     parameters = sum(parameter.numel() for parameter in trainer.parameters)
     metadata = {"began": began, "lost_steps": lost_steps, "environment": environment, "parameters": parameters}
     append_event(folder.path, "resume" if step else "start", step=step, **metadata)
-    counter.note(step)  # or the lost ones would be lost once more where this life comes to no step
-    trainer.note_step = counter.note
+    counter.record(step)  # or the lost ones would be lost once more where this life comes to no step
+    trainer.note_step = counter.record
     note_running(trainer, folder.path)
     log.info("%s", run_header(trainer, folder.path))
-    trainer.tracker = build_tracker(trainer.world, _context(trainer, folder, environment))
+    trainer.tracker = build_tracker(_context(trainer, folder, environment), {"report": lambda run: ReportTracker(run.folder)})
 
 
 def _context(trainer: Trainer, folder: RunFolder, environment: dict[str, Any]) -> RunContext:
     return RunContext(
-        config=trainer.config,
+        name=trainer.config.run_name,
         folder=folder.path,
+        tracking=trainer.config.tracking,
+        config=as_dict(trainer.config),
         start_step=trainer.progress.step,
         max_steps=trainer.max_steps,
         parameters=sum(parameter.numel() for parameter in trainer.parameters),
         environment=environment,
-        chats=are_conversations(trainer.train_data.dataset),
+        trains_on_conversations=are_conversations(trainer.train_data.dataset),
+        can_open=can_open,
     )
 
 
@@ -221,8 +224,8 @@ def mark_finished(trainer: Trainer, folder: RunFolder) -> None:
 
 def sync_to_wandb(trainer: Trainer, folder: RunFolder) -> None:
     """Bring a run that has finished to W&B's server, where it is online now and that has not had all of it."""
-    if step_folders(folder.checkpoints) and lacks_lines_online(folder.path, trainer.config.tracking):
-        send_lines_online(_context(trainer, folder, describe_environment(trainer.world)))
+    if step_folders(folder.checkpoints) and is_wandb_behind(folder.path, trainer.config.tracking):
+        send_to_wandb(_context(trainer, folder, describe_environment(trainer.world)))
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ def write_ending(
     **best: Any,
 ) -> None:
     """status.json, with what the time went into (None: up to now); without `best` that stays as it was last noted."""
-    spent = spent or goodput_of(folder, now=time.time())
+    spent = spent or goodput(read_run(folder), now=time.time())
     write_status(
         folder,
         ending.state,

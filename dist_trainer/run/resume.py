@@ -25,9 +25,7 @@ from dist_trainer.distributed.launcher import is_started_again
 from dist_trainer.errors import AnotherRunError, CheckpointError, counted
 from dist_trainer.run.folder import CHECKPOINTS, RunFolder
 from dist_trainer.tracking.events import FIRST_CHECKPOINT
-from dist_trainer.tracking.lenient_json import is_number
-from dist_trainer.tracking.run_reader import read_events
-from dist_trainer.tracking.status import read_status
+from dist_trainer.tracking.run_reader import is_number, read_events, read_status
 
 log = logging.getLogger(__name__)
 

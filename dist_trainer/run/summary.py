@@ -15,7 +15,7 @@ from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.memory import snapshot_bytes, state_bytes, total_memory
 from dist_trainer.tracking.environment import device_name
 from dist_trainer.tracking.formatting import aligned, memory, quantity
-from dist_trainer.tracking.subprocess_tracker import rows_in_words
+from dist_trainer.tracking.subprocess_tracker import format_exports
 from dist_trainer.training.trainer import Trainer
 
 
@@ -100,7 +100,7 @@ def memory_in_words(trainer: Trainer) -> str:
 
 def results_in_words(trainer: Trainer, folder: Path) -> str:
     """Which files, and where else lines go."""
-    return f"report.html, metrics.jsonl, checkpoints/ and logs/ in {folder}; {rows_in_words(trainer.config.tracking)}"
+    return f"report.html, metrics.jsonl, checkpoints/ and logs/ in {folder}; {format_exports(trainer.config.tracking)}"
 
 
 def resume_in_words(trainer: Trainer) -> str:

@@ -1,4 +1,7 @@
-"""What a run's time went into, over all its lives: steps that count, validation, and what kept it from them."""
+"""What a run's time was spent on, over all its attempts: steps that count, validation, and what kept it from them.
+
+An attempt is one execution of the command, from its start to its end; a run has another one after each stop or crash.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,7 @@ from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.tracking.lenient_json import number
-from dist_trainer.tracking.run_reader import RunHistory, last_step, read_events, read_run
-from dist_trainer.tracking.step_counter import steps_done
+from dist_trainer.tracking.run_reader import RunHistory, last_logged_step, number, read_events, read_progress
 
 START_EVENTS = ("start", "resume")
 END_EVENTS = ("finished", "preempted", "failed")
@@ -20,27 +21,27 @@ END_EVENTS = ("finished", "preempted", "failed")
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds since the run first began, standing still between its lives included."""
+    """Seconds since the run first started, downtime between restarts included."""
 
     wall_seconds: float = 0.0
     step_seconds: float = 0.0
-    """In steps that stand in metrics.jsonl (those that were lost and done again count once), but for what follows."""
+    """In the steps of metrics.jsonl (those lost and repeated count once), without the waiting of `data_seconds`."""
     data_seconds: float = 0.0
-    """Of steps, waiting for data."""
+    """In these steps, waiting for data."""
     validation_seconds: float = 0.0
     sample_seconds: float = 0.0
     saving_seconds: float = 0.0
-    """Training standing still for checkpoints."""
+    """Training paused for checkpoints."""
     starting_seconds: float = 0.0
-    """From a command's entry to its first step: imports, data, loading, compilation."""
+    """From the start of a command to its first step: imports, data, loading, compilation."""
     redone_seconds: float = 0.0
-    """In steps that were lost to a restart; estimated, as many as were lost at a step's mean time."""
-    standing_seconds: float = 0.0
-    """Between the end of a life and the beginning of the next one."""
+    """In steps lost to a restart; estimated from their number and the mean time of a step."""
+    downtime_seconds: float = 0.0
+    """Between the end of an attempt and the start of the next one."""
     restarts: int = 0
-    """Starts in this folder after the first; that one may have begun at another run's checkpoint."""
+    """Starts in this folder after the first, which may itself have started from another run's checkpoint."""
     lost_steps: int = 0
-    """Steps that had to be done again, since they came after the checkpoint that was gone on from."""
+    """Steps that had to be repeated, since they came after the checkpoint resumed from."""
 
     @property
     def useful_seconds(self) -> float:
@@ -49,24 +50,24 @@ class Goodput:
 
     @property
     def other_seconds(self) -> float:
-        """What none of the others has: the last save, the end, trackers."""
-        named = self.sample_seconds + self.saving_seconds + self.starting_seconds + self.redone_seconds + self.standing_seconds
+        """Everything else: the last save, the end, trackers."""
+        named = self.sample_seconds + self.saving_seconds + self.starting_seconds + self.redone_seconds + self.downtime_seconds
         return max(0.0, self.wall_seconds - self.useful_seconds - named)
 
     @property
     def share(self) -> float:
-        """Useful over all; from 0 to 1."""
+        """Useful over total; from 0 to 1."""
         return self.useful_seconds / self.wall_seconds if self.wall_seconds > 0 else 0.0
 
 
 def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
-    """What `run` made of the time up to `now` (unix seconds; None: up to its last line)."""
+    """The goodput of `run` up to `now` (unix seconds; None: up to its last line)."""
     times = sorted(t for t in _times(run) if math.isfinite(t))
     starts = _starts(run.events)
     if not starts:
         return Goodput()
     steps = data = counted = 0.0
-    before = starts[0]["step"]  # steps up to there are another run's
+    before = starts[0]["step"]  # steps up to there belong to another run
     for step, seconds, waited in zip(run.train["step"], run.train["step_seconds"], run.train["data_seconds"], strict=True):
         waited = waited if math.isfinite(waited) else 0.0
         if math.isfinite(seconds):
@@ -75,7 +76,7 @@ def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
             counted += step - before
         before = step
     restarts, lost_steps = _restarts(starts)
-    redone, standing = _between_lives(run, starts, times, mean_step_seconds=(steps + data) / counted if counted else 0.0)
+    redone, downtime = _between_attempts(run, starts, times, mean_step_seconds=(steps + data) / counted if counted else 0.0)
     return Goodput(
         wall_seconds=(times[-1] if now is None else now) - _began(starts[0]),
         step_seconds=steps,
@@ -85,10 +86,20 @@ def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
         saving_seconds=_total(run.train["checkpoint_stall_ms"]) / 1000,
         starting_seconds=_starting(run, starts),
         redone_seconds=redone,
-        standing_seconds=standing,
+        downtime_seconds=downtime,
         restarts=restarts,
         lost_steps=lost_steps,
     )
+
+
+def restarts_of(folder: Path) -> tuple[int, int]:
+    """How often the run in `folder` was restarted, and how many steps were lost by that."""
+    return _restarts(_starts(read_events(folder)))
+
+
+def steps_to_redo(folder: Path, *, start_step: int) -> int:
+    """Steps past `start_step` that the run in `folder` has done before and will do again."""
+    return max(0, last_logged_step(folder) - start_step, read_progress(folder) - start_step)
 
 
 def _times(run: RunHistory) -> Iterable[float]:
@@ -96,13 +107,13 @@ def _times(run: RunHistory) -> Iterable[float]:
 
 
 def _began(start: dict[str, Any]) -> float:
-    """When the life of `start` began: before imports and tokenising, where it tells."""
+    """When the attempt of `start` began: before imports and tokenising, if the event says so."""
     began = number(start.get("began"))
     return began if math.isfinite(began) else start["time"]
 
 
 def _starting(run: RunHistory, starts: list[dict[str, Any]]) -> float:
-    """Seconds before the first step of each life: to its start event, and from there what the steps of its first line leave."""
+    """Seconds before the first step of each attempt: up to its start event, and then up to its first line, less its steps."""
     train, seconds = run.train, 0.0
     for start, following in zip_longest(starts, starts[1:]):
         seconds += max(0.0, start["time"] - _began(start))
@@ -115,11 +126,11 @@ def _starting(run: RunHistory, starts: list[dict[str, Any]]) -> float:
     return seconds
 
 
-def _between_lives(
+def _between_attempts(
     run: RunHistory, starts: list[dict[str, Any]], times: list[float], *, mean_step_seconds: float
 ) -> tuple[float, float]:
-    """Seconds in steps that were lost, and seconds between lives; one that did not tell its end had it after its lost steps."""
-    redone = standing = 0.0
+    """Seconds in steps that were lost, and seconds between attempts; one without an end event ended after its lost steps."""
+    redone = downtime = 0.0
     for before, start in pairwise(starts):
         began = _began(start)
         ended = [e["time"] for e in run.events if e["event"] in END_EVENTS and before["time"] <= e["time"] <= began]
@@ -128,27 +139,12 @@ def _between_lives(
         estimate = lost * mean_step_seconds if isinstance(lost, int) else 0.0
         end = max(ended) if ended and max(ended) >= last else min(began, last + estimate)
         redone += estimate
-        standing += max(0.0, began - end)
-    return redone, standing
+        downtime += max(0.0, began - end)
+    return redone, downtime
 
 
 def _total(seconds: Iterable[float]) -> float:
     return sum(value for value in seconds if math.isfinite(value))
-
-
-def goodput_of(folder: Path, *, now: float) -> Goodput:
-    """That of the run in `folder`."""
-    return goodput(read_run(folder), now=now)
-
-
-def restarts_of(folder: Path) -> tuple[int, int]:
-    """How often the run in `folder` was started again, and how many steps were lost to that."""
-    return _restarts(_starts(read_events(folder)))
-
-
-def steps_to_redo(folder: Path, *, start_step: int) -> int:
-    """Steps past `start_step` that the run in `folder` has done, and will do again."""
-    return max(0, last_step(folder) - start_step, steps_done(folder) - start_step)
 
 
 def _starts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

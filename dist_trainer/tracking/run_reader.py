@@ -1,10 +1,12 @@
-"""What a run's folder tells: lines, events, config, status. Reads what is there and good, and imports no torch.
+"""Reads a run's folder: metrics, events, config, status, progress. Imports no torch.
 
-Whatever else may stand in the files (half lines, other people's lines, numbers that are none) is skipped, never raised.
+Tolerant: the files may be damaged or someone else's. What is not valid (incomplete lines, foreign lines, values that are not
+numbers) is skipped, never raised.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from array import array
 from collections.abc import Callable, Iterator
@@ -15,10 +17,14 @@ from typing import Any
 
 from dist_trainer.config.yaml_files import load_yaml
 from dist_trainer.errors import ConfigError
-from dist_trainer.tracking.events import EVENTS_FILE
-from dist_trainer.tracking.lenient_json import number, parse_object, text_of
-from dist_trainer.tracking.run_context import METRICS_FILE
-from dist_trainer.tracking.status import read_status
+
+METRICS_FILE = "metrics.jsonl"
+STATUS_FILE = "status.json"
+EVENTS_FILE = "logs/events.jsonl"
+PROGRESS_FILE = "logs/progress"
+OLD_PROGRESS_FILE = "logs/steps_done"
+"""Its name in runs made before it was renamed."""
+DIGITS_OF_A_STEP = 15
 
 TRAIN_COLUMNS = (
     "step",
@@ -36,53 +42,54 @@ TRAIN_COLUMNS = (
 )
 VALIDATION_COLUMNS = ("step", "loss", "perplexity", "bits_per_byte", "seconds", "time")
 
-_MOST_STEPS = 1e15
-_MOST_EVENTS = 10_000
+_MAX_STEP = 10**DIGITS_OF_A_STEP
+_MAX_EVENTS = 10_000
+_MAX_LINE_LENGTH = 1 << 20
 
 
 @dataclass(frozen=True)
 class SampleText:
-    """What the model wrote after `step` steps."""
+    """A sample of text after `step` steps."""
 
     step: int
     prompt: str
     text: str
     seconds: float = math.nan
-    """It took so long."""
+    """How long it took."""
 
 
 @dataclass
 class RunHistory:
-    """A run, as far as its files tell; `refresh` reads what was added since."""
+    """What the files of a run say; `refresh` reads what was added since the last time."""
 
     folder: Path
     train: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in TRAIN_COLUMNS})
-    """Columns of the training lines; NaN where a line has no number."""
+    """Columns of the training lines; NaN if a line has no such number."""
     validation: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in VALIDATION_COLUMNS})
     skipped: list[int] = field(default_factory=list)
-    """Logged steps whose update was skipped as non-finite."""
+    """Logged steps whose update was skipped (NaN/Inf)."""
     samples: list[SampleText] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     """Each with `event` (text), `step` (int) and `time` (unix seconds or NaN)."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The resolved config, nested; empty where it cannot be read."""
+    """The resolved config, nested; empty if it cannot be read."""
     status: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     """Of the latest start."""
     parameters: float = math.nan
-    """Trainable numbers in the model, as the latest start has them."""
+    """Number of trainable parameters, from the latest start."""
     _read_bytes: int = 0
 
     @property
     def name(self) -> str:
-        """The run's name, as its folder has it."""
+        """The run's name, which is that of its folder."""
         return self.folder.name or str(self.folder)
 
     def refresh(self) -> None:
-        """Read the lines appended since the last call, and the small files anew."""
-        for line, end in whole_lines(self.folder / METRICS_FILE, start=self._read_bytes):
+        """Read the lines appended since the last call, and all of the small files."""
+        for line, end in complete_lines(self.folder / METRICS_FILE, start=self._read_bytes):
             self._read_bytes = end
-            self._take(line)
+            self._add_line(line)
         self.events = list(read_events(self.folder))
         self.config = self.config or _read_config(self.folder / "config.yaml")
         self.status = read_status(self.folder)
@@ -91,10 +98,10 @@ class RunHistory:
         counts = [number(event["parameters"]) for event in self.events if "parameters" in event]
         self.parameters = counts[-1] if counts else math.nan
 
-    def _take(self, text: bytes) -> None:
+    def _add_line(self, text: bytes) -> None:
         line = parse_object(text)
         step = number(line.get("step")) if line else math.nan
-        if line is None or not 0 <= step <= _MOST_STEPS:
+        if line is None or not 0 <= step <= _MAX_STEP:
             return
         kind = line.get("kind")
         if kind == "train":
@@ -112,19 +119,19 @@ class RunHistory:
 
 
 def read_run(folder: Path) -> RunHistory:
-    """Everything that `folder` tells by now."""
+    """The history of the run in `folder` up to now."""
     history = RunHistory(folder)
     history.refresh()
     return history
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether a run has left something to read in `folder`."""
+    """Whether `folder` has metrics or events of a run."""
     return any((folder / name).is_file() for name in (METRICS_FILE, EVENTS_FILE))
 
 
 def run_folder_of(path: Path, *, is_run: Callable[[Path], bool] = is_run_folder) -> Path | None:
-    """The run that `path` means: itself, or the one that the checkpoint `path` belongs to; None where there is none."""
+    """`path` if it is a run's folder, or the run that the checkpoint `path` belongs to; None if it is neither."""
     if is_run(path):
         return path
     inside = path.resolve()
@@ -132,8 +139,44 @@ def run_folder_of(path: Path, *, is_run: Callable[[Path], bool] = is_run_folder)
     return next((folder for folder in runs if is_run(folder)), None)
 
 
-def whole_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Each line of `path` that has its end, from byte `start` on, with the position after it, as far as it can be read."""
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """The run's events, oldest first."""
+    for index, (text, _) in enumerate(complete_lines(folder / EVENTS_FILE)):
+        event = parse_object(text)
+        if event is None or not isinstance(event.get("event"), str) or index >= _MAX_EVENTS:
+            continue
+        step = number(event.get("step"))
+        if 0 <= step <= _MAX_STEP:
+            yield {**event, "step": int(step), "time": number(event.get("time"))}
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """status.json of the run in `folder`; empty if it cannot be read."""
+    return parse_object(text_of(folder / STATUS_FILE)) or {}
+
+
+def was_validated(folder: Path) -> bool:
+    """Whether metrics.jsonl of the run in `folder` has a validation."""
+    return any(
+        b'"validation"' in text and (parse_object(text) or {}).get("kind") == "validation"
+        for text, _ in complete_lines(folder / METRICS_FILE)
+    )
+
+
+def last_logged_step(folder: Path) -> int:
+    """The largest step in metrics.jsonl of the run in `folder`; 0 if there is none."""
+    steps = (number((parse_object(text) or {}).get("step")) for text, _ in complete_lines(folder / METRICS_FILE))
+    return int(max((step for step in steps if 0 <= step <= _MAX_STEP), default=0))
+
+
+def read_progress(folder: Path) -> int:
+    """The last step that was recorded in logs/progress of the run in `folder`; 0 if there is none."""
+    digits = (text_of(folder / PROGRESS_FILE) or text_of(folder / OLD_PROGRESS_FILE)).strip()
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= DIGITS_OF_A_STEP else 0
+
+
+def complete_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:
+    """Each line that ends in a newline, from byte `start` on, with the position after it; ends where `path` cannot be read."""
     try:
         file = path.open("rb")
     except OSError:
@@ -147,29 +190,39 @@ def whole_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:
             yield line, start
 
 
-def read_events(folder: Path) -> Iterator[dict[str, Any]]:
-    """The run's events, oldest first."""
-    for index, (text, _) in enumerate(whole_lines(folder / EVENTS_FILE)):
-        event = parse_object(text)
-        if event is None or not isinstance(event.get("event"), str) or index >= _MOST_EVENTS:
-            continue
-        step = number(event.get("step"))
-        if 0 <= step <= _MOST_STEPS:
-            yield {**event, "step": int(step), "time": number(event.get("time"))}
+def parse_object(text: bytes | str, *, max_length: float = _MAX_LINE_LENGTH) -> dict[str, Any] | None:
+    """The JSON object in `text`; None if it is not one, or longer than `max_length`."""
+    if len(text) > max_length:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
-def was_validated(folder: Path) -> bool:
-    """Whether the run in `folder` was validated so far."""
-    return any(
-        b'"validation"' in text and (parse_object(text) or {}).get("kind") == "validation"
-        for text, _ in whole_lines(folder / METRICS_FILE)
-    )
+def number(value: Any) -> float:
+    """`value` as a finite float; NaN if it is anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        converted = float(value)
+    except OverflowError:
+        return math.nan
+    return converted if math.isfinite(converted) else math.nan
 
 
-def last_step(folder: Path) -> int:
-    """The largest step that a line of the run in `folder` has; 0 where there is none."""
-    steps = (number((parse_object(text) or {}).get("step")) for text, _ in whole_lines(folder / METRICS_FILE))
-    return int(max((step for step in steps if 0 <= step <= _MOST_STEPS), default=0))
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number."""
+    return math.isfinite(number(value))
+
+
+def text_of(path: Path) -> str:
+    """The contents of a file; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,35 +1,90 @@
-"""What the follower hands lines to, and what its sinks share."""
+"""What W&B, TensorBoard and trackio share: an interface, the names of metrics, and the last line that each was given."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
+
+from dist_trainer.storage.atomic_file import replace_file
 
 NOT_METRICS = {"kind", "step", "time", "non_finite", "prompt", "text"}
 
 SECONDS_ALONE = 60.0
-"""How long a follower may go on once training was killed, and nobody waits for it any more."""
+"""How long an export process may continue after training was killed, when nobody waits for it any more."""
 
-Say = Callable[..., None]
-"""Says something in the trainer's log: a text, and its level (default: INFO)."""
+CURSOR_FILE = "cursor.json"
+"""In the sink's own folder inside the run's."""
+OLD_CURSOR_FILE = "logged.json"
+"""Its name in runs made before it was renamed."""
+
+LogFn = Callable[..., None]
+"""Writes to the trainer's log: a text, and its level (default: INFO)."""
 
 
 class Sink(Protocol):
-    """One run in one place outside of its metrics.jsonl."""
+    """One run in one place other than its metrics.jsonl."""
 
     def take(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl. At each start of the run all lines are given anew, from the first on: it is for the sink
-        to see that no step stands there twice."""
+        """Take a line of metrics.jsonl. At each start of the run all lines are given again, from the first one: the sink makes
+        sure that no step is there twice.
+        """
 
     def finish(self, state: str) -> None:
         """The run ended: finished, preempted, failed, or killed."""
 
-    def goodbye(self) -> str:
-        """For the log, after `finish`: where everything is now."""
+    def summary(self) -> str:
+        """For the log, after `finish`: where the run can be seen."""
+
+
+@dataclass
+class LogCursor:
+    """The last line that a sink was given, kept in the run's folder: for sinks that cannot go back a step."""
+
+    step: int = -1
+    kinds: list[str] = field(default_factory=list)
+    """Kinds of the lines of that step."""
+    is_synced: bool = False
+    """Whether everything is known to have arrived; stays False for a sink that never reports it."""
+
+    @staticmethod
+    def read(folder: Path, sink: str) -> LogCursor:
+        """The cursor of `sink` in the run in `folder`; before the first line if there is none."""
+        for name in (CURSOR_FILE, OLD_CURSOR_FILE):
+            try:
+                saved = json.loads((folder / sink / name).read_text(encoding="utf-8"))
+                is_synced = saved.get("is_synced", saved.get("has_arrived")) is True
+                return LogCursor(int(saved["step"]), [str(kind) for kind in saved["kinds"]], is_synced)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+                continue
+        return LogCursor()
+
+    def has_passed(self, line: dict[str, Any]) -> bool:
+        """Whether `line` has been logged, since this start of the run or an earlier one."""
+        return line["step"] < self.step or (line["step"] == self.step and line["kind"] in self.kinds)
+
+    def advance(self, line: dict[str, Any], folder: Path, sink: str) -> None:
+        """Record `line` as logged. Called before it is: to lose a line to a kill is better than to log a step twice."""
+        if line["step"] != self.step:
+            self.step, self.kinds = line["step"], []
+        self.kinds.append(line["kind"])
+        self.is_synced = False
+        self._write(folder, sink)
+
+    def mark_synced(self, folder: Path, sink: str) -> None:
+        """Record that everything has arrived."""
+        self.is_synced = True
+        self._write(folder, sink)
+
+    def _write(self, folder: Path, sink: str) -> None:
+        text = json.dumps({"step": self.step, "kinds": self.kinds, "is_synced": self.is_synced})
+        replace_file(folder / sink / CURSOR_FILE, [text.encode()], durable=False)
 
 
 def metrics_of(line: dict[str, Any]) -> dict[str, Any]:
-    """What a line says in numbers, named `train/loss` and the like; what is unknown (null) is left out."""
+    """The numbers of a line, named `train/loss` and the like; what is unknown (null) is left out."""
     non_finite = line.get("non_finite")
     values = {**line, **(non_finite if isinstance(non_finite, dict) else {})}
     return {
@@ -40,13 +95,13 @@ def metrics_of(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_number(value: Any) -> Any:
-    """Booleans as 0 and 1, the names of non-finite numbers as these; all else as it is."""
+    """Booleans as 0 and 1, "nan", "inf" and "-inf" as these floats; everything else unchanged."""
     if isinstance(value, bool):
         return int(value)
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def in_one_line(error: BaseException) -> str:
-    """What went wrong, for the log."""
+def one_line(error: BaseException) -> str:
+    """The error's message on one line, shortened, for the log."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) < 200 else f"{words[:200]}..."

@@ -1,4 +1,4 @@
-"""status.json: how a run stands, for people, scripts and schedulers."""
+"""status.json: the state of a run, for people, scripts and schedulers."""
 
 from __future__ import annotations
 
@@ -11,24 +11,17 @@ from typing import Any, Literal
 
 from dist_trainer.config.secrets import masked
 from dist_trainer.storage.atomic_file import replace_or_overwrite
-from dist_trainer.tracking.lenient_json import is_number, parse_object, text_of
-from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.run_reader import STATUS_FILE, is_number, read_status
 
 log = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "preempted", "failed"]
 
-STATUS_FILE = "status.json"
 SECONDS_BETWEEN = 5.0
 KEPT = ("best_step", "best_loss", "checkpoint_seconds", "restarts", "lost_steps")
-"""Numbers that stay as they stand until someone knows better, also over restarts."""
+"""Numbers that keep their last value, also over restarts, until they are given again."""
 
-_one_at_a_time = threading.Lock()
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    """What the status of the run in `folder` says; empty where there is none to be read."""
-    return parse_object(text_of(folder / STATUS_FILE)) or {}
+_write_lock = threading.Lock()
 
 
 def write_status(
@@ -41,24 +34,25 @@ def write_status(
     is_last: bool = False,
     **metadata: Any,
 ) -> None:
-    """Replace the status of the run in `folder`, but for what `facts` leave out of KEPT; never stops a run where the disk is
-    full, and tells the truth even then.
+    """Replace the status of the run in `folder`, carrying over KEPT values that `metadata` lacks.
 
-    `is_last`: this process ends here; what else still runs in it must wait for that, and may write no other status.
+    Never stops a run: on a full disk the file is overwritten in place.
+
+    `is_last`: this process ends here; its other threads wait forever instead of writing another status.
     """
-    _one_at_a_time.acquire()
+    _write_lock.acquire()
     try:
         before = read_status(folder)
         kept = {key: before[key] if is_number(before.get(key)) else None for key in KEPT}
         _replace(folder, {"state": state, "step": step, "max_steps": max_steps, **kept, **metadata}, durable=durable)
     finally:
         if not is_last:
-            _one_at_a_time.release()
+            _write_lock.release()
 
 
 def amend_status(folder: Path, **metadata: Any) -> None:
-    """Change `facts` in the status of the run in `folder`, if there is one."""
-    with _one_at_a_time:
+    """Change `metadata` in the status of the run in `folder`, if it has one."""
+    with _write_lock:
         if status := read_status(folder):
             _replace(folder, {**status, **metadata}, durable=False)
 
@@ -72,19 +66,17 @@ def _replace(folder: Path, status: dict[str, Any], *, durable: bool) -> None:
 
 
 class StatusTracker:
-    """Keeps the step of a running run true to within seconds; who saves, begins and ends the run writes the rest."""
+    """Updates the step of a running run every few seconds; the rest is written by those who save, start and end the run."""
 
-    def __init__(self, context: RunContext) -> None:
-        self._context = context
+    def __init__(self, folder: Path, max_steps: int) -> None:
+        self._folder, self._max_steps = folder, max_steps
         self._written = time.monotonic()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Note the line's step, if the last note is old."""
-        if time.monotonic() - self._written < SECONDS_BETWEEN:
-            return
-        self._written = time.monotonic()
-        context = self._context
-        write_status(context.folder, "running", step=line["step"], max_steps=context.max_steps, durable=False)
+        """Write the line's step, unless the last write was a moment ago."""
+        if time.monotonic() - self._written >= SECONDS_BETWEEN:
+            self._written = time.monotonic()
+            write_status(self._folder, "running", step=line["step"], max_steps=self._max_steps, durable=False)
 
     def sync(self) -> None:
         """Nothing: the next start does not rely on it."""

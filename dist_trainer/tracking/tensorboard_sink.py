@@ -1,4 +1,4 @@
-"""TensorBoard: one event file under the run folder's tensorboard/, made anew from metrics.jsonl at each start of the run."""
+"""TensorBoard: one event file in the run's tensorboard/, rewritten from metrics.jsonl at each start of the run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import yaml
 
 from dist_trainer.config.cli import in_this_shell
-from dist_trainer.tracking.sink import Say, metrics_of
+from dist_trainer.tracking.sink import LogFn, metrics_of
 
 FOLDER = "tensorboard"
 _SECONDS_BETWEEN_FLUSHES = 5
 
 
 class TensorBoardSink:
-    """Writes everything from the first step on: no step can stand twice, nor one that the run was taken back from, in any
-    reader, whether it heeds TensorBoard's own marks of a restart or not. 10 000 lines take about two seconds.
+    """Writes everything from the first step on: no step is there twice, and none that was undone by a restart, in any reader,
+    whether or not it respects TensorBoard's own marks of a restart. 10,000 lines take about two seconds.
     """
 
-    def __init__(self, description: dict[str, Any], say: Say) -> None:
-        """Begin the file. Raises OSError where the disk refuses, ImportError without the package."""
+    def __init__(self, description: dict[str, Any], log: LogFn) -> None:
+        """Open the file. Raises OSError if the disk refuses, ImportError without the package."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -32,12 +32,12 @@ class TensorBoardSink:
         self._writer = EventFileWriter(str(self._folder), flush_secs=_SECONDS_BETWEEN_FLUSHES)
         for file in earlier:
             file.unlink()
-        # A TensorBoard that was watching the earlier file forgets what it has read of it.
+        # Makes a TensorBoard that was watching the earlier file forget it.
         self._write(0, time.time(), session_log=SessionLog(status=SessionLog.START))
         self._write_text("config", f"```yaml\n{yaml.safe_dump(description['config'], sort_keys=False)}```", 0, time.time())
 
     def take(self, line: dict[str, Any]) -> None:
-        """Its numbers as scalars, a sample as text."""
+        """Write its numbers as scalars, a sample as text."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         step, when = line["step"], float(line.get("time") or 0)
@@ -52,8 +52,8 @@ class TensorBoardSink:
         """Close the file."""
         self._writer.close()
 
-    def goodbye(self) -> str:
-        """How to look at it."""
+    def summary(self) -> str:
+        """The command that shows it."""
         return f"`{in_this_shell('tensorboard')} --logdir {shlex.quote(str(self._folder.parent.parent))}` shows it"
 
     def _write_text(self, tag: str, text: str, step: int, when: float) -> None:

@@ -1,50 +1,81 @@
-"""Where a run's lines go: the table of sinks, and the one object that the trainer speaks to."""
+"""Where a run's metrics go: the table of trackers, and the one object that training logs to."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.config.secrets import masked_within
-from dist_trainer.html_report.report_tracker import ReportTracker
-from dist_trainer.tracking.console_tracker import ConsoleTracker
-from dist_trainer.tracking.jsonl_tracker import JsonlTracker
-from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.console import ConsoleTracker
+from dist_trainer.tracking.jsonl import JsonlTracker
 from dist_trainer.tracking.status import StatusTracker
-from dist_trainer.tracking.subprocess_tracker import FOLLOWERS, SubprocessTracker, refuse_missing_packages
-
-if TYPE_CHECKING:
-    from dist_trainer.distributed.context import DistributedContext
-
-__all__ = ["TRACKERS", "NullTracker", "RunContext", "Tracker", "build_tracker", "refuse_missing_packages"]
+from dist_trainer.tracking.subprocess_tracker import EXPORTS, SubprocessTracker, describe_run
 
 log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Takes a run's lines, as they stand in metrics.jsonl."""
+    """Takes the lines of metrics.jsonl."""
 
     def log(self, line: dict[str, Any]) -> None:
         """Take a line: {"kind": "train" | "validation" | "sample" | "profile", "step": ..., ...}. Costs microseconds."""
 
     def sync(self) -> None:
-        """Return when what was logged survives a power cut; called before a checkpoint becomes visible, by the thread that
-        writes it, while lines go on coming.
+        """Return when what was logged survives a power cut. Called before a checkpoint becomes visible, by the thread that
+        writes it, while more lines may be logged.
         """
 
     def close(self, *, state: str, reason: str | None) -> None:
         """The run ends: finished, preempted or failed, and why."""
 
 
-# The first writes what the others read.
+@dataclass(frozen=True)
+class RunContext:
+    """What trackers may know about their run when training starts or resumes."""
+
+    name: str
+    folder: Path
+    """OUTPUT_DIR/RUN_NAME."""
+    tracking: TrackingConfig
+    config: dict[str, Any]
+    """The resolved config, nested, as it is shown elsewhere."""
+    start_step: int
+    """Finished optimizer steps: 0, or those of the checkpoint resumed from."""
+    max_steps: int
+    parameters: int
+    """Number of trainable parameters."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """What `describe_environment` returns."""
+    trains_on_conversations: bool = False
+    can_open: Callable[[Path], bool] = lambda folder: False
+    """Whether `generate` and `evaluate` can open the model in a run's folder."""
+
+
+def export_tracker(run: RunContext, name: str) -> SubprocessTracker:
+    """The tracker of the entry `name` of EXPORTS."""
+    details = {"parameters": run.parameters, "max_steps": run.max_steps, "environment": run.environment}
+    shown = describe_run(name, run.folder, run.tracking, run_name=run.name, config={**run.config, **details})
+    return SubprocessTracker(run.folder, shown)
+
+
+# The first one writes what the others read.
 TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
-    "jsonl": JsonlTracker,
-    "console": ConsoleTracker,
-    **{row: partial(SubprocessTracker, row=row) for row in FOLLOWERS},
-    "report": ReportTracker,
-    "status": StatusTracker,
+    "jsonl": lambda run: JsonlTracker(run.folder, run.start_step),
+    "console": lambda run: ConsoleTracker(
+        run.name,
+        run.folder,
+        start_step=run.start_step,
+        max_steps=run.max_steps,
+        trains_on_conversations=run.trains_on_conversations,
+        can_open=run.can_open,
+    ),
+    **{name: partial(export_tracker, name=name) for name in EXPORTS},
+    "status": lambda run: StatusTracker(run.folder, run.max_steps),
 }
 
 
@@ -62,57 +93,57 @@ class NullTracker:
 
 
 class FanOut:
-    """Hands each line to every sink; what goes wrong in one costs a warning and touches neither training nor the others."""
+    """Passes each line to every tracker; an error in one costs a warning and affects neither training nor the others."""
 
-    def __init__(self, sinks: Mapping[str, Tracker]) -> None:
-        self._sinks = dict(sinks)
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
         self._warned: set[str] = set()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Hand on a line, with no secret in its texts: a prompt comes from the config."""
+        """Pass on a line, with secrets in its texts masked: a prompt comes from the config."""
         line = masked_within(line)
-        for name, sink in self._sinks.items():
-            self._try(name, partial(sink.log, line))
+        for name, tracker in self._trackers.items():
+            self._try(name, partial(tracker.log, line))
 
     def sync(self) -> None:
-        """Sync every sink."""
-        for name, sink in self._sinks.items():
-            self._try(name, sink.sync)
+        """Sync every tracker."""
+        for name, tracker in self._trackers.items():
+            self._try(name, tracker.sync)
 
     def close(self, *, state: str, reason: str | None) -> None:
-        """Close every sink, once."""
-        sinks, self._sinks = self._sinks, {}
-        for name, sink in sinks.items():
-            if isinstance(sink, SubprocessTracker):
-                self._try(name, partial(sink.ask_to_finish, state))
-        for name, sink in sinks.items():
-            self._try(name, partial(sink.close, state=state, reason=reason))
+        """Close every tracker, once."""
+        trackers, self._trackers = self._trackers, {}
+        for name, tracker in trackers.items():
+            if isinstance(tracker, SubprocessTracker):
+                self._try(name, partial(tracker.ask_to_finish, state))
+        for name, tracker in trackers.items():
+            self._try(name, partial(tracker.close, state=state, reason=reason))
 
-    def _try(self, name: str, act: Callable[[], None]) -> None:
+    def _try(self, name: str, call: Callable[[], None]) -> None:
         try:
-            act()
+            call()
         except (Exception, SystemExit) as error:  # some libraries leave by sys.exit
-            self._warn(name, error)
-
-    def _warn(self, name: str, error: BaseException) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            log.warning("tracking: %s has trouble (%s: %s); training goes on", name, type(error).__name__, error)
+            if name not in self._warned:
+                self._warned.add(name)
+                log.warning("tracking: %s failed (%s: %s); training continues", name, type(error).__name__, error)
 
 
-def build_tracker(world: DistributedContext, context: RunContext) -> Tracker:
-    """Every row of TRACKERS on rank 0, of the followers those that the config asks for; nothing on other ranks.
-
-    A sink that cannot begin costs a warning.
-    """
-    if not world.is_main:
-        return NullTracker()
-    sinks: dict[str, Tracker] = {}
-    for name, build in TRACKERS.items():
-        if name in FOLLOWERS and not FOLLOWERS[name].is_on(context.config.tracking):
+def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], Tracker]]) -> FanOut:
+    """Every entry of TRACKERS (of EXPORTS only those enabled) and of `others`; one that cannot start costs a warning."""
+    trackers: dict[str, Tracker] = {}
+    for name, build in {**TRACKERS, **others}.items():
+        if name in EXPORTS and not EXPORTS[name].is_enabled(run.tracking):
             continue
         try:
-            sinks[name] = build(context)
+            trackers[name] = build(run)
         except (Exception, SystemExit) as error:
-            log.warning("tracking: %s cannot begin (%s: %s); going on without it", name, type(error).__name__, error)
-    return FanOut(sinks)
+            log.warning("tracking: %s cannot start (%s: %s); continuing without it", name, type(error).__name__, error)
+    return FanOut(trackers)
+
+
+def send_to_wandb(run: RunContext) -> None:
+    """Send W&B's server what it lacks of a run that has finished; an error costs a warning."""
+    try:
+        export_tracker(run, "wandb").close(state="finished", reason=None)
+    except Exception as error:
+        log.warning("the rest of this run could not be sent to W&B (%s: %s)", type(error).__name__, error)

@@ -1,49 +1,44 @@
-"""trackio: a local dashboard, or a Hugging Face Space where TRACKIO_SPACE_ID names one."""
+"""trackio: a local dashboard, or a Hugging Face Space if TRACKIO_SPACE_ID names one."""
 
 from __future__ import annotations
 
-import logging
 import shlex
 from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.cli import in_this_shell
 from dist_trainer.storage.atomic_file import replace_file
-from dist_trainer.tracking.lenient_json import text_of
-from dist_trainer.tracking.log_cursor import LogCursor
-from dist_trainer.tracking.sink import Say, metrics_of
+from dist_trainer.tracking.run_reader import text_of
+from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of
 
 FOLDER = "trackio"
 
 
 class TrackioSink:
-    """One run in trackio, also over restarts: the run folder's trackio/ keeps its id, and how far it has come there."""
+    """One run in trackio, also over restarts: the run's trackio/ keeps its id there and the last line it was given."""
 
-    def __init__(self, description: dict[str, Any], say: Say) -> None:
-        """Open the run: the one there was, or a new one, which then gets everything. Raises whatever trackio raises."""
+    def __init__(self, description: dict[str, Any], log: LogFn) -> None:
+        """Open the run: the earlier one, or a new one, which then gets everything. Raises whatever trackio raises."""
         self._folder = Path(description["folder"])
         self._project = description["project"]
         (self._folder / FOLDER).mkdir(exist_ok=True)
-        kept_id = text_of(self._folder / FOLDER / "run_id").strip()
-        self._run = self._open(description, resume="allow" if kept_id else "never")
-        if kept_id and self._run.id != kept_id:
-            # trackio finds runs by name alone, and gives the latest.
-            say(
-                f"trackio has another run named {self._run.name} by now, or lost this one; it gets all of this one anew",
-                logging.INFO,
-            )
+        saved_id = text_of(self._folder / FOLDER / "run_id").strip()
+        self._run = self._open(description, resume="allow" if saved_id else "never")
+        if saved_id and self._run.id != saved_id:
+            # trackio finds runs by name only, and returns the latest.
+            log(f"trackio has another run named {self._run.name} by now, or lost this one; sending all of this one again")
             self._run.finish()
             self._run = self._open(description, resume="never")
-        is_new = self._run.id != kept_id
-        self._position = LogCursor.read(self._folder, FOLDER) if not is_new else LogCursor()
+        is_new = self._run.id != saved_id
+        self._cursor = LogCursor.read(self._folder, FOLDER) if not is_new else LogCursor()
         if is_new:
             replace_file(self._folder / FOLDER / "run_id", [self._run.id.encode() + b"\n"], durable=True)
 
     def take(self, line: dict[str, Any]) -> None:
-        """Its numbers, and a sample as text."""
-        if self._position.passes(line):
+        """Log its numbers, and a sample as text."""
+        if self._cursor.has_passed(line):
             return
-        self._position.advance(line, self._folder, FOLDER)
+        self._cursor.advance(line, self._folder, FOLDER)
         row = metrics_of(line)
         if line["kind"] == "sample":
             row["sample"] = _markdown(line)
@@ -53,8 +48,8 @@ class TrackioSink:
         """Wait until everything is written."""
         self._run.finish()
 
-    def goodbye(self) -> str:
-        """How to look at it."""
+    def summary(self) -> str:
+        """The command that shows it."""
         return f"`{in_this_shell('trackio')} show --project {shlex.quote(self._project)}` shows it"
 
     @staticmethod

@@ -16,72 +16,71 @@ from urllib.parse import urlsplit
 
 from dist_trainer.config.cli import in_this_shell
 from dist_trainer.storage.atomic_file import replace_file
-from dist_trainer.tracking.lenient_json import number
-from dist_trainer.tracking.log_cursor import LogCursor
-from dist_trainer.tracking.sink import Say, in_one_line, metrics_of
+from dist_trainer.tracking.run_reader import number
+from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of, one_line
 
 FOLDER = "wandb"
 INIT_TIMEOUT_SECONDS = 30.0
 PROBE_TIMEOUT_SECONDS = 5.0
-MOST_SAMPLES = 500
-"""Rows of the table of samples, which is sent anew with each: the newest ones."""
+MAX_SAMPLES = 500
+"""Rows of the table of samples, the newest ones: the table is sent again with each sample."""
 _GOOD_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class WandbSink:
     """One run in W&B."""
 
-    def __init__(self, description: dict[str, Any], say: Say) -> None:
-        """Open the run, online if asked for and possible; raises whatever W&B raises where not even offline works."""
+    def __init__(self, description: dict[str, Any], log: LogFn) -> None:
+        """Open the run, online if configured and possible; raises whatever W&B raises if not even offline works."""
         self._folder = Path(description["folder"])
-        # Without this, tables would be kept under the user's home until they are sent.
+        # Else tables are kept in the user's home until they are sent.
         os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(self._folder / FOLDER)
-        self._position = LogCursor.read(self._folder, FOLDER)
+        self._cursor = LogCursor.read(self._folder, FOLDER)
         self._best: tuple[float, int] | None = None
         self._samples: list[Any] = []
         self._log = self._folder / "logs" / "wandb.log"
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
-        self._run, self._is_online = _open_run(description, run_id(self._folder), say)
-        if self._is_online and not (self._position.has_arrived and self._run.resumed):
-            # What an earlier life noted may have been lost with it, or lie here in files for `wandb sync`: the server knows.
-            self._position = LogCursor(self._run.starting_step)
+        self._run, self._is_online = _open_run(description, run_id(self._folder), log)
+        if self._is_online and not (self._cursor.is_synced and self._run.resumed):
+            # What an earlier start logged may have been lost, or be here in files for `wandb sync`: the server knows.
+            self._cursor = LogCursor(self._run.starting_step)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("validation/loss", step_metric="step", summary="min")
         if description["code"] is not None:
             self._run.log_code(description["code"], name=f"source-{self._run.id}", include_fn=lambda path: path.endswith(".py"))
 
     def take(self, line: dict[str, Any]) -> None:
-        """Log it, if no earlier life of the run has; the best loss and the samples come from all lines."""
-        self._note(line)
-        if self._position.passes(line):
+        """Log it, unless it was logged before; the best loss and the samples come from all lines."""
+        self._update_summary(line)
+        if self._cursor.has_passed(line):
             return
-        self._position.advance(line, self._folder, FOLDER)
-        # The step is given twice: as W&B's own counter it keeps a resumed run in order and joins what belongs to one step
-        # in one row, as a metric it is the axis of every chart.
+        self._cursor.advance(line, self._folder, FOLDER)
+        # The step is given twice: as W&B's own counter it keeps a resumed run in order and joins the lines of a step in a row;
+        # as a metric it is the axis of every chart.
         self._run.log(self._row(line), step=line["step"])
 
     def finish(self, state: str) -> None:
-        """Close the run with the state it ended in."""
+        """Close the run with the state that it ended in."""
         self._run.summary["state"] = state
         if state == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if state == "finished" else 1)
         if self._is_online and not self._gave_up():
-            self._position.mark_synced(self._folder, FOLDER)
-            _mark_as_sent(self._folder / FOLDER, self._run.id)
+            self._cursor.mark_synced(self._folder, FOLDER)
+            _mark_as_synced(self._folder / FOLDER, self._run.id)
 
-    def goodbye(self) -> str:
-        """Where everything is, or how it gets there."""
-        if self._is_online and not self._position.has_arrived:
-            return f"its server refused a part of {self._run.url} (see {self._log}); the same command sends what is missing"
+    def summary(self) -> str:
+        """Where the run is, or how to send it there."""
+        if self._is_online and not self._cursor.is_synced:
+            return f"its server refused part of {self._run.url} (see {self._log}); the same command sends what is missing"
         if self._is_online:
-            return f"has everything: {self._run.url}"
+            return f"complete at {self._run.url}"
         return (
             f"recorded offline; `{in_this_shell('wandb')} sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
         )
 
     def _gave_up(self) -> bool:
-        """Whether W&B stopped sending. Its `finish` returns then as ever, and only what it prints for its user says so."""
+        """Whether W&B stopped sending. Its `finish` returns normally then, and only what it prints for its user says so."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._log_start)
@@ -97,10 +96,10 @@ class WandbSink:
             row["validation/best_loss"] = self._best[0]  # a plain number, for sweeps
         return row
 
-    def _note(self, line: dict[str, Any]) -> None:
+    def _update_summary(self, line: dict[str, Any]) -> None:
         if line["kind"] == "sample":
             self._samples.append([line["step"], str(line.get("prompt")), str(line.get("text"))])
-            del self._samples[:-MOST_SAMPLES]
+            del self._samples[:-MAX_SAMPLES]
         loss = number(line.get("loss"))
         if line["kind"] == "validation" and loss == loss and (self._best is None or loss < self._best[0]):
             self._best = (loss, line["step"])
@@ -108,12 +107,12 @@ class WandbSink:
 
 
 def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
-    """The W&B id of the run in `folder`: WANDB_RUN_ID, as sweeps set it, or made up; from then on always the same."""
+    """The W&B id of the run in `folder`: at first WANDB_RUN_ID, which sweeps set, or a random one; then always the same."""
     path = folder / FOLDER / "run_id"
     try:
-        kept = path.read_text(encoding="utf-8").strip()
-        if _GOOD_ID.fullmatch(kept):  # W&B makes names of folders of it
-            return kept
+        saved = path.read_text(encoding="utf-8").strip()
+        if _GOOD_ID.fullmatch(saved):  # W&B names folders by it
+            return saved
     except (OSError, ValueError):
         pass
     chosen = environment.get("WANDB_RUN_ID", "")
@@ -124,8 +123,8 @@ def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
     return chosen
 
 
-def _mark_as_sent(folder: Path, identity: str) -> None:
-    """Let `wandb sync` pass over what was recorded offline, as it does over what it has sent: the server has it by now."""
+def _mark_as_synced(folder: Path, identity: str) -> None:
+    """Let `wandb sync` skip what was recorded offline: the server has it by now."""
     for recorded in folder.glob(f"offline-run-*/run-{identity}.wandb"):
         recorded.with_suffix(".wandb.synced").touch()
 
@@ -137,23 +136,23 @@ def _table(rows: list[Any]) -> Any:
     return wandb.Table(columns=columns, data=rows)
 
 
-def _open_run(description: dict[str, Any], identity: str, say: Say) -> tuple[Any, bool]:
+def _open_run(description: dict[str, Any], identity: str, log: LogFn) -> tuple[Any, bool]:
     """The W&B run, and whether it is online."""
     import wandb
 
-    wanted: dict[str, Any] = {
+    options: dict[str, Any] = {
         "silent": True,
         "console": "off",
         "init_timeout": INIT_TIMEOUT_SECONDS,
         "x_stats_pid": description["trainer_pid"],
-        # What the run ran on stands in its config; W&B's own search would add the repository's address and the user.
+        # The environment is in the run's config; W&B's own search would add the repository's address and the user.
         "disable_git": True,
         "disable_code": True,
         "disable_job_creation": True,
         "x_disable_meta": True,
         "x_save_requirements": False,
     }
-    settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields})
+    settings = wandb.Settings(**{k: v for k, v in options.items() if k in wandb.Settings.model_fields})
 
     def init(mode: Any, **more: Any) -> Any:
         return wandb.init(
@@ -161,7 +160,7 @@ def _open_run(description: dict[str, Any], identity: str, say: Say) -> tuple[Any
             id=identity,
             project=description["project"],
             entity=description["entity"],
-            # What is None here W&B takes from its own variables (WANDB_NOTES and WANDB_JOB_TYPE among them).
+            # What is None here W&B takes from its variables (WANDB_NOTES and WANDB_JOB_TYPE among them).
             name=None if os.environ.get("WANDB_NAME") else description["name"],
             group=description["group"],
             tags=description["tags"],
@@ -175,16 +174,16 @@ def _open_run(description: dict[str, Any], identity: str, say: Say) -> tuple[Any
         try:
             _reach(wandb.setup().settings.base_url)
             run = init("online", resume="allow")
-            say(f"W&B: {run.url}")
+            log(f"W&B: {run.url}")
             return run, True
         except Exception as error:
-            say(f"W&B cannot be used online ({in_one_line(error)}); recording offline instead", logging.WARNING)
+            log(f"W&B cannot be used online ({one_line(error)}); recording offline instead", logging.WARNING)
             wandb.teardown()
     return init("offline"), False
 
 
 def _reach(base_url: str) -> None:
-    """Raise OSError where W&B's server does not answer in seconds: `wandb.init` alone would try for minutes."""
+    """Raises OSError if W&B's server does not answer within seconds: `wandb.init` alone would try for minutes."""
     address = urlsplit(base_url)
     if address.hostname and not any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy")):
         port = address.port or (80 if address.scheme == "http" else 443)

@@ -73,7 +73,7 @@ def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capf
     assert run(shorter, 1) == [0]
     said = capfd.readouterr().err
     assert f"no step left after {reached}, the last validation is" in said
-    assert f"finished at step {reached}, past the 6 it is to do now" in said
+    assert f"finished: {reached} steps, past the 6 planned" in said
     ended = status(shorter)
     assert (ended["state"], ended["step"], ended["best_step"]) == ("finished", reached, reached)
     assert [line["step"] for line in metrics(shorter, "validation")] == [reached]

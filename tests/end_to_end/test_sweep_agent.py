@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dist_trainer.tracking.log_cursor import LogCursor
+from dist_trainer.tracking.sink import LogCursor
 from tests.end_to_end.commands import ROOT, lines, status
 
 

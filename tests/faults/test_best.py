@@ -86,7 +86,7 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_none(run, losses, full_at,
     assert named_as_best(run) == best
     said = (run.folder / "logs" / "rank-0.log").read_text()
     named = f"best checkpoint step {best[0]}, validation loss {best[1]:.4f}" if best else "no best checkpoint was saved"
-    assert f"finished at step 12 of 12; {named}; " in said
+    assert f"finished: 12 of 12 steps; {named}; " in said
 
 
 @pytest.mark.parametrize(

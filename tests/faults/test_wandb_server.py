@@ -16,16 +16,13 @@ from typing import Any
 
 import pytest
 
-from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.tracking import subprocess_tracker
-from dist_trainer.tracking.log_cursor import LogCursor
-from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.subprocess_tracker import SubprocessTracker
-from dist_trainer.tracking.tracker import TRACKERS, FanOut
+from dist_trainer.tracking.sink import LogCursor
+from dist_trainer.tracking.tracker import TRACKERS, FanOut, export_tracker
 from tests.faults.faults import kill
 from tests.faults.processes import children_of, is_alive, wait_until
 from tests.pace import allowed
-from tests.unit.tracking.runs import sample_line, train_line
+from tests.unit.tracking.runs import run_context, sample_line, train_line
 from tests.wandb_server import SentRun, WandbServer
 
 STEPS = list(range(1, 13))
@@ -73,16 +70,15 @@ def is_locked(path: Path) -> bool:
 
 
 class Trackers:
-    """metrics.jsonl and W&B without a training around them: one life of a run."""
+    """metrics.jsonl and W&B without a training around them: one attempt of a run."""
 
     def __init__(self, folder: Path, *, start_step: int = 0, mode: Any = "online") -> None:
-        config = TrainingConfig(tracking=TrackingConfig(wandb=mode))
-        context = RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment={})
+        context = run_context(folder, start_step=start_step, wandb=mode)
         self._folder, self._next = folder, start_step + 1
-        follower = SubprocessTracker(context, "wandb")
-        assert follower._process is not None
-        self.pid = follower._process.pid
-        self._trackers = FanOut({"jsonl": TRACKERS["jsonl"](context), "wandb": follower})
+        export = export_tracker(context, "wandb")
+        assert export._process is not None
+        self.pid = export._process.pid
+        self._trackers = FanOut({"jsonl": TRACKERS["jsonl"](context), "wandb": export})
 
     def log(self, *, up_to: int) -> None:
         """Lines, of which all but the last are handed to W&B when this returns."""
@@ -122,13 +118,13 @@ def test_rank_0_alone_sends_config_history_summary_and_samples_to_wandb_s_server
     assert tuple(sent.summary[name] for name in metadata) == (best["loss"], best["step"], "finished")
     table = json.loads(sent.files[sent.summary["samples"]["path"]])
     assert table["data"] == [[line["step"], line["prompt"], line["text"]] for line in run.lines("sample")]
-    assert f"W&B: has everything: {server.url}/us/books/runs/" in ended.said
+    assert f"W&B: complete at {server.url}/us/books/runs/" in ended.said
 
 
-@pytest.mark.slow  # two followers, one after the other
+@pytest.mark.slow  # two export processes, one after the other
 def test_a_run_that_was_killed_goes_on_online_as_the_same_run_with_each_step_once(run, server):
     config = run.but(tracking__wandb="online")
-    server.may_answer.clear()  # so that what sends the steps of the first life is not done when that of the second begins
+    server.may_answer.clear()  # so that what sends the steps of the first attempt is not done when that of the second begins
     assert run.start(kill(at_step=7), config=config).was_killed
     lock = run.folder / "logs" / "wandb.lock"
     wait_until(lambda: is_locked(lock))
@@ -172,12 +168,12 @@ def test_what_was_handed_to_wandb_but_not_sent_when_the_machine_was_lost_is_sent
     assert only_run(server).steps == STEPS[:8]
 
 
-@pytest.mark.slow  # four lives
+@pytest.mark.slow  # four attempts
 def test_what_was_recorded_offline_is_sent_by_the_next_start_online_and_never_again_by_sync(tmp_path, server):
     for start, stop, mode in ((0, 3, "offline"), (2, 5, "online"), (5, 6, "offline"), (6, 8, "online")):
-        life = Trackers(tmp_path, start_step=start, mode=mode)
-        life.log(up_to=stop)
-        life.finish()
+        attempt = Trackers(tmp_path, start_step=start, mode=mode)
+        attempt.log(up_to=stop)
+        attempt.finish()
     assert only_run(server).steps == STEPS[:8]
     assert "Skipped 2 synced run(s)" in sync(tmp_path)
     assert only_run(server).steps == STEPS[:8]
@@ -209,13 +205,14 @@ def test_a_server_that_never_answers_costs_the_end_seconds_and_the_same_command_
     assert time.monotonic() - began < allowed(60), "it waits for 4 s, and not as long as the server keeps it waiting"
     assert ended.code == 0, "training has finished all the same"
     assert (
-        "W&B did not finish within 4 s and was ended; metrics.jsonl has all, and the same command adds the rest" in ended.said
+        "W&B did not finish within 4 s and was ended; metrics.jsonl has everything, and the same command sends the rest"
+        in ended.said
     )
     server.may_answer.set()
     monkeypatch.setattr(subprocess_tracker, "SECONDS_TO_FINISH", 60.0)
     again = run.start(config=config)
     assert "has finished its 12 steps already" in again.said
-    assert "W&B: has everything" in again.said
+    assert "W&B: complete at" in again.said
     assert only_run(server).steps == STEPS
     assert "W&B" not in run.start(config=config).said, "nothing is left to send"
 
@@ -229,19 +226,19 @@ def test_a_key_that_is_withdrawn_during_the_run_is_told_at_the_end_and_the_next_
     server.status_of = lambda path: 403 if "file_stream" in path else 200
     first.log(up_to=4)
     first.finish()
-    assert "W&B: its server refused a part of" in caplog.text
-    assert "has everything" not in caplog.text
+    assert "W&B: its server refused part of" in caplog.text
+    assert "complete at" not in caplog.text
     server.status_of = lambda path: 200
     second = Trackers(tmp_path, start_step=4)
     second.log(up_to=5)
     second.finish()
     assert only_run(server).steps == STEPS[:5]
-    assert "W&B: has everything" in caplog.text
+    assert "W&B: complete at" in caplog.text
 
 
 def test_a_server_that_fails_while_a_sample_is_sent_costs_no_row(tmp_path, server):
-    life = Trackers(tmp_path)
-    life.log(up_to=2)
+    attempt = Trackers(tmp_path)
+    attempt.log(up_to=2)
     wait_until(lambda: bool(server.runs))
     refused: list[str] = []
 
@@ -252,10 +249,10 @@ def test_a_server_that_fails_while_a_sample_is_sent_costs_no_row(tmp_path, serve
         return 500
 
     server.status_of = refuse_questions
-    life.sample()
-    life._trackers.log(train_line(3))
+    attempt.sample()
+    attempt._trackers.log(train_line(3))
     wait_until(lambda: bool(refused))
     server.status_of = lambda path: 200
-    life.finish()
+    attempt.finish()
     assert only_run(server).steps == STEPS[:3]
     assert only_run(server).history[1]["samples"]["nrows"] == 1

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from dist_trainer import report
-from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.html_report.curves import (
     RUNS_WITH_RAW_LOSS,
     axes_of,
@@ -20,13 +19,11 @@ from dist_trainer.html_report.curves import (
     style_of,
     timeline,
 )
-from dist_trainer.html_report.page import STYLE, html_report, labels_of
-from dist_trainer.html_report.report_tracker import SHARE_OF_TIME, ReportTracker
+from dist_trainer.html_report.page import SHARE_OF_TIME, STYLE, ReportTracker, html_report, labels_of
 from dist_trainer.html_report.sections import SAMPLES_SHOWN, spread
 from dist_trainer.html_report.svg_charts import MOST_POINTS, Chart, Line, clipped_top, figure, thin, ticks
 from dist_trainer.tracking.formatting import short
 from dist_trainer.tracking.goodput import goodput
-from dist_trainer.tracking.run_context import RunContext
 from dist_trainer.tracking.run_reader import RunHistory, SampleText, read_run
 from tests.unit.tracking.runs import train_line, validation_line, write_metrics, write_run
 
@@ -152,9 +149,9 @@ def test_the_parts_of_a_runs_time_are_all_of_it(tmp_path):
     assert (spent.validation_seconds, spent.sample_seconds) == (1.0, 0.5)
     assert spent.redone_seconds == pytest.approx(1.0), "two steps of half a second"
     # From SIGTERM to the next command; and where it was killed, from when its two lost steps were done.
-    assert spent.standing_seconds == pytest.approx(0.5 + 1.5)
+    assert spent.downtime_seconds == pytest.approx(0.5 + 1.5)
     assert spent.starting_seconds == pytest.approx((3.0 + 0.5) + (0.5 + 1.0) + (0.5 + 0.5))
-    named = spent.useful_seconds + spent.starting_seconds + spent.standing_seconds + spent.redone_seconds + spent.sample_seconds
+    named = spent.useful_seconds + spent.starting_seconds + spent.downtime_seconds + spent.redone_seconds + spent.sample_seconds
     assert spent.other_seconds == pytest.approx(49.0 - named)
     page = html_report([run])
     for part in ("waiting for data", "samples", "starting, up to the first step", "standing still between lives"):
@@ -224,9 +221,8 @@ def test_pages_made_while_training_take_a_small_share_of_the_time(tmp_path, monk
         made.append(now[0])
         now[0] += 2.0
 
-    monkeypatch.setattr("dist_trainer.html_report.report_tracker.write_report", slow_page)
-    context = RunContext(TrainingConfig(), tmp_path, 0, max_steps=20, parameters=1)
-    tracker = ReportTracker(context, clock=lambda: now[0])
+    monkeypatch.setattr("dist_trainer.html_report.page.write_report", slow_page)
+    tracker = ReportTracker(tmp_path, clock=lambda: now[0])
     while now[0] < 1000:
         tracker.log(validation_line(1))
         now[0] += 1.0

@@ -10,9 +10,21 @@ from typing import Any
 import yaml
 
 from dist_trainer.config.loading import as_dict
-from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.tracking.events import append_event
-from dist_trainer.tracking.jsonl_tracker import encode_line
+from dist_trainer.tracking.jsonl import encode_line
+from dist_trainer.tracking.tracker import RunContext
+
+
+def run_context(
+    folder: Path, *, start_step: int = 0, environment: dict[str, Any] | None = None, wandb: Any = "disabled", **tracking: Any
+) -> RunContext:
+    """A run of 20 steps with the default config, but for its section `tracking`."""
+    section = TrackingConfig(wandb=wandb, **tracking)
+    config = as_dict(TrainingConfig(tracking=section))
+    return RunContext(
+        "default", folder, section, config, start_step, max_steps=20, parameters=1000, environment=environment or {}
+    )
 
 
 def train_line(step: int, loss: float = 3.0) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import select
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,16 @@ import pytest
 from dist_trainer.config.cli import in_this_shell
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, hf_config
-from dist_trainer.tracking.console_tracker import ConsoleTracker, next_steps
+from dist_trainer.models.registry import can_open
+from dist_trainer.tracking.console import ConsoleTracker, next_steps
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
 from dist_trainer.tracking.status import write_status
-from tests.unit.tracking.test_trackers import context, train_line, validation_line
+from tests.unit.tracking.runs import train_line, validation_line
+
+
+def tracker_of(folder: Path, *, start_step: int = 0, max_steps: int = 20, **more: Any) -> ConsoleTracker:
+    return ConsoleTracker("default", folder, start_step=start_step, max_steps=max_steps, **more)
 
 
 @pytest.fixture
@@ -41,7 +45,7 @@ def log_to():
 def test_every_logged_step_has_its_line_in_the_log_file_with_the_time_left(tmp_path, log_to):
     log_to(tmp_path)
     seconds = iter(float(n) for n in range(100))
-    tracker = ConsoleTracker(context(tmp_path), clock=lambda: next(seconds))
+    tracker = tracker_of(tmp_path, clock=lambda: next(seconds))
     for step in (1, 5, 10, 15, 20):
         tracker.log(train_line(step))
     tracker.close(state="finished", reason=None)
@@ -61,7 +65,7 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypa
         fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     with open(writing, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        tracker = ConsoleTracker(context(tmp_path))
+        tracker = tracker_of(tmp_path)
         tracker.log(train_line(10))
         tracker._bar.refresh()
         tracker.close(state="finished", reason=None)
@@ -87,11 +91,11 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypa
     ],
 )
 def test_a_bar_shows_whole_fields_or_none_and_is_never_short(tmp_path, monkeypatch, columns, fields):
-    monkeypatch.setattr("dist_trainer.tracking.progress_bar._width", lambda: {"ncols": columns, "nrows": 24})
+    monkeypatch.setattr("dist_trainer.tracking.console._width", lambda: {"ncols": columns, "nrows": 24})
     reading, writing = pty.openpty()
     with open(writing, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        tracker = ConsoleTracker(replace(context(tmp_path), max_steps=10_000))
+        tracker = tracker_of(tmp_path, max_steps=10_000)
         for step in (10, 20):
             tracker.log(train_line(step, 4.25) | {"lr": 5e-4, "tokens_per_second": 7074.0})
         tracker._bar.last_print_t -= 100  # a rate of several digits, as that of slow steps
@@ -112,7 +116,7 @@ def test_the_bar_s_time_left_follows_from_the_steps_of_this_start_after_the_firs
     reading, writing = pty.openpty()
     with open(writing, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        tracker = ConsoleTracker(context(tmp_path, start_step=10))
+        tracker = tracker_of(tmp_path, start_step=10)
         now[0] += 300  # it compiles
         tracker.log(train_line(11))
         now[0] += 10
@@ -128,11 +132,10 @@ def test_the_bar_s_time_left_follows_from_the_steps_of_this_start_after_the_firs
 def test_the_commands_at_the_end_can_be_pasted_into_the_shell_that_ran(tmp_path, monkeypatch, is_on_the_path):
     """Whether or not its environment is activated, and whatever the folder's name."""
     folder = tmp_path / "two words; echo $HOME"
-    described(folder, hf_config(HFModel(ModelConfig(), 4096, 64, {})))
     here = Path(sys.executable).parent
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{here if is_on_the_path else tmp_path}:/usr/bin:/bin")
-    first, *commands = next_steps(folder).splitlines()
+    first, *commands = next_steps(folder, can_open=True).splitlines()
     assert first == f"open {folder}/report.html in a browser, or run"
     words = [shlex.split(line, comments=True) for line in commands]
     python = "python" if is_on_the_path else sys.executable
@@ -157,11 +160,10 @@ def test_the_python_of_an_environment_below_the_working_folder_is_named_from_the
 
 
 def test_who_trained_on_conversations_is_told_how_to_chat(tmp_path):
-    described(tmp_path, hf_config(HFModel(ModelConfig(), 4096, 64, {})))
-    assert f"dist_trainer.generate {tmp_path} --chat " in next_steps(tmp_path, chats=True)
+    assert f"dist_trainer.generate {tmp_path} --chat " in next_steps(tmp_path, can_open=True, chats=True)
 
 
-def described(folder: Path, config: dict[str, Any]) -> None:
+def write_model_config(folder: Path, config: dict[str, Any]) -> None:
     checkpoint = folder / "checkpoints" / "best"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -170,48 +172,54 @@ def described(folder: Path, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("config", "opens"),
     [
+        (hf_config(HFModel(ModelConfig(), 4096, 64, {})), True),
         ({"model_type": "gpt2"}, True),
         ({"model_type": "my_own"}, False),
         ({"model_type": "clip_vision_model"}, False),
         (None, False),
     ],
-    ids=["of transformers", "of no library", "no language model", "none"],
+    ids=["ours", "of transformers", "of no library", "no language model", "none"],
 )
 def test_no_command_is_named_that_the_model_would_be_refused_for(tmp_path, config, opens):
     if config is not None:
-        described(tmp_path, config)
-    said = next_steps(tmp_path)
+        write_model_config(tmp_path, config)
+    said = next_steps(tmp_path, can_open=can_open(tmp_path))
     assert "dist_trainer.report" in said
     assert [f"dist_trainer.{command}" in said for command in ("generate", "evaluate")] == [opens, opens]
 
 
-@pytest.mark.parametrize("restarts", [0, 2])
-def test_the_last_line_says_how_it_ended_and_why_its_best_checkpoint_restarts_and_what_they_cost(tmp_path, log_to, restarts):
+@pytest.mark.parametrize(
+    ("restarts", "counts"), [(0, "no restarts"), (1, "1 restart, 3 steps lost"), (2, "2 restarts, 6 steps lost")]
+)
+def test_the_last_line_names_the_end_its_reason_the_best_checkpoint_and_the_cost_of_restarts(
+    tmp_path, log_to, restarts, counts
+):
     log_to(tmp_path)
     for start in range(restarts + 1):
         append_event(tmp_path, "start", step=0, lost_steps=3 if start else 0)
-    tracker = ConsoleTracker(context(tmp_path))
+    tracker = tracker_of(tmp_path)
     tracker.log(train_line(10))
     tracker.log(validation_line(10, loss=1.5))
     # The last three steps have no line of their own.
     write_status(tmp_path, "preempted", step=13, max_steps=20, best_step=10, best_loss=1.5)
-    tracker.close(state="preempted", reason="SIGTERM")
-    (line,) = (line for line in (tmp_path / "rank-0.log").read_text().splitlines() if "preempted" in line)
-    assert "preempted at step 13 of 20 (SIGTERM); best checkpoint step 10, validation loss 1.5000; " in line
+    tracker.close(state="preempted", reason="SIGINT")
+    *_, line, last = (tmp_path / "rank-0.log").read_text().splitlines()
+    assert "stopped at step 13 of 20 (Ctrl-C), saved; best checkpoint step 10, validation loss 1.5000; " in line
     assert "% of " in line
-    assert line.endswith(f" went into steps and validation; {restarts} restarts, {3 * restarts} steps lost to them")
+    assert line.endswith(f" spent training and validating; {counts}")
+    assert last.endswith("rerun the same command to continue")
 
 
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([train_line(20)], "no best checkpoint, as nothing was validated"),
+        ([train_line(20)], "no best checkpoint (never validated)"),
         ([train_line(20), validation_line(20, loss=1.5)], "no best checkpoint was saved"),
     ],
 )
 def test_the_last_line_names_no_best_checkpoint_where_none_was_saved(tmp_path, log_to, lines, said):
     log_to(tmp_path)
-    tracker = ConsoleTracker(context(tmp_path))
+    tracker = tracker_of(tmp_path)
     for line in lines:
         tracker.log(line)
     tracker.close(state="finished", reason=None)

@@ -10,21 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_trainer.config.schema import TrackingConfig, TrainingConfig
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.tracking.jsonl_tracker import JsonlTracker
-from dist_trainer.tracking.run_context import RunContext
-from dist_trainer.tracking.run_reader import whole_lines
-from dist_trainer.tracking.step_counter import StepCounter
+from dist_trainer.tracking.events import StepCounter
+from dist_trainer.tracking.jsonl import JsonlTracker
+from dist_trainer.tracking.run_reader import complete_lines
 from dist_trainer.tracking.subprocess_tracker import SubprocessTracker
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
-from tests.unit.tracking.runs import sample_line, train_line, validation_line
-
-
-def context(folder: Path, *, start_step: int = 0, wandb: str = "disabled") -> RunContext:
-    config = TrainingConfig(tracking=TrackingConfig(wandb=wandb))  # type: ignore[arg-type]
-    return RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment={"host": "<b>"})
+from tests.unit.tracking.runs import run_context, sample_line, train_line, validation_line
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -32,7 +25,7 @@ def steps_of(folder: Path) -> list[int]:
 
 
 def test_metrics_read_back_exactly_and_are_valid_json_even_when_not_finite(tmp_path):
-    tracker = JsonlTracker(context(tmp_path))
+    tracker = JsonlTracker(tmp_path, 0)
     tracker.log(train_line(1, 0.1 + 0.2))
     tracker.log(train_line(2, math.nan))
     tracker.close(state="finished", reason=None)
@@ -42,24 +35,24 @@ def test_metrics_read_back_exactly_and_are_valid_json_even_when_not_finite(tmp_p
 
 
 def test_on_resume_lines_past_the_checkpoint_and_a_torn_one_are_dropped(tmp_path):
-    tracker = JsonlTracker(context(tmp_path))
+    tracker = JsonlTracker(tmp_path, 0)
     for step in range(1, 8):
         tracker.log(train_line(step))
     tracker.close(state="failed", reason=None)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    tracker = JsonlTracker(context(tmp_path, start_step=4))
+    tracker = JsonlTracker(tmp_path, 4)
     tracker.log(train_line(5))
     tracker.close(state="finished", reason=None)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
 
 
 def test_what_is_made_up_for_at_the_step_of_a_resume_stands_once(tmp_path):
-    tracker = JsonlTracker(context(tmp_path))
+    tracker = JsonlTracker(tmp_path, 0)
     for line in (train_line(4), validation_line(4)):
         tracker.log(line)
     tracker.close(state="failed", reason=None)
-    tracker = JsonlTracker(context(tmp_path, start_step=4))
+    tracker = JsonlTracker(tmp_path, 4)
     for line in (validation_line(4), sample_line(4, "a truth"), train_line(5)):
         tracker.log(line)
     tracker.close(state="finished", reason=None)
@@ -72,15 +65,13 @@ def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, c
         def log(self, line):
             raise RuntimeError("no")
 
-    trackers = FanOut({"broken": Broken(), "jsonl": JsonlTracker(context(tmp_path))})
+    trackers = FanOut({"broken": Broken(), "jsonl": JsonlTracker(tmp_path, 0)})
     with caplog.at_level(logging.WARNING):
         trackers.log(train_line(1))
         trackers.log(train_line(2))
     trackers.close(state="finished", reason=None)
     assert steps_of(tmp_path) == [1, 2]
-    assert [record.message for record in caplog.records] == [
-        "tracking: broken has trouble (RuntimeError: no); training goes on"
-    ]
+    assert [record.message for record in caplog.records] == ["tracking: broken failed (RuntimeError: no); training continues"]
 
 
 @pytest.mark.parametrize("kind", [ValueError, SystemExit])
@@ -91,10 +82,10 @@ def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkey
     for method in ("ask_to_finish", "close"):
         monkeypatch.setattr(SubprocessTracker, method, refuse)
     follower = SubprocessTracker.__new__(SubprocessTracker)
-    trackers = FanOut({"first": follower, "jsonl": JsonlTracker(context(tmp_path)), "last": follower})
+    trackers = FanOut({"first": follower, "jsonl": JsonlTracker(tmp_path, 0), "last": follower})
     trackers.close(state="finished", reason=None)
     assert [record.message for record in caplog.records] == [
-        f"tracking: {name} has trouble ({kind.__name__}: no); training goes on" for name in ("first", "last")
+        f"tracking: {name} failed ({kind.__name__}: no); training continues" for name in ("first", "last")
     ]
 
 
@@ -109,13 +100,19 @@ def test_a_disk_that_refuses_the_end_of_a_finished_run_does_not_make_it_a_crash(
     with monkeypatch.context() as changed:
         changed.setattr(os, "close", close_and_refuse)
         counter.close()
-    assert list(whole_lines(Path("/proc/self/mem"))) == [], "it can be opened, but not read"
+    assert list(complete_lines(Path("/proc/self/mem"))) == [], "it can be opened, but not read"
 
 
-def test_only_the_main_rank_tracks(tmp_path):
-    assert isinstance(build_tracker(DistributedContext(rank=1, world_size=2), context(tmp_path)), NullTracker)
-    assert list(tmp_path.iterdir()) == []
+def test_metrics_jsonl_comes_first_and_a_tracker_that_cannot_start_costs_a_warning(tmp_path, caplog):
+    def refuse(run):
+        raise OSError("no")
+
+    trackers = build_tracker(run_context(tmp_path), {"mine": refuse})
+    trackers.log(train_line(1))
+    trackers.close(state="finished", reason=None)
     assert next(iter(TRACKERS)) == "jsonl"
+    assert steps_of(tmp_path) == [1]
+    assert [record.message for record in caplog.records] == ["tracking: mine cannot start (OSError: no); continuing without it"]
 
 
 def test_throughput_leaves_out_what_is_paused_but_for_what_is_awaited_of_steps():

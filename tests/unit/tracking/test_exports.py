@@ -14,41 +14,40 @@ from typing import Any
 import pytest
 
 import dist_trainer
-from dist_trainer.config.schema import ModelConfig, TrackingConfig, TrainingConfig
+from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking.export_process import SINKS, read_line
-from dist_trainer.tracking.run_context import RunContext
+from dist_trainer.tracking.sink import LogCursor
 from dist_trainer.tracking.subprocess_tracker import (
-    FOLLOWERS,
-    SubprocessTracker,
-    _description,
-    refuse_missing_packages,
-    rows_in_words,
-    send_lines_online,
+    EXPORTS,
+    check_packages,
+    describe_run,
+    format_exports,
 )
-from dist_trainer.tracking.tracker import TRACKERS, FanOut
+from dist_trainer.tracking.tracker import TRACKERS, FanOut, export_tracker, send_to_wandb
 from dist_trainer.tracking.wandb_sink import WandbSink, run_id
-from tests.unit.tracking.test_trackers import train_line, validation_line
+from tests.unit.tracking.runs import run_context, train_line, validation_line
 
 STEPS = [1, 2, 3, 4, 5]
 LOSS = {1: 2.9, 2: math.nan, 3: 2.7, 4: 2.6, 5: 2.5}
 
 
-def context(folder: Path, *, start_step: int = 0, **tracking: Any) -> RunContext:
-    config = TrainingConfig(tracking=TrackingConfig(**tracking))
-    commit = {"git_commit": "0123abc", "git_dirty": True}
-    return RunContext(config, folder, start_step, max_steps=20, parameters=1000, environment=commit)
+COMMIT = {"git_commit": "0123abc", "git_dirty": True}
+
+
+def describe(folder: Path, **tracking: Any) -> dict[str, Any]:
+    return describe_run("wandb", folder, TrackingConfig(**tracking), run_name="default", config={})
 
 
 def sample_line(step: int) -> dict[str, Any]:
     return {"kind": "sample", "step": step, "prompt": "Once", "text": f"upon {step}", "time": 1e9 + step}
 
 
-def run_with_a_restart(folder: Path, row: str, **tracking: Any) -> None:
+def run_with_a_restart(folder: Path, entry: str, **tracking: Any) -> None:
     """Steps 1 to 3, killed there after the checkpoint of step 2, then 3 to 5."""
     for start, stop in ((0, 3), (2, 5)):
-        run = context(folder, start_step=start, **tracking)
-        trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", row)})
+        run = run_context(folder, start_step=start, environment=COMMIT, **tracking)
+        trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", entry)})
         for step in range(start + 1, stop + 1):
             trackers.log(train_line(step, LOSS[step]))
             if step in (2, 5):
@@ -60,7 +59,7 @@ def run_with_a_restart(folder: Path, row: str, **tracking: Any) -> None:
 def offline_records(folder: Path) -> list[dict[str, Any]]:
     """All W&B files of a run, in order, by wandb's own tool."""
     logs = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
-    assert len(logs) == 2, "one for each life"
+    assert len(logs) == 2, "one for each attempt"
     found: list[dict[str, Any]] = []
     for log in logs:
         words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
@@ -75,7 +74,7 @@ def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def test_offline_wandb_files_are_one_run_with_each_step_once_also_after_a_restart(tmp_path):
-    run_with_a_restart(tmp_path, "wandb", wandb_tags="small, first", wandb_group="tries", wandb_code=True)
+    run_with_a_restart(tmp_path, "wandb", wandb="offline", wandb_tags="small, first", wandb_group="tries", wandb_code=True)
     records = offline_records(tmp_path)
     rows = [history["item"] for history in of_kind(records, "history")]
     assert [row["step"] for row in rows if "train/loss" in row] == STEPS
@@ -147,9 +146,9 @@ def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a
         assert [row["sample"]["_value"] for row in logs if "sample" in row] == ["**Once** upon 2", "**Once** upon 5"]
 
 
-def test_followers_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_path, monkeypatch, caplog):
+def test_export_processes_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("dist_trainer.tracking.subprocess_tracker.SECONDS_TO_STOP", 0.5)
-    trackers = {str(number): SubprocessTracker(context(tmp_path), "wandb") for number in range(3)}
+    trackers = {str(number): export_tracker(run_context(tmp_path), "wandb") for number in range(3)}
     processes = [tracker._process for tracker in trackers.values()]
     for process in processes:
         assert process is not None
@@ -164,7 +163,7 @@ def test_followers_that_do_not_answer_are_ended_after_one_patience_for_all(tmp_p
 def test_a_run_with_more_than_1023_open_files_ends_as_any_other(tmp_path, monkeypatch, caplog, many_open_files):
     """As rank 0 of some hundred ranks has; `select` takes no larger descriptor."""
     monkeypatch.setattr("dist_trainer.tracking.subprocess_tracker.SECONDS_TO_STOP", 0.5)
-    tracker = SubprocessTracker(context(tmp_path), "wandb")
+    tracker = export_tracker(run_context(tmp_path), "wandb")
     assert tracker._pipe > 1023
     assert tracker._process is not None
     tracker._process.send_signal(signal.SIGSTOP)
@@ -172,25 +171,25 @@ def test_a_run_with_more_than_1023_open_files_ends_as_any_other(tmp_path, monkey
     assert "W&B did not finish within 0 s and was ended" in caplog.text
 
 
-@pytest.mark.parametrize("row", ["tensorboard", "trackio"])
-def test_a_row_whose_package_is_missing_is_refused_with_the_command_that_installs_it(monkeypatch, row):
-    monkeypatch.setitem(sys.modules, row, None)
-    with pytest.raises(ConfigError, match=rf"tracking.{row}: true needs the package {row}, .* -m pip install {row}`"):
-        refuse_missing_packages(TrackingConfig(**{row: True}))
-    refuse_missing_packages(TrackingConfig())
+@pytest.mark.parametrize("name", ["tensorboard", "trackio"])
+def test_an_entry_whose_package_is_missing_is_refused_with_the_command_that_installs_it(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"tracking.{name}: true needs the package {name}, .* -m pip install {name}`"):
+        check_packages(TrackingConfig(**{name: True}))
+    check_packages(TrackingConfig())
 
 
 def test_what_goes_wrong_with_the_rest_of_a_finished_run_costs_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr("dist_trainer.tracking.subprocess_tracker._start_follower", refuse)
-    send_lines_online(context(tmp_path, wandb="online"))
-    assert "W&B could not be sent what it lacks of this run (RuntimeError: can't start new thread)" in caplog.text
+    monkeypatch.setattr("dist_trainer.tracking.subprocess_tracker._start_process", refuse)
+    send_to_wandb(run_context(tmp_path, wandb="online"))
+    assert "the rest of this run could not be sent to W&B (RuntimeError: can't start new thread)" in caplog.text
 
 
-def test_every_follower_has_a_key_and_a_sink():
-    assert SINKS.keys() == FOLLOWERS.keys() <= vars(TrackingConfig()).keys()
+def test_every_entry_has_a_key_and_a_sink():
+    assert SINKS.keys() == EXPORTS.keys() <= vars(TrackingConfig()).keys()
 
 
 def test_a_line_counts_however_long_its_sample_is_and_what_is_none_does_not():
@@ -205,17 +204,11 @@ def test_what_the_config_leaves_open_comes_from_wandb_s_own_variables(tmp_path, 
     names = {"WANDB_PROJECT": "theirs", "WANDB_RUN_GROUP": "them", "WANDB_MODE": "disabled"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
-    description = _description(context(tmp_path), "wandb")
+    description = describe(tmp_path)
     assert (description["project"], description["group"], description["mode"]) == ("theirs", "them", "disabled")
-    assert not FOLLOWERS["wandb"].is_on(TrackingConfig(wandb="online"))
-    given = _description(context(tmp_path, wandb_project="mine", wandb_group="us"), "wandb")
-    assert (given["project"], given["group"]) == ("mine", "us")
-
-
-def test_the_config_that_goes_elsewhere_has_no_keys_without_meaning_for_its_model(tmp_path):
-    config = TrainingConfig(model=ModelConfig(name="hf", init_from="gpt2"))
-    run = RunContext(config, tmp_path, 0, max_steps=20, parameters=1000, environment={})
-    assert _description(run, "wandb")["config"]["model"] == {"name": "hf", "init_from": "gpt2"}
+    assert not EXPORTS["wandb"].is_enabled(TrackingConfig(wandb="online"))
+    description = describe(tmp_path, wandb_project="mine", wandb_group="us")
+    assert (description["project"], description["group"]) == ("mine", "us")
 
 
 @pytest.mark.slow  # W&B takes seconds to import
@@ -235,12 +228,12 @@ def test_an_online_run_is_told_with_its_address_at_once_and_at_the_end(tmp_path,
     monkeypatch.setattr("dist_trainer.tracking.wandb_sink._reach", lambda address: None)
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR"):
         monkeypatch.setenv(name, str(tmp_path))  # the sink sets them; so they are set back
-    said: list[str] = []
-    sink = WandbSink(_description(context(tmp_path, wandb="online"), "wandb"), lambda text, *_: said.append(text))
+    messages: list[str] = []
+    sink = WandbSink(describe(tmp_path, wandb="online"), lambda text, *_: messages.append(text))
     sink.finish("finished")
     wandb.teardown()
-    assert said == [f"W&B: {Online.url}"]
-    assert sink.goodbye() == f"has everything: {Online.url}"
+    assert messages == [f"W&B: {Online.url}"]
+    assert sink.summary() == f"complete at {Online.url}"
 
 
 def test_a_run_keeps_the_id_that_wandb_s_variable_gave_it_first(tmp_path):
@@ -250,12 +243,22 @@ def test_a_run_keeps_the_id_that_wandb_s_variable_gave_it_first(tmp_path):
     assert len(run_id(tmp_path / "new", {"WANDB_RUN_ID": "../x"})) == 8
 
 
-def test_the_rows_that_are_on_are_said_with_what_counts(monkeypatch):
+def test_the_entries_that_are_enabled_are_named_with_their_details(monkeypatch):
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert rows_in_words(TrackingConfig()) == "W&B offline (project dist_trainer)"
+    assert format_exports(TrackingConfig()) == "W&B offline (project dist_trainer)"
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     monkeypatch.setenv("WANDB_MODE", "online")
-    assert rows_in_words(TrackingConfig(tensorboard=True)) == "W&B online (project mine), TensorBoard"
+    assert format_exports(TrackingConfig(tensorboard=True)) == "W&B online (project mine), TensorBoard"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert rows_in_words(TrackingConfig()) == "no W&B"
+    assert format_exports(TrackingConfig()) == "no W&B"
+
+
+def test_the_cursor_of_a_run_made_under_the_older_name_is_read_so_that_no_step_is_sent_twice(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "logged.json").write_text('{"step": 3, "kinds": ["train"], "has_arrived": true}')
+    cursor = LogCursor.read(tmp_path, "wandb")
+    assert (cursor.step, cursor.kinds, cursor.is_synced) == (3, ["train"], True)
+    assert cursor.has_passed(train_line(3))
+    cursor.advance(validation_line(3), tmp_path, "wandb")
+    assert LogCursor.read(tmp_path, "wandb") == LogCursor(3, ["train", "validation"])
