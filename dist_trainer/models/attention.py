@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_trainer.distributed.compilers import missing_compiler
-from dist_trainer.parallel.cpu.attention import causal_attention, is_faster_by_products
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -71,7 +70,7 @@ def block_mask(document_ids: Tensor) -> BlockMask:
     return make(sees, rows, None, length, length, device=document_ids.device)
 
 
-def attend(
+def attention(
     q_BHTK: Tensor,
     k_BGTK: Tensor,
     v_BGTK: Tensor,
@@ -79,12 +78,10 @@ def attend(
     *,
     causal: bool,
     dropout: float,
-    fixed_length: bool = False,
 ) -> Tensor:
-    """Attention [B, H, T, K] under `mask`; without one to all, or (`causal`) to what came before.
+    """Attention [B, H, T, K] under `mask`; without one over all tokens, or over the current and earlier ones (`causal`).
 
-    `dropout` is the probability of dropping a weight; with a BlockMask it must be 0. `fixed_length`: T is
-    the same in every call, so that code compiled for it alone is worth it.
+    `dropout` is the probability of dropping a weight; with a BlockMask it must be 0.
     """
     grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
@@ -92,8 +89,6 @@ def attend(
 
         flex = _compiled_on_gpu(flex_attention, q_BHTK)
         return flex(q_BHTK, k_BGTK, v_BGTK, block_mask=mask, enable_gqa=grouped)
-    if fixed_length and mask is None and causal and dropout == 0 and is_faster_by_products(q_BHTK, k_BGTK):
-        return causal_attention(q_BHTK, k_BGTK, v_BGTK)
     if grouped and not takes_groups(q_BHTK, mask):
         repeats = q_BHTK.shape[1] // k_BGTK.shape[1]
         k_BGTK, v_BGTK = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTK, v_BGTK))

@@ -18,7 +18,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, TokenIds, hf_config, read_hf_config
 from dist_trainer.huggingface.meta_init import materialize, meta_init
 from dist_trainer.huggingface.weights import check_tied_head, locate_weights, matched_weights, write_hf
-from dist_trainer.models.attention import DocumentMask, attend, document_mask
+from dist_trainer.models.attention import DocumentMask, attention, document_mask
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
 from dist_trainer.models.rotary import rotary_tables, rotate
 
@@ -63,9 +63,6 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
 
-    static_sequence_length = False
-    """Whether it is to be compiled, and all rows will have one length; who compiles says so."""
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_attention_heads
@@ -77,6 +74,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.num_groups * self.head_size, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_size, config.hidden_size, bias=bias)
+        self.attention_fn = attention
 
     def forward(
         self,
@@ -97,7 +95,7 @@ class Attention(nn.Module):
             k_BGTK, v_BGTK = cache.extend(block, k_BGTK, v_BGTK)
             causal = T > 1  # a single new token sees everything before it
         dropout = self.dropout if self.training else 0.0
-        y_BHTK = attend(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=dropout, fixed_length=self.static_sequence_length)
+        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=dropout)
         return self.o_proj(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 

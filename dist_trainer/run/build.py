@@ -48,6 +48,7 @@ from dist_trainer.optim.schedules import (
     warn_of_changed_length,
     warn_of_unfinished_warmup,
 )
+from dist_trainer.parallel.cpu.matmul import matmul_context
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.lifecycle import (
@@ -228,22 +229,31 @@ def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolde
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export, saved=SaveNotes(folder.path))
     shown = (loaders.validation or loaders.train).dataset
     sample = run_and_share_errors(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
-    per_token = flops_per_token(model, config)
+    per_token, varying_length = flops_per_token(model, config), varies_in_length(loaders.train.dataset)
+    precision = build_precision(config.precision, world.device)
+    parallel_model = parallelize(
+        model,
+        world,
+        strategy=config.distributed.strategy,
+        compile=config.precision.compile,
+        flops=flops_of_the_run(config, loaders, per_token),
+        varying_length=varying_length,
+    )
     trainer = Trainer(
         config,
         world,
-        model=parallelize(
-            model,
-            world,
-            strategy=config.distributed.strategy,
-            compile=config.precision.compile,
-            flops=flops_of_the_run(config, loaders, per_token),
-            varying_length=varies_in_length(loaders.train.dataset),
-        ),
+        model=parallel_model,
         optimizer=build_optimizer(resolve_optimizer_name(config), model),
         train_data=loaders.train,
         validation_data=loaders.validation,
-        precision=build_precision(config.precision, world.device),
+        precision=precision,
+        step_context=matmul_context(
+            model,
+            device=world.device,
+            dtype=precision.dtype,
+            tokens=loaders.train.sampler.micro_batch_size * config.data.sequence_length,  # type: ignore[attr-defined]
+            varying_length=varying_length,
+        ),
         checkpoints=checkpoints,
         sample=sample,
         token_bytes=build_token_bytes(tokenizer),

@@ -15,9 +15,7 @@ from dist_trainer.distributed.collectives import run_and_share_errors
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.parallel.buffers import Buffers
-from dist_trainer.parallel.compile import compiling_for_cpu, is_compiled
-from dist_trainer.parallel.compile_cache import number_format_in_key
-from dist_trainer.parallel.cpu.memory import large_blocks_apart
+from dist_trainer.parallel.compile import compile_settings, is_compiled
 from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.training.precision import Precision
 from dist_trainer.training.step import seed_dropout
@@ -31,12 +29,12 @@ def warm_up(
     world: DistributedContext,
     precision: Precision,
     loss_function: LossFunction,
-    products: Callable[[], AbstractContextManager[None]],
+    step_context: Callable[[], AbstractContextManager[None]],
 ) -> None:
     """Compile where a signal can break it off, not in the first step, and bring DDP into the state it has in a run that never
     stopped.
 
-    Training, in contexts that `products` makes, and validation are compiled apart. Buffers keep their values. Raises
+    Training, in contexts that `step_context` makes, and validation are compiled apart. Buffers keep their values. Raises
     StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two
     ranks that changes the order of summation, hence the last bits, of just the first step after a resume.
     """
@@ -44,7 +42,7 @@ def warm_up(
     def rehearse(*, exchange: bool, shorter_by: int = 0) -> None:
         batch = next(iter(train_data)).shortened(shorter_by).to(world.device)
         seed_dropout(0, 0, block=0)
-        with products(), gradient_sync(model, enabled=exchange):
+        with step_context(), gradient_sync(model, enabled=exchange):
             with precision.autocast():
                 loss = compute_loss(model, loss_function, batch)
             (loss * 0.0).backward()
@@ -62,10 +60,7 @@ def warm_up(
         model.train()
     with ExitStack() as conditions:
         conditions.enter_context(Buffers(unwrap(model), world).unchanged())
-        conditions.enter_context(number_format_in_key(precision.name))
-        if world.device.type == "cpu":
-            conditions.enter_context(large_blocks_apart())
-            conditions.enter_context(compiling_for_cpu(model))
+        conditions.enter_context(compile_settings(model, world.device, number_format=precision.name))
         if compiles_in_a_step(model, train_data, world.device):
             run_and_share_errors(world, lambda: rehearse(exchange=False))
             run_and_share_errors(world, rehearse_validation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snap
 from dist_trainer.config.loading import validated
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch, DeviceCopy
-from dist_trainer.data.build_datasets import varies_in_length
 from dist_trainer.data.sampler import GlobalOrderSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.beats import Phase
@@ -33,7 +33,6 @@ from dist_trainer.optim.evaluation_weights import evaluation_weights, training_w
 from dist_trainer.optim.registry import init_optimizer_state
 from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
 from dist_trainer.parallel.buffers import Buffers
-from dist_trainer.parallel.cpu.matmul import matmul_context
 from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import NullTracker, Tracker
@@ -61,6 +60,7 @@ class Trainer:
         validation_data: DataLoader | None = None,
         precision: Precision | None = None,
         loss_function: LossFunction = model_loss,
+        step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         checkpoints: Checkpoints | None = None,
         tracker: Tracker | None = None,
         sample: Sample | None = None,
@@ -70,7 +70,8 @@ class Trainer:
     ) -> None:
         """`model` is on world.device, wrapped by `parallelize`; `optimizer` is over its parameters.
 
-        `loss_function(model, batch)` gives the sum of the batch's token losses. `flops_per_token` is for MFU, `token_bytes` for
+        `loss_function(model, batch)` gives the sum of the batch's token losses. `step_context` makes a context for each
+        forward and backward pass. `flops_per_token` is for MFU, `token_bytes` for
         bits per byte; `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
         """
         self.config, self.world = validated(config), world
@@ -78,6 +79,7 @@ class Trainer:
         self.train_data, self.validation_data = train_data, validation_data
         self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
+        self.step_context = step_context
         self.tracker = tracker if tracker is not None and world.is_main else NullTracker()
         self.sample, self.token_bytes, self.metadata = sample, token_bytes, metadata or {}
         self.progress = Progress()
@@ -89,8 +91,6 @@ class Trainer:
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
         self.sampler = train_data.sampler
         self.device_copy, self.pinned = DeviceCopy(world.device), PinnedMemory()
-        tokens, varies = self.sampler.micro_batch_size * config.data.sequence_length, varies_in_length(train_data.dataset)
-        self.products = matmul_context(unwrap(model), self.precision, tokens=tokens, varying_length=varies)
         self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
@@ -188,7 +188,7 @@ class Trainer:
         losses: list[Tensor] = []
         for index, batch in enumerate(micro_batches):
             seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
-            with self.products(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
+            with self.step_context(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
                 with self.precision.autocast():
                     micro_loss_sum = compute_loss(self.model, self.loss_function, batch)
                 self._at("backward" if index == len(micro_batches) - 1 else "training")
@@ -238,7 +238,8 @@ class Trainer:
         saves = broadcast_object(not isinstance(self.checkpoints, NoCheckpoints), self.world)
         self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
         warm_up(
-            self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function, self.products
+            *(self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function),
+            self.step_context,
         )
         init_optimizer_state(self.optimizer)
 

@@ -13,7 +13,7 @@ from benchmarks.fp16_loss import errors, in_chunks, plain_amp, problem_of
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.models.attention import attend, dense_document_mask
+from dist_trainer.models.attention import attention, dense_document_mask
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.parallel.compile import compile_parts
 from dist_trainer.run.dry_run import dry_run
@@ -144,10 +144,10 @@ def test_grouped_attention_never_writes_out_all_scores(dtype, masked):
     q, k, v = (torch.randn(2, heads, 256, 64, generator=generator) for heads in (8, 2, 2))
     documents = torch.arange(256).div(100, rounding_mode="floor").int().expand(2, -1)
     mask = dense_document_mask(documents, torch.float32) if masked else None
-    expected = attend(q, k, v, mask, causal=not masked, dropout=0.0)
+    expected = attention(q, k, v, mask, causal=not masked, dropout=0.0)
     on_gpu = [x.to("cuda", dtype).requires_grad_() for x in (q, k, v)]
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-        found = attend(
+        found = attention(
             *on_gpu, dense_document_mask(documents.cuda(), dtype) if masked else None, causal=not masked, dropout=0.0
         )
         found.sum().backward()

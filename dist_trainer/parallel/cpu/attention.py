@@ -1,36 +1,65 @@
-"""Causal attention on CPUs, as products of matrices with elementwise code between them that torch's compiler fuses.
+"""Causal attention on CPUs, as matrix products with elementwise code in between that torch's compiler fuses.
 
-torch's own kernel for CPUs multiplies small tiles, which in bfloat16 is slow: docs/decisions/speed.md has the figures.
-The formulas are those of FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithms 2 and 4): the backward pass computes
-the weights anew, from the scores and the logarithm of the sum of their exponentials; but those of short rows are kept.
+torch's CPU kernel multiplies small tiles, which is slow in bfloat16: docs/decisions/speed.md has the figures.
+The formulas are those of FlashAttention (Dao et al. 2022, arXiv:2205.14135, algorithms 2 and 4): the backward pass recomputes
+the weights from the scores and the logarithm of the sum of their exponentials; only those of short sequences are kept.
 
-N rows times heads, T sequence, S a block of queries, U the keys up to its end, K head size.
+N batch times heads, T sequence, S a block of queries, U the keys up to the block's end, K head size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LENGTHS = range(128, 2049)
-"""Sequence lengths where this is faster than torch's kernel in bfloat16. Of longer ones a block's scores outgrow the cache."""
+"""Sequence lengths at which this beats torch's kernel in bfloat16; for longer ones a block's scores exceed the cache."""
 _KEPT_KEYS = 8
-"""Weights are kept for the backward pass where a query has at most so many for each of its K numbers: there they are up to a
-third of what a block keeps, and a step takes a twentieth less."""
+"""Weights are kept for the backward pass if each query has at most this many per element of a head. They are then up to a third
+of what a block keeps, and a step takes a twentieth less time."""
 _BLOCK = 128
 _MOST_BLOCKS = 8
-"""Each is compiled for itself: compiling takes as long as they are many."""
+"""Each block is compiled separately, so compile time grows with their number."""
 
 
-def is_faster_by_products(q_BHTK: Tensor, k_BGTK: Tensor) -> bool:
-    """Whether `causal_attention` is to be taken: where a model is compiled to be trained on a CPU in bfloat16.
+def install_cpu_attention(model: nn.Module) -> None:
+    """Have modules of `model` with an `attention_fn` use `causal_attention` in compiled training steps where it is faster.
 
-    Ask only where all rows have one length: its number of blocks depends on that.
+    For models whose sequences all have one length, since the number of blocks depends on it. An `attention_fn` is a function
+    like models/attention.py's `attention`.
     """
+    replacements: dict[Callable[..., Tensor], Callable[..., Tensor]] = {}  # one for all layers: they share compiled code
+    for module in model.modules():
+        original: Any = getattr(module, "attention_fn", None)
+        if original is not None and not _is_replacement(original):
+            module.attention_fn = replacements.setdefault(original, partial(_attention, original))  # type: ignore[assignment]
+
+
+def has_cpu_attention(model: nn.Module) -> bool:
+    """Whether `install_cpu_attention` has replaced a function in `model`."""
+    return any(_is_replacement(getattr(module, "attention_fn", None)) for module in model.modules())
+
+
+def _is_replacement(function: object) -> bool:
+    return isinstance(function, partial) and function.func is _attention
+
+
+def _attention(
+    original: Callable[..., Tensor], q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, mask: Any, *, causal: bool, dropout: float
+) -> Tensor:
+    """[B, H, T, K]: `causal_attention` where it is faster and computes the same as `original`, else that."""
+    if mask is None and causal and dropout == 0 and _is_faster(q_BHTK, k_BGTK):
+        return causal_attention(q_BHTK, k_BGTK, v_BGTK)
+    return original(q_BHTK, k_BGTK, v_BGTK, mask, causal=causal, dropout=dropout)
+
+
+def _is_faster(q_BHTK: Tensor, k_BGTK: Tensor) -> bool:
+    """Whether this is being compiled for training on a CPU in bfloat16, at a suitable length."""
     return (
         torch.compiler.is_compiling()
         and torch.is_grad_enabled()
@@ -42,7 +71,7 @@ def is_faster_by_products(q_BHTK: Tensor, k_BGTK: Tensor) -> bool:
 
 
 def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-    """[B, H, T, K]: scaled_dot_product_attention with `is_causal` and `enable_gqa`, as exact: scores and softmax are in
+    """[B, H, T, K]: scaled_dot_product_attention with `is_causal` and `enable_gqa`, and as accurate: scores and softmax are in
     float32; weights, and the gradients of scores, are rounded to the inputs' format before they are multiplied.
     """
     repeats = q_BHTK.shape[1] // k_BGTK.shape[1]
@@ -81,12 +110,12 @@ class _CausalAttention(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             mean_NT1 = (dy_NTK.float() * y_NTK.float()).sum(-1, keepdim=True)
             dy_and_mean_NTJ, v_and_ones_NTJ = _factors_of_difference(dy_NTK, v_NTK, mean_NT1)
-            weights = kept if _keeps_weights(q_NTK) else _weights_anew(q_NTK, k_NTK, *kept)
+            weights = kept if _keeps_weights(q_NTK) else _recomputed_weights(q_NTK, k_NTK, *kept)
             for block, weights_NSU in zip(_blocks(length), weights, strict=True):
-                seen = slice(0, block.stop)
-                dweights_NSU = dy_and_mean_NTJ[:, block] @ v_and_ones_NTJ[:, seen].mT
+                keys = slice(0, block.stop)
+                dweights_NSU = dy_and_mean_NTJ[:, block] @ v_and_ones_NTJ[:, keys].mT
                 dscores_NSU = (weights_NSU * dweights_NSU.float()).to(dtype)
-                dq.append(dscores_NSU @ k_NTK[:, seen])
+                dq.append(dscores_NSU @ k_NTK[:, keys])
                 dk.add(dscores_NSU.mT @ q_NTK[:, block])
                 dv.add(weights_NSU.to(dtype).mT @ dy_NTK[:, block])
             return (torch.cat(dq, 1) * scale).to(dtype), (dk.total() * scale).to(dtype), dv.total().to(dtype)
@@ -96,11 +125,11 @@ def _keeps_weights(q_NTK: Tensor) -> bool:
     return q_NTK.shape[1] <= _KEPT_KEYS * q_NTK.shape[2]
 
 
-def _weights_anew(q_NTK: Tensor, k_NTK: Tensor, log_sum_NT1: Tensor) -> Iterator[Tensor]:
-    """Those of one block of queries after the other, float32 [N, S, U].
+def _recomputed_weights(q_NTK: Tensor, k_NTK: Tensor, log_sum_NT1: Tensor) -> Iterator[Tensor]:
+    """The weights of each block of queries in turn, float32 [N, S, U].
 
-    From twice the queries and half the keys: the same scores bit for bit, but to the compiler not what the forward pass has
-    computed. That, N * T * T numbers, it would keep until now.
+    From twice the queries and half the keys: the scores have the same bits, but the compiler does not recognise them as those
+    of the forward pass, which it would otherwise keep until now: N * T * T numbers.
     """
     factors = q_NTK.float() * (2 * q_NTK.shape[-1] ** -0.5), k_NTK.float() * 0.5
     for block in _blocks(q_NTK.shape[1]):
@@ -108,9 +137,9 @@ def _weights_anew(q_NTK: Tensor, k_NTK: Tensor, log_sum_NT1: Tensor) -> Iterator
 
 
 def _scores(q_NTK: Tensor, k_NTK: Tensor, block: slice) -> Tensor:
-    """float32 [N, S, U]: of the queries in `block` with all keys up to its end; -inf where a key comes after the query.
+    """float32 [N, S, U]: scores of the queries in `block` and all keys up to its end; -inf where a key is after the query.
 
-    The product is in float32 too: one in bfloat16 rounds its result, scores of 8 to steps of 0.06.
+    The product is in float32 too: in bfloat16 its result would be rounded, a score of 8 to steps of 0.06.
     """
     scores_NSU = q_NTK[:, block] @ k_NTK[:, : block.stop].mT
     is_seen_SU = torch.arange(block.start, block.stop)[:, None] >= torch.arange(block.stop)
@@ -120,10 +149,11 @@ def _scores(q_NTK: Tensor, k_NTK: Tensor, block: slice) -> Tensor:
 def _factors_of_difference(dy_NTK: Tensor, v_NTK: Tensor, mean_NT1: Tensor) -> tuple[Tensor, Tensor]:
     """Two [N, T, J], J = K + 2, whose product is dy @ vT - mean.
 
-    The difference is taken inside the product, which sums in float32 and rounds its result: rounded first, terms that nearly
-    cancel would leave little but their errors. The mean goes in as two numbers of the inputs' format, for all of its bits.
+    The difference is taken inside the product, which sums in float32 and rounds its result once: if the terms were rounded
+    first, those that nearly cancel would leave little but rounding errors. The mean is split into two numbers of the inputs'
+    format, which together hold all of its bits.
     """
-    # The upper half of a float32's bits is a bfloat16; a cast there and back would be left out by the compiler.
+    # The upper half of a float32's bits is a bfloat16; the compiler would drop a cast there and back.
     high_NT1 = ((-mean_NT1).view(torch.int32) & -(1 << 16)).view(torch.float32)
     ones_NT1 = torch.ones_like(v_NTK[..., :1])
     parts = [part.to(dy_NTK.dtype) for part in (high_NT1, -mean_NT1 - high_NT1)]
@@ -131,7 +161,7 @@ def _factors_of_difference(dy_NTK: Tensor, v_NTK: Tensor, mean_NT1: Tensor) -> t
 
 
 class _SumsByBlock:
-    """Sums of tensors [N, U, K] that begin at the first key and end at different ones, in float32."""
+    """float32 sums of tensors [N, U, K] over the first U keys, for different U."""
 
     def __init__(self, length: int) -> None:
         self.parts: list[list[Tensor]] = [[] for _ in _blocks(length)]
@@ -147,7 +177,7 @@ class _SumsByBlock:
 
 
 def _blocks(length: int) -> Iterator[slice]:
-    """The queries, a block at a time."""
+    """Slices of the queries, one per block."""
     size = max(_BLOCK, -(-length // _MOST_BLOCKS))
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))

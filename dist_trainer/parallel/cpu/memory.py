@@ -1,4 +1,4 @@
-"""How a process that computes on a CPU holds its memory: what one step freed, the next one has back without the kernel."""
+"""Memory of a process that computes on a CPU: what one step frees is reused by the next one, without the kernel."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 
-# Of <malloc.h>, man mallopt(3).
+# From <malloc.h>; see man mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _DEFAULT_MMAP_MAX = 65536
 _LARGE = 2**18
-"""Bytes: of tensors, and hardly anything else."""
+"""Bytes from which an allocation is almost always a tensor."""
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed for whoever allocates next; whether it does.
+    """Have glibc keep freed memory for later allocations; returns whether it does.
 
-    Else it maps each large tensor anew and unmaps it when it is freed, and the kernel fills every page of it with zeros
-    first: a tenth of a step on a CPU and more (docs/decisions/speed.md). The most memory that the process ever holds stays
-    about the same, but it is not given back in between. What a user has set of malloc stands; with another C library nothing
-    happens.
+    Otherwise glibc maps each large tensor anew and unmaps it when it is freed, and the kernel fills every page with zeros: a
+    tenth of a step on a CPU, or more (docs/decisions/speed.md). The process's peak memory stays about the same, but memory is
+    not given back in between. Does nothing if the user has configured malloc, or with another C library.
     """
     return _set({_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0})
 
 
 @contextmanager
 def large_blocks_apart() -> Generator[None]:
-    """Within, large tensors that find no room in the heap are mapped by themselves; then freed memory is kept (again).
+    """Inside, large tensors that find no room in the heap are mapped separately; afterwards freed memory is kept (again).
 
-    For what comes before the steps: a compiler's many small objects would lie among a rehearsal's tensors for good, and steps
-    find no room for theirs between them.
+    For the warm-up before the first step: otherwise a compiler's many small objects would stay in the heap between the
+    warm-up's tensors, and leave no room for those of later steps.
     """
     changed = _set({_M_MMAP_THRESHOLD: _LARGE, _M_MMAP_MAX: _DEFAULT_MMAP_MAX})
     try:

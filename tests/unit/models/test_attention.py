@@ -16,8 +16,9 @@ from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCol
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import ConfigError
-from dist_trainer.models import attention, decoder_lm
-from dist_trainer.models.attention import attend, block_mask, dense_document_mask
+from dist_trainer.models import attention as attention_module
+from dist_trainer.models import decoder_lm
+from dist_trainer.models.attention import attention, block_mask, dense_document_mask
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.loss import cross_entropy_sum, model_loss
 from dist_trainer.parallel.compile import compile_parts
@@ -99,7 +100,7 @@ def test_without_documents_attention_is_torchs_own_bit_for_bit():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert torch.equal(attend(q, k, v, None, causal=True, dropout=0.0), expected)
+    assert torch.equal(attention(q, k, v, None, causal=True, dropout=0.0), expected)
 
 
 def documents_of(rows: list[list[int]]) -> Tensor:
@@ -135,11 +136,11 @@ def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
     ],
 )
 def test_flex_attention_serves_where_it_can(monkeypatch, device, missing, head_size, drops_out, expected):
-    monkeypatch.setattr(attention, "missing_compiler", lambda _: missing)
-    monkeypatch.setattr(attention, "block_mask", lambda _: "blocks")
-    monkeypatch.setattr(attention, "dense_document_mask", lambda *_: "exact")
+    monkeypatch.setattr(attention_module, "missing_compiler", lambda _: missing)
+    monkeypatch.setattr(attention_module, "block_mask", lambda _: "blocks")
+    monkeypatch.setattr(attention_module, "dense_document_mask", lambda *_: "exact")
     documents = SimpleNamespace(device=torch.device(device))
-    found = attention.document_mask(documents, head_size=head_size, drops_out=drops_out, dtype=torch.float32)
+    found = attention_module.document_mask(documents, head_size=head_size, drops_out=drops_out, dtype=torch.float32)
     assert found == expected
 
 
@@ -198,7 +199,7 @@ def test_groups_are_left_to_torch_where_a_kernel_takes_them(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.version, "hip", hip)
     q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 8, head_size))
-    assert attention.takes_groups(q, torch.zeros(1) if masked else None) == expected
+    assert attention_module.takes_groups(q, torch.zeros(1) if masked else None) == expected
 
 
 def as_a_gpu_without_flash(q, k, v, *, attn_mask, dropout_p, is_causal, enable_gqa):
@@ -218,17 +219,17 @@ def kept_for_backward(length: int, *, masked: bool, monkeypatch: pytest.MonkeyPa
         mask = dense_document_mask(torch.empty(2, length, dtype=torch.int32), torch.float16) if masked else None
     kept = []
     with monkeypatch.context() as other, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        other.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=as_a_gpu_without_flash))
-        attend(q, k, v, mask, causal=not masked, dropout=0.0)
+        other.setattr(attention_module, "F", SimpleNamespace(scaled_dot_product_attention=as_a_gpu_without_flash))
+        attention(q, k, v, mask, causal=not masked, dropout=0.0)
     return sum(x.numel() for x in kept if mask is None or x.untyped_storage()._cdata != mask.untyped_storage()._cdata)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "exact document mask"])
 def test_without_flash_memory_of_grouped_attention_grows_with_the_length_alone(monkeypatch, masked):
-    monkeypatch.setattr(attention, "takes_groups", lambda *_: False)
+    monkeypatch.setattr(attention_module, "takes_groups", lambda *_: False)
     short, long = (kept_for_backward(length, masked=masked, monkeypatch=monkeypatch) for length in (128, 1024))
     assert long < 8.1 * short
-    monkeypatch.setattr(attention, "takes_groups", lambda *_: True)
+    monkeypatch.setattr(attention_module, "takes_groups", lambda *_: True)
     short, long = (kept_for_backward(length, masked=masked, monkeypatch=monkeypatch) for length in (128, 1024))
     assert long > 30 * short, "what the kernel that takes groups would keep"
 
@@ -236,10 +237,10 @@ def test_without_flash_memory_of_grouped_attention_grows_with_the_length_alone(m
 def test_repeated_keys_and_values_give_the_same_outputs_and_gradients(monkeypatch):
     found = []
     for repeated in (False, True):
-        monkeypatch.setattr(attention, "takes_groups", lambda *_, takes=not repeated: takes)
+        monkeypatch.setattr(attention_module, "takes_groups", lambda *_, takes=not repeated: takes)
         generator = torch.Generator().manual_seed(0)
         inputs = [torch.randn(2, heads, 40, 8, generator=generator, requires_grad=True) for heads in (6, 2, 2)]
-        y = attend(*inputs, None, causal=True, dropout=0.0)
+        y = attention(*inputs, None, causal=True, dropout=0.0)
         found.append([y, *torch.autograd.grad(y.pow(2).sum(), inputs)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)

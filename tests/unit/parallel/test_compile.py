@@ -25,16 +25,17 @@ from dist_trainer.parallel.compile import (
     BAN_RECOMPUTE,
     CACHES_AUTOGRAD_FUNCTIONS,
     WORTH_COMPILING,
-    compiling_for_cpu,
+    cpu_compile_switches,
+    enable_compile_cache,
+    number_format_in_key,
     should_compile,
 )
-from dist_trainer.parallel.compile_cache import enable_compile_cache, number_format_in_key
-from dist_trainer.parallel.cpu.attention import causal_attention
+from dist_trainer.parallel.cpu.attention import causal_attention, install_cpu_attention
 from dist_trainer.training.trainer import Trainer
 
 CPU, LONG, SHORT = DistributedContext.single(), 1e18, 1e12
 OWN_ATTENTION = Attention(ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2))
-OWN_ATTENTION.static_sequence_length = True
+install_cpu_attention(OWN_ATTENTION)
 
 
 def needs(switch: str) -> pytest.MarkDecorator:
@@ -98,7 +99,7 @@ def test_what_is_compiled_for_cpu_casts_its_weights_anew_and_has_the_same_gradie
     layers[1].load_state_dict(layers[0].state_dict())
     given = torch.randn(16, 48, requires_grad=True)
     kept, gradients = [], []
-    for module, context in zip(layers, (nullcontext(), compiling_for_cpu(torch.nn.Module())), strict=True):
+    for module, context in zip(layers, (nullcontext(), cpu_compile_switches(torch.nn.Module())), strict=True):
         saved: list[torch.Tensor] = []
         torch.compiler.reset()
         with (
@@ -146,14 +147,14 @@ def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(monk
 @needs(CACHES_AUTOGRAD_FUNCTIONS)
 def test_autograd_functions_are_cached_of_models_with_attention_of_ours_alone() -> None:
     for model, cached in ((OWN_ATTENTION, True), (torch.nn.Linear(8, 1), False)):
-        with compiling_for_cpu(model):
+        with cpu_compile_switches(model):
             assert getattr(compile.functorch_config, CACHES_AUTOGRAD_FUNCTIONS) is cached
 
 
 def test_a_torch_without_such_switches_compiles_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "functorch_config", None)
     monkeypatch.setattr(torch.compiler, "config", object())
-    with compiling_for_cpu(OWN_ATTENTION), number_format_in_key("bf16"):
+    with cpu_compile_switches(OWN_ATTENTION), number_format_in_key("bf16"):
         pass
 
 
@@ -176,7 +177,7 @@ def compiled_anew(function: Callable[[], Any]) -> Counter[str]:
 def test_the_next_start_finds_compiled_attention() -> None:
     def train() -> None:
         x = torch.ones(1, 1, 128, 16, dtype=torch.bfloat16, requires_grad=True)
-        with compiling_for_cpu(OWN_ATTENTION):
+        with cpu_compile_switches(OWN_ATTENTION):
             torch.compile(causal_attention, dynamic=False)(x, x, x).sum().backward()
 
     assert compiled_anew(train)["miss"] == 1
@@ -198,7 +199,7 @@ def test_an_autograd_function_of_other_operations_is_not_found() -> None:
                 return dy * backward_factor
 
         x = torch.ones(8, requires_grad=True)
-        with compiling_for_cpu(OWN_ATTENTION):
+        with cpu_compile_switches(OWN_ATTENTION):
             y = torch.compile(lambda x: Scaled.apply(x), dynamic=False)(x)
             y.sum().backward()
         assert (y[0].item(), x.grad[0].item()) == (forward_factor, backward_factor)

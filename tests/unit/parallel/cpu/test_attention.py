@@ -5,15 +5,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.models.attention import attend
+from dist_trainer.models.attention import attention
 from dist_trainer.models.decoder_lm import Block
 from dist_trainer.models.rotary import rotary_tables
 from dist_trainer.parallel.compile import compile_parts
-from dist_trainer.parallel.cpu.attention import LENGTHS, causal_attention
+from dist_trainer.parallel.cpu.attention import LENGTHS, causal_attention, has_cpu_attention, install_cpu_attention
 
+ORIGINALS = torch.zeros(())
 CONFIG = ModelConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 
 
@@ -82,27 +83,35 @@ def graph_of(block: Block, x: Tensor, *, with_gradients: bool) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does it
-def test_it_is_taken_where_a_block_is_compiled_to_be_trained_with_rows_of_one_length():
+def test_it_is_used_when_a_block_is_compiled_for_training_on_sequences_of_one_length():
     block = Block(CONFIG, 0)
     long, short = torch.randn(2, LENGTHS.start, 64), torch.randn(2, LENGTHS.start - 1, 64)
     assert "scaled_dot_product_attention" in graph_of(block, long, with_gradients=True)
-    block.self_attn.static_sequence_length = True
+    install_cpu_attention(block)
     assert "scaled_dot_product_attention" not in graph_of(block, long, with_gradients=True)
     assert "scaled_dot_product_attention" in graph_of(block, long, with_gradients=False)
     assert "scaled_dot_product_attention" in graph_of(block, short, with_gradients=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler
-def test_who_compiles_says_whether_all_rows_have_one_length():
-    block = Block(CONFIG, 0)
-    for varying_length in (False, True):
-        compile_parts(block, varying_length=varying_length)
-        assert block.self_attn.static_sequence_length is not varying_length
+def test_only_models_that_are_compiled_for_sequences_of_one_length_have_it_and_all_layers_the_same_one():
+    blocks = nn.ModuleList([Block(CONFIG, 0), Block(CONFIG, 1)])
+    assert not has_cpu_attention(blocks)
+    compile_parts(blocks, varying_length=True)
+    assert not has_cpu_attention(blocks)
+    for _ in range(2):  # the second time nothing is left to replace
+        compile_parts(blocks)
+        assert has_cpu_attention(blocks)
+        functions = {block.self_attn.attention_fn for block in blocks}
+        assert [function.args for function in functions] == [(attention,)]
 
 
-def test_it_is_not_taken_where_nothing_is_compiled():
+def test_it_is_not_used_without_compilation_nor_with_a_mask_or_dropout():
+    layer = nn.Module()
+    layer.attention_fn = lambda *_, **__: ORIGINALS
+    install_cpu_attention(layer)
     q, k, v, _ = (x.requires_grad_() for x in inputs(LENGTHS.start, torch.bfloat16))
-    assert torch.equal(attend(q, k, v, None, causal=True, dropout=0.0), torchs(q, k, v))
+    assert layer.attention_fn(q, k, v, None, causal=True, dropout=0.0) is ORIGINALS
 
 
 @pytest.mark.slow

@@ -30,22 +30,22 @@ from dist_trainer.parallel.cpu.matmul import (
     MIN_TOKENS,
     matmul_context,
     mkl_is_narrow_here,
-    onednn_multiplies_in_fp32,
-    products_by_onednn,
+    onednn_is_exact_here,
+    onednn_matmul,
 )
-from dist_trainer.training.precision import Precision, build_precision
+from dist_trainer.training.precision import build_precision
 from dist_trainer.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler
 SWITCH = torch.backends.mkldnn.matmul
-FP32 = Precision("fp32", torch.device("cpu"))
+ON_CPU = torch.device("cpu")
 BY_ONEDNN, BY_TORCHS_CHOICE = "bf16", "none"
 
 
 @pytest.fixture(autouse=True)
 def on_a_wide_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "mkl_is_narrow_here", lambda: True)
-    monkeypatch.setattr(matmul, "onednn_multiplies_in_fp32", lambda: True)
+    monkeypatch.setattr(matmul, "onednn_is_exact_here", lambda: True)
 
 
 @pytest.fixture
@@ -64,13 +64,14 @@ def a_model(*, compiled: bool = True) -> DecoderLM:
     return model
 
 
-def choice(model: nn.Module, precision: Precision = FP32, *, tokens: int = MIN_TOKENS, varying_length: bool = False) -> str:
-    with matmul_context(model, precision, tokens=tokens, varying_length=varying_length)():
+def choice(model: nn.Module, **changes: Any) -> str:
+    conditions = {"device": ON_CPU, "dtype": torch.float32, "tokens": MIN_TOKENS, "varying_length": False, **changes}
+    with matmul_context(model, **conditions)():
         return SWITCH.fp32_precision
 
 
 def skip_where_factors_are_rounded() -> None:
-    if not onednn_multiplies_in_fp32():
+    if not onednn_is_exact_here():
         pytest.skip("this processor rounds factors to bfloat16, so MKL stays")
 
 
@@ -84,9 +85,8 @@ def test_they_are_not_where_that_would_not_pay(monkeypatch):
     compile_parts(whole)
     assert choice(a_model(compiled=False)) == choice(whole) == BY_TORCHS_CHOICE
     assert choice(model, tokens=MIN_TOKENS - 1) == choice(model, varying_length=True) == BY_TORCHS_CHOICE
-    assert choice(model, Precision("bf16", torch.device("cpu"))) == BY_TORCHS_CHOICE
-    assert choice(model, Precision("fp32", torch.device("cuda"))) == BY_TORCHS_CHOICE
-    for condition in ("mkl_is_narrow_here", "onednn_multiplies_in_fp32"):
+    assert choice(model, dtype=torch.bfloat16) == choice(model, device=torch.device("cuda")) == BY_TORCHS_CHOICE
+    for condition in ("mkl_is_narrow_here", "onednn_is_exact_here"):
         with monkeypatch.context() as patch:
             patch.setattr(matmul, condition, lambda: False)
             assert choice(model) == BY_TORCHS_CHOICE
@@ -96,14 +96,14 @@ def test_they_are_not_where_that_would_not_pay(monkeypatch):
 def test_what_a_user_has_chosen_for_everything_stands(precision, legacy_switch):
     torch.set_float32_matmul_precision(precision)
     chosen = SWITCH.fp32_precision
-    with products_by_onednn():
+    with onednn_matmul():
         assert (SWITCH.fp32_precision, torch.get_float32_matmul_precision()) == (chosen, precision)
     assert (SWITCH.fp32_precision, torch.get_float32_matmul_precision()) == (chosen, precision)
 
 
 def test_what_a_user_has_chosen_for_onednn_stands(legacy_switch):
     SWITCH.fp32_precision = "ieee"
-    with products_by_onednn():
+    with onednn_matmul():
         assert SWITCH.fp32_precision == "ieee"
     assert SWITCH.fp32_precision == "ieee"
 
@@ -111,9 +111,9 @@ def test_what_a_user_has_chosen_for_onednn_stands(legacy_switch):
 def test_all_is_as_it_was_even_after_an_error_and_torch_can_tell_its_precision_within():
     torch.backends.cuda.matmul.allow_tf32 = False  # as build_precision does
     before = torch.backends.cuda.matmul.fp32_precision
-    with products_by_onednn():
+    with onednn_matmul():
         assert torch.get_float32_matmul_precision() == "medium"
-    with pytest.raises(ZeroDivisionError), products_by_onednn():
+    with pytest.raises(ZeroDivisionError), onednn_matmul():
         _ = 1 / 0
     assert torch.get_float32_matmul_precision() == "highest"
     assert (SWITCH.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == (BY_TORCHS_CHOICE, before)
@@ -136,7 +136,7 @@ def test_whether_factors_are_rounded_is_found_out(monkeypatch):
     for multiply, expected in ((exact, True), (rounding, False), (failing, False)):
         with monkeypatch.context() as patch:
             patch.setattr(Tensor, "__matmul__", multiply)
-            assert onednn_multiplies_in_fp32() is expected
+            assert onednn_is_exact_here() is expected
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_products_are_as_exact_as_float32_is(rows, inner, columns):
     left = torch.randn(rows, inner, generator=generator, dtype=torch.float64)
     right = torch.randn(inner, columns, generator=generator, dtype=torch.float64)
     exact = left.float().double() @ right.float().double()
-    with products_by_onednn():
+    with onednn_matmul():
         product = left.float() @ right.float()
     assert (product - exact).norm() < 1e-6 * exact.norm()
 
@@ -185,7 +185,7 @@ def test_loss_and_gradients_of_a_compiled_model_agree_with_mkls_and_are_the_same
             loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
             return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
-    mkls, onednns, again = (of_a_step(context) for context in (nullcontext(), products_by_onednn(), products_by_onednn()))
+    mkls, onednns, again = (of_a_step(context) for context in (nullcontext(), onednn_matmul(), onednn_matmul()))
     torch.testing.assert_close(onednns, mkls, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(again, onednns, rtol=0, atol=0)
 
@@ -201,7 +201,6 @@ def test_steps_and_their_rehearsal_have_it_and_validation_does_not(monkeypatch, 
         return loss
 
     monkeypatch.setattr("dist_trainer.training.precompile.is_compiled", lambda _: True)
-    monkeypatch.setattr(matmul, "is_compiled", lambda _: True)  # but eagerly: quicker
     config = TrainingConfig(
         output_dir=str(tmp_path),
         data=DataConfig(sequence_length=128),
@@ -221,6 +220,7 @@ def test_steps_and_their_rehearsal_have_it_and_validation_does_not(monkeypatch, 
         train_data=loaders.train,
         validation_data=loaders.validation,
         loss_function=loss_function,
+        step_context=onednn_matmul,
     ).fit()
     assert seen == {"training": {BY_ONEDNN}, "backward": {BY_ONEDNN}, "validation": {BY_TORCHS_CHOICE}}
     assert SWITCH.fp32_precision == BY_TORCHS_CHOICE
