@@ -35,7 +35,7 @@ def run(argv: Sequence[str] | None) -> int:
     arguments = parser.parse_args(argv)
     from dist_trainer.html_report.curves import MOST_RUNS
     from dist_trainer.html_report.page import REPORT_FILE, html_report
-    from dist_trainer.storage.atomic_file import replace_file
+    from dist_trainer.storage.files import replace_file
     from dist_trainer.tracking.run_reader import read_run
 
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())

@@ -12,14 +12,15 @@ from typing import Any
 
 from dist_trainer.checkpoint.state import STATE_FILE, Progress, Validated, read_training_state
 from dist_trainer.errors import CheckpointError
+from dist_trainer.storage.files import format_disk_error
 from dist_trainer.storage.folders import (
-    DAMAGED_PREFIX,
-    discard,
-    point,
+    CORRUPT_PREFIX,
+    OLD_CORRUPT_PREFIX,
+    delete_folder,
     quarantine,
     read_symlink,
-    refusal_of_the_disk,
-    sweep,
+    remove_stale,
+    update_symlink,
 )
 from dist_trainer.storage.manifest import MANIFEST, read_manifest, verify
 
@@ -63,7 +64,7 @@ def latest_valid(folder: Path) -> Path | None:
     for candidate in candidates:
         if is_valid(candidate):
             return candidate
-    remains = [path.name for path in folder.glob(f"{DAMAGED_PREFIX}step-*")]
+    remains = [path.name for prefix in (CORRUPT_PREFIX, OLD_CORRUPT_PREFIX) for path in folder.glob(f"{prefix}step-*")]
     remains += [name for link in (LATEST, BEST) if (name := read_symlink(folder / link)) and _STEP_FOLDER.fullmatch(name)]
     if candidates or remains:
         which = f"there was {remains[0]}" if not candidates else "see the warnings above"
@@ -121,7 +122,7 @@ def resume_point(folder: Path, *, keep_last: int) -> tuple[Path, Progress] | Non
 
 def tidy_before_the_search(folder: Path) -> None:
     """Bring back the newest checkpoint where it was about to be replaced, or is there as `latest` or `best` alone."""
-    sweep(folder)
+    remove_stale(folder)
     for name in (LATEST, BEST):
         _take_in_copy(folder / name)
 
@@ -169,14 +170,14 @@ def _left_to_the_next_save(latest: Path, failure: str) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        log.warning("%s is saved, but %s (%s); the next save tries again", latest, failure, refusal_of_the_disk(error))
+        log.warning("%s is saved, but %s (%s); the next save tries again", latest, failure, format_disk_error(error))
 
 
 def _set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
     for link, target in ((folder / LATEST, latest), (folder / BEST, folder / name_of(best.step) if best else None)):
         _take_in_copy(link)
         if target is not None:
-            point(link, target)
+            update_symlink(link, target)
         elif link.is_symlink():
             link.unlink()
         elif link.exists():
@@ -187,7 +188,7 @@ def _rotate(folder: Path, *, keep_last: int, best: Validated | None) -> None:
     kept = {read_symlink(folder / LATEST), read_symlink(folder / BEST), best and name_of(best.step)}
     for candidate in step_folders(folder)[max(1, keep_last) :]:
         if candidate.name not in kept:
-            discard(candidate)
+            delete_folder(candidate)
 
 
 def _take_in_copy(link: Path) -> None:
@@ -205,7 +206,7 @@ def _take_in_copy(link: Path) -> None:
     if os.path.lexists(original) and is_valid(original):
         if _weights_and_optimizer(read_manifest(original)) == _weights_and_optimizer(copy):
             log.info("%s is a copy of %s; it is replaced by a link", link, original.name)
-            discard(link)
+            delete_folder(link)
     elif is_valid(link):
         if os.path.lexists(original):
             quarantine(original)

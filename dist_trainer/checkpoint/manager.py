@@ -14,7 +14,8 @@ from dist_trainer.checkpoint.folders import FORMAT_VERSION, best_checkpoint, bri
 from dist_trainer.checkpoint.state import Snapshot, Validated, write_training_state
 from dist_trainer.checkpoint.writer import BackgroundWriter, Save
 from dist_trainer.config.schema import CheckpointConfig
-from dist_trainer.storage.folders import make_folder, publish, refusal_of_the_disk
+from dist_trainer.storage.files import format_disk_error
+from dist_trainer.storage.folders import make_folder, publish
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class CheckpointManager:
             save.after()
             folder = self._publish(snapshot)
         except BaseException as error:
-            refusal = refusal_of_the_disk(error)
+            refusal = format_disk_error(error)
             told = f"step {step}: the checkpoint could not be saved ({refusal or repr(error)})"
             if refusal is None:
                 self._trouble = told

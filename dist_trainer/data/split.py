@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from dist_trainer.data.records import Records, reading_of
 from dist_trainer.data.text_file import unreadable
+from dist_trainer.storage.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,7 @@ def _read_note(note: Path) -> str | None:
 
 def _write_note(note: Path, digest: str) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-    try:
-        os.write(file, _sealed(note, digest).encode())
-    finally:
-        os.close(file)
+    replace_file(note, [_sealed(note, digest).encode()], durable=False)
 
 
 def _sealed(note: Path, digest: str) -> str:

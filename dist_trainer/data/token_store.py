@@ -14,12 +14,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from dist_trainer.data.split import Split
 from dist_trainer.data.store_building import (
@@ -34,7 +32,7 @@ from dist_trainer.data.store_building import (
 from dist_trainer.data.templates import TextOf
 from dist_trainer.data.tokenizers import Tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError, counted
-from dist_trainer.storage.files import NO_LOCKS, warn_once
+from dist_trainer.storage.locks import locked, try_lock, unlock
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +90,13 @@ def token_store(
                 )
             return store
         _sweep(cache_dir / "tokens")
-        with _locked(folder):
+        with locked(_lock_of(folder), without_locks="start no second run on the same data while its tokens are prepared"):
             if (store := _open(folder, key, has_loss_mask=has_loss_mask)) is not None:
                 return store
             _build(folder, split, tokenizer, text, has_loss_mask, max_bad_records)
         store = _open(folder, key, has_loss_mask=has_loss_mask)
-    except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error or "its file system has no locks"
+    except OSError as error:
+        reason = error.strerror or error
         raise DataError(
             f"data.cache_dir: {cache_dir} cannot be used ({reason}); make room there, or name another folder with "
             "--data.cache_dir or DIST_TRAINER_CACHE"
@@ -116,25 +114,8 @@ def store_key(split: Split, tokenizer: Tokenizer, text_identity: str, cache_dir:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Generator[None]:
-    """Alone with the store `folder`, among all processes; where the file system has no locks a warning says so."""
-    lock = FileLock(_lock_of(folder))
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
-        advice = "start no second run on the same data while its tokens are prepared"
-        warn_once(folder.parent, "locks are", error, advice)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _lock_of(folder: Path) -> Path:
-    """The lock file of the store `folder`; raises OSError where a link would lead the lock, which empties it, elsewhere."""
+    """The lock file of the store `folder`; raises OSError where a link would lead the lock elsewhere."""
     lock = folder.with_name(f"{folder.name}.lock")
     if lock.is_symlink():
         raise OSError(errno.ELOOP, f"{lock} is a symbolic link, which is not followed", str(lock))
@@ -146,9 +127,10 @@ def _sweep(stores: Path) -> None:
     for half in stores.glob(f"{_BUILDING}*"):
         if seconds_since_progress(half) < SECONDS_KEPT:
             continue
-        lock = FileLock(_lock_of(stores / half.name.removeprefix(_BUILDING)), timeout=0)
-        with contextlib.suppress(OSError, NotImplementedError), lock:  # also Timeout, which is one
-            remove(half)
+        with contextlib.suppress(OSError):
+            if (lock := try_lock(_lock_of(stores / half.name.removeprefix(_BUILDING)))) is not None:
+                remove(half)
+                unlock(lock)
 
 
 def _open(folder: Path, key: str, *, has_loss_mask: bool) -> TokenStore | None:

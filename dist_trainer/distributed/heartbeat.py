@@ -282,7 +282,7 @@ class Heartbeat:
         if self._peers_may_leave:
             return
         for rank, member in enumerate(self._members):
-            if rank != self.rank and rank not in self._gone_since and member.is_near() and not member.is_alive():
+            if rank != self.rank and rank not in self._gone_since and member.is_local() and not member.is_alive():
                 self._gone_since[rank] = time.monotonic()
 
     def _hanging(self) -> list[Finding]:
@@ -311,9 +311,9 @@ class Heartbeat:
             self._say(reason)
         elif any(not finding.is_gone for finding in findings):
             time.sleep(FIRST_WORD_SECONDS)
-        if self.rank == next((rank for rank in able if self._members[rank].is_near()), None):
+        if self.rank == next((rank for rank in able if self._members[rank].is_local()), None):
             for member in (self._members[rank] for rank in lost - {self.rank}):
-                if member.is_near():
+                if member.is_local():
                     member.kill()  # a stopped process would outlive all others
         os._exit(EXIT_CRASHED)
 

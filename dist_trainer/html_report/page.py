@@ -16,7 +16,7 @@ from dist_trainer.html_report.markup import folded
 from dist_trainer.html_report.sections import happened, heading, samples, time_spent
 from dist_trainer.html_report.settings import config, differences, environment
 from dist_trainer.html_report.svg_charts import as_script_data, figure
-from dist_trainer.storage.atomic_file import replace_file
+from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.run_reader import RunHistory
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from dist_trainer.checkpoint.state import Progress
 from dist_trainer.errors import CheckpointError, ConfigError
-from dist_trainer.storage.files import sync
-from dist_trainer.storage.folders import make_folder, quarantine, sweep, write_atomically
+from dist_trainer.storage.files import replace_file, sync
+from dist_trainer.storage.folders import make_folder, quarantine, remove_stale
 from dist_trainer.storage.locks import LOCK_FILE, RunLock
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,8 @@ CHECKPOINTS = "checkpoints"
 FOLDERS = (CHECKPOINTS, "logs", "wandb", "tensorboard", "trackio")
 WANDB_FILES = ("run_id", "cursor.json", "logged.json", "wandb", "wandb/logs", "artifacts")
 """Of wandb/, what is opened again at the next start; W&B's own links to its newest files are not."""
-REPLACED_PREFIX = "replaced-"
+ARCHIVE_PREFIX, OLD_ARCHIVE_PREFIX = "archived-", "replaced-"
+"""Of folders with earlier runs: since version 0.1, and before."""
 _MOVING = ".moving-aside"
 
 
@@ -55,7 +56,7 @@ class RunFolder:
             with self._writing("choose another --output_dir"):
                 self._guard_doors()
                 for folder in (self.path, self.path / "wandb"):
-                    sweep(folder)
+                    remove_stale(folder)
                 self._finish_setting_aside()
                 make_folder(self.checkpoints)
         except BaseException:
@@ -78,7 +79,7 @@ class RunFolder:
         path = self.path / CONFIG_FILE
         with self._writing("make room, or choose another --output_dir"):
             if not path.is_file() or path.read_bytes() != text.encode():
-                write_atomically(path, text)
+                replace_file(path, [text.encode()], durable=True)
 
     def set_aside(self) -> None:
         """Move what an earlier run left into a numbered folder inside; nothing is deleted.
@@ -99,7 +100,7 @@ class RunFolder:
             return
         for leftover in self._of_the_run():
             leftover.rename(moving / leftover.name)
-        names = (self.path / f"{REPLACED_PREFIX}{number}" for number in itertools.count(1))
+        names = (self.path / f"{ARCHIVE_PREFIX}{number}" for number in itertools.count(1))
         aside = next(name for name in names if not os.path.lexists(name))
         moving.rename(aside)
         sync(self.path)
@@ -107,7 +108,8 @@ class RunFolder:
 
     def _of_the_run(self) -> list[Path]:
         kept = (LOCK_FILE, _MOVING)
-        return [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith(REPLACED_PREFIX)]
+        archives = (ARCHIVE_PREFIX, OLD_ARCHIVE_PREFIX)
+        return [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith(archives)]
 
     def _guard_doors(self) -> None:
         """Whoever made this folder must not have made us write, or wait, somewhere else."""

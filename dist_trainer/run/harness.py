@@ -27,7 +27,7 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.hub import hub_is_reachable
 from dist_trainer.huggingface.weights import locate_weights
-from dist_trainer.storage.atomic_file import replace_file
+from dist_trainer.storage.files import replace_file
 from dist_trainer.training.precision import build_precision
 
 RESULTS_FOLDER = "evaluations"

@@ -1,48 +1,126 @@
-"""What some file systems refuse, such as vfat, CIFS and FUSE mounts: a run does without where it can, and says so once."""
+"""Files that a reader finds complete or not at all, and what some file systems refuse (vfat, CIFS, FUSE mounts): a run
+continues without it if it can, and says so once.
+"""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+import re
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+STAGING_PREFIX = ".staging-"
+"""Of the hidden name under which a file or folder is written before it is renamed."""
 REFUSED = frozenset(
     {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EBADF, errno.EPERM, errno.EACCES}
 )
 """Errors of file systems that do not have an operation. A disk that fails or is full gives others."""
-NO_LOCKS = (REFUSED | {errno.ENOLCK}) - {errno.EACCES}
-"""EACCES: another process holds the lock."""
+_BLOCK_BYTES = 4096
+"""The smallest unit of space in most file systems: a file that stays within it needs no more."""
 
-_said: set[tuple[str, int]] = set()
+_warned: set[tuple[str, int]] = set()
 
 
-def warn_once(folder: Path, what: str, error: Exception, consequence: str) -> None:
-    """Warn of what the file system of `folder` refuses, and of what follows from that; once for each in a process."""
-    device = folder.stat().st_dev
-    if (what, device) not in _said:
-        _said.add((what, device))
-        reason = getattr(error, "strerror", None) or error
-        log.warning("%s: %s refused by this file system (%s); %s", folder, what, reason, consequence)
+def replace_file(path: Path, chunks: Iterable[bytes], *, durable: bool) -> None:
+    """Write `chunks` to a hidden file next to `path` and rename it, so readers see the old or the new file; `durable`: also
+    after a power cut.
+
+    Raises OSError if the disk refuses; then `path` is unchanged.
+    """
+    staging = path.with_name(f"{STAGING_PREFIX}{path.name}")
+    remove(staging)  # what a killed process left, or a link that someone put there
+    try:
+        with staging.open("xb") as file:
+            file.writelines(chunks)
+            if durable:
+                file.flush()
+                sync_file(file.fileno(), path)
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def replace_or_overwrite(path: Path, data: bytes, *, durable: bool) -> None:
+    """As `replace_file`; if the disk has no room for a second file, overwrite `path` within the space it already has.
+
+    `data` may get trailing blanks, as JSON may. Raises OSError if that fails too.
+    """
+    try:
+        replace_file(path, [data], durable=durable)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or len(data) > _BLOCK_BYTES:
+            raise
+        file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+        try:
+            # One write, with blanks over the rest: a reader never finds the end of the old content after the new.
+            os.pwrite(file, data.ljust(os.fstat(file).st_size), 0)
+            if durable:
+                sync_file(file, path)
+        finally:
+            os.close(file)
+
+
+def open_for_writing(path: Path, *, append: bool = False) -> int:
+    """Open or create `path` to read and write it in place; a descriptor. Raises OSError, also if `path` is a symbolic link."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (os.O_APPEND if append else 0), 0o644)
+
+
+def truncate_file(path: Path, size: int) -> None:
+    """Cut `path` to its first `size` bytes, durably: this needs no space on the disk. Raises OSError."""
+    file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        os.ftruncate(file, size)
+        sync_file(file, path)
+    finally:
+        os.close(file)
+
+
+def remove(path: Path) -> None:
+    """Delete the file or folder `path`, if there is one; a link is deleted, not followed."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------- durability
+
+
+def sync(path: Path) -> None:
+    """Sync a file, or the names in a folder. Raises OSError."""
+    if path.is_dir():
+        sync_folder(path)
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        sync_file(file, path)
+    finally:
+        os.close(file)
 
 
 def sync_file(file: int, path: Path) -> None:
-    """Return when the content of the open `file`, which `path` names, survives a power cut, as far as its file system can
-    promise that. Raises OSError.
+    """Return when the content of the descriptor `file`, opened from `path`, survives a power cut, as far as its file system
+    can promise that. Raises OSError.
     """
-    _fsync(file, path.parent, "fsync is", "a power cut may cost what was written last")
+    _fsync(file, path.parent, "fsync is", "a power cut may lose what was written last")
 
 
 def sync_folder(folder: Path) -> None:
     """Return when the names in `folder` survive a power cut, as far as its file system can promise that. Raises OSError."""
     try:
         file = os.open(folder, os.O_RDONLY)
-    except (PermissionError, IsADirectoryError):  # it may be written in, but not listed; or no folder can be opened there
+    except (PermissionError, IsADirectoryError):  # it may be written to but not listed, or no folder can be opened there
         return
     try:
-        _fsync(file, folder, "fsync of a folder is", "a power cut may cost the newest files in it")
+        _fsync(file, folder, "fsync of a folder is", "a power cut may lose the newest files in it")
     finally:
         os.close(file)
 
@@ -56,13 +134,25 @@ def _fsync(file: int, folder: Path, what: str, consequence: str) -> None:
         warn_once(folder, what, error, consequence)
 
 
-def sync(path: Path) -> None:
-    """Sync a file, or a folder's names. Raises OSError."""
-    if path.is_dir():
-        sync_folder(path)
-        return
-    file = os.open(path, os.O_RDONLY)
-    try:
-        sync_file(file, path)
-    finally:
-        os.close(file)
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+def warn_once(folder: Path, what: str, error: Exception, consequence: str) -> None:
+    """Warn of what the file system of `folder` refuses, and of the consequence; once per file system in a process."""
+    device = folder.stat().st_dev
+    if (what, device) not in _warned:
+        _warned.add((what, device))
+        reason = getattr(error, "strerror", None) or error
+        log.warning("%s: %s refused by this file system (%s); %s", folder, what, reason, consequence)
+
+
+def format_disk_error(error: BaseException) -> str | None:
+    """`ENOSPC: No space left on device`; None if `error` is not an error of the disk.
+
+    safetensors and tokenizers write files themselves and raise their own errors, with the number in the text.
+    """
+    match = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
+    if number is None:
+        return str(error) if isinstance(error, OSError) else None
+    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"

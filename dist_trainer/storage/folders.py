@@ -1,38 +1,35 @@
-"""A folder that exists whole or not at all.
+"""Folders that exist complete or not at all.
 
-Written beside its place under a hidden name, every file synced, the manifest (sizes and digests of all files) last, then
-the folder synced, renamed, and its parent synced. Deleted by renaming to a hidden name first. What a killed process
-leaves behind therefore always has a hidden name, and `sweep` removes it.
+A folder is written next to its place under a hidden name: every file is synced, the manifest (sizes and digests of all files)
+comes last, then the folder is synced, renamed, and its parent synced. It is deleted by renaming it to a hidden name first. So
+whatever a killed process leaves has a hidden name, and `remove_stale` removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.storage.files import REFUSED, sync, warn_once
+from dist_trainer.storage.files import REFUSED, STAGING_PREFIX, remove, sync, warn_once
 from dist_trainer.storage.manifest import MANIFEST, describe_files
 
 log = logging.getLogger(__name__)
 
-STAGING_PREFIX = ".staging-"
 TRASH_PREFIX = ".trash-"
 ASIDE_PREFIX = ".aside-"
-DAMAGED_PREFIX = "damaged-"
+CORRUPT_PREFIX, OLD_CORRUPT_PREFIX = "corrupt-", "damaged-"
+"""Of what was renamed because it is not what belongs there: since version 0.1, and before."""
 
 
 def publish(folder: Path, write: Callable[[Path], None], *, metadata: dict[str, Any]) -> None:
-    """Make `folder` appear with what `write` puts into it, and `facts` in its manifest.
+    """Make `folder` appear with the files that `write` creates in the folder it is given, and `metadata` in its manifest.
 
-    Raises OSError where the disk refuses; then nothing is visible, what stood there before still does, and the staging
-    folder is gone as far as possible.
+    Raises OSError if the disk refuses; then nothing is visible, an earlier `folder` is still there, and the staging folder is
+    removed as far as possible.
     """
     staging = folder.with_name(f"{STAGING_PREFIX}{folder.name}")
     aside = folder.with_name(f"{ASIDE_PREFIX}{folder.name}")
@@ -40,7 +37,7 @@ def publish(folder: Path, write: Callable[[Path], None], *, metadata: dict[str, 
     staging.mkdir(parents=True)
     try:
         write(staging)
-        _seal(staging, metadata)
+        _add_manifest_and_sync(staging, metadata)
         if os.path.lexists(folder):
             remove(aside)
             os.rename(folder, aside)
@@ -54,9 +51,9 @@ def publish(folder: Path, write: Callable[[Path], None], *, metadata: dict[str, 
     remove(aside)
 
 
-def _seal(staging: Path, metadata: dict[str, Any]) -> None:
+def _add_manifest_and_sync(staging: Path, metadata: dict[str, Any]) -> None:
     """Add the manifest, and return when everything in `staging` survives a power cut."""
-    readable = staging.stat().st_mode & 0o666  # as the user's umask has it; safetensors makes private files
+    readable = staging.stat().st_mode & 0o666  # as the user's umask has it; safetensors creates private files
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             with contextlib.suppress(OSError):  # vfat, CIFS and FUSE mounts may refuse it, and nothing relies on it
@@ -69,24 +66,10 @@ def _seal(staging: Path, metadata: dict[str, Any]) -> None:
         sync(directory)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by a file with `text`: readers see the old or the new one, also after a power cut."""
-    staging = path.with_name(f"{STAGING_PREFIX}{path.name}")
-    remove(staging)
-    try:
-        staging.write_text(text, encoding="utf-8")
-        sync(staging)
-        os.replace(staging, path)
-    except BaseException:
-        staging.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def point(link: Path, target: Path) -> None:
+def update_symlink(link: Path, target: Path) -> None:
     """Make `link` a symbolic link to `target`, a sibling; readers see the old or the new one.
 
-    What else may be there under its name is renamed. Where the file system has no links a warning says so, once.
+    Anything else that has its name is renamed. If the file system has no links, a warning says so, once.
     """
     if read_symlink(link) == target.name:
         return
@@ -106,15 +89,15 @@ def point(link: Path, target: Path) -> None:
 
 
 def read_symlink(link: Path) -> str | None:
-    """What the link says, whether or not it is there; None where `link` is none."""
+    """The target of `link`, whether or not it exists; None if `link` is not a link."""
     try:
         return os.readlink(link)
     except OSError:
         return None
 
 
-def discard(folder: Path) -> None:
-    """Delete `folder`; from the first moment on nobody sees a part of it under its name."""
+def delete_folder(folder: Path) -> None:
+    """Delete `folder`; nobody ever sees only a part of it under its name."""
     trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}")
     remove(trash)
     os.rename(folder, trash)
@@ -123,8 +106,8 @@ def discard(folder: Path) -> None:
 
 
 def quarantine(path: Path) -> Path:
-    """Rename `path` to `damaged-...`, and give its new name."""
-    wanted = path.with_name(f"{DAMAGED_PREFIX}{path.name}")
+    """Rename `path` to `corrupt-...`, and return the new path."""
+    wanted = path.with_name(f"{CORRUPT_PREFIX}{path.name}")
     number, free = 1, wanted
     while os.path.lexists(free):
         number += 1
@@ -134,8 +117,8 @@ def quarantine(path: Path) -> Path:
     return free
 
 
-def sweep(parent: Path) -> None:
-    """Remove what interrupted writes and deletions left in `parent`, and bring back what was about to be replaced."""
+def remove_stale(parent: Path) -> None:
+    """Remove what interrupted writes and deletions left in `parent`, and restore a folder that was about to be replaced."""
     for path in list(parent.iterdir()) if parent.is_dir() else []:
         original = path.with_name(path.name.removeprefix(ASIDE_PREFIX))
         if path.name.startswith(ASIDE_PREFIX) and not os.path.lexists(original):
@@ -151,23 +134,3 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     path.mkdir(exist_ok=True)
     sync(path.parent)
-
-
-def remove(path: Path) -> None:
-    """Delete what is at `path`, if anything; links are deleted, not followed."""
-    if path.is_symlink() or path.is_file():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def refusal_of_the_disk(error: BaseException) -> str | None:
-    """`ENOSPC: No space left on device`; None where `error` is something else.
-
-    safetensors and tokenizers, which write by themselves, raise errors of their own with the number in the text.
-    """
-    told = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-    if number is None:
-        return str(error) if isinstance(error, OSError) else None
-    return f"{errno.errorcode.get(number, number)}: {os.strerror(number)}"

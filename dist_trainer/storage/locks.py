@@ -1,7 +1,8 @@
-"""One job a run folder: a lock that ends with the process that holds it, and that tells who this is."""
+"""Locks on files, which end with the process that holds them; and the lock of a run's folder, which also names its owner."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -9,38 +10,87 @@ import os
 import re
 import socket
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_trainer.errors import CheckpointError
-from dist_trainer.storage.files import NO_LOCKS
+from dist_trainer.storage.files import REFUSED, warn_once
+from dist_trainer.storage.processes import is_running
 
 log = logging.getLogger(__name__)
 
+NO_LOCKS = (REFUSED | {errno.ENOLCK}) - {errno.EACCES}
+"""Errors of file systems without locks. EACCES: another process holds the lock."""
 LOCK_FILE = ".lock"
-SECONDS_FOR_THE_LIVING = 1.5
-"""A process that was killed a moment ago may still look alive while its memory is given back."""
-SECONDS_FOR_THE_DEAD = 5.0
-_PAUSE_SECONDS = 0.1
-_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+ALIVE_OWNER_SECONDS = 1.5
+"""How long to wait for an owner that is running: one that was just killed may look so while its memory is freed."""
+DEAD_OWNER_SECONDS = 5.0
+_POLL_SECONDS = 0.1
 _OWNER = re.compile(r"host (?P<host>.*), pid (?P<pid>\d+), since (?P<since>.*)\n")
 
 _held: set[int] = set()
 
 
-def _let_go_in_a_child() -> None:
+def _unlock_in_child() -> None:
     """A forked child shares its parent's locks: a data worker that outlives a killed trainer would keep them."""
     for file in _held:
         os.close(file)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_in_a_child)
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def try_lock(path: Path) -> int | None:
+    """Lock the file `path`, created if missing, for this process alone: a descriptor for `unlock`; None if another process
+    holds it.
+
+    Raises OSError, also if `path` is a symbolic link or (see NO_LOCKS) the file system has no locks.
+    """
+    file = _open(path)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_same_file(path, file):
+            return file
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            unlock(file)
+            raise
+    unlock(file)  # or it was deleted in the meantime, maybe with its folder
+    return None
+
+
+def unlock(file: int) -> None:
+    """Let other processes have the lock."""
+    _held.discard(file)
+    os.close(file)
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, without_locks: str) -> Generator[None]:
+    """Hold the lock on the file `path`, after waiting for it.
+
+    If the file system has no locks, continue without, and warn of the consequence, `without_locks`. Raises OSError.
+    """
+    try:
+        while (file := try_lock(path)) is None:
+            time.sleep(_POLL_SECONDS)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        warn_once(path.parent, "locks are", error, without_locks)
+        yield
+        return
+    try:
+        yield
+    finally:
+        unlock(file)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds, or held, the lock."""
+    """Who holds, or held, the lock of a run."""
 
     host: str
     pid: int
@@ -52,10 +102,17 @@ class Owner:
         return Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
 
     @staticmethod
-    def named_in(file: int) -> Owner | None:
-        """Whom the lock file names; None where it names no one."""
-        found = _OWNER.match(os.pread(file, 4096, 0).decode(errors="replace"))
-        return None if found is None else Owner(found["host"], int(found["pid"]), found["since"])
+    def read(path: Path) -> Owner | None:
+        """The owner that the lock file names; None if it names none."""
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return None
+        try:
+            match = _OWNER.match(os.pread(file, 4096, 0).decode(errors="replace"))
+        finally:
+            os.close(file)
+        return None if match is None else Owner(match["host"], int(match["pid"]), match["since"])
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}, since {self.since}"
@@ -64,71 +121,53 @@ class Owner:
         """Whether its pid means something here."""
         return self.host == socket.gethostname()
 
-    def seems_to_live(self) -> bool:
-        """Whether there is such a process; what is on another host seems to."""
-        if not self.is_on_this_host():
-            return True
-        try:
-            os.kill(self.pid, 0)
-        except PermissionError:
-            return True
-        except (OSError, OverflowError):
-            return False
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return True
-        return state not in "ZX"
+    def seems_alive(self) -> bool:
+        """Whether it is running; on another host it seems to be."""
+        return not self.is_on_this_host() or is_running(self.pid)
 
 
 class RunLock:
     """The lock of the run folder `folder`, held until `release` or the end of this process, however it ends."""
 
     def __init__(self, folder: Path) -> None:
-        """Take it. Raises CheckpointError naming the owner where another job holds it, OSError where the file cannot be."""
+        """Take it. Raises CheckpointError naming the owner if another job holds it, OSError if the file cannot be created."""
         self._path = folder / LOCK_FILE
         if self._path.is_symlink():
             raise CheckpointError(f"{self._path} is a symbolic link, which is not followed; remove it")
-        self._file = self._taken()
-        _held.add(self._file)
+        self._file = self._lock()
         self._sign()
 
     def release(self) -> None:
-        """Let others have it."""
-        _held.discard(self._file)
-        os.close(self._file)
+        """Let other jobs have it."""
+        unlock(self._file)
 
-    def _taken(self) -> int:
-        began = time.monotonic()
+    def _lock(self) -> int:
+        started = time.monotonic()
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_still(self._path, file):
-                    return file
-                owner = None  # whoever made it has removed its folder in between
+                file = try_lock(self._path)
             except OSError as error:
-                owner = Owner.named_in(file)
-                if error.errno in NO_LOCKS:
-                    self._refuse_a_living_neighbour(owner)
-                    return file
-                if error.errno not in _TAKEN:
-                    os.close(file)
+                if error.errno not in NO_LOCKS:
                     raise
-            os.close(file)
-            patience = SECONDS_FOR_THE_LIVING if owner is None or owner.seems_to_live() else SECONDS_FOR_THE_DEAD
-            if time.monotonic() - began > patience:
+                return self._without_locks()
+            if file is not None:
+                return file
+            owner = Owner.read(self._path)
+            patience = ALIVE_OWNER_SECONDS if owner is None or owner.seems_alive() else DEAD_OWNER_SECONDS
+            if time.monotonic() - started > patience:
                 raise self._in_use(owner)
-            time.sleep(_PAUSE_SECONDS)
+            time.sleep(_POLL_SECONDS)
 
-    def _refuse_a_living_neighbour(self, owner: Owner | None) -> None:
-        """All that can be done on a file system without locks."""
-        if owner is not None and owner.is_on_this_host() and owner.seems_to_live() and owner.pid != os.getpid():
+    def _without_locks(self) -> int:
+        """All that can be done on a file system without locks: refuse if the owner is another process of this machine."""
+        owner = Owner.read(self._path)
+        if owner is not None and owner.is_on_this_host() and owner.seems_alive() and owner.pid != os.getpid():
             raise self._in_use(owner)
         log.warning(
             "%s: this file system has no locks; a second job on the same folder is only noticed on this machine",
             self._path.parent,
         )
+        return _open(self._path)
 
     def _in_use(self, owner: Owner | None) -> CheckpointError:
         return CheckpointError(
@@ -137,7 +176,7 @@ class RunLock:
         )
 
     def _sign(self) -> None:
-        """Write who holds it: over the one before, so that a reader never finds nobody. A full disk costs just the name."""
+        """Write the owner over the one before, so that a reader always finds one. A full disk costs only the name."""
         text = f"{Owner.this_process()}\n".encode()
         try:
             os.pwrite(self._file, text, 0)
@@ -146,7 +185,13 @@ class RunLock:
             log.warning("%s could not be written: %s", self._path, error.strerror)
 
 
-def _is_still(path: Path, file: int) -> bool:
+def _open(path: Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    _held.add(file)
+    return file
+
+
+def _is_same_file(path: Path, file: int) -> bool:
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file))
     except OSError:

@@ -1,4 +1,4 @@
-"""Processes by pid and start time, so that a pid that was given to another process is never mistaken for the first."""
+"""Processes of this machine, by pid, or by pid and start time so that a reused pid is never mistaken for the first process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process `pid`, running or stopped; one that has ended and waits to be reaped is not."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return _state_and_start(pid)[0] not in ("Z", "X")
 
 
 @dataclass(frozen=True)
@@ -18,27 +29,20 @@ class ProcessId:
     namespace: int
     """Of process ids: containers on one machine do not see one another's processes."""
     started: int
-    """Clock ticks since the machine's start; 0 where the system does not tell."""
+    """Clock ticks since the machine's start; 0 if the system does not say."""
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
         """The process `pid` of this machine."""
         return cls(socket.gethostname(), pid, _namespace(), _state_and_start(pid)[1])
 
-    def is_near(self) -> bool:
+    def is_local(self) -> bool:
         """Whether this process can be seen and signalled from here."""
         return self.host == socket.gethostname() and self.namespace == _namespace()
 
     def is_alive(self) -> bool:
-        """Whether it runs or is stopped; one that has ended and waits to be reaped does not."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        state, started = _state_and_start(self.pid)
-        return state not in ("Z", "X") and started == self.started
+        """Whether this very process is running or stopped."""
+        return is_running(self.pid) and _state_and_start(self.pid)[1] == self.started
 
     def kill(self) -> None:
         """SIGKILL, if it still is the same process."""
@@ -47,12 +51,12 @@ class ProcessId:
 
 
 def command_of(pid: int) -> list[str]:
-    """The words of its command; none where the system does not tell."""
+    """The arguments of its command line; none if the system does not say."""
     return _strings(Path(f"/proc/{pid}/cmdline"))
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The environment that it was started with; empty if the system does not tell."""
+    """The environment that it was started with; empty if the system does not say."""
     variables = (text.partition("=") for text in _strings(Path(f"/proc/{pid}/environ")))
     return {name: value for name, _, value in variables}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.secrets import masked
-from dist_trainer.storage.files import sync_file, sync_folder
+from dist_trainer.storage.files import open_for_writing, sync_file, sync_folder
 from dist_trainer.tracking.run_reader import DIGITS_OF_A_STEP, EVENTS_FILE, PROGRESS_FILE
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def append_event(folder: Path, event: str, *, step: int, durable: bool = False, 
     path = folder / EVENTS_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        file = open_for_writing(path, append=True)
         try:
             size = os.fstat(file).st_size
             torn = size > 0 and os.pread(file, 1, size - 1) != b"\n"
@@ -55,7 +55,7 @@ class StepCounter:
         path = folder / PROGRESS_FILE
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._file = open_for_writing(path)
         except OSError as error:
             self._give_up(error)
 

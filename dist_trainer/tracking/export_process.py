@@ -7,8 +7,6 @@ On stdout: messages for the log.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import math
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.secrets import MaskedStream
+from dist_trainer.storage.locks import NO_LOCKS, try_lock
 from dist_trainer.tracking.run_reader import METRICS_FILE, complete_lines, parse_object
 from dist_trainer.tracking.sink import SECONDS_ALONE, LogFn, Sink, one_line
 from dist_trainer.tracking.tensorboard_sink import TensorBoardSink
@@ -115,15 +114,15 @@ def _wait_for_earlier_process(path: Path, messages: TrainerMessages) -> None:
     Exits if training is killed meanwhile: whoever has the lock, or comes next, reads its lines too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # never closed: the lock lasts as long as the process
     deadline = time.monotonic() + SECONDS_ALONE + 5.0
     while time.monotonic() < deadline:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            if try_lock(path) is not None:
+                return  # it is never unlocked: the lock lasts as long as the process
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                return
+            if error.errno not in NO_LOCKS:
+                raise
+            return
         if messages.was_killed.wait(0.1):
             sys.exit()
 

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.storage.atomic_file import replace_file
-from dist_trainer.storage.files import sync_file, sync_folder
+from dist_trainer.storage.files import open_for_writing, replace_file, sync_file, sync_folder, truncate_file
 from dist_trainer.tracking.run_reader import METRICS_FILE
 
 log = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class JsonlTracker:
     def _open(self) -> int:
         if self._file is None:
             self._kinds_at_start = _truncate_to_step(self._path, self._start_step)
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self._file = open_for_writing(self._path, append=True)
             self._size = os.fstat(self._file).st_size
             sync_folder(self._path.parent)
         return self._file
@@ -125,12 +124,7 @@ def _truncate_to_step(path: Path, start_step: int) -> set[str]:
     if kept > leading:
         replace_file(path, filter(None, _lines_to_keep(path, start_step, set())), durable=True)
     elif size_before > kept:
-        file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
-        try:
-            os.ftruncate(file, kept)
-            sync_file(file, path)
-        finally:
-            os.close(file)
+        truncate_file(path, kept)
     if start_step and size_before > kept:
         log.info("%s was truncated to step %d", path, start_step)
     return {kind for kind, step in seen if step == start_step}

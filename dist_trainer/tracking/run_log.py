@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import threading
 from io import TextIOWrapper
@@ -13,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dist_trainer.config.secrets import masked
+from dist_trainer.storage.files import open_for_writing
 
 PACKAGE_LOGGER = "dist_trainer"
 PROGRESS_LOGGER = "dist_trainer.progress"
@@ -81,7 +81,7 @@ class RankFileHandler(logging.FileHandler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
 
     def _open(self) -> TextIOWrapper:
-        file = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        file = open_for_writing(Path(self.baseFilename), append=True)
         return open(file, "a", encoding=self.encoding, errors=self.errors)
 
     def format(self, record: logging.LogRecord) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from dist_trainer.storage.atomic_file import replace_file
+from dist_trainer.storage.files import replace_file
 
 NOT_METRICS = {"kind", "step", "time", "non_finite", "prompt", "text"}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_trainer.config.secrets import masked
-from dist_trainer.storage.atomic_file import replace_or_overwrite
+from dist_trainer.storage.files import replace_or_overwrite
 from dist_trainer.tracking.run_reader import STATUS_FILE, is_number, read_status
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.cli import in_this_shell
-from dist_trainer.storage.atomic_file import replace_file
+from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.run_reader import text_of
 from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of
 

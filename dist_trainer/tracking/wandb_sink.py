@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_trainer.config.cli import in_this_shell
-from dist_trainer.storage.atomic_file import replace_file
+from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.run_reader import number
 from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of, one_line
 

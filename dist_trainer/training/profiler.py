@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from dist_trainer.config.profile_steps import parse_profile_steps
 from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.collectives import gather_objects
-from dist_trainer.storage.atomic_file import replace_file
+from dist_trainer.storage.files import replace_file
 from dist_trainer.training.exchange_cost import ExchangeCost, exchange_cost
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer

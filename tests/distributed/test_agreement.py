@@ -242,10 +242,10 @@ def test_a_new_run_that_is_refused_leaves_the_old_one_in_its_place(stories, tmp_
     nowhere = small_config(tmp_path / "nowhere.txt", tmp_path, checkpoint__resume="never")
     with pytest.raises(AssertionError, match="does not exist"):
         run(nowhere, 1)
-    assert not list(folder(config).glob("replaced-*"))
-    (folder(config) / "replaced-2").mkdir()
+    assert not list(folder(config).glob("archived-*"))
+    (folder(config) / "archived-2").mkdir()
     assert run(small_config(stories, tmp_path, checkpoint__resume="never"), 1) == [0]
-    assert (folder(config) / "replaced-1" / "checkpoints" / "latest").exists()
+    assert (folder(config) / "archived-1" / "checkpoints" / "latest").exists()
     assert (folder(config) / "logs" / "rank-0.log").exists()
 
 

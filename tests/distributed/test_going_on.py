@@ -73,11 +73,11 @@ def test_ranks_that_torchrun_starts_again_go_on_also_with_resume_never(stories, 
     run(config, 1, before=stop_after(6))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run(config, 1) == [0]
-    assert not list(folder(config).glob("replaced-*"))
+    assert not list(folder(config).glob("archived-*"))
     assert [line["step"] for line in metrics(config)] == list(range(1, 13))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "8")
     assert run(config, 1) == [0]
-    assert list(folder(config).glob("replaced-*")), "another launch begins anew"
+    assert list(folder(config).glob("archived-*")), "another launch begins anew"
 
 
 def test_a_launcher_is_known_by_its_run_and_process():

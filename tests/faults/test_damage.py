@@ -69,7 +69,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_back_one_and_says_so(run,
     ended = run.finish()
     assert f"checkpoint passed over: {path}" in ended.said
     assert run.resumed_at()[-1] == 9
-    assert (run.checkpoints / "damaged-step-00000010").is_dir()
+    assert (run.checkpoints / "corrupt-step-00000010").is_dir()
     run.equals(undisturbed)
 
 
@@ -100,7 +100,7 @@ def test_told_to_begin_anew_it_sets_the_damaged_run_aside_and_deletes_nothing(ru
     before = contents(run.checkpoints)
     assert run.start(config=run.but(checkpoint__resume="never")).code == 0
     run.equals(undisturbed)
-    assert contents(run.folder / "replaced-1" / "checkpoints") == before
+    assert contents(run.folder / "archived-1" / "checkpoints") == before
 
 
 def test_a_checkpoint_that_is_another_under_its_name_is_noticed(run, caplog):

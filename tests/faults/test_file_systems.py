@@ -123,7 +123,7 @@ def test_a_whole_copy_stands_in_for_a_checkpoint_that_is(saver, what):
     else:
         shutil.rmtree(newest)
     assert saver.start() == 6
-    kept = {"best", "latest", "step-00000003", "step-00000006"} | ({"damaged-step-00000006"} if what == "damaged" else set())
+    kept = {"best", "latest", "step-00000003", "step-00000006"} | ({"corrupt-step-00000006"} if what == "damaged" else set())
     assert set(os.listdir(saver.checkpoints)) == kept
     assert saver.start_again() == 6
 
@@ -135,7 +135,7 @@ def test_what_is_no_copy_of_a_checkpoint_is_kept(saver, name):
     found = resume_point(saver.checkpoints, keep_last=2)
     assert found is not None
     assert os.readlink(saver.checkpoints / name) == "step-00000006"
-    assert contents(saver.checkpoints / f"damaged-{name}").keys() == before.keys()
+    assert contents(saver.checkpoints / f"corrupt-{name}").keys() == before.keys()
 
 
 def test_a_copy_of_a_step_that_was_saved_again_is_not_kept(saver):

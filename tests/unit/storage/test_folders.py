@@ -10,7 +10,7 @@ import pytest
 from dist_trainer.errors import CheckpointError
 from dist_trainer.storage import folders
 from dist_trainer.storage.files import REFUSED
-from dist_trainer.storage.folders import discard, point, publish, sweep
+from dist_trainer.storage.folders import delete_folder, publish, remove_stale, update_symlink
 from dist_trainer.storage.manifest import verify
 
 
@@ -118,7 +118,7 @@ def test_dying_at_any_single_operation_leaves_an_intact_folder_or_none(tmp_path,
         if replacing:
             published(parent)
         save_in(parent, die_at=die_at)
-        sweep(parent)
+        remove_stale(parent)
         found = sorted(path.name for path in parent.iterdir())
         assert found in ([], ["step-00000001"])
         if replacing:
@@ -139,13 +139,13 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
 
 def test_pointers_are_replaced_and_relative(tmp_path):
     folder = published(tmp_path)
-    point(tmp_path / "latest", folder)
-    point(tmp_path / "latest", folder)
+    update_symlink(tmp_path / "latest", folder)
+    update_symlink(tmp_path / "latest", folder)
     assert os.readlink(tmp_path / "latest") == "step-00000001"
 
 
 def test_discarding_removes_the_folder(tmp_path):
-    discard(published(tmp_path))
+    delete_folder(published(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ from dist_trainer.storage.locks import LOCK_FILE, Owner, RunLock
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(locks, "SECONDS_FOR_THE_LIVING", 0.1)
+    monkeypatch.setattr(locks, "ALIVE_OWNER_SECONDS", 0.1)
 
 
 def in_a_child(act) -> int:
@@ -144,8 +144,8 @@ def test_a_zombie_does_not_seem_to_live():
         os._exit(0)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     owner = Owner(socket.gethostname(), pid, "now")
-    assert not owner.seems_to_live()
+    assert not owner.seems_alive()
     os.waitpid(pid, 0)
-    assert not owner.seems_to_live()
-    assert Owner("elsewhere", pid, "now").seems_to_live()
-    assert Owner.this_process().seems_to_live()
+    assert not owner.seems_alive()
+    assert Owner("elsewhere", pid, "now").seems_alive()
+    assert Owner.this_process().seems_alive()

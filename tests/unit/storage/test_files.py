@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from dist_trainer.storage import atomic_file
-from dist_trainer.storage.atomic_file import replace_file, replace_or_overwrite
+from dist_trainer.storage import files
+from dist_trainer.storage.files import replace_file, replace_or_overwrite
 
 
 def no_room_for(name, monkeypatch, code=errno.ENOSPC):
     """Files called `name` cannot be written to."""
-    real = atomic_file.Path.open
+    real = files.Path.open
 
     def refuse(path, mode="r", *arguments, **named):
         if path.name == name and "r" not in mode:
@@ -19,7 +19,7 @@ def no_room_for(name, monkeypatch, code=errno.ENOSPC):
             raise OSError(code, os.strerror(code))
         return real(path, mode, *arguments, **named)
 
-    monkeypatch.setattr(atomic_file.Path, "open", refuse)
+    monkeypatch.setattr(files.Path, "open", refuse)
 
 
 @pytest.mark.parametrize("durable", [True, False])
