@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.errors import CheckpointError
-from dist_trainer.storage import folders
+from dist_trainer.storage import files, folders
 from dist_trainer.storage.files import REFUSED
 from dist_trainer.storage.folders import delete_folder, publish, remove_stale, update_symlink
 from dist_trainer.storage.manifest import verify
@@ -155,6 +155,7 @@ def test_a_refused_fsync_loses_no_checkpoint_and_one_that_fails_publishes_none(t
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files, "_warned", set())
     with contextlib.nullcontext() if number in REFUSED else pytest.raises(OSError, match=os.strerror(number)):
         published(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == (["step-00000001"] if number in REFUSED else [])
