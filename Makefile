@@ -8,7 +8,7 @@
 PYTHON ?= python3
 TORCH ?= auto
 ARGS ?=
-CORES = $(shell $(VENV) -c "from dist_trainer.distributed.cpu_count import usable_cpus; print(usable_cpus())" 2>/dev/null || echo 2)
+CORES = $(shell $(VENV) -c "from dist_trainer.distributed.machine import usable_cpus; print(usable_cpus())" 2>/dev/null || echo 2)
 # Tests wait for one another's processes and for timeouts half of their time.
 WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 )))
 VENV := .venv/bin/python

@@ -32,7 +32,7 @@ from benchmarks.machine import ROOT, machine_and_versions
 from benchmarks.ports import reserved_port
 from benchmarks.stopwatch import FOLDER, STARTED
 from benchmarks.workloads import SIZES, Workload, prepare
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import usable_cpus
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.compare import BASE, CONTESTANTS, Contestant, by_round, chosen, header, measure, speed_and_memory, table
 from benchmarks.workloads import SIZES, Workload
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import usable_cpus
 
 NEEDED = ("jsonargparse", "docstring_parser", "pyarrow", "accelerate")
 """What a machine with nothing but torch and transformers may lack."""

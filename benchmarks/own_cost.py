@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.compare import BASE, CONTESTANTS, chosen, header, run, spread
 from benchmarks.workloads import SIZES, Workload, prepare
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import usable_cpus
 
 SIZE = "overhead"
 TRAINERS = "bare, lean; ours; HF Trainer; Lightning"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.compare import BASE, CONTESTANTS, OURS, header, run, spread
 from benchmarks.workloads import SIZES, Workload, prepare
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import usable_cpus
 
 SCRIPT = "bare script"
 

@@ -90,10 +90,10 @@ class SavingFailedError(DistTrainerError):
 class PeerLostError(DistTrainerError):
     """Another rank has died, and this one cannot go on without it."""
 
-    def __init__(self, message: str, *, told_by: int | None = None) -> None:
-        """`told_by`: the one rank that prints it; None: the first one of each machine."""
+    def __init__(self, message: str, *, printed_by: int | None = None) -> None:
+        """`printed_by`: the one rank that prints it; None: the first one of each machine."""
         super().__init__(message)
-        self.told_by = told_by
+        self.printed_by = printed_by
 
 
 class LauncherLostError(DistTrainerError):

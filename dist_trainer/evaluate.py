@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.distributed.launch_env import place_of_this_process
+from dist_trainer.distributed.launch_env import rank_info
 from dist_trainer.errors import EXIT_FINISHED, ConfigError
 from dist_trainer.huggingface.model_folders import model_folders
 from dist_trainer.run.cli import end_process, run_cli
@@ -140,7 +140,7 @@ def harness_fields(arguments: argparse.Namespace, keys: Collection[str]) -> dict
     for name, smallest in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
         if name in options and options[name] < smallest:
             raise ConfigError(f"--{name}: {options[name]} must be {smallest} or more")
-    ranks = place_of_this_process().world_size
+    ranks = rank_info().world_size
     if ranks > 1:
         raise ConfigError(
             f"--harness: runs in one process, but there are {ranks} ranks; start it without torchrun. For several GPUs give "

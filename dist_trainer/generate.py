@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dist_trainer.config.paths import user_path
-from dist_trainer.distributed.launch_env import place_of_this_process
+from dist_trainer.distributed.launch_env import rank_info
 from dist_trainer.errors import EXIT_FINISHED, ConfigError
 from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.version import VERSION_LINE
@@ -63,7 +63,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seed", metavar="N", type=int, default=0, help="random seed; same seed and prompt, same text (default: 0)"
     )
     arguments = parser.parse_args(argv)
-    ranks = place_of_this_process().world_size
+    ranks = rank_info().world_size
     if ranks > 1:
         raise ConfigError(
             f"generate runs in one process, but the environment describes {ranks} ranks; start it "

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from dist_trainer.distributed.launcher import begin_as_rank
+from dist_trainer.distributed.launch_env import begin_as_rank
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.run.cli import end_process, run_cli
 

@@ -26,7 +26,7 @@ gpus_of_slurm=${SLURM_GPUS_ON_NODE:-0}
 ranks=${NPROC:-$((gpus > 0 ? gpus : gpus_of_slurm > 0 ? gpus_of_slurm : 1))}
 
 # Threads are shared out on purpose: torchrun would give each of several ranks a single one.
-cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.distributed.cpu_count import usable_cpus; print(usable_cpus())')}
+cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.distributed.machine import usable_cpus; print(usable_cpus())')}
 threads=${OMP_NUM_THREADS:-}
 share_out_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
 share_out_threads

@@ -19,7 +19,7 @@ import numpy as np
 from dist_trainer.data.text_pieces import TextPiece
 from dist_trainer.data.tokenizer_check import probe_texts
 from dist_trainer.data.tokenizers import Tokenizer, text_prefix, tokenizer_description, with_prefix
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import usable_cpus
 from dist_trainer.errors import DataError, StoppedError, counted
 
 log = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ class PendingSum:
     def __init__(self, values: list[int], world: DistributedContext) -> None:
         self._values, self._heartbeat = values, world.heartbeat
         self._sums: Tensor | None = None
-        if world.control is not None:
+        if world.cpu_group is not None:
             self._sums = torch.tensor(values, dtype=torch.int64)
-            self._work = dist.all_reduce(self._sums, group=world.control, async_op=True)
+            self._work = dist.all_reduce(self._sums, group=world.cpu_group, async_op=True)
 
     def wait(self) -> list[int]:
         """The sums, once every rank has given its values."""
@@ -44,28 +44,28 @@ class PendingSum:
 
 def broadcast_object(value: T, world: DistributedContext) -> T:
     """Rank 0's `value` on every rank."""
-    if world.control is None:
+    if world.cpu_group is None:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, group=world.control)
+    dist.broadcast_object_list(values, src=0, group=world.cpu_group)
     return values[0]
 
 
 def gather_objects(value: T, world: DistributedContext) -> list[T]:
     """Every rank's `value`, by rank, on every rank."""
-    if world.control is None:
+    if world.cpu_group is None:
         return [value]
     values: list[T] = [value] * world.world_size
-    dist.all_gather_object(values, value, group=world.control)
+    dist.all_gather_object(values, value, group=world.cpu_group)
     return values
 
 
 def barrier(world: DistributedContext) -> None:
     """Wait, for hours if need be, until every rank is here; signal handlers run meanwhile."""
-    if world.control is None:
+    if world.cpu_group is None:
         return
     with world.heartbeat.waiting():
-        is_done_within(math.inf, dist.all_reduce(torch.zeros(1), group=world.control, async_op=True))
+        is_done_within(math.inf, dist.all_reduce(torch.zeros(1), group=world.cpu_group, async_op=True))
 
 
 def run_and_share_errors(world: DistributedContext, act: Callable[[], T], *, acts: bool = True) -> T | None:
@@ -83,7 +83,7 @@ def run_and_share_errors(world: DistributedContext, act: Callable[[], T], *, act
         except DistTrainerError as raised:
             error = raised
     barrier(world)
-    if error is None and world.stop_request and world.control is not None:
+    if error is None and world.stop_request and world.cpu_group is not None:
         error = StoppedError(world.stop_request.signal_number)
     for shared in gather_objects(error, world):
         if shared is not None:
@@ -101,7 +101,7 @@ def local_rank0_first(world: DistributedContext, prepare: Callable[[], T]) -> T:
 
     An error on any rank is raised on all of them.
     """
-    if world.control is None:
+    if world.cpu_group is None:
         return run_and_share_errors(world, prepare)  # type: ignore[return-value]
     leads = world.local_rank == 0
     first = run_and_share_errors(world, prepare, acts=leads)

@@ -16,16 +16,15 @@ import torch.distributed as dist
 
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.addresses import interface_of
-from dist_trainer.distributed.cpu_count import usable_cpus
 from dist_trainer.distributed.heartbeat import Heartbeat
-from dist_trainer.distributed.launch_env import Place, place_of_this_process
-from dist_trainer.distributed.launcher import begin_as_rank, is_launched, living_launcher
-from dist_trainer.distributed.rendezvous import meet
+from dist_trainer.distributed.launch_env import RankInfo, begin_as_rank, is_launched, living_launcher, rank_info
+from dist_trainer.distributed.machine import usable_cpus
+from dist_trainer.distributed.rendezvous import rendezvous
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError, counted
 
-CONTROL_TIMEOUT = timedelta(days=7)
-"""Patience of the control group: others may prepare a data set for hours while a rank waits in it."""
+CPU_GROUP_TIMEOUT = timedelta(days=7)
+"""Patience of the CPU group: others may prepare a data set for hours while a rank waits in it."""
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Patience of collectives on the device, at least; the heartbeat notices sooner, and knows what is worth waiting for."""
 MOST_COMPILE_THREADS = 32
@@ -35,12 +34,12 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class DistributedContext(Place):
+class DistributedContext(RankInfo):
     """This process among its peers, what it computes on, and how it hears of them."""
 
     device: torch.device = field(default=torch.device("cpu"))
     """What this rank computes on."""
-    control: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    cpu_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     """Group for small facts in host memory, by gloo; None for a single process."""
     stop_request: StopRequest = field(default_factory=StopRequest, repr=False, compare=False)
     """Whether a signal asked this rank to stop."""
@@ -73,22 +72,22 @@ def init_distributed(
     the launcher or another rank is gone; StoppedError if a signal arrived before all ranks had joined.
     """
     begin_as_rank()
-    place = place_of_this_process()
+    info = rank_info()
     keep_threads_within_quota()
-    device = _device_of(place, config.backend)
+    device = _device_of(info, config.backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    heartbeat = Heartbeat(rank=place.rank, timeout_minutes=config.hang_timeout_minutes, on_fatal=on_fatal)
+    heartbeat = Heartbeat(rank=info.rank, timeout_minutes=config.hang_timeout_minutes, on_fatal=on_fatal)
     stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
     if is_launched():
         heartbeat.watch_launcher(living_launcher(), stop_request.note_lost_launcher)
     try:
-        if place.world_size == 1:
+        if info.world_size == 1:
             yield DistributedContext(device=device, stop_request=stop_request, heartbeat=heartbeat)
         else:
-            with _process_groups(place, device, heartbeat, stop_request) as control:
-                world = {"device": device, "control": control, "stop_request": stop_request, "heartbeat": heartbeat}
-                yield DistributedContext(**asdict(place), **world)
+            with _process_groups(info, device, heartbeat, stop_request) as cpu_group:
+                world = {"device": device, "cpu_group": cpu_group, "stop_request": stop_request, "heartbeat": heartbeat}
+                yield DistributedContext(**asdict(info), **world)
     finally:
         heartbeat.stop()
 
@@ -105,18 +104,18 @@ def keep_threads_within_quota() -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cpus))
 
 
-def _device_of(place: Place, backend: str) -> torch.device:
+def _device_of(info: RankInfo, backend: str) -> torch.device:
     if backend == "gloo" or (backend == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     available = torch.cuda.device_count()
     if available == 0:
         raise ConfigError("distributed.backend: nccl needs CUDA GPUs and there is none here; use auto or gloo")
     # srun may show each rank just its own GPU, which then is number 0 for each of them.
-    one_gpu_each = available == 1 and place.local_world_size > 1 and "SLURM_LOCALID" in os.environ
-    index = 0 if one_gpu_each else place.local_rank
+    one_gpu_each = available == 1 and info.local_world_size > 1 and "SLURM_LOCALID" in os.environ
+    index = 0 if one_gpu_each else info.local_rank
     if index >= available:
         raise ConfigError(
-            f"{place.local_world_size} ranks on this machine, but it has {counted(available, 'GPU')}: start at most "
+            f"{info.local_world_size} ranks on this machine, but it has {counted(available, 'GPU')}: start at most "
             f"{available} ranks (--nproc_per_node={available}), or train on CPU with --distributed.backend gloo"
         )
     return torch.device("cuda", index)
@@ -124,22 +123,22 @@ def _device_of(place: Place, backend: str) -> torch.device:
 
 @contextmanager
 def _process_groups(
-    place: Place, device: torch.device, heartbeat: Heartbeat, stop_request: StopRequest
+    info: RankInfo, device: torch.device, heartbeat: Heartbeat, stop_request: StopRequest
 ) -> Generator[dist.ProcessGroup]:
-    """The control group, beside torch's default one; left together with all other ranks."""
-    store, address = meet(place, heartbeat, stop_request)
-    _choose_network_interface(place, address)
+    """The CPU group, beside torch's default one; left together with all other ranks."""
+    store, address = rendezvous(info, heartbeat, stop_request)
+    _choose_network_interface(info, address)
     with _lost_peers_named(heartbeat):
-        control = _initialise_process_groups(store, place, device, heartbeat.timeout_minutes)
+        cpu_group = _initialise_process_groups(store, info, device, heartbeat.timeout_minutes)
         try:
-            yield control
+            yield cpu_group
         except (PeerLostError, OutOfMemoryError):
             raise  # at once: the others may be waiting for this rank elsewhere
         except DistTrainerError:
             # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
-            _leave(control, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
+            _leave(cpu_group, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
             raise
-    _leave(control, heartbeat)
+    _leave(cpu_group, heartbeat)
 
 
 @contextmanager
@@ -155,39 +154,39 @@ def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
         raise
 
 
-def _choose_network_interface(place: Place, address: str | None) -> None:
+def _choose_network_interface(info: RankInfo, address: str | None) -> None:
     """Tell gloo by which interface the others are reached, unless the user did.
 
     Left alone it takes the address that this machine's own name means: 127.0.1.1, or none at all, on many machines.
     """
-    is_alone = place.world_size == place.local_world_size
+    is_alone = info.world_size == info.local_world_size
     interface = "lo" if is_alone and sys.platform == "linux" else interface_of(address or "")
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def _initialise_process_groups(
-    store: dist.Store, place: Place, device: torch.device, timeout_minutes: float | None
+    store: dist.Store, info: RankInfo, device: torch.device, timeout_minutes: float | None
 ) -> dist.ProcessGroup:
     timeout = max(COLLECTIVE_TIMEOUT, timedelta(minutes=2 * (timeout_minutes or 0)))
     store.set_timeout(timeout)
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=info.rank,
+        world_size=info.world_size,
         timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    assert isinstance(control, dist.ProcessGroup), "every rank is a member of the group of all ranks"
-    return control
+    cpu_group = dist.new_group(backend="gloo", timeout=CPU_GROUP_TIMEOUT)
+    assert isinstance(cpu_group, dist.ProcessGroup), "every rank is a member of the group of all ranks"
+    return cpu_group
 
 
-def _leave(control: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_seconds: float = math.inf) -> None:
+def _leave(cpu_group: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_seconds: float = math.inf) -> None:
     """Wait for all ranks before the groups go: without this barrier every second gloo run hung at its exit."""
     heartbeat.begin_shutdown()
-    if is_done_within(patience_seconds, dist.all_reduce(torch.zeros(1), group=control, async_op=True)):
+    if is_done_within(patience_seconds, dist.all_reduce(torch.zeros(1), group=cpu_group, async_op=True)):
         heartbeat.stop()
         dist.destroy_process_group()
 

@@ -78,7 +78,7 @@ class RunningClock:
             return now - self._suspended
 
 
-class Place(NamedTuple):
+class RankInfo(NamedTuple):
     """Where the main thread is."""
 
     phase: Phase
@@ -102,7 +102,7 @@ class Heartbeat:
         """The last one of this rank that the others can know."""
         # All ranks may have been suspended at once: that is nobody's silence.
         self._clock = RunningClock()
-        self._place = Place("preparing", 0, self._clock.now())
+        self._place = RankInfo("preparing", 0, self._clock.now())
         self._step_seconds = self._longest_step_seconds = 0.0
         self._steps_done = 0
         self._first_step_is_done = False
@@ -120,7 +120,7 @@ class Heartbeat:
 
     # -------------------------------------------------------------------------------- what the main thread says
 
-    def at(self, phase: Phase, *, step: int | None = None) -> None:
+    def mark(self, phase: Phase, *, step: int | None = None) -> None:
         """The main thread has made progress: it has come to `phase`, or further in it, after `step` finished steps (None: as
         many as before).
         """
@@ -135,15 +135,15 @@ class Heartbeat:
         self._has_begun_to_train |= phase == "reading data"
         # What may take long only once, such as compilation, is over where another step begins.
         self._first_step_is_done |= phase == "training" and self._steps_done > 0
-        self._place = Place(phase, step, now)
+        self._place = RankInfo(phase, step, now)
 
     @contextmanager
     def waiting(self, phase: Phase = "waiting for others") -> Generator[None]:
         """While the context lasts the main thread waits for other ranks, which may be behind."""
         before = self._place.phase
-        self.at(phase)
+        self.mark(phase)
         yield
-        self.at(before)
+        self.mark(before)
 
     @property
     def phase(self) -> Phase:

@@ -1,17 +1,26 @@
-"""Which rank of how many this process is, by the launcher's environment variables; decided here and nowhere else."""
+"""Which rank of how many this process is, and what launched it, from the launcher's environment variables."""
 
 from __future__ import annotations
 
 import os
+import resource
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import ConfigError, PeerLostError
+from dist_trainer.storage.processes import ProcessId, command_of
+
+LAUNCHER_PID = "DIST_TRAINER_LAUNCHER_PID"
+"""The variable with the pid of torchrun: set by the launch files, which exec torchrun, otherwise by the ranks themselves."""
+MOST_OPEN_FILES = 65_536
+"""More than any number of ranks needs, and few enough for programs that close all descriptors one by one."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A process among its peers."""
+class RankInfo:
+    """Which of the ranks a process is."""
 
     rank: int = 0
     """0 to world_size - 1."""
@@ -23,48 +32,57 @@ class Place:
     """Number of ranks on this machine."""
 
 
-def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
-    """What torchrun's variables say, else what srun's say (with MASTER_ADDR and MASTER_PORT set), else alone.
+def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
+    """From torchrun's variables, else from srun's (if MASTER_ADDR is set), else a single process.
 
-    RANK or WORLD_SIZE without the other, which some machines set for everyone, means nothing. Raises ConfigError for
-    numbers that make no sense, and for several ranks without a place to meet at.
+    RANK or WORLD_SIZE without the other, which some machines set for everyone, is ignored. Raises ConfigError for numbers that
+    contradict each other, and for several ranks without an address to meet at.
     """
-    place = _by_launcher(environment)
-    # Nothing is asked of the numbers on this machine together: srun may spread its tasks unevenly over the nodes.
-    if not (0 <= place.rank < place.world_size and place.local_rank >= 0 and place.local_world_size >= 1):
+    info = _from_variables(environment)
+    # The numbers on this machine are not checked against each other: srun may spread its tasks unevenly over the nodes.
+    if not (0 <= info.rank < info.world_size and info.local_rank >= 0 and info.local_world_size >= 1):
         raise ConfigError(
-            f"the launcher's variables contradict one another: rank {place.rank} of {place.world_size}, on this machine "
-            f"{place.local_rank} of {place.local_world_size}; start with torchrun, or unset RANK and WORLD_SIZE for one process"
+            f"the launcher's variables contradict one another: rank {info.rank} of {info.world_size}, on this machine "
+            f"{info.local_rank} of {info.local_world_size}; start with torchrun, or unset RANK and WORLD_SIZE for one process"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
-    if place.world_size > 1 and missing:
+    if info.world_size > 1 and missing:
         unset = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
         raise ConfigError(
-            f"there are {place.world_size} ranks, but {unset}, the place where they meet; start with torchrun, "
+            f"there are {info.world_size} ranks, but {unset}, so they cannot find each other; start with torchrun, "
             "or unset RANK and WORLD_SIZE for one process"
         )
-    if place.world_size > 1 and not 1 <= (port := _number(environment, "MASTER_PORT", 0)) <= 65535:
+    if info.world_size > 1 and not 1 <= (port := _number(environment, "MASTER_PORT", 0)) <= 65535:
         raise ConfigError(f"the environment variable MASTER_PORT is {port}, but ports are numbered from 1 to 65535")
-    return place
+    return info
 
 
-def place_or_none() -> Place | None:
-    """The place of this process; None where the launcher's variables make no sense, which is said elsewhere."""
+def rank_info_or_none() -> RankInfo | None:
+    """rank_info of this process; None if the launcher's variables make no sense, which is reported elsewhere."""
     try:
-        return place_of_this_process()
+        return rank_info()
     except ConfigError:
         return None
 
 
-def started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Whether srun started the ranks, and not just a shell or torchrun: then MASTER_ADDR was set for it."""
-    return "SLURM_PROCID" in environment and "MASTER_ADDR" in environment
+def _from_variables(environment: Mapping[str, str]) -> RankInfo:
+    def number(name: str, default: int) -> int:
+        return _number(environment, name, default)
+
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+        return RankInfo(rank, number("LOCAL_RANK", rank), world_size, number("LOCAL_WORLD_SIZE", world_size))
+    if _is_started_by_srun(environment):
+        tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
+        nodes = number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1))
+        return RankInfo(number("SLURM_PROCID", 0), number("SLURM_LOCALID", 0), tasks, -(-tasks // max(1, nodes)))
+    return RankInfo()
 
 
-def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name)
     if text is None:
-        return otherwise
+        return default
     try:
         return int(text)
     except ValueError as error:
@@ -72,15 +90,65 @@ def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
         raise ConfigError(f"the environment variable {name} is {text!r}, not a whole number; {remedy}") from error
 
 
-def _by_launcher(environment: Mapping[str, str]) -> Place:
-    def number(name: str, otherwise: int) -> int:
-        return _number(environment, name, otherwise)
+def _is_started_by_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun started the ranks, and not just a shell or torchrun: only then is MASTER_ADDR set for it."""
+    return "SLURM_PROCID" in environment and "MASTER_ADDR" in environment
 
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
-        return Place(rank, number("LOCAL_RANK", rank), world_size, number("LOCAL_WORLD_SIZE", world_size))
-    if started_by_srun(environment):
-        tasks = number("SLURM_STEP_NUM_TASKS", number("SLURM_NTASKS", 1))
-        nodes = number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1))
-        return Place(number("SLURM_PROCID", 0), number("SLURM_LOCALID", 0), tasks, -(-tasks // max(1, nodes)))
-    return Place()
+
+# ---------------------------------------------------------------------------------------------- the launcher
+
+
+def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun, or srun as a launcher of ranks, started this process, which then must not outlive it."""
+    return "TORCHELASTIC_RUN_ID" in environment or _is_started_by_srun(environment)
+
+
+def begin_as_rank() -> None:
+    """The first thing a launched rank does, before any heavy import. A second call changes nothing.
+
+    Notes the launcher's pid, and raises this process's limit of open files, often 1,024, as far as the system allows: rank 0
+    has three or more connections with each of the other ranks. Raises PeerLostError if the launcher has died already.
+    """
+    if not is_launched():
+        return
+    os.environ.setdefault(LAUNCHER_PID, str(living_launcher()))
+    info = rank_info_or_none()
+    if info is None or info.world_size == 1:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MOST_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def living_launcher(environment: Mapping[str, str] = os.environ) -> int:
+    """The pid of the process that started this one and must be watched.
+
+    Raises PeerLostError if it has died. A process cannot see that directly: it then has another parent, and does not know its
+    first one. It has died if the parent is not the noted launcher and that process has ended. If none was noted, process 1 is
+    taken for a foster parent, unless it is a Python: in a container torchrun may be the first process.
+    """
+    parent = os.getppid()
+    noted = environment.get(LAUNCHER_PID, "")
+    command = command_of(parent)
+    if noted.isdigit():
+        # PYTHON may be a wrapper that stays, or one that enters a container with process ids of its own.
+        lives = parent == int(noted) or "torch.distributed.run" in command or ProcessId.of(int(noted)).is_alive()
+    else:
+        lives = parent != 1 or _is_started_by_srun(environment) or "python" in os.path.basename(command[0] if command else "")
+    if not lives:
+        raise PeerLostError(f"the launcher{f' (pid {noted})' if noted else ''} is gone; this rank does not train without it")
+    return parent
+
+
+def launcher_id(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Identifies the torchrun that launched this process, the same over its restarts; None without one."""
+    run_id = environment.get("TORCHELASTIC_RUN_ID")
+    return None if run_id is None else f"torchrun {run_id}, pid {os.getppid()} on {socket.gethostname()}"
+
+
+def is_restarted_by(launcher: str | None, environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this rank is one that the launcher with this id has restarted."""
+    restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return restarts > 0 and launcher is not None and launcher == launcher_id(environment)

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from dist_trainer.distributed.addresses import address_among, own_address
 from dist_trainer.distributed.heartbeat import Heartbeat
-from dist_trainer.distributed.launch_env import Place, place_of_this_process
-from dist_trainer.distributed.launcher import launcher
+from dist_trainer.distributed.launch_env import RankInfo, launcher_id, rank_info
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from dist_trainer.storage.processes import ProcessId, environment_of
@@ -37,7 +36,7 @@ PORT_SECONDS = 10.0
 _ALL_ARE_HERE, _MISSING = "all are here", "missing"
 
 
-def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple[dist.Store, str | None]:
+def rendezvous(info: RankInfo, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple[dist.Store, str | None]:
     """Wait for all ranks, and begin to watch them.
 
     Returns the store by which process groups are made, and this machine's address as the others see it, where it is known.
@@ -46,7 +45,7 @@ def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple
     within the first step's patience, after it has killed those of them that are on this machine: a stopped process would
     outlive all others. Raises StoppedError where a signal came meanwhile.
     """
-    meeting = _Meeting(place, heartbeat)
+    meeting = _Meeting(info, heartbeat)
     # The store's calls can block for ever, by a rank 0 that froze while it answered, and then no signal handler runs.
     thread = threading.Thread(target=meeting.attend, name="meeting", daemon=True)
     thread.start()
@@ -55,12 +54,12 @@ def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple
             raise StoppedError(stop_request.signal_number)
         thread.join(LOOK_SECONDS)
     if meeting.trouble is not None:
-        if place.rank == 0:
+        if info.rank == 0:
             raise meeting.trouble
-        raise PeerLostError(f"{_where()}, which rank 0 keeps, cannot be reached: {meeting.trouble}", told_by=1)
+        raise PeerLostError(f"{_where()}, which rank 0 keeps, cannot be reached: {meeting.trouble}", printed_by=1)
     if not meeting.is_complete:
-        _leave_without(meeting.missing or [0], place, heartbeat.patience_seconds())
-    if place.local_world_size == place.world_size and len(meeting.hosts) > 1:
+        _leave_without(meeting.missing or [0], info, heartbeat.patience_seconds())
+    if info.local_world_size == info.world_size and len(meeting.hosts) > 1:
         raise ConfigError(
             f"the ranks are on several machines, such as {meeting.hosts[0]} and {meeting.hosts[1]}, but LOCAL_WORLD_SIZE is "
             "not set, or counts all of them; start the ranks with torchrun, or set LOCAL_RANK and LOCAL_WORLD_SIZE for each"
@@ -71,8 +70,8 @@ def meet(place: Place, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple
 class _Meeting:
     """What one rank does in a thread of its own: say that it is here, and read who else is."""
 
-    def __init__(self, place: Place, heartbeat: Heartbeat) -> None:
-        self.place, self.heartbeat = place, heartbeat
+    def __init__(self, info: RankInfo, heartbeat: Heartbeat) -> None:
+        self.info, self.heartbeat = info, heartbeat
         self.end = time.monotonic() + heartbeat.patience_seconds()
         self.store: dist.Store
         self.address: str | None = None
@@ -88,30 +87,30 @@ class _Meeting:
             self.trouble = error
 
     def _attend(self) -> None:
-        place, address = self.place, os.environ["MASTER_ADDR"]
+        info, address = self.info, os.environ["MASTER_ADDR"]
         self.store = self._store_of_the_launch(address)
         # Named after the run: another one may have found the same port.
         here = dist.PrefixStore(f"meeting {os.environ.get('TORCHELASTIC_RUN_ID', '')}", self.store)
         heard, port = None, 0
-        if place.rank == 0:
+        if info.rank == 0:
             heard = self._keep_store(address, _port() + 1 if PORT in os.environ else 0)
-            self.heartbeat.lay_out(heard, place.world_size)
+            self.heartbeat.lay_out(heard, info.world_size)
             port = heard.port
         process = asdict(ProcessId.of(os.getpid()))
-        here.set(str(place.rank), json.dumps({"process": process, "port": port, "address": own_address(address)}))
-        if here.add("number", 1) == place.world_size:
+        here.set(str(info.rank), json.dumps({"process": process, "port": port, "address": own_address(address)}))
+        if here.add("number", 1) == info.world_size:
             here.set(_ALL_ARE_HERE, "")
         while not here.check([_ALL_ARE_HERE]):
             if time.monotonic() > self.end or here.check([_MISSING]):
-                missing = [rank for rank in range(place.world_size) if not here.check([str(rank)])]
+                missing = [rank for rank in range(info.world_size) if not here.check([str(rank)])]
                 # The first one to find it says it for all.
                 self.missing = json.loads(here.compare_set(_MISSING, "", json.dumps(missing)))
                 return
             time.sleep(LOOK_SECONDS)
-        everyone = [json.loads(text) for text in here.multi_get([str(rank) for rank in range(place.world_size)])]
+        everyone = [json.loads(text) for text in here.multi_get([str(rank) for rank in range(info.world_size)])]
         if heard is None:
             heard = _reach_store(address, everyone[0]["port"])
-        self.address = address_among([one["address"] for one in everyone], everyone[place.rank]["address"])
+        self.address = address_among([one["address"] for one in everyone], everyone[info.rank]["address"])
         processes = [ProcessId(**one["process"]) for one in everyone]
         self.hosts = sorted({process.host for process in processes})
         self.heartbeat.watch_peers(processes, heard)
@@ -119,7 +118,7 @@ class _Meeting:
 
     def _store_of_the_launch(self, address: str) -> dist.Store:
         """Kept by torchrun where it says so, as for torch's own env://, else by rank 0."""
-        if self.place.rank == 0 and not _launcher_keeps_store():
+        if self.info.rank == 0 and not _launcher_keeps_store():
             return self._keep_store(address, _port())
         return _reach_store(address, _port())
 
@@ -154,20 +153,20 @@ def _port() -> int:
     return int(own or os.environ["MASTER_PORT"])
 
 
-def _leave_without(missing: list[int], place: Place, patience_seconds: float) -> None:
-    told_by = next((rank for rank in range(place.world_size) if rank not in missing), None)
-    if place.rank != told_by:
+def _leave_without(missing: list[int], info: RankInfo, patience_seconds: float) -> None:
+    printed_by = next((rank for rank in range(info.world_size) if rank not in missing), None)
+    if info.rank != printed_by:
         time.sleep(2 * LINGER_SECONDS)
-    elif place.rank == 0:
+    elif info.rank == 0:
         time.sleep(LINGER_SECONDS)
     for pid, environment in _siblings().items():
-        if _rank_of(environment, place.world_size) in missing:
+        if _rank_of(environment, info.world_size) in missing:
             ProcessId.of(pid).kill()
     names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
     raise PeerLostError(
         f"{names} not come within {patience_seconds:.0f} s (distributed.hang_timeout_minutes) to {_where()}; the run ends "
         "here, start the same command again",
-        told_by=told_by,
+        printed_by=printed_by,
     )
 
 
@@ -178,10 +177,10 @@ def _where() -> str:
 def _rank_of(environment: dict[str, str], world_size: int) -> int | None:
     """The rank that a process was started as; None for one that is no rank of this run."""
     try:
-        place = place_of_this_process(environment)
+        info = rank_info(environment)
     except ConfigError:
         return None
-    return place.rank if place.world_size == world_size and launcher(environment) == launcher() else None
+    return info.rank if info.world_size == world_size and launcher_id(environment) == launcher_id() else None
 
 
 def _siblings() -> dict[int, dict[str, str]]:

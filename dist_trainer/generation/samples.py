@@ -48,7 +48,7 @@ def log_sample(
     """
 
     def interrupted() -> bool:
-        world.heartbeat.at("sampling", step=step)
+        world.heartbeat.mark("sampling", step=step)
         return bool(world.stop_request)
 
     began, broken_off = time.perf_counter(), False

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_trainer.distributed.compilers import missing_compiler
+from dist_trainer.distributed.machine import missing_compiler
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dist_trainer.distributed.collectives import gather_objects
-from dist_trainer.distributed.compilers import missing_compiler
 from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.machine import missing_compiler
 from dist_trainer.errors import ConfigError
 from dist_trainer.parallel.cpu.attention import has_cpu_attention, install_cpu_attention
 from dist_trainer.parallel.cpu.memory import large_blocks_apart

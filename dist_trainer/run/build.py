@@ -26,7 +26,7 @@ from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import local_rank0_first, run_and_share_errors, run_on_rank0
 from dist_trainer.distributed.context import DistributedContext, init_distributed
-from dist_trainer.distributed.launcher import launcher
+from dist_trainer.distributed.launch_env import launcher_id
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import EXIT_FINISHED, CheckpointError, RefusedError, StoppedError
 from dist_trainer.generation.samples import sample_of
@@ -220,7 +220,7 @@ def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolde
     metadata: dict[str, Any] = {
         "config": as_dict(config),
         "world_size": world.world_size,
-        "launcher": launcher(),
+        "launcher": launcher_id(),
         **found,
     }
     checkpoints: Checkpoints = NoCheckpoints()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dist_trainer.config.secrets import MaskedStream, masked
-from dist_trainer.distributed.launch_env import Place, place_or_none
+from dist_trainer.distributed.launch_env import RankInfo, rank_info_or_none
 from dist_trainer.distributed.signals import heeded_stop_signals
 from dist_trainer.errors import (
     EXIT_CRASHED,
@@ -94,10 +94,10 @@ def exit_on_error(error: DistTrainerError) -> int:
     torchrun stops all ranks as soon as one has exited. So ranks that print nothing wait until the printing one has exited,
     which the launcher's signal tells them, and no rank lets that signal change its exit code.
     """
-    place = place_or_none()
-    is_single = place is not None and place.world_size == 1
+    info = rank_info_or_none()
+    is_single = info is not None and info.world_size == 1
     signalled = threading.Event() if is_single else _catch_stop_signals()
-    if _prints(error, place):
+    if _prints(error, info):
         print(f"dist_trainer: {error}", file=sys.stderr)
     elif not isinstance(error, (PeerLostError, LauncherLostError, StoppedError)):
         signalled.wait(HOLD_BACK_SECONDS)
@@ -106,13 +106,13 @@ def exit_on_error(error: DistTrainerError) -> int:
     return error.exit_code
 
 
-def _prints(error: DistTrainerError, place: Place | None) -> bool:
-    """Whether this process prints the error; without a place it is unknown who else could."""
-    if place is None:
+def _prints(error: DistTrainerError, info: RankInfo | None) -> bool:
+    """Whether this process prints the error; without rank info it is unknown which other one could."""
+    if info is None:
         return True
-    if isinstance(error, PeerLostError) and error.told_by is not None:
-        return place.rank == error.told_by
-    return place.local_rank == 0
+    if isinstance(error, PeerLostError) and error.printed_by is not None:
+        return info.rank == error.printed_by
+    return info.local_rank == 0
 
 
 def _catch_stop_signals() -> threading.Event:

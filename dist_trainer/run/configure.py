@@ -9,7 +9,7 @@ from dist_trainer.config.loading import config_from_argv
 from dist_trainer.config.paths import is_same_path, user_path
 from dist_trainer.config.schema import LLAMA, TrainingConfig
 from dist_trainer.config.yaml_files import load_yaml
-from dist_trainer.distributed.launch_env import place_of_this_process
+from dist_trainer.distributed.launch_env import rank_info
 from dist_trainer.errors import ConfigError
 from dist_trainer.huggingface.initial_model import derived_keys
 
@@ -23,7 +23,7 @@ def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> Tr
     return config_from_argv(
         argv,
         trains=trains,
-        count_ranks=lambda: place_of_this_process().world_size,
+        count_ranks=lambda: rank_info().world_size,
         derive_keys=lambda keys: derived_keys(keys, _keys_of_earlier_run(keys)),
     )
 

@@ -121,7 +121,7 @@ def rehearse(trainer: Trainer) -> Cost:
     where the first loss or gradient is not finite.
     """
     world, steps, validations = trainer.world, *left_to_do(trainer)
-    world.heartbeat.at("warming up", step=trainer.progress.step)
+    world.heartbeat.mark("warming up", step=trainer.progress.step)
     trainer.warm_up()
     micro_batches, target_tokens = largest_step(trainer)
     first, result = _seconds_of_steps(trainer, micro_batches, target_tokens, count=1)
@@ -181,7 +181,7 @@ def _seconds_of_steps(
 
     def step() -> StepResult:
         run_and_share_errors(trainer.world, lambda: None)  # a signal is heard here
-        trainer.world.heartbeat.at("training", step=trainer.progress.step)
+        trainer.world.heartbeat.mark("training", step=trainer.progress.step)
         return trainer.train_step(micro_batches, target_tokens)
 
     began = time.perf_counter()
@@ -199,7 +199,7 @@ def _seconds_of_validation(trainer: Trainer) -> float:
     first = [batch.widened(length) for batch in itertools.islice(trainer.validation_data, 1)]
     seconds = 0.0
     for _ in range(2):
-        world.heartbeat.at("validating", step=trainer.progress.step)
+        world.heartbeat.mark("validating", step=trainer.progress.step)
         result = evaluate(
             unwrap(trainer.model),
             first,

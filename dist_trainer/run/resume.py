@@ -21,7 +21,7 @@ from dist_trainer.config.keys import PATH_KEYS, as_written
 from dist_trainer.config.loading import config_differences
 from dist_trainer.config.paths import is_same_path, user_path
 from dist_trainer.config.schema import TrainConfig, TrainingConfig
-from dist_trainer.distributed.launcher import is_started_again
+from dist_trainer.distributed.launch_env import is_restarted_by
 from dist_trainer.errors import AnotherRunError, CheckpointError, counted
 from dist_trainer.run.folder import CHECKPOINTS, RunFolder
 from dist_trainer.tracking.events import FIRST_CHECKPOINT
@@ -179,7 +179,7 @@ def _check_nothing_saved(folder: Path) -> None:
 def _started_in_this_launch(folder: RunFolder) -> bool:
     newest = next(iter(step_folders(folder.checkpoints)), None)
     try:
-        return newest is not None and is_started_again(read_training_state(newest).get("launcher"))
+        return newest is not None and is_restarted_by(read_training_state(newest).get("launcher"))
     except CheckpointError:
         return False
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 
 from dist_trainer.data.build_datasets import varies_in_length
+from dist_trainer.distributed.machine import device_name
 from dist_trainer.errors import counted
 from dist_trainer.models.registry import begins_trained
 from dist_trainer.optim.schedules import initial_learning_rate
 from dist_trainer.parallel.compile import is_compiled
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.memory import snapshot_bytes, state_bytes, total_memory
-from dist_trainer.tracking.environment import device_name
 from dist_trainer.tracking.formatting import aligned, memory, quantity
 from dist_trainer.tracking.subprocess_tracker import format_exports
 from dist_trainer.training.trainer import Trainer

@@ -16,7 +16,7 @@ import torch
 
 from dist_trainer.config.secrets import masked_command
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import device_name, usable_cpus
 from dist_trainer.version import __version__
 
 _GIT_TIMEOUT_SECONDS = 5.0
@@ -44,18 +44,6 @@ def describe_environment(world: DistributedContext) -> dict[str, Any]:
         "folder": str(Path.cwd()),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """What the maker calls the GPU, or the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def describe_commit(folder: Path | None = None) -> dict[str, Any]:

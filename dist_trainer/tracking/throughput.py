@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.tracking.environment import device_name
+from dist_trainer.distributed.machine import device_name
 
 _T = 1e12
 

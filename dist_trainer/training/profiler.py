@@ -115,7 +115,7 @@ class Recorder:
         trainer, self.has_recorded = self._trainer, True
         recording, self._recording = self._recording, None
         steps = range(self._first_step, trainer.progress.step + 1)
-        trainer.world.heartbeat.at("saving", step=trainer.progress.step)
+        trainer.world.heartbeat.mark("saving", step=trainer.progress.step)
         with trainer.throughput.paused():
             cost = recording.write(steps)
             _tell_cost(trainer, steps, gather_objects(cost, trainer.world))

@@ -244,7 +244,7 @@ class Trainer:
         init_optimizer_state(self.optimizer)
 
     def _at(self, phase: Phase) -> None:
-        self.world.heartbeat.at(phase, step=self.progress.step)
+        self.world.heartbeat.mark(phase, step=self.progress.step)
 
     def _after_step(self, result: StepResult) -> None:
         step = result.step

@@ -105,7 +105,7 @@ def evaluate(
     target_tokens, text_bytes, cut_short = 0, 0, False
     with evaluation_mode(model), Buffers(model, world).unchanged():
         for index, batch in enumerate(batches):
-            world.heartbeat.at("validating")
+            world.heartbeat.mark("validating")
             if cut_short := interrupted():
                 break
             target_tokens += batch.num_targets()

@@ -36,6 +36,8 @@ DOORS = {
     "lm_eval": {"run/harness.py"},
     "shtab": {"config/completion.py"},
     "docstring_parser": {"config/keys.py"},
+    "torch.cuda": {"distributed/machine.py"},
+    "torch.utils._triton": {"distributed/machine.py"},
     "torch.nn.attention.flex_attention": {"models/attention.py"},
 }
 

@@ -14,7 +14,7 @@ from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.config.schema import BatchConfig, CheckpointConfig, OptimConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.distributed.context import DistributedContext, init_distributed
-from dist_trainer.distributed.launcher import is_started_again, launcher
+from dist_trainer.distributed.launch_env import is_restarted_by, launcher_id
 from dist_trainer.errors import ConfigError
 from dist_trainer.tracking import status as status_file
 from tests.distributed.ranks import run_ranks
@@ -82,11 +82,11 @@ def test_ranks_that_torchrun_starts_again_go_on_also_with_resume_never(stories, 
 
 def test_a_launcher_is_known_by_its_run_and_process():
     first = {"TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}
-    assert launcher({}) is None
-    assert str(os.getppid()) in launcher(first)
-    assert not is_started_again(launcher(first), first)
-    assert is_started_again(launcher(first), {**first, "TORCHELASTIC_RESTART_COUNT": "1"})
-    assert not is_started_again(None, {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert launcher_id({}) is None
+    assert str(os.getppid()) in launcher_id(first)
+    assert not is_restarted_by(launcher_id(first), first)
+    assert is_restarted_by(launcher_id(first), {**first, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert not is_restarted_by(None, {"TORCHELASTIC_RESTART_COUNT": "1"})
 
 
 def test_changed_validation_text_is_refused_on_resume(stories, tmp_path):

@@ -35,16 +35,16 @@ def come(*, without: int):
         with init_distributed(SHORT):
             return "all came"
     except PeerLostError as error:
-        return str(error), error.told_by, time.monotonic() - began
+        return str(error), error.printed_by, time.monotonic() - began
 
 
-@pytest.mark.parametrize(("without", "told_by"), [(0, 1), (1, 0), (2, 0)])
-def test_a_rank_that_does_not_come_is_named_after_the_first_steps_patience(without, told_by):
+@pytest.mark.parametrize(("without", "printed_by"), [(0, 1), (1, 0), (2, 0)])
+def test_a_rank_that_does_not_come_is_named_after_the_first_steps_patience(without, printed_by):
     found = run_ranks(3, lambda: come(without=without))
     assert found.pop(without) == STAYS_AWAY
     for message, teller, seconds in found:
         assert message.startswith(f"rank {without} has not come within 2 s (distributed.hang_timeout_minutes)")
-        assert teller == told_by, "one rank says it"
+        assert teller == printed_by, "one rank says it"
         assert SECONDS - 0.1 < seconds < SECONDS + 10
 
 
@@ -115,7 +115,7 @@ def test_rank_0_keeps_its_stores_at_the_ports_that_launch_files_document(monkeyp
         with init_distributed(SHORT) as world:
             local = {line.split()[1] for line in Path("/proc/net/tcp6").read_text().splitlines()[1:] if " 0A " in line}
             local |= {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line}
-            dist.barrier(world.control)
+            dist.barrier(world.cpu_group)
             return {int(address.rpartition(":")[2], 16) for address in local}
 
     for ports in run_ranks(2, listening):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import usable_cpus
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = [*(path for name in ("launch", "slurm") for path in sorted((REPOSITORY / name).glob("*.sh"))), REPOSITORY / ".ci/run"]

@@ -160,13 +160,13 @@ def test_a_rank_whose_main_thread_is_stuck_is_named_too(stories, tmp_path):
 def note_progress_of(trainer, notes):
     """What the main thread says, as (step, phase)."""
     heartbeat = trainer.world.heartbeat
-    at = heartbeat.at
+    mark = heartbeat.mark
 
     def note_and_say(phase, *, step=None):
         notes.append((trainer.progress.step, phase))
-        at(phase, step=step)
+        mark(phase, step=step)
 
-    heartbeat.at = note_and_say
+    heartbeat.mark = note_and_say
 
 
 def test_each_micro_batch_each_fetched_batch_and_each_validation_batch_is_progress(stories, tmp_path):

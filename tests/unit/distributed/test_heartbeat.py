@@ -52,20 +52,20 @@ def steps(heartbeat: Heartbeat, clock: list[float], *, start: int, seconds: list
     """Each of two micro-batches that are read and trained on, and a wait for others that is longer than all of it."""
     for step, each in enumerate(seconds, start):
         for phase in ("reading data", "reading data", "training", "backward"):
-            heartbeat.at(phase, step=step)  # type: ignore[arg-type]
+            heartbeat.mark(phase, step=step)  # type: ignore[arg-type]
             clock[0] += each / 4
             with heartbeat.waiting():
                 clock[0] += 50 * each
-        heartbeat.at("reading data", step=step + 1)
+        heartbeat.mark("reading data", step=step + 1)
 
 
 def test_the_longest_step_counts_what_a_rank_does_itself_from_its_first_step_on(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     clock[0] += 1000.0
-    heartbeat.at("warming up", step=40)  # of a run that was resumed
+    heartbeat.mark("warming up", step=40)  # of a run that was resumed
     clock[0] += 1000.0
     steps(heartbeat, clock, start=40, seconds=[3.0, 8.0, 2.0])
-    heartbeat.at("saving", step=43)
+    heartbeat.mark("saving", step=43)
     clock[0] += 1000.0
     steps(heartbeat, clock, start=43, seconds=[1.0])
     assert heartbeat._own_beat().longest_step_seconds == 8.0
@@ -81,7 +81,7 @@ def test_the_first_step_counts_only_until_there_is_another(clock: list[float]) -
 def test_each_note_is_progress_also_in_the_same_phase(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     for _ in range(3):
-        heartbeat.at("validating", step=5)
+        heartbeat.mark("validating", step=5)
         assert heartbeat._own_beat().idle_seconds == 0.0
         clock[0] += 7.0
         assert heartbeat._own_beat() == Beat(5, "validating", 7.0, number=1)
@@ -90,14 +90,14 @@ def test_each_note_is_progress_also_in_the_same_phase(clock: list[float]) -> Non
 def test_time_in_which_the_whole_job_was_suspended_is_nobody_s_silence(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     steps(heartbeat, clock, start=0, seconds=[3.0, 3.0])
-    heartbeat.at("training", step=2)
+    heartbeat.mark("training", step=2)
     heartbeat._changed[1] = heartbeat._clock.now()
     for seconds in (0.5, 9000.0, 0.5):
         heartbeat._clock.tick()
         clock[0] += seconds
     assert heartbeat._silent_seconds(1) == 1.0
     assert heartbeat._own_beat().idle_seconds == 1.0
-    heartbeat.at("reading data", step=3)
+    heartbeat.mark("reading data", step=3)
     assert heartbeat._own_beat().longest_step_seconds == 3.0
 
 
@@ -105,6 +105,6 @@ def test_the_first_step_s_patience_lasts_until_the_next_one_begins(clock: list[f
     heartbeat = Heartbeat()
     steps(heartbeat, clock, start=0, seconds=[1.0])
     assert heartbeat.patience_seconds() == 600.0
-    heartbeat.at("training")
+    heartbeat.mark("training")
     assert heartbeat.patience_seconds() == 120.0
     assert Heartbeat(timeout_minutes=0.5).patience_seconds() == 30.0

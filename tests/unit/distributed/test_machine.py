@@ -1,8 +1,10 @@
-"""A container's CPU quota is heeded wherever cores are counted, in cgroup v1 and v2, and that of any group around it."""
+"""CPU quotas of containers, in cgroup v1 and v2, and the compilers that torch needs."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed import context as world
+from dist_trainer.distributed import machine
 from dist_trainer.distributed.context import init_distributed
-from dist_trainer.distributed.cpu_count import usable_cpus
+from dist_trainer.distributed.machine import missing_compiler, usable_cpus
 
 V2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup rw,nsdelegate"
 V1 = "32 31 0:29 {root} /sys/fs/cgroup/cpu,cpuacct rw,nosuid shared:9 - cgroup cgroup rw,cpu,cpuacct"
@@ -92,3 +95,65 @@ def test_torch_computes_and_compiles_with_no_more_threads_than_the_quota_pays_fo
         assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
     finally:
         torch.set_num_threads(before)
+
+
+GPU = torch.device("cuda")
+HAS_TRITON = machine._has_triton
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    machine._missing_on_gpu.cache_clear()
+    yield
+    machine._missing_on_gpu.cache_clear()
+
+
+@pytest.fixture
+def programs(asked_anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder of programs of a machine with Triton and a GPU for it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(machine, "_has_triton", lambda: True)
+    return tmp_path
+
+
+def add_program(folder: Path, name: str) -> None:
+    (folder / name).touch(mode=0o755)
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_a_gpu_needs_a_c_compiler(programs: Path, name: str) -> None:
+    assert "a C compiler" in str(missing_compiler(GPU))
+    machine._missing_on_gpu.cache_clear()
+    add_program(programs, name)
+    assert missing_compiler(GPU) is None
+
+
+def test_a_gpu_needs_the_c_compiler_that_is_named(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_program(programs, "gcc")
+    monkeypatch.setenv("CC", "mine")
+    assert "a C compiler" in str(missing_compiler(GPU))
+    machine._missing_on_gpu.cache_clear()
+    add_program(programs, "mine")
+    assert missing_compiler(GPU) is None
+
+
+def test_a_gpu_needs_triton_and_a_torch_that_cannot_say_is_believed(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_program(programs, "gcc")
+    monkeypatch.setattr(machine, "_has_triton", lambda: False)
+    assert "triton" in str(missing_compiler(GPU))
+    machine._missing_on_gpu.cache_clear()
+    monkeypatch.setattr(machine, "_has_triton", HAS_TRITON)
+    monkeypatch.setitem(sys.modules, "torch.utils._triton", None)
+    assert missing_compiler(GPU) is None
+
+
+def test_torch_is_asked_about_triton_once_and_for_no_cpu(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(machine, "_has_triton", lambda: asked.append(1) or True)
+    for name in ("gcc", "g++"):
+        add_program(programs, name)
+    assert missing_compiler(torch.device("cpu")) is None
+    assert not asked
+    assert [missing_compiler(GPU) for _ in range(2)] == [None, None]
+    assert asked == [1]
