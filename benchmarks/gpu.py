@@ -27,7 +27,7 @@ from benchmarks.compare import BASE, CONTESTANTS, Contestant, by_round, chosen, 
 from benchmarks.workloads import SIZES, Workload
 from dist_trainer.distributed.machine import usable_cpus
 
-NEEDED = ("jsonargparse", "docstring_parser", "pyarrow", "accelerate")
+NEEDED = ("pyarrow", "accelerate")
 """What a machine with nothing but torch and transformers may lack."""
 BEST_LOOP, OURS, FP16, HF = "bare, compiled, lean", "ours, compiled", "ours, compiled, fp16", "HF Trainer"
 AGAINST = ((OURS, BEST_LOOP), (OURS, HF), (FP16, OURS))

@@ -54,12 +54,12 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationRequest:
     # argparse would take the values of training's keys for RUN.
     own_words, key_words = split_off_keys(sys.argv[1:] if argv is None else argv)
     arguments = argument_parser().parse_args(own_words)
-    from dist_trainer.config.loading import keys_given
+    from dist_trainer.config.loading import assigned_keys
     from dist_trainer.huggingface.initial_model import model_folder
     from dist_trainer.run.configure import load_config
     from dist_trainer.tracking.run_reader import run_folder_of
 
-    keys = keys_given(key_words)
+    keys = assigned_keys(key_words)
     harness = harness_fields(arguments, keys)
     folder = model_folder(arguments.path, weights=False, key="RUN")
     run = run_folder_of(folder, is_run=_is_run)
@@ -151,7 +151,7 @@ def harness_fields(arguments: argparse.Namespace, keys: Collection[str]) -> dict
 
 def check_keys_have_effect(words: Sequence[str]) -> None:
     """Raises ConfigError for a key on the command line that has no effect; a --config file of training may hold such keys."""
-    from dist_trainer.config.cli import parse_argv
+    from dist_trainer.config.command_line import parse_argv
 
     without_effect = sorted(a.key for a in parse_argv(words).assignments if a.key.split(".")[0] in SECTIONS_WITHOUT_EFFECT)
     if without_effect:

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the same config error may have exited already, and torchrun's SIGTERM must not keep this one from printing it.
         with StopRequest().listen(for_good=True) as stop_request:
             begin_as_rank()
-            from dist_trainer.config.cli import pop_dry_run
+            from dist_trainer.config.command_line import pop_dry_run
             from dist_trainer.run.configure import load_config
 
             arguments, is_dry_run = pop_dry_run(argv)

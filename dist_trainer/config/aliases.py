@@ -1,9 +1,15 @@
-"""What other trainers, and earlier versions of this one, call keys and values, for the message that names the right one.
+"""What other trainers, and earlier versions of this one, call keys and values; messages suggest ours.
 
 Names are those of Hugging Face's TrainingArguments, Lightning's Trainer, torchtune and nanoGPT.
 """
 
 from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from dist_trainer.config.keys import key_types
+from dist_trainer.config.values import choices_of
 
 RENAMED_KEYS = {
     "distributed.timeout_minutes": "distributed.hang_timeout_minutes",
@@ -65,7 +71,7 @@ NOT_KEYS = {
         "no such key: it follows from the number of processes; start them with torchrun or launch/local.sh"
     ),
 }
-"""Names that have no key here, and the message that says what to do instead."""
+"""Names without a key here, and what to do instead."""
 OTHER_VALUES = {
     "disabled": "none null off false no disable 0",
     "online": "on true yes wandb all 1",
@@ -76,16 +82,36 @@ OTHER_VALUES = {
 }
 
 
-def key_called(name: str) -> str | None:
-    """The key that other trainers call `name`, if any."""
-    return next((key for key, names in OTHER_NAMES.items() if name in names.split()), None)
+def unknown_key_message(key: str) -> str:
+    """What to say about a key that does not exist: what it was renamed to, why there is none, or which one may be meant."""
+    if key in RENAMED_KEYS:
+        return f"no such key; it was renamed to {RENAMED_KEYS[key]}"
+    name = key.rsplit(".", 1)[-1].replace("-", "_")
+    for names, message in NOT_KEYS.items():
+        if name in names.split():
+            return message
+    known = list(key_types())
+    elsewhere = [known_key for known_key, names in OTHER_NAMES.items() if name in names.split()]
+    near = (
+        (elsewhere if "." not in key else [])
+        or [known_key for known_key in known if known_key.rsplit(".", 1)[-1] == name]
+        or elsewhere
+        or [known_key for known_key in known if _initials(known_key) == name]
+        or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    )
+    return f"no such key; did you mean {near[0]}?" if near else "no such key; --help all lists them all"
 
 
-def why_no_key(name: str) -> str | None:
-    """The message for a `name` that has no key here on purpose; None for any other name."""
-    return next((message for names, message in NOT_KEYS.items() if name in names.split()), None)
+def suggest_value(value: Any, kind: Any) -> str:
+    """`; did you mean bf16?` if one of the few values of a key of this type may be meant; otherwise ""."""
+    values = [choice for choice in choices_of(kind) if choice not in ("true", "false")]
+    written = str(value).lower()
+    near = [choice for choice in values if written in OTHER_VALUES.get(choice, "").split()]
+    near = near or difflib.get_close_matches(written, values, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
-def value_called(name: str, values: list[str]) -> str | None:
-    """The one of `values` that other trainers call `name`, if any."""
-    return next((value for value in values if name.lower() in OTHER_VALUES.get(value, "").split()), None)
+def _initials(key: str) -> str:
+    """The letters by which people abbreviate a key: "lr" for optim.learning_rate."""
+    return "".join(word[0] for word in key.rsplit(".", 1)[-1].split("_"))

@@ -1,16 +1,17 @@
-"""Paths as users write them."""
+"""Paths as users write them, and the run name that a sweep's runs need."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from dist_trainer.errors import ConfigError
 
 
 def user_path(name: str) -> Path:
-    """The path `name`, with `~` or `~user` at its beginning replaced by the home folder. A shell does that for separate words
-    only, neither in `--key=~/folder` nor in a YAML file.
+    """The path `name`, with a leading `~` or `~user` replaced by the home folder. A shell does that for separate words only,
+    neither in `--key=~/folder` nor in a YAML file.
 
     Raises ConfigError if that home folder is not known.
     """
@@ -21,7 +22,20 @@ def user_path(name: str) -> Path:
 
 
 def is_same_path(first: object, second: object) -> bool:
-    """Whether two values of a config are paths, as users write them, that lead to the same place."""
+    """Whether two values of a config are paths, as users write them, to the same place."""
     if not (isinstance(first, str) and isinstance(second, str)):
         return False
     return os.path.realpath(os.path.expanduser(first)) == os.path.realpath(os.path.expanduser(second))
+
+
+def sweep_run_name(run_name: str, environment: Mapping[str, str] = os.environ) -> str:
+    """`run_name` with the W&B id of a sweep's run appended; unchanged if `wandb agent` did not start this process.
+
+    All runs of a sweep share one command line except for what the sweep varies: with one run_name, the second would find the
+    folder of the first and be refused as another run. A preempted run gets the same id from W&B again, finds its folder, and
+    resumes.
+    """
+    run_id = environment.get("WANDB_RUN_ID", "")
+    if not environment.get("WANDB_SWEEP_ID") or not run_id or run_name.endswith(f"-{run_id}"):
+        return run_name
+    return f"{run_name}-{run_id}"

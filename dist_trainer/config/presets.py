@@ -1,6 +1,6 @@
-"""`--preset`: sizes by name, with the learning rate and the batch that follow from them.
+"""`--preset`: model sizes with matching learning rate and batch size.
 
-Each number has its source beside it:
+The source of each number:
 
 GPT-3     Brown et al. 2020, arXiv:2005.14165, table 2.1 (layers, width, heads, batch in tokens, learning rate) and appendix B
           (linear warmup over the first 375 million tokens, cosine decay to a tenth, betas 0.9 and 0.95, weight decay 0.1,
@@ -16,7 +16,7 @@ Pythia    Biderman et al. 2023, arXiv:2304.01373, table 1 and appendix E: 1.0B h
           over 1% of 143,000 steps.
 Llama 3.2 the config.json of meta-llama/Llama-3.2-1B.
 
-The learning rates were found for AdamW. Scaled as in optim/muon.py, Muon's updates suit them too (Liu et al. 2025,
+The learning rates were found for AdamW. Muon's updates, scaled as in optim/muon.py, suit them too (Liu et al. 2025,
 arXiv:2502.16982).
 """
 
@@ -32,7 +32,7 @@ from dist_trainer.config.schema import DataConfig
 
 @dataclass(frozen=True)
 class Preset:
-    """A size of DecoderLM, and how it is trained from nothing."""
+    """A size of DecoderLM, and how it is trained from scratch."""
 
     model: Mapping[str, int | float]
     """Keys of the model section."""
@@ -45,7 +45,7 @@ class Preset:
     micro_batch_tokens: int | None = None
     """Tokens of one forward pass; None: all of a rank's share.
 
-    Meant for a GPU of 24 GB (1b: 40 GB) in bf16, by 16 bytes a parameter (weights, gradients, AdamW; Muon takes less) and
+    For a GPU of 24 GB (1b: 40 GB) in bf16, by 16 bytes a parameter (weights, gradients, AdamW; Muon takes less) and
     34 x hidden_size bytes a token and layer (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without the attention
     matrices, which fused kernels do not keep); logits exist in chunks only. An estimate: --dry_run measures.
     """
@@ -65,7 +65,7 @@ def _shape(
 
 
 PRESETS: dict[str, Preset] = {
-    # Shape: nobody's, about a million. DeepSeek: C = 1.2e14, so 5.4e-3 and 11.7k tokens. Warmup: nanoGPT.
+    # Shape: our own, about a million. DeepSeek: C = 1.2e14, so 5.4e-3 and 11.7k tokens. Warmup: nanoGPT.
     "1m": Preset(_shape(128, 344, 5, 4), 989_568, 5.4e-3, 2**14, 100),
     # Shape and warmup: nanoGPT, with Llama's feed-forward. DeepSeek: C = 1.4e16, so 3.0e-3 and 55k tokens.
     "10m": Preset(_shape(384, 1024, 6, 6), 10_621_824, 3.0e-3, 2**16, 100, 2**15),
@@ -80,8 +80,8 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def presets_in_words() -> str:
-    """A line for each preset, under a line that names the columns."""
+def format_presets() -> str:
+    """A table of the presets."""
     rows = [("preset", "parameters", "layers x width", "learning rate", "tokens per step", "warmup steps")]
     for name, preset in PRESETS.items():
         shape = f"{preset.model['num_hidden_layers']} x {preset.model['hidden_size']}"
@@ -92,22 +92,22 @@ def presets_in_words() -> str:
     return "\n".join([*lines, "Parameters exclude the embedding, which adds vocabulary x width.", ""])
 
 
-def preset_keys(name: str, asked: Mapping[str, Any], *, ranks: int = 1) -> dict[str, Any]:
-    """The dotted keys that the preset `name` sets beside those that were `asked` for.
+def preset_keys(name: str, assigned: Mapping[str, Any], *, ranks: int = 1) -> dict[str, Any]:
+    """The dotted keys that the preset `name` sets, given the values that the user has `assigned` to others.
 
-    A step has the preset's tokens, to the next power of two, whatever data.sequence_length is, and a micro-batch as many rows
-    of the preset's as come out even.
+    A step has the preset's number of tokens, rounded down to a power of two, whatever data.sequence_length is. The micro-batch
+    is the largest that divides a rank's share of it and has no more tokens than the preset's.
     """
     preset = PRESETS[name]
-    length = asked.get("data.sequence_length", DataConfig.sequence_length)
+    length = assigned.get("data.sequence_length", DataConfig.sequence_length)
     keys: dict[str, Any] = {f"model.{key}": value for key, value in preset.model.items()}
-    keys["batch.global_batch_size"] = rows_of(preset.batch_tokens, length)
+    keys["batch.global_batch_size"] = sequences_of(preset.batch_tokens, length)
     if preset.micro_batch_tokens is not None:
-        rows = asked.get("batch.global_batch_size", keys["batch.global_batch_size"]) // ranks
-        keys["batch.micro_batch_size"] = math.gcd(rows_of(preset.micro_batch_tokens, length), max(1, rows))
+        sequences = assigned.get("batch.global_batch_size", keys["batch.global_batch_size"]) // ranks
+        keys["batch.micro_batch_size"] = math.gcd(sequences_of(preset.micro_batch_tokens, length), max(1, sequences))
     return keys | {"optim.learning_rate": preset.learning_rate, "schedule.warmup_steps": preset.warmup_steps}
 
 
-def rows_of(tokens: int, sequence_length: int) -> int:
-    """How many rows make `tokens`: a power of two, so that ranks and accumulation divide it; one at least."""
+def sequences_of(tokens: int, sequence_length: int) -> int:
+    """How many sequences `tokens` make: a power of two, so that ranks and accumulation divide it; at least one."""
     return 1 << max(0, (tokens // max(1, sequence_length)).bit_length() - 1)

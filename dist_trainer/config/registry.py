@@ -1,4 +1,4 @@
-"""Finding a row of a table of variants (OPTIMIZERS, SCHEDULES, ...), or a function of the user's own."""
+"""Registries (OPTIMIZERS, SCHEDULES, ...): their entries by name, found or built, and functions of the user's own."""
 
 from __future__ import annotations
 
@@ -15,30 +15,40 @@ from dist_trainer.errors import ConfigError, type_named
 
 T = TypeVar("T")
 
+ENTRY_NAMES: dict[str, tuple[str, ...]] = {
+    "model.name": ("decoder_lm", "hf"),
+    "optim.name": ("auto", "adamw", "muon"),
+    "schedule.name": ("cosine", "linear", "constant", "wsd"),
+    "distributed.strategy": ("auto", "single", "ddp"),
+}
+"""By config key; `auto` chooses among the others. Configs are checked against these, as the registries themselves import torch.
+A test holds them equal.
+"""
 
-def resolve(table: Mapping[str, T], name: str, key: str) -> T:
-    """The row `name` of `table`, or what "package.module:function" names; `key` is the config key to blame.
 
-    Raises ConfigError with the nearest row where there is no such row, and with the cause where an import fails.
+def resolve(registry: Mapping[str, T], name: str, key: str) -> T:
+    """The entry `name` of `registry`, or what "package.module:function" names; `key` is the config key to blame.
+
+    Raises ConfigError with the nearest name if there is no such entry, and with the cause if an import fails.
     """
-    if name in table:
-        return table[name]
-    if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            found = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            is_missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "-")
-            remedy = f"; {_where_modules_are_found()}" if is_missing else ""
-            raise ConfigError(f"{key}: {name!r} cannot be imported ({error}){remedy}") from error
-        if not callable(found):
-            raise ConfigError(f"{key}: {name!r} is {type_named(found)}, not a function")
-        return cast(T, found)
-    raise ConfigError(no_such_row(table, name, key))
+    if name in registry:
+        return registry[name]
+    if ":" not in name:
+        raise ConfigError(unknown_entry_message(registry, name, key))
+    module_name, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "-")
+        remedy = f"; {_where_modules_are_found()}" if is_missing else ""
+        raise ConfigError(f"{key}: {name!r} cannot be imported ({error}){remedy}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}: {name!r} is {type_named(found)}, not a function")
+    return cast(T, found)
 
 
 def _where_modules_are_found() -> str:
-    """The remedy: which folders Python looks in depends on how it was started."""
+    """The remedy. Which folders Python searches depends on how it was started."""
     here = Path.cwd()
     if any(Path(entry or ".").absolute() == here for entry in sys.path):
         return "its module must be in the current folder, installed, or in a folder on PYTHONPATH"
@@ -46,27 +56,27 @@ def _where_modules_are_found() -> str:
     return f"the current folder is not searched: set {start}, or start with `python -m dist_trainer.train`"
 
 
-def no_such_row(rows: Iterable[str], name: str, key: str) -> str:
-    """The message, with the nearest row."""
-    known = list(rows)
+def unknown_entry_message(names: Iterable[str], name: str, key: str) -> str:
+    """The message for a `name` that is none of the `names`, with the nearest of them."""
+    known = list(names)
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? There are" if near else "there are"
-    return f"{key}: no row {name!r}; {hint} {', '.join(known)}, or your own as package.module:function"
+    hint = f"did you mean {near[0]!r}? Choose" if near else "choose"
+    return f"{key}: unknown name {name!r}; {hint} from {', '.join(known)}, or use your own as package.module:function"
 
 
-def build(table: Mapping[str, Callable[..., T]], name: str, key: str, *arguments: Any, kind: type[T]) -> T:
-    """What the row that `name` means makes of `arguments`.
+def build(registry: Mapping[str, Callable[..., T]], name: str, key: str, *arguments: Any, kind: type[T]) -> T:
+    """What the entry that `name` means returns for `arguments`.
 
-    Raises ConfigError as `resolve` does, and where a function of the user's own takes other arguments or does not give a
-    `kind`. What goes wrong inside it comes out as it is.
+    Raises ConfigError as `resolve` does, and if a function of the user's own takes other arguments or returns something that is
+    no `kind`. An error inside it is not caught.
     """
-    row = resolve(table, name, key)
+    entry = resolve(registry, name, key)
     try:
-        inspect.signature(row).bind(*arguments)
+        inspect.signature(entry).bind(*arguments)
     except TypeError as error:
         wanted = ", ".join(type(argument).__name__ for argument in arguments)
         raise ConfigError(f"{key}: {name!r} cannot be called with ({wanted}): {error}; see docs/extending.md") from error
-    made = row(*arguments)
-    if not isinstance(made, kind):
-        raise ConfigError(f"{key}: {name!r} gave {type_named(made)}, not a {kind.__name__}; see docs/extending.md")
-    return made
+    built = entry(*arguments)
+    if not isinstance(built, kind):
+        raise ConfigError(f"{key}: {name!r} returned {type_named(built)}, not a {kind.__name__}; see docs/extending.md")
+    return built

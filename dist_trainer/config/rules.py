@@ -1,16 +1,15 @@
-"""What a config must fulfil beyond the types of its keys."""
+"""Rules that a config must satisfy beyond the types of its keys."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dist_trainer.config.paths import user_path
-from dist_trainer.config.profile_steps import parse_profile_steps
-from dist_trainer.config.registry import no_such_row
-from dist_trainer.config.registry_names import ROW_NAMES
+from dist_trainer.config.registry import ENTRY_NAMES, unknown_entry_message
 from dist_trainer.config.schema import (
+    TRANSFORMERS,
     BatchConfig,
     DataConfig,
     ModelConfig,
@@ -19,7 +18,7 @@ from dist_trainer.config.schema import (
     ScheduleConfig,
     TrainingConfig,
 )
-from dist_trainer.config.template import ALPACA, parse_template
+from dist_trainer.config.values import ALPACA, parse_profile_steps, parse_template
 from dist_trainer.errors import ConfigError
 
 _POSITIVE = (
@@ -63,12 +62,26 @@ _NOT_NEGATIVE = (
 )
 
 
-def broken_rules(config: TrainingConfig, *, world_size: int | None = None) -> list[str]:
-    """A sentence for each rule that `config` breaks, beginning with the key. `world_size`: the ranks, where known."""
+def check_config(config: TrainingConfig) -> None:
+    """Raises ConfigError with every rule that `config` violates."""
+    raise_problems(rule_violations(config))
+
+
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raises one ConfigError for all `problems`, if there are any."""
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} problems in the config:\n{lines}")
+
+
+def rule_violations(config: TrainingConfig, *, world_size: int | None = None) -> list[str]:
+    """A sentence for each rule that `config` violates, starting with the key. `world_size`: the number of ranks, if known."""
     return [
-        *_signs(config),
+        *_ranges(config),
         *_names(config),
-        *_rows(config),
+        *_entries(config),
         *_model(config.model),
         *_data(config.data),
         *_batch(config.batch, world_size),
@@ -78,7 +91,7 @@ def broken_rules(config: TrainingConfig, *, world_size: int | None = None) -> li
     ]
 
 
-def _signs(config: TrainingConfig) -> Iterator[str]:
+def _ranges(config: TrainingConfig) -> Iterator[str]:
     for key in _POSITIVE:
         value = _value(config, key)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -97,21 +110,21 @@ def _names(config: TrainingConfig) -> Iterator[str]:
     if not config.output_dir:
         yield "output_dir: must not be empty; use . for the current folder"
     resume = config.checkpoint.resume
-    # A run that has checkpoints of its own goes on from these: the one it began from may have gone since.
+    # A run with checkpoints resumes from these: the one that it started from may be gone.
     own = (config.run_folder / "checkpoints").glob("step-*")
     if resume not in ("auto", "never") and not user_path(resume).is_dir() and not any(own):
         yield f"checkpoint.resume: {resume!r} is neither auto nor never nor a folder that exists"
 
 
-def _rows(config: TrainingConfig) -> Iterator[str]:
-    """Rows that no table has. Functions of the user's own may import torch: assembly.check_rows imports them."""
-    for key, rows in ROW_NAMES.items():
+def _entries(config: TrainingConfig) -> Iterator[str]:
+    """Names that no registry has. A function of the user's own may import torch: run/build.py looks it up."""
+    for key, names in ENTRY_NAMES.items():
         section, _, field = key.rpartition(".")
         name = getattr(getattr(config, section), field)
-        if name in rows:
+        if name in names:
             continue
         if ":" not in name:
-            yield no_such_row(rows, name, key)
+            yield unknown_entry_message(names, name, key)
         elif not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
             yield f"{key}: {name!r} is not of the form package.module:function"
 
@@ -119,9 +132,9 @@ def _rows(config: TrainingConfig) -> Iterator[str]:
 def _model(model: ModelConfig) -> Iterator[str]:
     if not 0 <= model.dropout < 1:
         yield f"model.dropout: {model.dropout} must be 0 or more, and less than 1"
-    if model.name == "hf":  # the other keys have no meaning for it
+    if model.name == TRANSFORMERS:  # which ignores the other keys
         if model.init_from is None:
-            yield "model.init_from: must name a folder with a config.json, or a model on the Hub, where model.name is hf"
+            yield "model.init_from: must name a folder with a config.json, or a model on the Hub, if model.name is hf"
         return
     if model.rope_type == "llama3" and model.rope_high_freq_factor <= model.rope_low_freq_factor:
         low, high = model.rope_low_freq_factor, model.rope_high_freq_factor

@@ -1,9 +1,9 @@
-"""YAML files as dotted keys with the line each stands on; duplicate keys are noticed, and nothing is ever executed."""
+"""YAML files as dotted keys with their lines. Duplicate keys are errors, and nothing is ever executed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ import yaml
 
 from dist_trainer.errors import ConfigError
 
-MOST_NODES = 100_000
-"""Keys and values of a file, aliases written out: a few lines of aliases of aliases can mean more than any memory holds."""
+MAX_NODES = 100_000
+"""Keys and values of a file with aliases expanded: a few lines of nested aliases can expand beyond any memory."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Assignment:
     """`configs/mine.yaml:7`, or `command line`."""
 
 
-def read_assignments(path: Path, sections: frozenset[str]) -> tuple[list[Assignment], list[str]]:
-    """The keys of the file, those in `sections` joined with a dot, and what is wrong with the others.
+def read_assignments(path: Path, sections: Collection[str]) -> tuple[list[Assignment], list[str]]:
+    """The keys of the file, those in `sections` joined with a dot, and a sentence for each problem.
 
-    Wrong are a file that is missing, is no YAML or holds no mapping, a value that must not be in one, and a key that stands
-    twice, be it as `model.dropout: 0` and as `dropout: 0` under `model:`.
+    Problems are a file that is missing, is not YAML or is not a mapping, a value that a config must not hold, and a duplicate
+    key, also as `model.dropout: 0` and as `dropout: 0` under `model:`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -45,19 +45,19 @@ def read_assignments(path: Path, sections: frozenset[str]) -> tuple[list[Assignm
     if root is None:
         return [], []
     if not isinstance(root, yaml.MappingNode):
-        return [], [f"{path}:1: holds no mapping of keys to values, such as `seed: 1`"]
-    found = list(_walk(root, path, "", sections, {}))
-    return [one for one in found if isinstance(one, Assignment)], [one for one in found if isinstance(one, str)]
+        return [], [f"{path}:1: is not a mapping of keys to values, such as `seed: 1`"]
+    results = list(_walk(root, path, "", sections, {}))
+    return [each for each in results if isinstance(each, Assignment)], [each for each in results if isinstance(each, str)]
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """The plain values that `text` says, which messages call `name`; None where it says none. Raises ConfigError."""
+    """The plain values in `text`, which messages call `name`; None if it is empty. Raises ConfigError."""
     root = _composed(text, name)
     return None if root is None else _plain(root, name)
 
 
 def _composed(text: str, name: str) -> yaml.Node | None:
-    """Raises ConfigError where `text` is no YAML, or more than any config."""
+    """Raises ConfigError if `text` is not YAML, or larger than any config."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -67,24 +67,24 @@ def _composed(text: str, name: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: is not YAML ({error})") from error
     except RecursionError as error:
-        raise ConfigError(f"{name}: is nested too deeply; a config has sections, keys and values, no more levels") from error
-    if root is not None and _size(root, {}) > MOST_NODES:
+        raise ConfigError(f"{name}: is nested too deeply; a config has only sections, keys and values") from error
+    if root is not None and _size(root, {}) > MAX_NODES:
         raise ConfigError(
-            f"{name}: holds more than {MOST_NODES:,} values where aliases (*name) are written out; a config has some hundred"
+            f"{name}: holds more than {MAX_NODES:,} values with aliases (*name) expanded; a config has about a hundred"
         )
     return root
 
 
 def _walk(
-    node: yaml.MappingNode, path: Path, prefix: str, sections: frozenset[str], first_lines: dict[str, int]
+    node: yaml.MappingNode, path: Path, prefix: str, sections: Collection[str], first_lines: dict[str, int]
 ) -> Iterator[Assignment | str]:
-    """Each assignment, or the sentence that says what is wrong with it."""
+    """Each assignment, or a sentence on what is wrong with it."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         try:
             name = f"{prefix}{_plain(key_node, path)}"
             if name in first_lines:
-                yield f"{path}:{line}: {name} stands here a second time (first on line {first_lines[name]})"
+                yield f"{path}:{line}: duplicate key {name} (first set on line {first_lines[name]})"
             first_lines.setdefault(name, line)
             if name in sections and isinstance(value_node, yaml.MappingNode):
                 yield from _walk(value_node, path, f"{name}.", sections, first_lines)
@@ -95,9 +95,9 @@ def _walk(
 
 
 def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """How many nodes `node` stands for, aliases written out: without end where one names what it is a part of.
+    """How many nodes `node` has with aliases expanded; infinite if one refers to a node that contains it.
 
-    `sizes` has those of nodes that are known.
+    `sizes` are those of the nodes that are known.
     """
     if id(node) not in sizes:
         sizes[id(node)] = math.inf  # until its parts are known
@@ -107,13 +107,13 @@ def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
 
 
 def _plain(node: yaml.Node, path: Path | str) -> Any:
-    """The value of a node, by the safe constructors alone: a tag for a Python object is an error."""
+    """The value of a node, by the safe constructors only: a tag for a Python object is an error."""
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
     except yaml.constructor.ConstructorError as error:
         raise ConfigError(f"{path}:{node.start_mark.line + 1}: {node.tag} is not allowed in a config") from error
-    except (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:  # by the kind of value
+    except (ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{path}:{node.start_mark.line + 1}: {node.value!r:.80} cannot be read ({error}); quote it"
         ) from error

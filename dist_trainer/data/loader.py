@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from dist_trainer.config.loading import validated
+from dist_trainer.config.rules import check_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.build_datasets import (
@@ -59,7 +59,7 @@ def create_dataloaders(
     these two keys. Inputs are tensors, arrays or numbers, or dictionaries of these; targets are one of these, and a target of
     -100 is not trained on. Raises DataError, ConfigError; the same on every rank.
     """
-    validated(config)
+    check_config(config)
     world = world or DistributedContext.single()
     if train_dataset is not None:
         if config.data.document_mask:

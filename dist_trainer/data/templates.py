@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.config.template import ALPACA, parse_template
+from dist_trainer.config.values import ALPACA, parse_template
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError, type_named
 

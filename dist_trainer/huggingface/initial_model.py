@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.keys import as_written
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import LLAMA, SHAPE_FIELDS, TRANSFORMERS, ModelConfig
+from dist_trainer.config.values import format_value
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.huggingface.hub import is_hub_name, model_from_hub
 from dist_trainer.huggingface.llama_config import read_hf_config
@@ -105,7 +105,7 @@ def contradictions(asked: Mapping[str, Any], model: ModelConfig, folder: Path) -
             continue
         if value != there:
             problems.append(
-                f"{key}: is {as_written(value)}, but the model in {folder} has {as_written(there)}; leave the key out, or "
+                f"{key}: is {format_value(value)}, but the model in {folder} has {format_value(there)}; leave the key out, or "
                 "set it to that"
             )
     return problems

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.command_line import command_path
 from dist_trainer.config.schema import PrecisionConfig
 from dist_trainer.config.secrets import masked_within
 from dist_trainer.data.chat import default_chat_template
@@ -32,7 +32,7 @@ from dist_trainer.training.precision import build_precision
 
 RESULTS_FOLDER = "evaluations"
 """In a run's folder."""
-INSTALL = f"`EXTRAS=harness launch/setup.sh`, or `{in_this_shell()} -m pip install lm_eval accelerate`"
+INSTALL = f"`EXTRAS=harness launch/setup.sh`, or `{command_path()} -m pip install lm_eval accelerate`"
 OFFLINE = (
     ". The Hub cannot be reached: download the task's data into the local cache (HF_HOME) on a machine that reaches it, or "
     "name tasks whose data are in local files (--harness_tasks)"

@@ -17,10 +17,11 @@ from dist_trainer.checkpoint.folders import (
     tidy_before_the_search,
 )
 from dist_trainer.checkpoint.state import Progress, read_training_state
-from dist_trainer.config.keys import PATH_KEYS, as_written
+from dist_trainer.config.keys import PATH_KEYS
 from dist_trainer.config.loading import config_differences
 from dist_trainer.config.paths import is_same_path, user_path
 from dist_trainer.config.schema import TrainConfig, TrainingConfig
+from dist_trainer.config.values import format_value
 from dist_trainer.distributed.launch_env import is_restarted_by
 from dist_trainer.errors import AnotherRunError, CheckpointError, counted
 from dist_trainer.run.folder import CHECKPOINTS, RunFolder
@@ -191,12 +192,12 @@ def _check_same_run(config: TrainingConfig, start: ResumeState, checkpoint: Path
         raise _another_run(defining, checkpoint)
     for key, before, now in differences:
         if not key.startswith("checkpoint.resume"):
-            log.info("resuming with %s %s (was %s)", key, as_written(now), as_written(before))
+            log.info("resuming with %s %s (was %s)", key, format_value(now), format_value(before))
 
 
 def _another_run(differences: list[tuple[str, Any, Any]], checkpoint: Path) -> AnotherRunError:
     lines = "\n".join(
-        f"  {key}: {as_written(now)}, but the run started with {as_written(before)}" for key, before, now in differences
+        f"  {key}: {format_value(now)}, but the run started with {format_value(before)}" for key, before, now in differences
     )
     return AnotherRunError(
         f"this config differs from the run in {checkpoint}:\n{lines}\n"

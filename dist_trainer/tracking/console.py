@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.command_line import command_path
 from dist_trainer.config.secrets import masked
 from dist_trainer.errors import counted
 from dist_trainer.tracking.formatting import duration, printable, quantity, significant
@@ -156,7 +156,7 @@ def next_steps(folder: Path, *, can_open: bool, chats: bool = False) -> str:
         generate = {f"generate {run} --chat": "chat"} if chats else {f"generate {run}": "generate text"}
         commands = generate | {f"evaluate {run}": "re-run validation"} | commands
     width = max(map(len, commands))
-    lines = (f"  {in_this_shell()} -m dist_trainer.{words:<{width}}   # {note}" for words, note in commands.items())
+    lines = (f"  {command_path()} -m dist_trainer.{words:<{width}}   # {note}" for words, note in commands.items())
     return "\n".join([f"open {folder / 'report.html'} in a browser, or run", *lines])
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.command_line import command_path
 from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.config.secrets import masked, masked_within
 from dist_trainer.errors import ConfigError
@@ -87,7 +87,7 @@ def check_packages(tracking: TrackingConfig) -> None:
         if entry.must_be_installed and entry.is_enabled(tracking) and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"tracking.{name}: true needs the package {name}, which is not installed; "
-                f"install it (`{in_this_shell()} -m pip install {name}`), or set it to false"
+                f"install it (`{command_path()} -m pip install {name}`), or set it to false"
             )
 
 

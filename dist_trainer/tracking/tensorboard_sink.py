@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.command_line import command_path
 from dist_trainer.tracking.sink import LogFn, metrics_of
 
 FOLDER = "tensorboard"
@@ -54,7 +54,7 @@ class TensorBoardSink:
 
     def summary(self) -> str:
         """The command that shows it."""
-        return f"`{in_this_shell('tensorboard')} --logdir {shlex.quote(str(self._folder.parent.parent))}` shows it"
+        return f"`{command_path('tensorboard')} --logdir {shlex.quote(str(self._folder.parent.parent))}` shows it"
 
     def _write_text(self, tag: str, text: str, step: int, when: float) -> None:
         from tensorboard.plugins.text.summary import text_pb

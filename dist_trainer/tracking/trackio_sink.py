@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.command_line import command_path
 from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.run_reader import text_of
 from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of
@@ -50,7 +50,7 @@ class TrackioSink:
 
     def summary(self) -> str:
         """The command that shows it."""
-        return f"`{in_this_shell('trackio')} show --project {shlex.quote(self._project)}` shows it"
+        return f"`{command_path('trackio')} show --project {shlex.quote(self._project)}` shows it"
 
     @staticmethod
     def _open(description: dict[str, Any], *, resume: str) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.command_line import command_path
 from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.run_reader import number
 from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of, one_line
@@ -75,9 +75,7 @@ class WandbSink:
             return f"its server refused part of {self._run.url} (see {self._log}); the same command sends what is missing"
         if self._is_online:
             return f"complete at {self._run.url}"
-        return (
-            f"recorded offline; `{in_this_shell('wandb')} sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
-        )
+        return f"recorded offline; `{command_path('wandb')} sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
 
     def _gave_up(self) -> bool:
         """Whether W&B stopped sending. Its `finish` returns normally then, and only what it prints for its user says so."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from dist_trainer.config.profile_steps import parse_profile_steps
+from dist_trainer.config.values import parse_profile_steps
 from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.collectives import gather_objects
 from dist_trainer.storage.files import replace_file

@@ -18,7 +18,7 @@ from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
 from dist_trainer.checkpoint.optimizer_state import FirstStepCheck
 from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
-from dist_trainer.config.loading import validated
+from dist_trainer.config.rules import check_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch, DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, accumulation_steps
@@ -74,12 +74,12 @@ class Trainer:
         forward and backward pass. `flops_per_token` is for MFU, `token_bytes` for
         bits per byte; `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
         """
-        self.config, self.world = validated(config), world
-        self.model, self.optimizer = model, optimizer
+        check_config(config)
+        self.config, self.world = config, world
+        self.model, self.optimizer, self.step_context = model, optimizer, step_context
         self.train_data, self.validation_data = train_data, validation_data
         self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
-        self.step_context = step_context
         self.tracker = tracker if tracker is not None and world.is_main else NullTracker()
         self.sample, self.token_bytes, self.metadata = sample, token_bytes, metadata or {}
         self.progress = Progress()

@@ -19,7 +19,7 @@ NUMBER_AND_THING = re.compile(rf"(%d|\.\.\.)(?: \w+)? (?:{THINGS.replace(' ', '|
 NEVER_ONE = {
     "checkpoint/folders.py: ... holds checkpoints": "a folder's name",
     "training/last_save.py: ... times": "of the tries, which are several",
-    "config/profile_steps.py: ... steps": "more than fifty",
+    "config/values.py: ... steps": "more than fifty",
     "config/rules.py: ... sequences": "of several ranks",
     "data/build_datasets.py: %d tokens": "two or more",
     "data/sampler.py: ... sequences": "of several ranks",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.config.cli import CONSOLE_SCRIPT, MODULE, pop_dry_run, program
-from dist_trainer.config.help import WIDTH, help_text
-from dist_trainer.config.keys import leaf_types, section_classes, sentences_by_key
+from dist_trainer.config.command_line import CONSOLE_SCRIPT, MODULE, pop_dry_run, program
+from dist_trainer.config.help import MAX_WIDTH, help_text
+from dist_trainer.config.keys import descriptions, key_types, section_names
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.run.configure import load_config
 from dist_trainer.train import main
@@ -42,7 +42,7 @@ def options_in(text: str) -> set[str]:
 
 
 def test_the_template_in_the_help_means_what_it_says_when_typed_in_a_shell(tmp_path):
-    [example] = re.findall(r'"(.*?)"', sentences_by_key()["data.template"])
+    [example] = re.findall(r'"(.*?)"', descriptions()["data.template"])
     assert example == r"{context}\n{question}"
     assert load_config(["--data.template", example]).data.template == "{context}\n{question}"
     assert load_config([r"--data.completion_template=\t{a}\\n\d"]).data.completion_template == "\t{a}\\n\\d"
@@ -53,27 +53,27 @@ def test_the_template_in_the_help_means_what_it_says_when_typed_in_a_shell(tmp_p
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(WIDTH + 10))
+    monkeypatch.setenv("COLUMNS", str(MAX_WIDTH + 10))
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
 def test_the_first_screen_names_examples_sizes_sections_and_what_is_used_most(capsys, word):
     said = shown(capsys, word)
     assert len(said.splitlines()) <= 60
-    assert all(len(line) <= WIDTH for line in said.splitlines())
+    assert all(len(line) <= MAX_WIDTH for line in said.splitlines())
     assert all(f"{name} (" in " ".join(said.split()) for name in PRESETS)
-    assert all(re.search(rf"\b{name}\b", said) for name in section_classes() if name)
+    assert all(re.search(rf"\b{name}\b", said) for name in section_names())
     assert {"run_name", "data.dataset", "optim.learning_rate", "train.max_steps"} <= options_in(said)
     others = {"config", "preset", "dry_run", "print_config", "print_completion", "version", "help"}
-    assert options_in(said) - others <= leaf_types().keys()
+    assert options_in(said) - others <= key_types().keys()
     assert others <= options_in(said)
 
 
 def test_help_on_all_lists_every_key_and_help_on_a_section_those_of_it(capsys):
     said = shown(capsys, "--help", "all")
-    assert options_in(said) == leaf_types().keys()
-    assert all(len(line) <= WIDTH for line in said.splitlines())
-    optim = {key for key in leaf_types() if key.startswith("optim.")}
+    assert options_in(said) == key_types().keys()
+    assert all(len(line) <= MAX_WIDTH for line in said.splitlines())
+    optim = {key for key in key_types() if key.startswith("optim.")}
     assert options_in(shown(capsys, "--help", "optim")) == options_in(shown(capsys, "-h", "--optim.")) == optim
     assert "--precision.compile true|false|auto (auto)" in shown(capsys, "--help", "precision")
 
@@ -81,7 +81,7 @@ def test_help_on_all_lists_every_key_and_help_on_a_section_those_of_it(capsys):
 def test_help_fits_into_a_narrower_terminal_except_for_its_commands(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     screen = shown(capsys, "--help")
-    keys_and_options = screen[screen.index("keys most used") : screen.index("\nmore\n")]
+    keys_and_options = screen[screen.index("most-used keys") : screen.index("\nmore\n")]
     assert all(len(line) <= 60 for line in (keys_and_options + shown(capsys, "--help", "all")).splitlines())
     assert "--model.init_from HuggingFaceTB/SmolLM2-135M \\\n" in screen, "a command can still be pasted"
 
@@ -114,18 +114,18 @@ def test_the_command_calls_itself_as_it_was_called(monkeypatch, capsys):
 
 
 REFUSED = {
-    "--preset nope": "command line: --preset: there is no 'nope'; there are 1m, 10m, 30m, 124m, 350m, 1b",
-    "--preset": "command line: preset: a name must follow: 1m, 10m",
-    "--preset 1m --preset 10m": "command line: --preset stands twice (1m, 10m); give one of them",
-    "--preset 1m --model.init_from runs": "--preset: 1m is for training from nothing, but model.init_from (runs) brings",
+    "--preset nope": "command line: unknown preset 'nope'; choose from 1m, 10m, 30m, 124m, 350m, 1b",
+    "--preset": "command line: --preset needs a name: 1m, 10m",
+    "--preset 1m --preset 10m": "command line: --preset given twice (1m, 10m)",
+    "--preset 1m --model.init_from runs": "--preset 1m is for training from scratch, but model.init_from (runs) determines",
     "--preset 10m --model.hidden_size 100": "model.num_attention_heads: 6 heads do not divide model.hidden_size (100)",
     "--preset 1m --batch.micro_batch_size 24": "preset 1m: batch.global_batch_size: 64 must be a multiple of",
-    "--print_config=yes": "command line: --print_config takes no value; write it alone",
-    "--dry_run=true": "command line: --dry_run takes no value; write it alone",
-    "--dry_run true": "command line: 'true' stands alone",
-    "--help nope": "command line: --help: there is no section 'nope'; there are model, data,",
+    "--print_config=yes": "command line: --print_config takes no value",
+    "--dry_run=true": "command line: --dry_run takes no value",
+    "--dry_run true": "command line: unexpected argument 'true'",
+    "--help nope": "command line: --help: unknown section 'nope'; choose from model, data,",
     "--print_completion tcsh": "command line: --print_completion: 'tcsh' is not one of bash, zsh, fish",
-    "--print_completion": "command line: print_completion: a shell must follow: bash, zsh, fish",
+    "--print_completion": "command line: --print_completion needs one of bash, zsh, fish",
     "--presets 1m": "command line: presets: no such key",
 }
 
@@ -139,4 +139,4 @@ def test_a_wrong_use_is_refused_in_one_sentence(words):
 
 def test_the_command_itself_says_it_and_exits_with_2(capsys):
     assert main(["--dry_run", "--preset", "nope"]) == 2
-    assert capsys.readouterr().err.startswith("dist_trainer: command line: --preset: there is no 'nope'")
+    assert capsys.readouterr().err.startswith("dist_trainer: command line: unknown preset 'nope'")

@@ -11,16 +11,16 @@ import sys
 
 import pytest
 
-from dist_trainer.config import completion
-from dist_trainer.config.keys import leaf_types
+from dist_trainer.config.help import completion_parser
+from dist_trainer.config.keys import PATH_KEYS, key_types
 from dist_trainer.errors import ConfigError
 from dist_trainer.run.configure import load_config
 
 
 def test_every_key_can_be_completed_with_the_values_it_may_have():
-    actions = {action.dest: action for action in completion.completion_parser()._actions}
-    assert leaf_types().keys() <= actions.keys()
-    assert set(completion.PATH_KEYS) <= leaf_types().keys()
+    actions = {action.dest: action for action in completion_parser()._actions}
+    assert key_types().keys() <= actions.keys()
+    assert set(PATH_KEYS) <= key_types().keys()
     assert actions["precision.dtype"].choices == ["auto", "fp32", "bf16", "fp16"]
     assert actions["optim.name"].choices == ["auto", "adamw", "muon"]
     assert actions["data.packing"].choices == ["true", "false"]
@@ -30,7 +30,7 @@ def test_every_key_can_be_completed_with_the_values_it_may_have():
 
 def test_without_shtab_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "shtab", None)
-    with pytest.raises(ConfigError, match=r"needs the package shtab, which is not here; .*python -m pip install"):
+    with pytest.raises(ConfigError, match=r"needs the package shtab, which is not installed; .*python -m pip install"):
         load_config(["--print_completion", "bash"])
 
 

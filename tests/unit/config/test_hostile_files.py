@@ -20,8 +20,8 @@ ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
 MERGES = "a: &a {x: 1, y: 2}\n" + "".join(
     f"{new}: &{new} {{<<: [{', '.join([f'*{old}'] * 10)}]}}\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
 )
-TOO_DEEP = r"x\.yaml: is nested too deeply; a config has sections, keys and values"
-TOO_MANY = r"x\.yaml: holds more than 100,000 values where aliases \(\*name\) are written out"
+TOO_DEEP = r"x\.yaml: is nested too deeply; a config has only sections, keys and values"
+TOO_MANY = r"x\.yaml: holds more than 100,000 values with aliases \(\*name\) expanded"
 HOSTILE = {
     "brackets": ("seed: " + "[" * 3000 + "]" * 3000, TOO_DEEP),
     "mappings": ("\n".join(" " * depth + "a:" for depth in range(3000)), TOO_DEEP),

@@ -4,16 +4,16 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from dist_trainer.config.aliases import NOT_KEYS, OTHER_NAMES, OTHER_VALUES
-from dist_trainer.config.keys import PATH_KEYS, leaf_types, options_of
-from dist_trainer.config.loading import config_differences, dump_config, validated
-from dist_trainer.config.registry import build, resolve
-from dist_trainer.config.registry_names import ROW_NAMES
+from dist_trainer.config.keys import PATH_KEYS, descriptions, key_types
+from dist_trainer.config.loading import config_differences, dump_config
+from dist_trainer.config.registry import ENTRY_NAMES, build, resolve
+from dist_trainer.config.rules import check_config
 from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
+from dist_trainer.config.values import choices_of
 from dist_trainer.data.datasets import Source
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.registry import MODELS
@@ -53,18 +53,8 @@ assert g.MARKDOWN.read_text() == g.markdown() and g.YAML.read_text() == g.defaul
 
 
 def test_every_key_has_a_sentence():
-    import docstring_parser
-
-    for section in [
-        TrainingConfig,
-        *(f.default_factory for f in dataclasses.fields(TrainingConfig) if "." not in f.name),
-    ]:
-        if not dataclasses.is_dataclass(section):
-            continue
-        said = {p.arg_name: p.description for p in docstring_parser.parse_from_object(section).params}
-        for field in dataclasses.fields(section):
-            if field.default_factory is dataclasses.MISSING:
-                assert said.get(field.name), f"{section.__name__}.{field.name}"
+    assert descriptions().keys() == key_types().keys()
+    assert all(text.endswith((".", '"')) for text in descriptions().values())
 
 
 def test_files_and_arguments_are_laid_over_one_another(tmp_path):
@@ -144,7 +134,7 @@ REFUSED = {
     "--checkpoint.resume nowhere": "checkpoint.resume: 'nowhere' is neither auto nor never nor a folder",
     "--schedule.min_lr_ratio 2": "schedule.min_lr_ratio: 2.0 must be from 0 to 1",
     "--model 3": "model: is a section; set its keys, such as model.name",
-    "--seed": "command line: seed: a value must follow",
+    "--seed": "command line: --seed needs a value",
     "--learning_rate 1": "learning_rate: no such key; did you mean optim.learning_rate?",
     "--optim.lr 1": "optim.lr: no such key; did you mean optim.learning_rate?",
     "--lr 1": "lr: no such key; did you mean optim.learning_rate?",
@@ -166,9 +156,10 @@ REFUSED = {
     "--validation.max_batches 5": "no such key; it was renamed to validation.max_global_batches",
     "--max_batches 5": "no such key; did you mean validation.max_global_batches?",
     "--zzz 1": "zzz: no such key; --help all lists them all",
-    "stray": "'stray' stands alone",
-    "--optim.name adam": "command line: optim.name: no row 'adam'; did you mean 'adamw'? There are auto, adamw, muon,",
-    "--schedule.name foo": "schedule.name: no row 'foo'; there are cosine, linear, constant, wsd, or your own",
+    "stray": "command line: unexpected argument 'stray'; write --stray",
+    "train.max_steps=3": "command line: unexpected argument 'train.max_steps=3'; write --train.max_steps 3",
+    "--optim.name adam": "command line: optim.name: unknown name 'adam'; did you mean 'adamw'? Choose from auto, adamw, muon,",
+    "--schedule.name foo": "schedule.name: unknown name 'foo'; choose from cosine, linear, constant, wsd, or use your own",
     "--model.name my_project:": "model.name: 'my_project:' is not of the form package.module:function",
     "--distributed.strategy fsdp --data.template {a!r} --optim.name sgd": "3 problems",
     "--data.template {": "command line: data.template: '{' is not a template",
@@ -188,11 +179,11 @@ def test_a_bad_argument_is_refused_by_key_value_and_remedy(words, tmp_path):
 
 
 BAD_FILES = {
-    "seed: 1\nseed: 2\n": ":2: seed stands here a second time (first on line 1)",
-    "optim:\n  eps: 1\n  eps: 2\n": ":3: optim.eps stands here a second time",
-    "model.hidden_size: 96\nmodel:\n  hidden_size: 192\n": ":3: model.hidden_size stands here a second time (first on line 1)",
-    "{seed: 1, seed: 2}": ":1: seed stands here a second time",
-    "- 1\n": ":1: holds no mapping",
+    "seed: 1\nseed: 2\n": ":2: duplicate key seed (first set on line 1)",
+    "optim:\n  eps: 1\n  eps: 2\n": ":3: duplicate key optim.eps",
+    "model.hidden_size: 96\nmodel:\n  hidden_size: 192\n": ":3: duplicate key model.hidden_size (first set on line 1)",
+    "{seed: 1, seed: 2}": ":1: duplicate key seed",
+    "- 1\n": ":1: is not a mapping",
     "seed: [1\n": "is not YAML",
     "a:\n\tb: 1\n": ":2: is not YAML",
     "seed: !!python/object/apply:os.system ['touch /tmp/hostile']\n": ":1: tag:yaml.org,2002:python/object/apply:os.system",
@@ -215,12 +206,12 @@ def test_a_duplicate_key_hides_no_other_problem_of_its_file(tmp_path):
     message = refused("--config", path)
     assert message.startswith("7 problems")
     for line in (
-        ":2: seed stands here a second time (first on line 1)",
+        ":2: duplicate key seed (first set on line 1)",
         ":2: seed: 'two' is not",
         ":3: zzz: no such key",
         ":5: tag:",
         ":6: model.hiden_size: no such key",
-        ":7: model.dropout stands here a second time (first on line 5)",
+        ":7: duplicate key model.dropout (first set on line 5)",
         ":7: model.dropout: 1.0 must be",
     ):
         assert path + line in message
@@ -234,11 +225,11 @@ def test_null_and_false_in_a_file_are_told_which_value_they_may_mean(tmp_path):
 
 
 def test_names_of_other_trainers_lead_to_keys_that_there_are_and_each_to_one():
-    assert OTHER_NAMES.keys() <= leaf_types().keys()
+    assert OTHER_NAMES.keys() <= key_types().keys()
     names = [name for words in (*OTHER_NAMES.values(), *NOT_KEYS) for name in words.split()]
     assert len(set(names)) == len(names)
-    assert not set(names) & leaf_types().keys(), "this is a key"
-    values = {str(value) for kind in leaf_types().values() for one in options_of(kind) for value in get_args(one)}
+    assert not set(names) & key_types().keys(), "this is a key"
+    values = {value for kind in key_types().values() for value in choices_of(kind)}
     assert OTHER_VALUES.keys() <= values
 
 
@@ -266,7 +257,7 @@ def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
 
 
 def test_the_names_that_are_checked_without_torch_are_the_tables_rows():
-    assert {key: set(names) for key, names in ROW_NAMES.items()} == {
+    assert {key: set(names) for key, names in ENTRY_NAMES.items()} == {
         "model.name": set(MODELS),
         "optim.name": {"auto", *OPTIMIZERS},
         "schedule.name": set(SCHEDULES),
@@ -300,7 +291,7 @@ def test_where_python_looks_for_modules_is_part_of_the_refusal(tmp_path, monkeyp
 
 def test_a_config_made_in_python_is_checked_too_and_cannot_change():
     with pytest.raises(ConfigError, match="2 problems"):
-        validated(TrainingConfig(batch=BatchConfig(7, 2), model=ModelConfig(dropout=-1)))
+        check_config(TrainingConfig(batch=BatchConfig(7, 2), model=ModelConfig(dropout=-1)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainingConfig().seed = 3  # type: ignore[misc]
 
@@ -308,7 +299,7 @@ def test_a_config_made_in_python_is_checked_too_and_cannot_change():
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
-        ("builtins:repr", "gave a str, not a Source"),
+        ("builtins:repr", "returned a str, not a Source"),
         ("os:getcwd", "cannot be called with \\(DataConfig\\)"),
         ("os:sep", "is a str, not a function"),
         ("os:nowhere", "cannot be imported"),
@@ -345,7 +336,7 @@ def test_the_contract_s_keys_are_there():
         " optim.betas schedule.min_lr_ratio train.epochs precision.compile validation.max_global_batches checkpoint.resume"
     )
     expected += " tracking.wandb_project distributed.hang_timeout_minutes"
-    assert set(expected.split()) <= set(leaf_types())
+    assert set(expected.split()) <= set(key_types())
 
 
 def test_the_run_that_another_began_from_may_be_gone_once_that_one_has_checkpoints(tmp_path):

@@ -196,12 +196,12 @@ def learnt(store: TokenStore, tokenizer) -> list[list[str]]:
 @pytest.mark.parametrize("make", [byte_level, like_llama2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_exactly_the_answers_carry_loss_each_with_what_ends_its_turn(tmp_path, kind, make):
-    template, end, as_written = KINDS[kind]
+    template, end, format_value = KINDS[kind]
     tokenizer = make(template, end)
     conversations = CONVERSATIONS if kind == "Gemma" else [[SYSTEM, *CONVERSATIONS[0]], *CONVERSATIONS]
     config = small(chats(tmp_path / "x.jsonl", conversations), tmp_path, messages_column="messages")
     store = stored(config, tokenizer)
-    expected = [[as_written.format(m["content"]) for m in c if m["role"] == "assistant"] for c in conversations]
+    expected = [[format_value.format(m["content"]) for m in c if m["role"] == "assistant"] for c in conversations]
     if make is like_llama2:  # it puts a space of its own behind each special token
         found = [[run.replace(" ", "") for run in runs] for runs in learnt(store, tokenizer)]
         assert found == [[run.replace(" ", "") for run in runs] for runs in expected]

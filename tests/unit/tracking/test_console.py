@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dist_trainer.config.cli import in_this_shell
+from dist_trainer.config.command_line import command_path
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, hf_config
 from dist_trainer.models.registry import can_open
@@ -153,10 +153,10 @@ def test_the_python_of_an_environment_below_the_working_folder_is_named_from_the
     for name in ("python", "wandb"):
         (programs / name).touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(programs / "python"))
-    assert in_this_shell(path="/usr/bin:/bin") == ".venv/bin/python"
-    assert in_this_shell("wandb", path="/usr/bin:/bin") == ".venv/bin/wandb"
-    assert in_this_shell("wandb", path=f"{programs}:/usr/bin:/bin") == "wandb"
-    assert in_this_shell("trackio", path="/usr/bin:/bin") == "trackio", "which is elsewhere, if anywhere"
+    assert command_path(path="/usr/bin:/bin") == ".venv/bin/python"
+    assert command_path("wandb", path="/usr/bin:/bin") == ".venv/bin/wandb"
+    assert command_path("wandb", path=f"{programs}:/usr/bin:/bin") == "wandb"
+    assert command_path("trackio", path="/usr/bin:/bin") == "trackio", "which is elsewhere, if anywhere"
 
 
 def test_who_trained_on_conversations_is_told_how_to_chat(tmp_path):
