@@ -34,7 +34,7 @@ from dist_trainer.html_report.page import ReportTracker, write_report
 from dist_trainer.models.registry import can_open
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.memory import explain_out_of_memory
-from dist_trainer.run.summary import run_header
+from dist_trainer.run.summary import format_header
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import FIRST_CHECKPOINT, StepCounter, append_event
 from dist_trainer.tracking.goodput import Goodput, goodput, restarts_of, steps_to_redo
@@ -132,7 +132,7 @@ def begin_run_folder(trainer: Trainer, folder: RunFolder, counter: StepCounter, 
     counter.record(step)  # or the lost ones would be lost once more where this life comes to no step
     trainer.note_step = counter.record
     note_running(trainer, folder.path)
-    log.info("%s", run_header(trainer, folder.path))
+    log.info("%s", format_header(trainer, folder.path))
     trainer.tracker = build_tracker(_context(trainer, folder, environment), {"report": lambda run: ReportTracker(run.folder)})
 
 

@@ -1,110 +1,183 @@
-"""What a run is, said before its first step."""
+"""What a run is going to do, said before its first step, and what a dry run has measured."""
 
 from __future__ import annotations
 
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.data.build_datasets import varies_in_length
 from dist_trainer.distributed.machine import device_name
 from dist_trainer.errors import counted
 from dist_trainer.models.registry import begins_trained
+from dist_trainer.optim.muon import MuonWithAdamW
 from dist_trainer.optim.schedules import initial_learning_rate
 from dist_trainer.parallel.compile import is_compiled
 from dist_trainer.parallel.registry import unwrap
+from dist_trainer.run.folder import CHECKPOINTS
 from dist_trainer.run.memory import snapshot_bytes, state_bytes, total_memory
-from dist_trainer.tracking.formatting import aligned, memory, quantity
+from dist_trainer.tracking.formatting import duration, memory, quantity, significant
 from dist_trainer.tracking.subprocess_tracker import format_exports
 from dist_trainer.training.trainer import Trainer
 
 
-def run_header(trainer: Trainer, folder: Path, *, is_dry: bool = False) -> str:
-    """A line each on steps, model, tokens, updates, devices, memory, results and how to go on; `folder` is the run's.
-    `is_dry`: whether it is a dry run, which writes nothing there.
-    """
-    rows = {
-        "model": model_in_words(trainer),
-        "tokens": tokens_in_words(trainer),
-        "updates": updates_in_words(trainer),
-        "devices": devices_in_words(trainer),
-        "memory": memory_in_words(trainer),
-        "results": f"{'none; a run writes ' if is_dry else ''}{results_in_words(trainer, folder)}",
-        "resume": resume_in_words(trainer),
+@dataclass(frozen=True)
+class Cost:
+    """What a dry run has measured, over all ranks."""
+
+    first_loss: float
+    """In nats per target token, before the first update."""
+    step_seconds: float
+    validation_seconds: float
+    """One complete validation; 0: nothing is validated."""
+    peak_bytes: list[int]
+    """The most that each rank's device held, by rank."""
+    steps: int
+    """Steps left to do."""
+    validations: int
+
+
+def format_header(trainer: Trainer, folder: Path, *, is_dry: bool = False) -> str:
+    """Steps, model, tokens, optimizer, devices, memory, output in the run's `folder`, and how to resume: a line each."""
+    start, last = trainer.progress.step, trainer.max_steps
+    steps = f"steps {start + 1}-{last}" if start < last else f"no step left after {start}, only the last validation"
+    title, output = f"training {trainer.config.run_name}: {steps}, output in {folder}", _output(trainer, folder)
+    if is_dry:
+        title, output = f"dry run of {trainer.config.run_name}: {steps}", f"none; a run writes {output}"
+    lines = {
+        "model": _model(trainer),
+        "tokens": _tokens(trainer),
+        "optimizer": _optimizer(trainer),
+        "devices": _devices(trainer),
+        "memory": format_memory(trainer),
+        "output": output,
+        "resume": _resume(trainer),
     }
-    title = f"{trainer.config.run_name}: {steps_in_words(trainer.progress.step, trainer.max_steps)}, into {folder}"
-    return "\n".join([title, *aligned(rows)])
+    return "\n".join([title, *_aligned(lines)])
 
 
-def steps_in_words(start: int, most: int) -> str:
-    """`steps 1 to 300`; where max_steps was lowered since, that none is left."""
-    return f"steps {start + 1} to {most}" if start < most else f"no step left after {start}, the last validation is"
+def format_cost(cost: Cost, trainer: Trainer, folder: Path) -> str:
+    """Time, memory and disk that the run in `folder` will need."""
+    state, kept = state_bytes(trainer), trainer.config.checkpoint.keep_last + 2  # the best one, and one being written
+    size, present = state["weights"] + state["optimizer"], len(step_folders(folder / CHECKPOINTS))
+    free = shutil.disk_usage(nearest_existing(folder)).free
+    problems = [] if math.isfinite(cost.first_loss) else ["the first loss is not finite"]
+    problems += [] if (kept - min(kept, present)) * size <= free else ["the disk has too little room for its checkpoints"]
+    verdict = f"works, but {' and '.join(problems)}" if problems else "OK"
+    there = f", {present} present" if present else ""
+    lines = {
+        "time": _time(cost, trainer),
+        "memory": _peak_memory(cost, trainer),
+        "disk": f"{memory(size)} per checkpoint, up to {kept} kept ({memory(kept * size)}){there}; {memory(free)} free",
+    }
+    return "\n".join([f"dry run {verdict}; nothing written to {folder}", *_aligned(lines)])
 
 
-def model_in_words(trainer: Trainer) -> str:
+def format_memory(trainer: Trainer) -> str:
+    """`9.2 MiB weights + 9.2 MiB gradients + 18.4 MiB optimizer = 36.8 MiB per rank, plus activations; ...`."""
+    state, device = state_bytes(trainer), trainer.world.device
+    parts = " + ".join(f"{memory(size)} {name}" for name, size in state.items())
+    place = "this machine" if device.type == "cpu" else str(device)
+    has = f"{place} has {memory(total_memory(device))}{_pinned(trainer)}"
+    return f"{parts} = {memory(sum(state.values()))} per rank, plus activations; {has}"
+
+
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the nearest path above it that exists, of any kind."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+
+
+def _model(trainer: Trainer) -> str:
     """`decoder_lm, 2.41M parameters in 4 layers of 192, random weights`."""
     config, step = trainer.config.model, trainer.progress.step
     size = f"{quantity(sum(parameter.numel() for parameter in trainer.parameters))} parameters"
     if config.name == "decoder_lm":
         size += f" in {counted(config.num_hidden_layers, 'layer')} of {config.hidden_size}"
-    if step:
-        origin = f"going on after step {step}"
-    else:
-        origin = f"weights of {config.init_from}" if begins_trained(config) else "random weights"
-    return f"{config.name}, {size}, {origin}"
+    initial = f"weights of {config.init_from}" if begins_trained(config) else "random weights"
+    return f"{config.name}, {size}, {f'resumed after step {step}' if step else initial}"
 
 
-def tokens_in_words(trainer: Trainer) -> str:
-    """`16 x 256 = 4.1k a step, 1.43M in all: 1.57 epochs of austen (3562 rows)`."""
+def _tokens(trainer: Trainer) -> str:
+    """`16 x 256 = 4.1k per step, 1.43M in total: 1.57 epochs of austen (3562 sequences)`."""
     config, sampler = trainer.config, trainer.sampler
-    rows, length = config.batch.global_batch_size, config.data.sequence_length
+    batch, length = config.batch.global_batch_size, config.data.sequence_length
     at_most = "at most " if varies_in_length(trainer.train_data.dataset) else ""
     return (
-        f"{rows} x {at_most}{length} = {quantity(rows * length)} a step, {quantity(trainer.max_steps * rows * length)} in all: "
-        f"{sampler.epoch_of(trainer.max_steps):.3g} epochs of {config.data.dataset} ({counted(sampler.num_sequences, 'row')})"
+        f"{batch} x {at_most}{length} = {quantity(batch * length)} per step, "
+        f"{quantity(trainer.max_steps * batch * length)} in total: {sampler.epoch_of(trainer.max_steps):.3g} epochs of "
+        f"{config.data.dataset} ({counted(sampler.num_sequences, 'sequence')})"
     )
 
 
-def updates_in_words(trainer: Trainer) -> str:
-    """`MuonWithAdamW, learning rate up to 0.005 over 40 steps, then cosine`."""
-    schedule, groups = trainer.config.schedule, trainer.optimizer.param_groups
-    peak = max((rate for group in groups if (rate := initial_learning_rate(group)) is not None), default=0.0)
-    warmup = f" over {counted(schedule.warmup_steps, 'step')}, then" if schedule.warmup_steps else ","
-    return f"{type(trainer.optimizer).__name__}, learning rate up to {peak:g}{warmup} {schedule.name}"
+def _optimizer(trainer: Trainer) -> str:
+    """`Muon + AdamW, peak learning rate 0.005 after 40 warmup steps, then cosine`."""
+    schedule, optimizer = trainer.config.schedule, trainer.optimizer
+    parts = optimizer.parts if isinstance(optimizer, MuonWithAdamW) else [optimizer]
+    name = " + ".join(type(part).__name__ for part in parts)
+    peak = max((rate for group in optimizer.param_groups if (rate := initial_learning_rate(group)) is not None), default=0.0)
+    warmup = f" after {counted(schedule.warmup_steps, 'warmup step')}, then" if schedule.warmup_steps else ","
+    return f"{name}, peak learning rate {peak:g}{warmup} {schedule.name}"
 
 
-def devices_in_words(trainer: Trainer) -> str:
-    """`16 ranks x NVIDIA H100 on 2 machines, bf16, compiled, 2 micro-batches of 32 rows a step`."""
-    world, steps = trainer.world, trainer.accumulation_steps
+def _devices(trainer: Trainer) -> str:
+    """`16 ranks x NVIDIA H100 on 2 machines, bf16, compiled, 2 micro-batches of 32 sequences per step`."""
+    world = trainer.world
     machines = -(-world.world_size // world.local_world_size)
     many = f" on {machines} machines" if machines > 1 else ""
     threads = f" ({counted(torch.get_num_threads(), 'thread')})" if world.device.type == "cpu" else ""
-    compiled = "compiled" if is_compiled(unwrap(trainer.model)) else "not compiled"
-    rows = counted(trainer.sampler.micro_batch_size, "row")
-    micro = f"{counted(steps, 'micro-batch', 'es')} of {rows} a step"
     ranks = f"{counted(world.world_size, 'rank')} x {device_name(world.device)}{threads}{many}"
-    return f"{ranks}, {trainer.precision.name}, {compiled}, {micro}"
+    compiled = "compiled" if is_compiled(unwrap(trainer.model)) else "not compiled"
+    micro_batches = counted(trainer.accumulation_steps, "micro-batch", "es")
+    sequences = counted(trainer.sampler.micro_batch_size, "sequence")
+    return f"{ranks}, {trainer.precision.name}, {compiled}, {micro_batches} of {sequences} per step"
 
 
-def memory_in_words(trainer: Trainer) -> str:
-    """`9.2 MiB weights + 9.2 MiB gradients + 18.4 MiB optimizer = 36.8 MiB a rank, and activations; ...`."""
-    state = state_bytes(trainer)
-    parts = " + ".join(f"{memory(size)} {name}" for name, size in state.items())
-    device = trainer.world.device
-    where = "the machine" if device.type == "cpu" else str(device)
-    pinned = f"; saves pin {memory(snapshot_bytes(trainer))} of host memory on rank 0" if device.type == "cuda" else ""
-    return (
-        f"{parts} = {memory(sum(state.values()))} a rank, and activations; {where} has {memory(total_memory(device))}{pinned}"
-    )
-
-
-def results_in_words(trainer: Trainer, folder: Path) -> str:
-    """Which files, and where else lines go."""
+def _output(trainer: Trainer, folder: Path) -> str:
     return f"report.html, metrics.jsonl, checkpoints/ and logs/ in {folder}; {format_exports(trainer.config.tracking)}"
 
 
-def resume_in_words(trainer: Trainer) -> str:
-    """How to go on after a stop, and from where."""
+def _resume(trainer: Trainer) -> str:
     every = trainer.config.checkpoint.every_steps
-    saved = f"every {counted(every, 'step')}" if every else "after each best validation, at the end"
-    return f"the same command goes on after a stop or a crash; saved {saved} and on a signal to stop"
+    saves = f"every {counted(every, 'step')}" if every else "after each best validation, at the end"
+    return f"rerun the same command after a stop or crash; saves {saves} and when told to stop"
+
+
+def _time(cost: Cost, trainer: Trainer) -> str:
+    tokens = trainer.config.batch.global_batch_size * trainer.config.data.sequence_length
+    work = counted(cost.steps, "step")
+    if cost.validations:
+        work += f" and {counted(cost.validations, 'validation')} of {duration(cost.validation_seconds)}"
+    total = cost.steps * cost.step_seconds + cost.validations * cost.validation_seconds
+    return (
+        f"{significant(cost.step_seconds, 3)} s per step ({quantity(tokens / cost.step_seconds)} tokens/s): "
+        f"{work} take about {duration(total)}, without compiling, samples and saving"
+    )
+
+
+def _peak_memory(cost: Cost, trainer: Trainer) -> str:
+    """The most that any rank held; if ranks differ, also the least."""
+    most, least, device = max(cost.peak_bytes), min(cost.peak_bytes), trainer.world.device
+    total = total_memory(device)
+    ranks = f" on rank {cost.peak_bytes.index(most)}, at least {memory(least)}" if most > least else ""
+    if device.type == "cuda":
+        return f"at most {memory(most)} ({most / total:.0%}) of a GPU's {memory(total)}{ranks}{_pinned(trainer)}"
+    processes = f"; {len(cost.peak_bytes)} processes" if len(cost.peak_bytes) > 1 else ""
+    return f"at most {memory(most)} of this machine's {memory(total)} per process{ranks}{processes}"
+
+
+def _pinned(trainer: Trainer) -> str:
+    """With a GPU, the host memory that saves pin."""
+    if trainer.world.device.type != "cuda":
+        return ""
+    return f"; saves pin {memory(snapshot_bytes(trainer))} of host memory on rank 0"
+
+
+def _aligned(lines: Mapping[str, str]) -> list[str]:
+    width = max(map(len, lines)) + 2
+    return [f"  {name:<{width}}{text}" for name, text in lines.items()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 
 _THOUSANDS = ("", "k", "M", "G", "T", "P")
 
@@ -56,11 +55,6 @@ def memory(num_bytes: float) -> str:
             return f"{significant(num_bytes, 3)} {unit}"
         num_bytes /= 1024
     return f"{significant(num_bytes, 3)} TiB"
-
-
-def aligned(rows: Mapping[str, str]) -> Iterator[str]:
-    """A line for each text, indented, after its name."""
-    return (f"  {name:<9}{text}" for name, text in rows.items())
 
 
 def significant(value: float, digits: int = 4) -> str:

@@ -26,7 +26,7 @@ NEVER_ONE = {
     "config/yaml_files.py: ... values": "a limit of many thousands",
     "data/token_store.py: ... bad records": "no message, a part of a key",
     "distributed/context.py: ... ranks": "more than there are GPUs",
-    "run/dry_run.py: ... processes": "only said of several",
+    "run/summary.py: ... processes": "only said of several",
     "evaluate.py: ... ranks": "only said of several",
     "generate.py: ... ranks": "only said of several",
     "storage/manifest.py: ... bytes": "a limit of millions",

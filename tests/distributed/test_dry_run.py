@@ -15,10 +15,10 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import CheckpointError
 from dist_trainer.run.build import assemble
 from dist_trainer.run.cli import run_cli
-from dist_trainer.run.dry_run import dry_run, largest_step, prepare_beside, rehearse
+from dist_trainer.run.dry_run import build_without_folder, dry_run, largest_step, measure
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.resume import ResumeState, preview_resume
-from dist_trainer.run.summary import run_header
+from dist_trainer.run.summary import format_header
 from dist_trainer.training.trainer import Trainer
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
@@ -45,13 +45,13 @@ def test_it_says_what_a_step_takes_and_leaves_no_folder(stories, tmp_path, capfd
     assert dry(config, 2) == [0, 0]
     assert not (tmp_path / "two words").exists()
     said = capfd.readouterr().err
-    assert "dry run of run: steps 1 to 12, into" in said
-    assert "results  none; a run writes report.html, metrics.jsonl, checkpoints/ and logs/ in " in said
+    assert "dry run of run: steps 1-12\n" in said
+    assert "output     none; a run writes report.html, metrics.jsonl, checkpoints/ and logs/ in " in said
     assert "2 ranks x " in said
-    assert re.search(r"time +\S+ s a step \(\S+ tokens/s\): 12 steps and 3 validations of \S+ s take about ", said)
-    assert re.search(r"memory +at most \S+ [MG]iB of the machine's .* on rank [01], \S+ [MG]iB at least; 2 processes", said)
+    assert re.search(r"time +\S+ s per step \(\S+ tokens/s\): 12 steps and 3 validations of \S+ s take about ", said)
+    assert re.search(r"memory +at most \S+ [MG]iB of this machine's .* on rank [01], at least \S+ [MG]iB; 2 processes", said)
     assert "Traceback" not in said
-    assert f"dry run: nothing is wrong; nothing was left in {folder(config)}" in said
+    assert f"dry run OK; nothing written to {folder(config)}" in said
 
 
 def test_it_says_where_checkpoints_will_not_have_room(stories, tmp_path, monkeypatch, capfd):
@@ -60,7 +60,7 @@ def test_it_says_where_checkpoints_will_not_have_room(stories, tmp_path, monkeyp
     assert dry(small_config(stories, tmp_path)) == [0]
     said = capfd.readouterr().err
     assert "the disk has too little room for its checkpoints" in said
-    assert re.search(r"disk +\S+ MiB a checkpoint, at most 12 at a time: \S+ MiB; 1.00 KiB are free", said)
+    assert re.search(r"disk +\S+ MiB per checkpoint, up to 12 kept \(\S+ MiB\); 1.00 KiB free", said)
 
 
 def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tmp_path, capfd):
@@ -72,22 +72,20 @@ def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tm
 
     assert exit_codes(2, lambda: poisoned(config)) == [3, 3]
     said = capfd.readouterr().err
-    assert (
-        said.count("dist_trainer: dry run: step 1 has a loss of nan and a gradient norm of nan, not finite; see that the") == 1
-    )
+    assert said.count("dist_trainer: dry run: step 1 has a loss of nan and a gradient norm of nan; check the weights and") == 1
     assert "--precision.dtype fp32" in said
     assert not folder(config).exists()
     assert exit_codes(2, lambda: poisoned(changed(config, train__on_non_finite="skip"))) == [0, 0]
     said = capfd.readouterr().err
-    assert "its update, and those after it, would be skipped" in said
-    assert "dry run: all works, but the first loss is not finite; nothing was left in" in said
+    assert "this update and the following ones would be skipped" in said
+    assert "dry run works, but the first loss is not finite; nothing written to" in said
 
 
 def test_a_first_gradient_that_is_not_finite_does_so_too(stories, tmp_path, capfd, monkeypatch):
     config = small_config(stories, tmp_path)
     monkeypatch.setattr(Trainer, "_clip_gradients", lambda self: torch.tensor(float("inf")))
     assert exit_codes(1, lambda: run_cli(lambda: dry_run(config))) == [3]
-    assert re.search(r"step 1 has a loss of 8\.\d+ and a gradient norm of inf, not finite", capfd.readouterr().err)
+    assert re.search(r"step 1 has a loss of 8\.\d+ and a gradient norm of inf; check", capfd.readouterr().err)
 
 
 def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, capfd):
@@ -101,8 +99,8 @@ def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, c
     finally:
         running.close()
     said = capfd.readouterr().err
-    assert "steps 7 to 12, into" in said
-    assert "going on after step 6" in said
+    assert "steps 7-12" in said
+    assert "resumed after step 6" in said
 
 
 def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_are(stories, tmp_path, capfd):
@@ -141,9 +139,9 @@ def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_on
     gone = ResumeState(tmp_path / "gone")
     found = iter([gone, preview_resume(config, folder(config)), gone, gone])
     monkeypatch.setattr("dist_trainer.run.dry_run.preview_resume", lambda *_: next(found))
-    assert prepare_beside(folder(config), config, DistributedContext.single()).progress.step == 2
+    assert build_without_folder(config, DistributedContext.single()).progress.step == 2
     with pytest.raises(CheckpointError, match="gone"):
-        prepare_beside(folder(config), config, DistributedContext.single())
+        build_without_folder(config, DistributedContext.single())
 
 
 def trainer_of(config):
@@ -160,7 +158,7 @@ def test_the_batch_is_as_large_as_any_can_be(stories, tmp_path):
         == [(2, 300)] * 4
     )
     assert targets == sum(batch.num_targets() for batch in batches)
-    cost = rehearse(trainer)
+    cost = measure(trainer)
     assert (cost.steps, cost.validations) == (12, 3)
     assert cost.step_seconds > 0
     assert cost.validation_seconds > 0
@@ -175,25 +173,25 @@ def test_a_compiled_run_can_be_tried_by_the_command(tmp_path, launcher):
     )
     assert done.returncode == 0, done.stderr
     assert ", compiled, " in done.stderr
-    assert " a step (" in done.stderr
+    assert " per step (" in done.stderr
     assert not (tmp_path / "r").exists()
 
 
 def test_the_header_is_short_aligned_and_true(stories, tmp_path):
     trainer = trainer_of(small_config(stories, tmp_path))
     warmup = trainer.config.schedule.warmup_steps
-    title, *lines = run_header(trainer, tmp_path / "run").splitlines()
-    assert title == f"run: steps 1 to 12, into {tmp_path / 'run'}"
+    title, *lines = format_header(trainer, tmp_path / "run").splitlines()
+    assert title == f"training run: steps 1-12, output in {tmp_path / 'run'}"
     assert len(lines) < 8
-    names = ["model", "tokens", "updates", "devices", "memory", "results", "resume"]
-    assert [line[:11].rstrip() for line in lines] == [f"  {name}" for name in names]
+    names = ["model", "tokens", "optimizer", "devices", "memory", "output", "resume"]
+    assert [line[:13].rstrip() for line in lines] == [f"  {name}" for name in names]
     said = dict(line.split(maxsplit=1) for line in lines)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert said["model"] == f"decoder_lm, {parameters / 1000:.0f}k parameters in 2 layers of 32, random weights"
-    assert said["tokens"].startswith("8 x 32 = 256 a step, 3.07k in all: ")
-    assert said["updates"] == f"AdamW, learning rate up to 0.01 over {warmup} steps, then cosine"
-    assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 rows a step")
+    assert said["tokens"].startswith("8 x 32 = 256 per step, 3.07k in total: ")
+    assert said["optimizer"] == f"AdamW, peak learning rate 0.01 after {warmup} warmup steps, then cosine"
+    assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 sequences per step")
     weights = 4 * parameters / 1024
     assert said["memory"].startswith(f"{weights:.0f} KiB weights + {weights:.0f} KiB gradients")
-    assert "no W&B" in said["results"]
-    assert "saved every 4 steps" in said["resume"]
+    assert "no W&B" in said["output"]
+    assert "saves every 4 steps" in said["resume"]

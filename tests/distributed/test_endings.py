@@ -72,7 +72,7 @@ def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capf
     capfd.readouterr()
     assert run(shorter, 1) == [0]
     said = capfd.readouterr().err
-    assert f"no step left after {reached}, the last validation is" in said
+    assert f"no step left after {reached}, only the last validation" in said
     assert f"finished: {reached} steps, past the 6 planned" in said
     ended = status(shorter)
     assert (ended["state"], ended["step"], ended["best_step"]) == ("finished", reached, reached)
