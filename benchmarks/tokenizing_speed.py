@@ -30,7 +30,7 @@ import numpy as np
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data import store_building
 from dist_trainer.data.datasets import CORPUS, files_split
-from dist_trainer.data.templates import text_formatter
+from dist_trainer.data.templates import RecordFormatter, text_formatter
 from dist_trainer.data.token_store import token_store
 from dist_trainer.data.tokenizers import load_tokenizer
 
@@ -42,7 +42,7 @@ def ours(text: Path, tokenizer: Path, folder: Path) -> tuple[float, np.ndarray]:
     loaded = load_tokenizer(str(tokenizer))
     begin = time.perf_counter()
     split = files_split([text], DataConfig())
-    store = token_store(split, loaded, text=text_formatter("text", None), text_identity="", cache_dir=folder)
+    store = token_store(split, loaded, RecordFormatter(text_formatter("text", None), ""), cache_dir=folder)
     return time.perf_counter() - begin, np.asarray(store.tokens)
 
 

@@ -146,15 +146,12 @@ def _opened(name: str, config: DataConfig, key: str) -> tuple[Source, DataConfig
 
 
 def _all_documents(split: Split, config: DataConfig, tokenizer: Tokenizer) -> Documents:
-    maker = record_formatter(config, tokenizer)
     store = token_store(
         split,
         tokenizer,
-        text=maker.text,
-        text_identity=maker.identity,
-        has_loss_mask=maker.has_loss_mask,
-        max_bad_records=_max_bad_records(config),
+        record_formatter(config, tokenizer),
         cache_dir=_cache_dir(config),
+        max_bad_records=_max_bad_records(config),
     )
     return Documents(store, np.stack([store.offsets[:-1], store.offsets[1:]], axis=1))
 

@@ -1,7 +1,9 @@
-"""Texts to token ids: by gigatoken where that gives a tokenizer's own ids, else by the tokenizer itself.
+"""Texts to token ids: with gigatoken if it gives the tokenizer's own ids, else with the tokenizer itself.
 
-gigatoken encodes byte-level BPE some forty times as fast as Hugging Face's tokenizers, but is young. So it is used only
-where it gave the same ids for the texts of `probe_texts`, and some of each batch is compared again as it goes along.
+gigatoken encodes byte-level BPE some forty times as fast as Hugging Face's tokenizers, but is young. So it is used only if it
+gives the same ids for the texts of `probe_texts`, and a sample of each batch is compared again.
+
+Documents with loss masks are encoded by the tokenizer itself: their masks follow from each token's place in the text.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from dist_trainer.data.text_pieces import TextPiece
+from dist_trainer.data.text_pieces import PieceBatch, TextPiece
 from dist_trainer.data.tokenizer_check import probe_texts
 from dist_trainer.data.tokenizers import Tokenizer, text_prefix, tokenizer_description, with_prefix
 from dist_trainer.distributed.machine import usable_cpus
@@ -24,24 +26,24 @@ from dist_trainer.errors import DataError, StoppedError, counted
 
 log = logging.getLogger(__name__)
 
-MOST_THREADS = 4
-"""More would wait for the one thread that reads the text."""
-CHARACTERS_OF_ONE_CACHE = 1 << 29
-"""gigatoken remembers each word that it has met: after so much text, by a fresh one, or its memory would grow without end."""
+MAX_THREADS = 4
+"""More would wait for the single thread that reads the text."""
+CHARACTERS_PER_CACHE = 1 << 29
+"""gigatoken caches every word it has seen. After this much text it is replaced, or its memory would grow without bound."""
 CHARACTERS_COMPARED = 1 << 11
-"""Of each batch: a thousandth of it, at a fiftieth of the time."""
+"""Sample of each batch: a thousandth of it, at a fiftieth of the time."""
 
 
 class TokenizerMismatchError(Exception):
-    """The fast encoder gave other ids than the tokenizer, or failed: what it has made is not to be trusted."""
+    """The fast encoder failed or gave other ids than the tokenizer: nothing it has encoded can be trusted."""
 
 
 class Encoder(Protocol):
-    """Gives texts their ids."""
+    """Encodes texts."""
 
     name: str
     threads: int
-    """How many may call it at a time to good effect."""
+    """How many threads should call it at a time."""
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, [tokens], without special tokens around it."""
@@ -66,7 +68,7 @@ class HuggingFaceEncoder:
 class FastEncoder:
     """gigatoken with the tokenizer's vocabulary and rules.
 
-    Raises what gigatoken raises where it cannot follow them.
+    Raises whatever gigatoken raises for rules that it does not know.
     """
 
     name = "gigatoken"
@@ -78,16 +80,16 @@ class FastEncoder:
         self._description = tokenizer_description(tokenizer)
         self._lock = threading.Lock()
         self._renew()
-        self.threads = min(MOST_THREADS, usable_cpus())
+        self.threads = min(MAX_THREADS, usable_cpus())
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, uint32 [tokens]."""
         with self._lock:
-            if self._characters > CHARACTERS_OF_ONE_CACHE:
+            if self._characters > CHARACTERS_PER_CACHE:
                 self._renew()
             self._characters += sum(map(len, texts))
             encode = self._encode
-        # Not its encode_batch: that one imports awkward, which takes longer than a novel takes to tokenise.
+        # Not its encode_batch, which imports awkward: that takes longer than tokenising a novel.
         return [encode(text) for text in texts]
 
     def _renew(self) -> None:
@@ -96,157 +98,153 @@ class FastEncoder:
 
 
 def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
-    """gigatoken for `tokenizer`; None where it is not installed, does not know such a tokenizer, or gives other ids."""
+    """gigatoken for `tokenizer`; None if it is not installed, does not know such tokenizers, or gives other ids."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return None
     try:
         fast = FastEncoder(tokenizer)
-        differs = first_difference(fast, HuggingFaceEncoder(tokenizer), probe_texts(tokenizer))
+        difference = first_difference(fast, HuggingFaceEncoder(tokenizer), probe_texts(tokenizer))
     except ImportError:
-        log.info("gigatoken is not installed: Hugging Face's tokenizers do the tokenising, some ten times as slowly")
+        log.info("gigatoken is not installed: tokenising with Hugging Face's tokenizers, some ten times as slow")
         return None
     except (KeyboardInterrupt, SystemExit, StoppedError):
         raise
-    except BaseException as error:  # its panics are no Exceptions
-        log.info("gigatoken cannot stand in for this tokenizer (%s)", error)
+    except BaseException as error:  # its panics are not Exceptions
+        log.info("gigatoken is not used: it does not support this tokenizer (%s)", error)
         return None
-    if differs is not None:
-        log.info("gigatoken gives other ids than this tokenizer, as for %.60r: it is not used", differs)
+    if difference is not None:
+        log.info("gigatoken is not used: it gives other ids than this tokenizer, such as for %.60r", difference)
         return None
     return fast
 
 
 def first_difference(one: Encoder, other: Encoder, texts: Sequence[str]) -> str | None:
-    """The first of `texts` that gets other ids from `one` than from `other`."""
+    """The first of `texts` for which the two give different ids."""
     pairs = zip(texts, one(texts), other(texts), strict=True)
     return next((text for text, a, b in pairs if not np.array_equal(a, b)), None)
 
 
 class EncodedPieces(NamedTuple):
-    """A batch of pieces and the ids of each, [tokens]."""
+    """A batch of pieces of one shard and the ids of each, [tokens]."""
 
+    shard: int
     pieces: list[TextPiece]
     ids: list[np.ndarray]
     loss_masks: list[np.ndarray] | None = None
-    """Where the pieces are whole MarkedTexts: which of their tokens carry loss, bool [tokens]. Their ids have the EOS then, if
-    one belongs there."""
+    """For documents with loss masks: which of their tokens are trained on, bool [tokens]. Their ids include the EOS then, if
+    there is to be one."""
 
     @property
     def text_bytes(self) -> int:
-        """Of the text in UTF-8."""
+        """Size of the text in UTF-8."""
         return sum(len(p.text) if p.text.isascii() else len(p.text.encode()) for p in self.pieces)
 
 
-def encoded(
-    batches: Iterable[list[TextPiece]], encoder: Encoder, own: Encoder, prefix: Sequence[int] = ()
+def encode(
+    batches: Iterable[PieceBatch], encoder: Encoder, own: Encoder, prefix: Sequence[int] = ()
 ) -> Generator[EncodedPieces, None, None]:
-    """The batches in order with their ids, those of each document's first piece after `prefix`: while one is read, those
-    before it are encoded.
+    """The batches in order with their ids, with `prefix` before each document. While one batch is read, those before it are
+    encoded.
 
-    Raises TokenizerMismatchError where `encoder` is not `own` and fails, or gives other ids for a sample of the batch.
+    Raises TokenizerMismatchError if `encoder` is not `own` and fails, or gives other ids for a sample of the batch.
     """
-    waiting: deque[tuple[list[TextPiece], Future[list[np.ndarray]]]] = deque()
+    waiting: deque[tuple[PieceBatch, Future[list[np.ndarray]]]] = deque()
     pool = ThreadPoolExecutor(encoder.threads, thread_name_prefix="tokenising")
     try:
-        for pieces in batches:
-            waiting.append((pieces, pool.submit(encoder, [piece.text for piece in pieces])))
+        for batch in batches:
+            waiting.append((batch, pool.submit(encoder, [piece.text for piece in batch.pieces])))
             if len(waiting) > encoder.threads:
-                yield _begun(_result(*waiting.popleft(), encoder, own), prefix)
+                yield _result(*waiting.popleft(), encoder, own, prefix)
         while waiting:
-            yield _begun(_result(*waiting.popleft(), encoder, own), prefix)
+            yield _result(*waiting.popleft(), encoder, own, prefix)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _begun(batch: EncodedPieces, prefix: Sequence[int]) -> EncodedPieces:
-    """The batch with `prefix` before each document."""
-    if not prefix:
-        return batch
-    end = len(prefix)
-    begun = [
-        np.concatenate([with_prefix(ids[:end].tolist(), prefix), ids[end:]]) if piece.begins_document else ids
-        for piece, ids in zip(batch.pieces, batch.ids, strict=True)
-    ]
-    return batch._replace(ids=begun)
-
-
-def _result(pieces: list[TextPiece], ids: Future[list[np.ndarray]], encoder: Encoder, own: Encoder) -> EncodedPieces:
-    if encoder is own:
-        return EncodedPieces(pieces, ids.result())
-    failure = ids.exception()
-    if failure is not None:
-        raise TokenizerMismatchError(f"{encoder.name} failed: {failure}") from failure
-    text = pieces[len(pieces) // 2].text
-    start = max(0, len(text) - CHARACTERS_COMPARED) // 2
-    sample = text[start : start + CHARACTERS_COMPARED]
-    if first_difference(encoder, own, [sample]) is not None:
-        raise TokenizerMismatchError(f"{encoder.name} gives other ids than {own.name}, as for {sample[:60]!r}")
-    return EncodedPieces(pieces, ids.result())
+def _result(
+    batch: PieceBatch, future: Future[list[np.ndarray]], encoder: Encoder, own: Encoder, prefix: Sequence[int]
+) -> EncodedPieces:
+    if encoder is not own:
+        failure = future.exception()
+        if failure is not None:
+            raise TokenizerMismatchError(f"{encoder.name} failed: {failure}") from failure
+        text = batch.pieces[len(batch.pieces) // 2].text
+        start = max(0, len(text) - CHARACTERS_COMPARED) // 2
+        sample = text[start : start + CHARACTERS_COMPARED]
+        if first_difference(encoder, own, [sample]) is not None:
+            raise TokenizerMismatchError(f"{encoder.name} gives other ids than {own.name}, such as for {sample[:60]!r}")
+    all_ids, end = future.result(), len(prefix)
+    if prefix:
+        all_ids = [
+            np.concatenate([with_prefix(ids[:end].tolist(), prefix), ids[end:]]) if piece.begins_document else ids
+            for piece, ids in zip(batch.pieces, all_ids, strict=True)
+        ]
+    return EncodedPieces(batch.shard, batch.pieces, all_ids)
 
 
 class LossMaskEncoder:
-    """Gives texts their ids and the characters that each token is made of."""
+    """Encodes documents with loss masks. Each is tokenised as one text, so its ids are those that it has anywhere else."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises DataError where the tokenizer cannot tell places."""
+        """Raises DataError if the tokenizer does not give the offsets of its tokens."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError(
-                f"data.tokenizer: {type(tokenizer).__name__} cannot tell which characters its tokens are made of, so which of "
-                "them carry loss is unknown; give a tokenizer with a tokenizer.json"
+                f"data.tokenizer: {type(tokenizer).__name__} does not say which characters a token stands for, so the tokens "
+                "of the answers are unknown; give a tokenizer with a tokenizer.json"
             )
-        self._prefix, self._end = text_prefix(tokenizer), tokenizer.eos_token_id
+        self._prefix, self._eos = text_prefix(tokenizer), tokenizer.eos_token_id
         self._backend = copy.deepcopy(backend)
-        # Without special tokens around a text it has nothing to do but to leave white space out of the places.
+        # It would add no special tokens here, but exclude white space from the offsets.
         self._backend.post_processor = None
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
         self.texts = self.texts_with_token_over_border = 0
 
-    def __call__(self, pieces: list[TextPiece]) -> EncodedPieces:
-        """Ids with each document's BOS and EOS, if it has them, and loss masks. No document's first token carries loss: nothing
-        comes before it to tell it from.
+    def __call__(self, batch: PieceBatch) -> EncodedPieces:
+        """Ids, with each document's BOS and EOS if there are to be any, and loss masks. The first token of a document is never
+        trained on: nothing comes before it.
         """
         all_ids, masks = [], []
-        encodings = self._backend.encode_batch([piece.text for piece in pieces], add_special_tokens=False)
-        for piece, encoding in zip(pieces, encodings, strict=True):
-            marked = piece.marked
-            assert marked is not None, "other pieces are encoded elsewhere"
+        encodings = self._backend.encode_batch([piece.text for piece in batch.pieces], add_special_tokens=False)
+        for piece, encoding in zip(batch.pieces, encodings, strict=True):
+            document = piece.loss_masked
+            assert document is not None, "other pieces are encoded by `encode`"
             ids = np.array(encoding.ids, dtype=np.int64)
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            mask = tokens_in_spans(offsets, marked.loss_spans)
-            if not marked.is_complete:  # else a chat template has written both
-                begun = np.array(with_prefix(ids.tolist(), self._prefix), dtype=np.int64)
-                mask = np.append(np.zeros(len(begun) - len(ids), dtype=bool), mask)
-                ids, mask = np.append(begun, self._end), np.append(mask, bool(marked.loss_spans))
+            mask = tokens_in_spans(offsets, document.loss_spans)
+            if not document.is_complete:  # else the chat template has written BOS and EOS
+                prefixed = np.array(with_prefix(ids.tolist(), self._prefix), dtype=np.int64)
+                mask = np.append(np.zeros(len(prefixed) - len(ids), dtype=bool), mask)
+                ids, mask = np.append(prefixed, self._eos), np.append(mask, bool(document.loss_spans))
             mask[:1] = False
             all_ids.append(ids)
             masks.append(mask)
-            self.texts_with_token_over_border += has_token_over_border(offsets, marked.loss_spans)
-        self.texts += len(pieces)
-        return EncodedPieces(pieces, all_ids, masks)
+            self.texts_with_token_over_border += has_token_over_border(offsets, document.loss_spans)
+        self.texts += len(batch.pieces)
+        return EncodedPieces(batch.shard, batch.pieces, all_ids, masks)
 
 
-def encode_with_loss_masks(batches: Iterable[list[TextPiece]], tokenizer: Tokenizer) -> Generator[EncodedPieces, None, None]:
+def encode_with_loss_masks(batches: Iterable[PieceBatch], tokenizer: Tokenizer) -> Generator[EncodedPieces, None, None]:
     """The batches in order with their ids and loss masks. Raises DataError."""
     encoder = LossMaskEncoder(tokenizer)
-    for pieces in batches:
-        yield encoder(pieces)
+    for batch in batches:
+        yield encoder(batch)
     if encoder.texts_with_token_over_border:
         log.warning(
-            "in %d of %s one token holds the end of the prompt and the beginning of the answer (it carries loss), as "
-            "where a prompt ends with a space: a prompt alone would be cut into other tokens. Let the answer begin with the "
-            "space instead (data.completion_template, data.chat_template)",
+            "in %d of %s one token spans the end of the prompt and the beginning of the answer (it is trained on), as when a "
+            "prompt ends with a space: the prompt alone would be tokenised differently. Move the space to the beginning of the "
+            "answer (data.completion_template, data.chat_template)",
             *(encoder.texts_with_token_over_border, counted(encoder.texts, "document")),
         )
 
 
 def tokens_in_spans(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Which tokens lie in `spans`, if only in part: bool [tokens].
+    """Which tokens overlap `spans`: bool [tokens].
 
-    `offsets` [tokens, 2] are each token's [start, end) in characters. One of no characters, such as a space that the
-    tokenizer put there itself, counts as the character that follows.
+    `offsets` [tokens, 2] are each token's [start, end) in characters. An empty token, such as a space that the tokenizer
+    added, counts as the character that follows.
     """
     starts, ends = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
     inside = np.zeros(len(offsets), dtype=bool)
@@ -256,5 +254,5 @@ def tokens_in_spans(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np
 
 
 def has_token_over_border(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a token holds characters from before one of `spans` and from inside it."""
+    """Whether a token has characters both before and inside one of `spans`."""
     return any(bool(((offsets[:, 0] < start) & (offsets[:, 1] > start)).any()) for start, _ in spans)

@@ -1,4 +1,7 @@
-"""The text of a record: one column, or a template of several, such as "{context}\\n{answers[text][0]}"."""
+"""The text of a record: one column, or a template of several, such as "{context}\\n{answers[text][0]}".
+
+And limits on chat templates, which are programs, and may come from a stranger.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,9 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 BESIDE_MESSAGES = ("tools", "functions", "system")
-"""Columns that some data sets of conversations have next to the messages; what they say would be lost."""
+"""Columns that some data sets of conversations have next to the messages; their content would be lost."""
 PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
 COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
-
-
-@dataclass(frozen=True)
-class LossMaskedText:
-    """A whole document and what in it is to be learnt."""
-
-    text: str
-    loss_spans: Sequence[tuple[int, int]]
-    """[start, end) in characters, ascending, apart from one another."""
-    is_complete: bool
-    """Whether the text says itself where it ends; otherwise the EOS follows, and carries loss if anything does."""
-
-
-TextOf = Callable[[str, dict[str, Any]], str | LongText | LossMaskedText]
-"""(place, record) to text; raises DataError naming the place."""
 
 
 ALPACA_PROMPT = (
@@ -56,22 +44,50 @@ NOT_IN_ALPACA_PROMPT = ("system", "history")
 """Columns that some data sets with Alpaca's columns have too."""
 CONVERSATION_COLUMNS = ("messages", "conversations")
 
-MOST_SECONDS = 5.0
-"""Of CPU time. A conversation takes milliseconds."""
-MOST_BYTES = 1 << 30
-"""Of memory beyond what the process has when rendering starts."""
-MOST_CHARACTERS = 1 << 26
-"""Of the text that comes out."""
+MAX_SECONDS = 5.0
+"""CPU time for rendering a conversation, which takes milliseconds."""
+MAX_BYTES = 1 << 30
+"""Memory that rendering may add to that of the process."""
+MAX_CHARACTERS = 1 << 26
+"""Length of the rendered text."""
 _MEMORY_IN_USE = Path("/proc/self/statm")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class LossMaskedText:
+    """A document of which only parts are trained on."""
+
+    text: str
+    loss_spans: Sequence[tuple[int, int]]
+    """[start, end) in characters, ascending, disjoint."""
+    is_complete: bool
+    """Whether the text itself marks its beginning and end; otherwise BOS and EOS are added, and the EOS is trained on if there
+    are any `loss_spans`."""
+
+
+RecordToText = Callable[[str, dict[str, Any]], str | LongText | LossMaskedText]
+"""(place, record) to text; raises DataError naming the place."""
+
+
+@dataclass(frozen=True)
+class RecordFormatter:
+    """Makes documents of records."""
+
+    text: RecordToText
+    identity: str
+    """Distinguishes formatters that make different documents of the same record."""
+    has_loss_mask: bool = False
+    """Whether `text` returns LossMaskedTexts."""
+
+
 def infer_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
-    """`config` with the keys that columns of well-known names ask for: Alpaca's, or those of conversations. Unchanged if it
-    says how records become text, or if they have the column `text`.
+    """`config` with the keys that well-known column names imply: Alpaca's, or those of conversations.
+
+    Unchanged if the config says how records become text, or if they have the column `text`.
     """
-    is_said = config.text_column != DataConfig.text_column or config.text_column in columns
-    if is_said or any(key is not None for key in (config.template, config.completion_template, config.messages_column)):
+    is_set = config.text_column != DataConfig.text_column or config.text_column in columns
+    if is_set or any(key is not None for key in (config.template, config.completion_template, config.messages_column)):
         return config
     if set(columns) >= ALPACA_COLUMNS:
         return replace(config, template=ALPACA)
@@ -79,15 +95,20 @@ def infer_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
     return config if conversations is None else replace(config, messages_column=conversations)
 
 
-def text_formatter(column: str, template: str | None) -> TextOf:
-    """How a record becomes text, by data.text_column or data.template."""
+def text_formatter(column: str, template: str | None) -> RecordToText:
+    """The function that makes a record's text, by data.text_column or data.template."""
     if template == ALPACA:
         return _alpaca_prompt
     return _column(column) if template is None else _template(template)
 
 
+def completion_formatter(template: str) -> Callable[[str, dict[str, Any]], str]:
+    """The function that makes a record's completion, by data.completion_template."""
+    return _template(template, key="data.completion_template")
+
+
 def completion_template_of(config: DataConfig) -> str | None:
-    """data.completion_template; Alpaca's records have one of their own."""
+    """data.completion_template; Alpaca's records have one already."""
     return config.completion_template or (ALPACA_COMPLETION if config.template == ALPACA else None)
 
 
@@ -102,13 +123,8 @@ def _alpaca_prompt(where: str, record: dict[str, Any]) -> str:
     return _template(template)(where, record)
 
 
-def completion_formatter(template: str) -> Callable[[str, dict[str, Any]], str]:
-    """How a record becomes what follows its prompt, by data.completion_template."""
-    return _template(template, key="data.completion_template")
-
-
 def required_columns(config: DataConfig) -> list[str]:
-    """The columns of a record that `config` reads."""
+    """The columns that `config` needs in each record."""
     if config.messages_column is not None:
         return [config.messages_column]
     prompt = ALPACA_PROMPT if config.template == ALPACA else config.template
@@ -120,21 +136,21 @@ def required_columns(config: DataConfig) -> list[str]:
 
 
 def optional_columns(config: DataConfig) -> list[str]:
-    """The columns that `config` reads if they are there."""
+    """The columns that `config` reads if they exist."""
     if config.template == ALPACA:
         return ["input", *NOT_IN_ALPACA_PROMPT]
     return list(BESIDE_MESSAGES) if config.messages_column is not None else []
 
 
 def missing_column(column: str, present: list[str], where: str) -> DataError:
-    """The message for a column that is not there."""
+    """The error for a column that does not exist."""
     return DataError(
         f"{where}: there is no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; {_how_to_read(present)}"
     )
 
 
 def _how_to_read(columns: list[str]) -> str:
-    """The keys to set: those for prompts and completions, if the columns have the names that such columns often have."""
+    """The keys to set: those for prompts and completions, if the columns have typical names of such columns."""
     prompts = [name for name in columns if name in PROMPT_COLUMNS]
     completion = next((name for name in columns if name in COMPLETION_COLUMNS), None)
     if prompts and completion is not None:
@@ -146,7 +162,7 @@ def _how_to_read(columns: list[str]) -> str:
     )
 
 
-def _column(column: str) -> TextOf:
+def _column(column: str) -> RecordToText:
     def read(where: str, record: dict[str, Any]) -> str | LongText:
         if column not in record:
             raise missing_column(column, list(record), where)
@@ -171,7 +187,7 @@ def _template(template: str, *, key: str = "data.template") -> Callable[[str, di
 
 
 def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str:
-    """`where` names the place and the key of the template."""
+    """`where` names the place and the template's key."""
     if name not in record:
         raise missing_column(name, list(record), where)
     value = record[name]
@@ -179,7 +195,7 @@ def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str
         try:
             value = value[int(index)] if isinstance(value, list) else value[index]
         except IndexError:
-            return ""  # an empty list of answers, say: the slot stays empty
+            return ""  # such as an empty list of answers
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{where} asks for {name}{indices}, but [{index}] is not there") from error
     if isinstance(value, (list, dict)) or value is None:
@@ -188,17 +204,18 @@ def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str
 
 
 def describe_type(value: Any) -> str:
-    """What a value of a record is, in words."""
+    """The type of a record's value, for messages."""
     return "nothing (null)" if value is None else type_named(value)
 
 
 class TemplateLimitError(DataError):
-    """A chat template takes more time or memory than any conversation needs."""
+    """A chat template exceeds the limits on time, memory or length."""
 
 
 def check_template(template: object, name: str) -> None:
-    """Raises DataError where `template`, which messages call `name`, is no text, or raises numbers to powers, which cannot be
-    interrupted. Errors of syntax are left to rendering.
+    """Raises DataError if the chat template `name` is not text, or raises numbers to powers, which cannot be interrupted.
+
+    Syntax errors are left to rendering.
     """
     import jinja2
 
@@ -207,43 +224,43 @@ def check_template(template: object, name: str) -> None:
     before = ""
     with contextlib.suppress(jinja2.TemplateSyntaxError):
         for _, kind, value in jinja2.Environment().lex(template):
-            if kind == "operator" and value == "**" and before not in ("(", ","):  # behind these it unpacks arguments
+            if kind == "operator" and value == "**" and before not in ("(", ","):  # after these it unpacks arguments
                 raise DataError(f"{name} raises a number to a power (**), which can take without end; use a template without")
             before = before if kind == "whitespace" else value
 
 
 def within_limits(render: Callable[[], Result]) -> Result:
-    """What `render` gives. Raises TemplateLimitError where that takes more than any conversation needs.
+    """The result of `render`. Raises TemplateLimitError if it takes more than MAX_SECONDS or MAX_BYTES.
 
-    Time is limited in the main thread only, memory where the system can limit it (Linux).
+    Time is limited in the main thread only, memory only on Linux.
     """
     try:
         with _limited_memory(), _limited_time():
             return render()
     except MemoryError:
-        raise TemplateLimitError(f"it takes more than {MOST_BYTES >> 20:,} MiB of memory") from None
+        raise TemplateLimitError(f"it takes more than {MAX_BYTES >> 20:,} MiB of memory") from None
 
 
 def check_length(text: str) -> str:
-    """`text`, which a template wrote. Raises TemplateLimitError where it is longer than any conversation."""
-    if len(text) > MOST_CHARACTERS:
-        raise TemplateLimitError(f"it writes {len(text):,} characters, more than {MOST_CHARACTERS:,}")
+    """Returns the rendered `text`. Raises TemplateLimitError if it has more than MAX_CHARACTERS."""
+    if len(text) > MAX_CHARACTERS:
+        raise TemplateLimitError(f"it writes {len(text):,} characters, more than {MAX_CHARACTERS:,}")
     return text
 
 
 @contextlib.contextmanager
 def _limited_time() -> Generator[None]:
-    """By processor time, which a busy machine does not lengthen."""
+    """By CPU time, which does not depend on the load of the machine."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise TemplateLimitError(f"it takes more than {MOST_SECONDS:g} s")
+        raise TemplateLimitError(f"it takes more than {MAX_SECONDS:g} s")
 
     before = signal.signal(signal.SIGPROF, stop)
     try:
-        signal.setitimer(signal.ITIMER_PROF, MOST_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
@@ -252,13 +269,13 @@ def _limited_time() -> Generator[None]:
 
 @contextlib.contextmanager
 def _limited_memory() -> Generator[None]:
-    """By the size of the address space: an allocation beyond it fails, whatever asks for it."""
+    """By the size of the address space: any allocation beyond it fails."""
     if resource is None or not _MEMORY_IN_USE.exists():
         yield
         return
     in_use = int(_MEMORY_IN_USE.read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [limit for limit in (soft, hard, in_use + MOST_BYTES) if limit != resource.RLIM_INFINITY]
+    limits = [limit for limit in (soft, hard, in_use + MAX_BYTES) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield

@@ -1,4 +1,7 @@
-"""Documents as texts short enough to tokenise: whole ones, or pieces of long ones whose ids are those of the whole."""
+"""Documents as texts short enough to tokenise: complete ones, or pieces of long ones that give the same ids.
+
+Pieces are counted into shards, the units in which a token store is built. How text is divided depends on the text alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
-from dist_trainer.data.templates import LossMaskedText, TextOf
+from dist_trainer.data.templates import LossMaskedText, RecordToText
 from dist_trainer.data.text_file import LongText
 from dist_trainer.data.tokenizers import Tokenizer
 from dist_trainer.errors import DataError, counted
@@ -18,21 +21,32 @@ from dist_trainer.errors import DataError, counted
 log = logging.getLogger(__name__)
 
 BATCH_PIECES = 1024
+"""Largest batch that is tokenised at once, in pieces."""
 BATCH_CHARACTERS = 1 << 21
+"""And in characters; the last piece may exceed it."""
+SHARD_CHARACTERS = 1 << 26
+"""Size of a shard: seconds of work, which is what a kill may cost."""
 PIECE_CHARACTERS = 1 << 20
-"""A longer document is tokenised in pieces, or a tokenizer would need a hundred times its size in memory."""
+"""A longer document is tokenised in pieces: a tokenizer needs a hundred times the size of a text in memory."""
 Border = Literal["with the next", "dropped", "none"]
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
 class TextPiece(NamedTuple):
-    """A document, or a part of a long one."""
+    """A document, or part of a long one."""
 
     text: str
     ends_document: bool
     begins_document: bool = True
-    marked: LossMaskedText | None = None
-    """The whole document, of which only parts carry loss; such a one is never cut into pieces."""
+    loss_masked: LossMaskedText | None = None
+    """The complete document, if only parts of it are trained on; such documents are never cut into pieces."""
+
+
+class PieceBatch(NamedTuple):
+    """Consecutive pieces of one shard."""
+
+    shard: int
+    pieces: list[TextPiece]
 
 
 class BadRecords:
@@ -42,15 +56,15 @@ class BadRecords:
         self.limit, self.skipped = limit, 0
 
     def skip(self, error: DataError) -> None:
-        """Log what is wrong with the record that `error` names. Raises it if that is one too many."""
+        """Log `error`, which names a bad record. Raises it if the limit is exceeded."""
         if self.skipped >= self.limit:
             raise DataError(f"{error} (data.bad_records allows {counted(self.limit, 'such record')})") if self.limit else error
         self.skipped += 1
-        log.warning("%s; skipped, as %d of at most %s (data.bad_records)", error, self.skipped, counted(self.limit, "record"))
+        log.warning("%s; skipped, %d of at most %s (data.bad_records)", error, self.skipped, counted(self.limit, "record"))
 
 
-def text_pieces(split: Split, text: TextOf, border: Border, bad_records: BadRecords) -> Iterator[TextPiece]:
-    """All documents of `split` in order; one without text is left out. Raises DataError naming the place."""
+def text_pieces(split: Split, text: RecordToText, border: Border, bad_records: BadRecords) -> Iterator[TextPiece]:
+    """All documents of `split` in order, except those without text. Raises DataError naming the place."""
     for where, record in split.records():
         try:
             document = _document(where, record, text)
@@ -59,43 +73,45 @@ def text_pieces(split: Split, text: TextOf, border: Border, bad_records: BadReco
             continue
         if isinstance(document, LossMaskedText):
             if document.text:
-                yield TextPiece(document.text, ends_document=True, marked=document)
+                yield TextPiece(document.text, ends_document=True, loss_masked=document)
         elif document:
             yield from pieces_of(document, border)
 
 
-def _document(where: str, record: Record | DataError, text: TextOf) -> str | LongText | LossMaskedText:
-    """What `text` makes of the record, without halves of characters. Raises DataError naming the place."""
+def _document(where: str, record: Record | DataError, text: RecordToText) -> str | LongText | LossMaskedText:
+    """The document that `text` makes of the record. Raises DataError naming the place, also for lone surrogates."""
     if isinstance(record, DataError):
         raise record
     document = text(where, record)
     if not isinstance(document, LongText):
-        _refuse_surrogates(where, document.text if isinstance(document, LossMaskedText) else document)
+        _check_surrogates(where, document.text if isinstance(document, LossMaskedText) else document)
     return document
 
 
-def in_batches(pieces: Iterable[TextPiece]) -> Iterator[list[TextPiece]]:
-    """At most BATCH_PIECES of them at a time, or as many as make BATCH_CHARACTERS."""
+def in_batches(pieces: Iterable[TextPiece]) -> Iterator[PieceBatch]:
+    """Batches of pieces in order, numbered by their shards."""
     batch: list[TextPiece] = []
-    characters = 0
+    shard = characters = in_earlier_batches = 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece.text)
-        if len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS:
-            yield batch
+        ends_shard = in_earlier_batches + characters >= SHARD_CHARACTERS
+        if ends_shard or len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS:
+            yield PieceBatch(shard, batch)
+            shard, in_earlier_batches = (shard + 1, 0) if ends_shard else (shard, in_earlier_batches + characters)
             batch, characters = [], 0
     if batch:
-        yield batch
+        yield PieceBatch(shard, batch)
 
 
-def cutting(border: Border) -> str:
-    """What `text_pieces` depends on, beside the text."""
-    return json.dumps([PIECE_CHARACTERS, border])
+def shard_layout(border: Border) -> str:
+    """Identifies how text is divided into pieces and shards."""
+    return json.dumps([PIECE_CHARACTERS, border, SHARD_CHARACTERS])
 
 
-def border_of_pieces(tokenizer: Tokenizer) -> Border:
-    """Who gets the space between two words where a document is cut: the next piece, nobody (the tokenizer puts one before
-    every text), or neither will do. Found by trying which gives the ids of the whole.
+def detect_border(tokenizer: Tokenizer) -> Border:
+    """What to do with the space between two words at which a document is cut: it goes with the next piece, it is dropped
+    (the tokenizer puts one before every text), or neither gives the ids of the complete text, so documents are not cut.
     """
     first, second = "the first words", "and then others"
 
@@ -109,7 +125,7 @@ def border_of_pieces(tokenizer: Tokenizer) -> Border:
 
 
 def pieces_of(document: str | LongText, border: Border = "with the next") -> Iterator[TextPiece]:
-    """The document; or, of a long one, pieces that end between two words, where tokens end anyway, if there is such a place.
+    """The document, or pieces of a long one. They end between two words if possible, where tokens end anyway.
 
     Where they end does not depend on the parts in which a LongText is read.
     """
@@ -123,25 +139,25 @@ def pieces_of(document: str | LongText, border: Border = "with the next") -> Ite
 
 
 def _cut(document: str, start: int, border: Border) -> int | None:
-    """Where the piece that begins at `start` ends: the last place between words of about PIECE_CHARACTERS."""
+    """The end of the piece that begins at `start`: the last place between words within PIECE_CHARACTERS. None: no cut."""
     if border == "none":
         return None
     limit = start + PIECE_CHARACTERS
     places = [match.start() for match in _BETWEEN_WORDS.finditer(document, limit - PIECE_CHARACTERS // 8, limit)]
     if places or border == "with the next":
         return places[-1] if places else limit
-    later = _BETWEEN_WORDS.search(document, limit)  # no space, no cut: one would appear there
+    later = _BETWEEN_WORDS.search(document, limit)  # without a space no cut: the tokenizer would add one there
     return later.start() if later else None
 
 
-def _refuse_surrogates(where: str, document: str) -> None:
-    """JSON can hold halves of characters, as careless cutting leaves them; no tokenizer takes them."""
-    if document.isascii():  # known to the string itself: nothing is read for it
+def _check_surrogates(where: str, document: str) -> None:
+    """Raises DataError for lone surrogates, which JSON can hold and no tokenizer takes."""
+    if document.isascii():  # a flag of the string: costs nothing
         return
     try:
         document.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: half of a character (a lone surrogate, {document[error.start]!a}) at place {error.start} of the text; "
-            "remove it"
+            f"{where}: half of a character (a lone surrogate, {document[error.start]!a}) at position {error.start} of the "
+            "text; remove it"
         ) from error

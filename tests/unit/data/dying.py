@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from dist_trainer.data import store_building
 
 
-def die_at_record(count: int) -> None:
-    """Have this process killed as soon as a build has recorded its progress for the `count`-th time."""
-    real = store_building._Unfinished.record
-    left = [count]
+def kill_a_build(build: Callable[[], Any], cache: Path, *, shards: int, joining: bool = False) -> Path:
+    """Run `build` in a process that is killed once it has written so many shards, or while it joins them; what it left."""
 
-    def record(self):
-        progress = real(self)
-        left[0] -= 1
-        if not left[0]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return progress
+    def run() -> None:
+        function, calls = ("sync", 1) if joining else ("_build_shard", shards + 1)
+        real, left = getattr(store_building, function), [calls]
 
-    store_building._Unfinished.record = record
+        def call(*arguments: Any) -> Any:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments)
+
+        setattr(store_building, function, call)
+        build()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    [staging] = (cache / "tokens").glob(".building-*")
+    assert len(list(staging.glob("shard-*.npz"))) == shards
+    return staging

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import multiprocessing
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from dist_trainer.data.tokenizers import configured_tokenizer, load_tokenizer
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, DataError
 from dist_trainer.run.configure import load_config
-from tests.unit.data.dying import die_at_record
+from tests.unit.data.dying import kill_a_build
 
 ROOT = Path(__file__).resolve().parents[3]
 PLAIN = str(ROOT / "configs" / "plain_chat.jinja")
@@ -172,12 +170,8 @@ def small(path: Path, tmp_path: Path, **data) -> DataConfig:
 
 
 def stored(config: DataConfig, tokenizer) -> TokenStore:
-    maker = record_formatter(config, tokenizer)
     split = open_source(config.dataset, config).train
-    cache = Path(config.cache_dir)
-    return token_store(
-        split, tokenizer, text=maker.text, text_identity=maker.identity, has_loss_mask=maker.has_loss_mask, cache_dir=cache
-    )
+    return token_store(split, tokenizer, record_formatter(config, tokenizer), cache_dir=Path(config.cache_dir))
 
 
 def learnt(store: TokenStore, tokenizer) -> list[list[str]]:
@@ -301,7 +295,7 @@ def test_a_space_at_the_end_of_prompts_is_told(tmp_path, caplog):
     config = small(path, tmp_path, template=SQUAD + " ", completion_template="{answers[text][0]}")
     store = stored(config, load_tokenizer("austen"))
     assert learnt(store, load_tokenizer("austen"))[0] == [" at Hartfield<|endoftext|>"]
-    assert "in 1 of 2 documents one token holds the end of the prompt and the beginning of the answer" in caplog.text
+    assert "in 1 of 2 documents one token spans the end of the prompt and the beginning of the answer" in caplog.text
 
 
 def test_conversations_come_from_every_kind_of_file(tmp_path):
@@ -398,7 +392,7 @@ def test_a_template_is_for_conversations_that_are_found_by_their_column_too(tmp_
     assert train.dataset.fingerprint == named.dataset.fingerprint
     assert are_conversations(train.dataset)
     text = write(tmp_path / "text.jsonl", [{"text": "Emma"}])
-    with pytest.raises(ConfigError, match=r"data\.chat_template: .* is set, but .*text\.jsonl has no column of conversations"):
+    with pytest.raises(ConfigError, match=r"data\.chat_template: .* is set, but .*text\.jsonl has no column named messages"):
         build_datasets(replace(config, dataset=str(text)), tokenizer)
     pairs, _ = build_datasets(small(write(tmp_path / "pairs.jsonl", ALPACA * 4), tmp_path), tokenizer)
     assert not are_conversations(pairs.dataset)
@@ -791,37 +785,30 @@ def test_a_token_of_no_characters_belongs_to_what_follows():
 # ------------------------------------------------------------------------------------------------- the store
 
 
-def _killed(config: DataConfig, after_records: int) -> None:
-    die_at_record(after_records)
-    stored(config, configured_tokenizer(config))
-
-
-@pytest.mark.parametrize("harm", [None, "tokens.bin", "loss.bin"])
-def test_a_build_with_a_loss_mask_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch, harm):
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_build_with_a_loss_mask_that_was_killed_resumes_to_the_same_bytes(tmp_path, monkeypatch, is_damaged):
     monkeypatch.setattr(text_pieces, "BATCH_PIECES", 3)
-    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
+    monkeypatch.setattr(text_pieces, "SHARD_CHARACTERS", 900)
     path = chats(tmp_path / "x.jsonl", CONVERSATIONS * 10)
     config = small(path, tmp_path, messages_column="messages", chat_template=PLAIN)
     stored(replace(config, cache_dir=str(tmp_path / "at once")), configured_tokenizer(config))
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(config, 5))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    [left] = (tmp_path / "cache" / "tokens").glob(".building-*")
-    if harm is not None:
-        content = bytearray((left / harm).read_bytes())
-        content[7] ^= 1
-        (left / harm).write_bytes(content)
-    appended = []
-    real = store_building._Unfinished.append
-    monkeypatch.setattr(
-        store_building._Unfinished, "append", lambda self, *rest: (appended.append(self.pieces), real(self, *rest))
-    )
+    left = kill_a_build(lambda: stored(config, configured_tokenizer(config)), tmp_path / "cache", shards=2)
+    if is_damaged:
+        shard = left / "shard-000001.npz"
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    built, real = [], store_building._build_shard
+    monkeypatch.setattr(store_building, "_build_shard", lambda *arguments: built.append(1) or real(*arguments))
     stored(config, configured_tokenizer(config))
-    assert appended[0] == (15 if harm is None else 0)
+    total = [p.name for p in (tmp_path / "cache" / "tokens").glob(".building-*")]
+    assert total == []
     made = [{p.name: p.read_bytes() for p in (tmp_path / cache / "tokens").glob("*/*")} for cache in ("at once", "cache")]
     assert made[0] == made[1]
     assert sorted(made[0]) == ["index.json", "loss.bin", "offsets.npy", "tokens.bin"]
+    built_then, built[:] = len(built), []
+    stored(replace(config, cache_dir=str(tmp_path / "again")), configured_tokenizer(config))
+    assert built_then == len(built) - (1 if is_damaged else 2)
 
 
 def test_a_damaged_loss_mask_is_made_anew(tmp_path):
@@ -832,10 +819,3 @@ def test_a_damaged_loss_mask_is_made_anew(tmp_path):
     content[3] ^= 1
     file.write_bytes(content)
     assert stored(config, configured_tokenizer(config)).loss_mask.tolist() == mask
-
-
-def test_an_unfinished_build_of_the_time_before_loss_masks_is_gone_on_with(tmp_path):
-    record = {"cut_as": "x", "encoder": "y", "pieces": 3, "text_bytes": 5}
-    record |= {name: {"num_bytes": 0, "digest": store_building.Extent().digest} for name in ("tokens", "ends")}
-    (tmp_path / "progress.json").write_text(json.dumps(record))
-    assert store_building._recorded(tmp_path).pieces == 3

@@ -251,7 +251,11 @@ BAD = {
     "not gzip": ("x.jsonl.gz", b"plain", r"x\.jsonl\.gz: cannot be read"),
     "cut off": ("x.jsonl.xz", lzma.compress(b"text" * 1000)[:-20], r"x\.jsonl\.xz"),
     "damaged gzip": ("x.jsonl.gz", gzip.compress(b"text" * 1000)[:12] + b"\xff" * 40, r"x\.jsonl\.gz: cannot be read"),
-    "half a character": ("x.jsonl", '{"text": "a"}\n{"text": "b\\ud83d"}\n', r"x\.jsonl:2: half of a character .* at place 1"),
+    "half a character": (
+        "x.jsonl",
+        '{"text": "a"}\n{"text": "b\\ud83d"}\n',
+        r"x\.jsonl:2: half of a character .* position 1",
+    ),
     "nested without end": ("x.jsonl", "[" * 200_000, r"x\.jsonl: not a JSON array"),
     "an array after a BOM": ("x.json", b"\xef\xbb\xbf[1]", r"x\.json: element 1 is a JSON int"),
     "empty": ("x.jsonl", "", r"x\.jsonl: there is no text"),
@@ -521,8 +525,8 @@ def llama_like_tokenizer(folder):
 
 def test_pieces_of_a_long_document_do_not_show_where_the_tokenizer_puts_a_space_before_each(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(str(llama_like_tokenizer(tmp_path / "tokenizer")))
-    assert text_pieces_module.border_of_pieces(tokenizer) == "dropped"
-    assert text_pieces_module.border_of_pieces(load_tokenizer("austen")) == "with the next"
+    assert text_pieces_module.detect_border(tokenizer) == "dropped"
+    assert text_pieces_module.detect_border(load_tokenizer("austen")) == "with the next"
     document = " ".join(STORIES * 5)
     monkeypatch.setattr(text_pieces_module, "PIECE_CHARACTERS", 64)
     pieces = list(text_pieces_module.pieces_of(document, "dropped"))

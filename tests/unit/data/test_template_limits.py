@@ -40,8 +40,8 @@ TOO_MUCH = {
 @pytest.fixture
 def template_of(tmp_path: Path, monkeypatch):
     """A ChatTemplate of a text, with low limits."""
-    monkeypatch.setattr(template_limits, "MOST_BYTES", 1 << 28)
-    monkeypatch.setattr(template_limits, "MOST_CHARACTERS", 1 << 20)
+    monkeypatch.setattr(template_limits, "MAX_BYTES", 1 << 28)
+    monkeypatch.setattr(template_limits, "MAX_CHARACTERS", 1 << 20)
 
     def made(text: str) -> ChatTemplate:
         path = tmp_path / "harm.jinja"
@@ -54,7 +54,7 @@ def template_of(tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize("marks", ["", MARKS])
 @pytest.mark.parametrize("case", TOO_MUCH)
 def test_a_template_that_takes_too_much_is_refused_by_name(template_of, case, marks, monkeypatch):
-    monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.2 if case == "loops" else 60.0)
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2 if case == "loops" else 60.0)
     text, said = TOO_MUCH[case]
     limits = resource.getrlimit(resource.RLIMIT_AS)
     for render in (lambda t: t("chats.jsonl:1", MESSAGES), lambda t: t.prompt("--chat", MESSAGES[:1])):
@@ -71,7 +71,7 @@ def test_arguments_that_are_unpacked_are_no_power(template_of):
 
 
 def test_lm_eval_renders_within_the_same_limits(monkeypatch):
-    monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.2)
+    monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2)
     tokenizer = load_tokenizer("austen")
     tokenizer.chat_template = LOOP
     limit_chat_template(tokenizer, "the chat template of folder")

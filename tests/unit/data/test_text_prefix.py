@@ -46,16 +46,8 @@ def store_of(tokenizer, records: list[dict], tmp_path: Path, **data) -> TokenSto
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     config = DataConfig(dataset=str(path), **data)
-    maker = record_formatter(config, tokenizer)
     split = open_source(str(path), config).train
-    return token_store(
-        split,
-        tokenizer,
-        text=maker.text,
-        text_identity=maker.identity,
-        has_loss_mask=maker.has_loss_mask,
-        cache_dir=tmp_path / "cache",
-    )
+    return token_store(split, tokenizer, record_formatter(config, tokenizer), cache_dir=tmp_path / "cache")
 
 
 def documents(store: TokenStore) -> list[list[int]]:

@@ -1,8 +1,7 @@
-"""Token stores hold the tokenizer's own ids whoever made them, and a build that was killed goes on to the same bytes."""
+"""Token stores hold the tokenizer's own ids, whatever encoded them, and a build that was killed resumes to the same bytes."""
 
 import json
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -19,17 +18,17 @@ from transformers import PreTrainedTokenizerFast
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data import encoding, records, store_building, text_file, text_pieces
 from dist_trainer.data.datasets import files_split, open_source
-from dist_trainer.data.encoding import FastEncoder, HuggingFaceEncoder, encoded, fast_encoder, first_difference
-from dist_trainer.data.growing_file import Extent, GrowingFile
-from dist_trainer.data.templates import text_formatter
-from dist_trainer.data.text_pieces import TextPiece
+from dist_trainer.data.encoding import FastEncoder, HuggingFaceEncoder, encode, fast_encoder, first_difference
+from dist_trainer.data.templates import RecordFormatter, text_formatter
+from dist_trainer.data.text_pieces import PieceBatch, TextPiece
 from dist_trainer.data.token_store import SECONDS_KEPT, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError
-from tests.unit.data.dying import die_at_record
+from tests.unit.data.dying import kill_a_build
 
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 END = "<|endoftext|>"
+TEXT = RecordFormatter(text_formatter("text", None), "")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ def written(path: Path, texts) -> Path:
 
 def stored(path: Path, tokenizer, cache: Path):
     split = files_split([path], DataConfig())
-    return token_store(split, tokenizer, text=text_formatter("text", None), text_identity="", cache_dir=cache)
+    return token_store(split, tokenizer, TEXT, cache_dir=cache)
 
 
 def files_of(cache: Path) -> dict[str, bytes]:
@@ -190,35 +189,39 @@ def test_a_difference_in_the_probe_leaves_the_tokenizer_to_itself(monkeypatch, p
 
 
 @pytest.mark.parametrize("panics", [False, True])
-def test_a_difference_found_later_on_makes_the_store_anew(tmp_path, monkeypatch, panics, caplog, without_gigatoken):
+def test_a_difference_found_later_on_rebuilds_the_store(tmp_path, monkeypatch, panics, caplog, without_gigatoken):
     monkeypatch.setattr(text_pieces, "BATCH_PIECES", 1)
-    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
+    monkeypatch.setattr(text_pieces, "SHARD_CHARACTERS", 20)
     path = written(tmp_path / "x.jsonl", [*(f"text {n}" for n in range(20)), "here is xyzzy", "and more"])
     tokenizer = load_tokenizer("austen")
     seen = flawed(monkeypatch, "xyzzy", panics=panics)
     stored(path, tokenizer, tmp_path / "one")
     assert "text 3" in seen
-    assert "anew" in caplog.text
+    assert "again, with the tokenizer itself" in caplog.text
     without_gigatoken()
     stored(path, tokenizer, tmp_path / "two")
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
-def test_who_found_gigatoken_at_fault_does_not_go_on_with_it(tmp_path, monkeypatch):
-    staging = tmp_path / "staging"
-    staging.mkdir()
-    own = HuggingFaceEncoder(load_tokenizer("austen"))
-    record = store_building.Progress("", own.name)
-    (staging / "progress.json").write_text(json.dumps(store_building.asdict(record)))
-    seen = flawed(monkeypatch, "xyzzy")
-    split = files_split([written(tmp_path / "x.jsonl", ["a text"])], DataConfig())
-    store_building.build_store(staging, split, load_tokenizer("austen"), text_formatter("text", None))
+def test_a_build_that_found_gigatoken_wrong_does_not_resume_with_it_or_its_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 1)
+    monkeypatch.setattr(text_pieces, "SHARD_CHARACTERS", 20)
+    path, tokenizer = written(tmp_path / "x.jsonl", [*(f"text {n}" for n in range(20)), "xyzzy"]), load_tokenizer("austen")
+    seen, built = flawed(monkeypatch, "xyzzy", panics=True), built_shards(monkeypatch)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(Path, "touch", lambda path: os.mknod(path) or signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            stored(path, tokenizer, tmp_path)
+    assert len(built) > 3
+    assert not list((tmp_path / "tokens").glob(".building-*/shard-*"))
+    seen.clear()
+    stored(path, tokenizer, tmp_path)
     assert seen == []
 
 
 def test_a_fresh_gigatoken_takes_over_before_its_memory_grows_large(novels, monkeypatch):
     pytest.importorskip("gigatoken")
-    monkeypatch.setattr(encoding, "CHARACTERS_OF_ONE_CACHE", 10_000)
+    monkeypatch.setattr(encoding, "CHARACTERS_PER_CACHE", 10_000)
     tokenizer = load_tokenizer("austen")
     fast = FastEncoder(tokenizer)
     first = fast._encode
@@ -240,10 +243,10 @@ def test_no_more_batches_are_read_than_can_be_worked_on():
     def batches():
         for number in range(20):
             read.append(number)
-            yield [TextPiece("x" * number, ends_document=True)]
+            yield PieceBatch(0, [TextPiece("x" * number, ends_document=True)])
 
     encoder = Slow()
-    for number, batch in enumerate(encoded(batches(), encoder, encoder)):
+    for number, batch in enumerate(encode(batches(), encoder, encoder)):
         assert [len(ids) for ids in batch.ids] == [number]
         assert len(read) <= number + encoder.threads + 1
 
@@ -289,87 +292,95 @@ def test_what_is_not_utf8_is_found_in_any_part(tmp_path, monkeypatch, content, l
         stored(path, load_tokenizer("austen"), tmp_path)
 
 
-def _killed(path: Path, cache: Path, after_records: int) -> None:
-    die_at_record(after_records)
-    stored(path, load_tokenizer("austen"), cache)
+def flip(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
 
 
-def kill_a_build(path: Path, cache: Path, after_records: int = 5) -> Path:
-    """The folder that it leaves."""
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(path, cache, after_records))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    [left] = (cache / "tokens").glob(".building-*")
-    return left
-
-
-def tear(left: Path) -> None:
-    with (left / "tokens.bin").open("ab") as tokens, (left / "ends.bin").open("ab") as ends:
-        tokens.write(b"xyz")
-        ends.write(b"1234567890")
-
-
-def flip(left: Path) -> None:
-    content = bytearray((left / "tokens.bin").read_bytes())
-    content[7] ^= 1
-    (left / "tokens.bin").write_bytes(content)
-
-
-def cut_off(left: Path) -> None:
-    os.truncate(left / "ends.bin", 8)
-
-
-def forget(left: Path) -> None:
-    (left / "progress.json").write_text('{"pieces": -3')
+def link(shard: Path) -> None:
+    shard.rename(shard.with_name("elsewhere"))
+    shard.symlink_to("elsewhere")
 
 
 HARMS = {
-    "none": (lambda left: None, True),
-    "torn": (tear, True),
-    "a flipped bit": (flip, False),
-    "an end cut off": (cut_off, False),
-    "no record": (forget, False),
+    "none": lambda shard: None,
+    "a flipped bit": flip,
+    "an end cut off": lambda shard: os.truncate(shard, shard.stat().st_size - 100),
+    "empty": lambda shard: os.truncate(shard, 0),
+    "a link": link,
+    "missing": Path.unlink,
 }
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 2)
+    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 500)  # shards end within documents, too
+    monkeypatch.setattr(text_pieces, "SHARD_CHARACTERS", 2000)
+
+
+def built_shards(monkeypatch) -> list[int]:
+    """The numbers of shards, as they are built from here on."""
+    built, real = [], store_building.replace_file
+
+    def write(path, *arguments, **named):
+        built.append(int(path.stem.removeprefix("shard-")))
+        real(path, *arguments, **named)
+
+    monkeypatch.setattr(store_building, "replace_file", write)
+    return built
 
 
 @pytest.mark.parametrize("gigatoken", [True, False])
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_build_that_was_killed_goes_on_to_the_same_bytes(tmp_path, monkeypatch, novels, harm, gigatoken, without_gigatoken):
-    do, goes_on = HARMS[harm]
+def test_a_build_that_was_killed_resumes_to_the_same_bytes(
+    tmp_path, monkeypatch, novels, harm, gigatoken, without_gigatoken, small_shards
+):
     if not gigatoken:
         without_gigatoken()
-    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 3)
-    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 2000)  # kills fall within documents, too
-    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
-    path = written(tmp_path / "x.jsonl", ["a short one", "", "another", *novels[:5]])
-    stored(path, load_tokenizer("austen"), tmp_path / "at once")
-    left = kill_a_build(path, tmp_path / "killed")
-    do(left)
-    appended = []
-    real = store_building._Unfinished.append
-
-    def append(self, *arguments):
-        appended.append(self.pieces)
-        real(self, *arguments)
-
-    monkeypatch.setattr(store_building._Unfinished, "append", append)
-    stored(path, load_tokenizer("austen"), tmp_path / "killed")
-    assert appended[0] == (15 if goes_on else 0)
+    path, tokenizer = written(tmp_path / "x.jsonl", ["a short one", "", "another", *novels[:5]]), load_tokenizer("austen")
+    built = built_shards(monkeypatch)
+    stored(path, tokenizer, tmp_path / "at once")
+    assert built == list(range(len(built)))
+    assert len(built) > 10
+    count, built[:] = len(built), []
+    left = kill_a_build(lambda: stored(path, load_tokenizer("austen"), tmp_path / "killed"), tmp_path / "killed", shards=5)
+    HARMS[harm](left / "shard-000003.npz")
+    stored(path, tokenizer, tmp_path / "killed")
+    assert built == [*([] if harm == "none" else [3]), *range(5, count)]
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "at once")
     assert not left.exists()
 
 
-def test_pieces_cut_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, novels):
-    path = written(tmp_path / "x.jsonl", novels[:3])
+def test_a_build_that_was_killed_while_it_joined_its_shards_builds_none_again(tmp_path, monkeypatch, novels, small_shards):
+    path = written(tmp_path / "x.jsonl", novels[:2])
+    built = built_shards(monkeypatch)
     stored(path, load_tokenizer("austen"), tmp_path / "at once")
-    monkeypatch.setattr(text_pieces, "BATCH_PIECES", 3)
-    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
-    with monkeypatch.context() as shorter:
-        shorter.setattr(text_pieces, "PIECE_CHARACTERS", 2000)
-        kill_a_build(path, tmp_path / "killed")
+    count, built[:] = len(built), []
+    build = lambda: stored(path, load_tokenizer("austen"), tmp_path / "killed")  # noqa: E731
+    left = kill_a_build(build, tmp_path / "killed", shards=count, joining=True)
+    assert (left / "store" / "tokens.bin").exists()
+    build()
+    assert built == []
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "at once")
+
+
+def test_shards_of_text_divided_differently_are_built_again(tmp_path, monkeypatch, novels, small_shards):
+    path = written(tmp_path / "x.jsonl", novels[:3])
+    kill_a_build(lambda: stored(path, load_tokenizer("austen"), tmp_path / "killed"), tmp_path / "killed", shards=2)
+    monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 1 << 20)
+    stored(path, load_tokenizer("austen"), tmp_path / "at once")
     stored(path, load_tokenizer("austen"), tmp_path / "killed")
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "at once")
+
+
+def test_a_store_does_not_depend_on_the_size_of_its_shards(tmp_path, novels, small_shards, monkeypatch):
+    path = written(tmp_path / "x.jsonl", [novels[0], "a short one", *novels[1:3]])
+    stored(path, load_tokenizer("austen"), tmp_path / "small")
+    monkeypatch.setattr(text_pieces, "SHARD_CHARACTERS", 1 << 26)
+    stored(path, load_tokenizer("austen"), tmp_path / "large")
+    assert files_of(tmp_path / "small") == files_of(tmp_path / "large")
 
 
 @pytest.mark.parametrize(
@@ -382,43 +393,43 @@ def test_pieces_cut_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, novels
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_a_signal_keeps_what_is_written_and_an_error_does_not(tmp_path, monkeypatch, error, expected, stays):
+def test_a_signal_keeps_complete_shards_and_an_error_does_not(tmp_path, monkeypatch, error, expected, stays):
     monkeypatch.setattr(text_pieces, "BATCH_PIECES", 1)
-    monkeypatch.setattr(store_building, "SECONDS_BETWEEN_RECORDS", 0.0)
-    real = store_building._Unfinished.append
+    monkeypatch.setattr(text_pieces, "SHARD_CHARACTERS", 20)
+    real = store_building.replace_file
 
-    def append(self, batch, *rest):
-        if self.pieces == 7:
+    def write(path, *arguments, **named):
+        if path.name == "shard-000003.npz":
             raise error
-        real(self, batch, *rest)
+        real(path, *arguments, **named)
 
-    monkeypatch.setattr(store_building._Unfinished, "append", append)
+    monkeypatch.setattr(store_building, "replace_file", write)
     path = written(tmp_path / "x.jsonl", [f"text {n}" for n in range(20)])
     with pytest.raises(expected):
         stored(path, load_tokenizer("austen"), tmp_path)
-    assert bool(list((tmp_path / "tokens").glob(".building-*/progress.json"))) == stays
+    assert len(list((tmp_path / "tokens").glob(".building-*/shard-*"))) == (3 if stays else 0)
 
 
-def test_what_nobody_went_on_with_for_a_week_or_could_is_swept_away(tmp_path, monkeypatch):
+def test_what_nobody_resumed_for_a_week_is_removed(tmp_path):
     stores = tmp_path / "tokens"
-    for name, record, age in (("old", True, SECONDS_KEPT + 60), ("recent", True, SECONDS_KEPT - 60), ("without", False, 0)):
+    for name, age in (("old", SECONDS_KEPT + 60), ("recent", SECONDS_KEPT - 60)):
         (stores / f".building-{name}").mkdir(parents=True)
-        (stores / f".building-{name}" / "tokens.bin").touch()
-        if record:
-            progress = stores / f".building-{name}" / "progress.json"
-            progress.touch()
-            os.utime(progress, (time.time() - age,) * 2)
+        (stores / f".building-{name}" / "shard-000000.npz").touch()
+        os.utime(stores / f".building-{name}", (time.time() - age,) * 2)
     stored(written(tmp_path / "x.jsonl", ["a text"]), load_tokenizer("austen"), tmp_path)
     assert [path.name for path in stores.glob(".building-*")] == [".building-recent"]
 
 
-def test_a_link_in_place_of_a_file_is_not_written_through(tmp_path):
-    precious = tmp_path / "precious"
+def test_a_link_in_place_of_a_shard_is_not_written_through(tmp_path, small_shards, novels):
+    path, precious = written(tmp_path / "x.jsonl", novels[:2]), tmp_path / "precious"
     precious.write_bytes(b"kept")
-    (tmp_path / "tokens.bin").symlink_to(precious)
-    with pytest.raises(OSError, match="symbolic"):
-        GrowingFile(tmp_path / "tokens.bin", Extent())
+    left = kill_a_build(lambda: stored(path, load_tokenizer("austen"), tmp_path), tmp_path, shards=1)
+    for name in ("shard-000001.npz", ".staging-shard-000001.npz"):
+        (left / name).symlink_to(precious)
+    (left / "store").symlink_to(tmp_path)
+    stored(path, load_tokenizer("austen"), tmp_path)
     assert precious.read_bytes() == b"kept"
+    assert path.exists()
 
 
 def test_without_a_terminal_the_log_tells_how_far_it_is(tmp_path, monkeypatch, caplog):
