@@ -13,6 +13,7 @@ from pathlib import Path
 from dist_trainer.data.records import Records, reading_of
 from dist_trainer.data.text_file import unreadable
 from dist_trainer.storage.files import replace_file
+from dist_trainer.storage.manifest import digest_of_file
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def _identity(path: Path) -> list[str | int]:
 
 def _digest_of_bytes(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of_file(path)
     except OSError as error:
         raise unreadable(path, error) from error
 

@@ -38,6 +38,7 @@ from dist_trainer.data.text_pieces import BadRecords, detect_border, in_batches,
 from dist_trainer.data.tokenizers import Tokenizer, text_prefix, vocabulary_size
 from dist_trainer.errors import DataError
 from dist_trainer.storage.files import remove, replace_file, sync
+from dist_trainer.storage.manifest import digest_of_file
 
 log = logging.getLogger(__name__)
 
@@ -89,12 +90,6 @@ def build_store(staging: Path, split: Split, tokenizer: Tokenizer, formatter: Re
             path.unlink()
         (staging / WITHOUT_GIGATOKEN).touch()
     return write(own)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_store(
@@ -222,7 +217,7 @@ def _join(paths: list[Path], folder: Path, dtype: np.dtype, made_of: str, skippe
         "made_of": made_of,
         "digests": {
             **{name: digest.hexdigest() for name, digest in zip(names, hashes, strict=True)},
-            "offsets.npy": file_digest(folder / "offsets.npy"),
+            "offsets.npy": digest_of_file(folder / "offsets.npy"),
         },
     }
     (folder / "index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

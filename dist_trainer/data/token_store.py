@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from dist_trainer.data.split import Split
-from dist_trainer.data.store_building import DTYPES, FORMAT_VERSION, JOINED, LOSS_MASK, build_store, file_digest
+from dist_trainer.data.store_building import DTYPES, FORMAT_VERSION, JOINED, LOSS_MASK, build_store
 from dist_trainer.data.templates import RecordFormatter
 from dist_trainer.data.tokenizers import Tokenizer, tokenizer_digest
 from dist_trainer.errors import DataError, StoppedError, counted
 from dist_trainer.storage.files import remove, sync
 from dist_trainer.storage.locks import locked, try_lock, unlock
+from dist_trainer.storage.manifest import digest_of_file
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _open(folder: Path, key: str, *, has_loss_mask: bool) -> TokenStore | None:
 def _has_digests(folder: Path, digests: dict[str, str], has_loss_mask: bool) -> bool:
     """Whether the files have these digests; very large files are not checked."""
     files = [folder / name for name in ("tokens.bin", "offsets.npy", *([LOSS_MASK] if has_loss_mask else []))]
-    return all(path.stat().st_size > MAX_BYTES_VERIFIED or file_digest(path) == digests[path.name] for path in files)
+    return all(path.stat().st_size > MAX_BYTES_VERIFIED or digest_of_file(path) == digests[path.name] for path in files)
 
 
 def _build(folder: Path, split: Split, tokenizer: Tokenizer, formatter: RecordFormatter, max_bad_records: int) -> None:
