@@ -33,15 +33,15 @@ def run(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--version", action="version", version=VERSION_LINE)
     arguments = parser.parse_args(argv)
-    from dist_trainer.html_report.curves import MOST_RUNS
+    from dist_trainer.html_report.charts import MAX_RUNS
     from dist_trainer.html_report.page import REPORT_FILE, html_report
     from dist_trainer.storage.files import replace_file
     from dist_trainer.tracking.run_reader import read_run
 
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
-    if len(runs) > MOST_RUNS:
+    if len(runs) > MAX_RUNS:
         raise ConfigError(
-            f"{len(runs)} runs: one page shows at most {MOST_RUNS}, for no eye tells more lines apart; name fewer"
+            f"{len(runs)} runs: one page shows at most {MAX_RUNS}, since nobody can tell more lines apart; name fewer"
         )
     # Not over the first run's own report.
     output = arguments.output or runs[0] / (REPORT_FILE if len(runs) == 1 else "compared.html")
@@ -60,7 +60,7 @@ def _run_of(path: Path) -> Path:
     folder = run_folder_of(path)
     if folder is None:
         raise ConfigError(
-            f"{path} is no run's folder: it has no metrics.jsonl; give one such as runs/default, or a checkpoint inside one"
+            f"{path} is not a run's folder: it has no metrics.jsonl; name one such as runs/default, or a checkpoint inside it"
         )
     return folder
 

@@ -1,4 +1,4 @@
-"""report.html: one or several runs as one page that opens from disk, on a phone, in the dark, by keyboard, on paper."""
+"""report.html: one or several runs on one page that needs no network, also on phones, in dark mode, by keyboard, on paper."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.secrets import masked, masked_within
-from dist_trainer.html_report.curves import SMOOTHING_IN_WORDS, axes_of, charts
-from dist_trainer.html_report.markup import folded
-from dist_trainer.html_report.sections import happened, heading, samples, time_spent
-from dist_trainer.html_report.settings import config, differences, environment
-from dist_trainer.html_report.svg_charts import as_script_data, figure
+from dist_trainer.html_report.charts import SMOOTHING, axes_of, charts, figure, script_data
+from dist_trainer.html_report.sections import (
+    config,
+    differences,
+    environment,
+    folded,
+    heading,
+    samples,
+    stops_and_restarts,
+    time_spent,
+)
 from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.run_reader import RunHistory
@@ -26,40 +32,40 @@ SHARE_OF_TIME = 0.01
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("script.js").read_text(encoding="utf-8")
 
-CONTROLS = """<form class="controls" hidden><fieldset><legend>Charts over</legend>
-<label><input type="radio" name="over" value="step" checked> steps</label>
-<label><input type="radio" name="over" value="tokens"> tokens</label>
-<label><input type="radio" name="over" value="hours"> time since the start</label></fieldset>
-<label class="whole"><input type="checkbox" name="whole"> whole range of values</label></form>"""
+CONTROLS = """<noscript><p class="note">The charts need JavaScript; metrics.jsonl has their numbers.</p></noscript>
+<form class="controls" hidden><fieldset><legend>x-axis</legend>
+<label><input type="radio" name="axis" value="step" checked> steps</label>
+<label><input type="radio" name="axis" value="tokens"> tokens</label>
+<label><input type="radio" name="axis" value="hours"> time since the start</label></fieldset>
+<label class="range"><input type="checkbox" name="range"> full y-range</label></form>"""
 
 
 def html_report(runs: Sequence[RunHistory]) -> str:
-    """The page; several runs lie over one another in its charts. No secret of theirs is on it."""
+    """The page, with several runs over one another in its charts; secrets are masked."""
     runs = [without_secrets(run) for run in runs]
     labels, spent = labels_of(runs), [goodput(run) for run in runs]
     loss, *others = (figure(chart) for chart in charts(runs, labels))
-    drawn = "".join(others)
+    small = "".join(others)
+    smoothing = folded("how curves are smoothed", f"<p>{SMOOTHING}</p>")
 
-    def of(number: int, what: str) -> str:
-        return what if len(runs) == 1 else f"{what} of {labels[number]}"
+    def title(text: str, number: int) -> str:
+        return text if len(runs) == 1 else f"{text} of {labels[number]}"
 
     body = "".join(
         [
             heading(runs, labels, spent),
             differences(runs, labels),
-            CONTROLS if loss or drawn else '<p class="faded">No step has been logged yet.</p>',
-            f'<div class="wide">{loss}{folded("how curves are smoothed", f"<p>{SMOOTHING_IN_WORDS}</p>")}</div>'
-            if loss
-            else "",
-            happened(runs, labels),
-            f'<div class="charts">{drawn}</div>' if drawn else "",
+            CONTROLS if loss or small else '<p class="faded">No step has been logged yet.</p>',
+            f'<div class="wide">{loss}{smoothing}</div>' if loss else "",
+            stops_and_restarts(runs, labels),
+            f'<div class="charts">{small}</div>' if small else "",
             time_spent(spent, labels),
-            *(samples(run, of(number, "Samples")) for number, run in enumerate(runs)),
-            *(config(run, of(number, "Config")) for number, run in enumerate(runs)),
-            *(environment(run, of(number, "Environment")) for number, run in enumerate(runs)),
+            *(samples(run, title("Samples", number)) for number, run in enumerate(runs)),
+            *(config(run, title("Config", number)) for number, run in enumerate(runs)),
+            *(environment(run, title("Environment", number)) for number, run in enumerate(runs)),
         ]
     )
-    axes = as_script_data([axes_of(run) for run in runs])
+    axes = script_data([axes_of(run) for run in runs])
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(", ".join(labels))}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
@@ -69,22 +75,22 @@ def html_report(runs: Sequence[RunHistory]) -> str:
 
 
 def without_secrets(run: RunHistory) -> RunHistory:
-    """`run` with its texts masked; its numbers are the same arrays."""
+    """A copy of `run` with its texts masked, sharing its arrays of numbers."""
     samples = [replace(sample, prompt=masked(sample.prompt), text=masked(sample.text)) for sample in run.samples]
     texts = {name: masked_within(getattr(run, name)) for name in ("events", "config", "status", "environment")}
     return replace(run, samples=samples, **texts)
 
 
 def labels_of(runs: Sequence[RunHistory]) -> list[str]:
-    """The runs' names; where several have the same, with as much of their folders' paths as tells them apart."""
+    """The runs' names; runs of the same name with as much of their folders' paths as tells them apart."""
     paths = [run.folder.absolute() for run in runs]
     labels = [run.name for run in runs]
     for parts in range(2, max((len(path.parts) for path in paths), default=0) + 1):
-        doubled = {label for label in labels if labels.count(label) > 1}
-        if not doubled:
+        duplicates = {label for label in labels if labels.count(label) > 1}
+        if not duplicates:
             break
         labels = [
-            "/".join(path.parts[-parts:]) if label in doubled else label for label, path in zip(labels, paths, strict=True)
+            "/".join(path.parts[-parts:]) if label in duplicates else label for label, path in zip(labels, paths, strict=True)
         ]
     return masked_within(labels)
 

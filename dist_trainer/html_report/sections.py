@@ -1,23 +1,27 @@
-"""The parts of the report that are no charts of settings: how runs stand, what happened, where the time went, samples."""
+"""The sections of the report other than charts: state, results, stops, time spent, samples, config, environment.
+
+Text is escaped where it becomes HTML: in `section`, `folded`, `table`, and where a function writes elements of its own.
+"""
 
 from __future__ import annotations
 
 import html
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+from dist_trainer.config.loading import as_dict
+from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import counted
-from dist_trainer.html_report.curves import numbered_marks, skipped_steps, style_of
-from dist_trainer.html_report.markup import folded, section, table
-from dist_trainer.html_report.settings import flat
-from dist_trainer.html_report.svg_charts import key
-from dist_trainer.tracking.formatting import duration, memory, quantity, short
+from dist_trainer.html_report.charts import legend_key, skipped_steps, style_of
+from dist_trainer.html_report.timeline import numbered_marks
+from dist_trainer.tracking.formatting import duration, memory, quantity, significant
 from dist_trainer.tracking.goodput import Goodput
 from dist_trainer.tracking.run_reader import RunHistory, SampleText
 
 SAMPLES_SHOWN, SAMPLES_OPEN = 12, 3
-"""Samples of a run on the page, spread over all it has; and how many of them are seen at once."""
+"""Samples of a run on the page, evenly spread over all it has; and how many of them are visible at once."""
 SAMPLE_CHARACTERS = 3000
 MARKS_OPEN = 12
 
@@ -27,76 +31,79 @@ PARTS_OF_TIME = (
     ("validation", "validation_seconds", "t2"),
     ("samples", "sample_seconds", "t3"),
     ("saving", "saving_seconds", "t4"),
-    ("starting, up to the first step", "starting_seconds", "t5"),
+    ("start-up", "starting_seconds", "t5"),
     ("steps lost to a restart (estimated)", "redone_seconds", "t6"),
-    ("standing still between lives", "downtime_seconds", "t7"),
-    ("all else", "other_seconds", "t8"),
+    ("downtime between restarts", "downtime_seconds", "t7"),
+    ("other", "other_seconds", "t8"),
 )
+UNCOMPARED_KEYS = ("run_name", "output_dir")
+"""Keys that always differ between runs."""
+COMPARED_ENVIRONMENT = ("device", "world_size", "torch", "dist_trainer", "git_commit", "dist_trainer_git_commit", "hostname")
 
 
 def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[Goodput]) -> str:
-    """Who they are, how they stand, how good they got."""
-    made = f"page made {time.strftime('%Y-%m-%d %H:%M', time.localtime())}"
+    """Names, state and results."""
+    written = f"page written {time.strftime('%Y-%m-%d %H:%M', time.localtime())}"
     if len(runs) == 1:
-        metadata = "".join(
-            f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in facts_of(runs[0], spent[0])
+        tiles = "".join(
+            f"<div><dt>{name}</dt><dd>{html.escape(value)}</dd></div>" for name, value in results(runs[0], spent[0])
         )
-        state = html.escape(state_of(runs[0]))
-        about = what_was_trained(runs[0])
-        return f'<h1>{html.escape(labels[0])}</h1>{about}<p class="faded">{state}; {made}</p><dl class="facts">{metadata}</dl>'
-    metadata = [dict(facts_of(run, each)) for run, each in zip(runs, spent, strict=True)]
-    names = list(dict.fromkeys(name for known in metadata for name in known))
+        state = html.escape(format_state(runs[0]))
+        about = describe_training(runs[0])
+        return f'<h1>{html.escape(labels[0])}</h1>{about}<p class="faded">{state}; {written}</p><dl class="tiles">{tiles}</dl>'
+    all_results = [dict(results(run, each)) for run, each in zip(runs, spent, strict=True)]
+    names = list(dict.fromkeys(name for known in all_results for name in known))
     rows = [
-        [label, *(known.get(name, "–") for name in names), state_of(run)]
-        for run, label, known in zip(runs, labels, metadata, strict=True)
+        [label, *(known.get(name, "–") for name in names), format_state(run)]
+        for run, label, known in zip(runs, labels, all_results, strict=True)
     ]
-    keys = "".join(key(label, style_of(number)) for number, label in enumerate(labels))
-    abouts = {what_was_trained(run, command=False) for run in runs}
+    keys = "".join(legend_key(label, style_of(number)) for number, label in enumerate(labels))
+    abouts = {describe_training(run, command=False) for run in runs}
     about = abouts.pop() if len(abouts) == 1 else ""
     return (
-        f'<h1>{len(runs)} runs</h1>{about}<p class="faded">{made}</p><p class="keys runs">{keys}</p>'
+        f'<h1>{len(runs)} runs</h1>{about}<p class="faded">{written}</p><p class="keys runs">{keys}</p>'
         f'<div class="overview">{table("The runs", ["run", *names, "state"], rows, numbers=True)}</div>'
     )
 
 
-def what_was_trained(run: RunHistory, *, command: bool = True) -> str:
-    """Model, data, device and, if asked for, the command, under the title; what is not known is left out."""
+def describe_training(run: RunHistory, *, command: bool = True) -> str:
+    """Model, data, device and, with `command`, the command; what is unknown is left out."""
     config, environment = dict(flat(run.config)), run.environment
     layers, width = config.get("model.num_hidden_layers"), config.get("model.hidden_size")
-    rows, length = config.get("batch.global_batch_size"), config.get("data.sequence_length")
+    batch_size, length = config.get("batch.global_batch_size"), config.get("data.sequence_length")
     ranks, dtype = environment.get("world_size"), config.get("precision.dtype")
-    metadata = {
+    parts = {
         "model": [
             config.get("model.name"),
             math.isfinite(run.parameters) and f"{quantity(run.parameters)} parameters",
             config.get("model.name") == "decoder_lm" and isinstance(layers, int) and f"{counted(layers, 'layer')} of {width}",
             config.get("model.init_from") and f"starting from {config['model.init_from']}",
         ],
-        "data": [config.get("data.dataset"), rows and length and f"{rows} x {length} tokens per step"],
+        "data": [config.get("data.dataset"), batch_size and length and f"{batch_size} x {length} tokens per step"],
         "device": [
             environment.get("device"),
             isinstance(ranks, int) and counted(ranks, "rank"),
             dtype != "auto" and dtype,
         ],
     }
-    known = {name: ", ".join(str(value) for value in values if value) for name, values in metadata.items()}
+    known = {name: ", ".join(str(value) for value in values if value) for name, values in parts.items()}
     words = "".join(f"<span><small>{name}</small> {html.escape(text)}</span>" for name, text in known.items() if text)
     typed = environment.get("command") if command else None
     lines = [words, f"<code>{html.escape(str(typed))}</code>" if typed else ""]
     return "".join(f'<p class="about">{line}</p>' for line in lines if line)
 
 
-def state_of(run: RunHistory) -> str:
+def format_state(run: RunHistory) -> str:
     """`preempted (SIGTERM), step 40 of 100`."""
     status = run.status
     if not status:
-        return "no status.json tells how it stands"
+        return "no status.json found"
     reason = f" ({status['reason']})" if status.get("reason") else ""
     return f"{status.get('state', 'unknown')}{reason}, step {status.get('step', '?')} of {status.get('max_steps', '?')}"
 
 
-def facts_of(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
-    """Names and values of what is known."""
+def results(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
+    """Names and values of those that are known."""
     train, validation = run.train, run.validation
     finite = [i for i, loss in enumerate(validation["loss"]) if math.isfinite(loss)]
     if finite:
@@ -104,7 +111,7 @@ def facts_of(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
         yield "best validation loss", f"{validation['loss'][best]:.4f}"
         yield "best step", f"{validation['step'][best]:.0f}"
         if math.isfinite(perplexity := validation["perplexity"][best]):
-            yield "perplexity at best", short(perplexity)
+            yield "perplexity at best", significant(perplexity)
         if math.isfinite(bits := validation["bits_per_byte"][best]):
             yield "bits per byte at best", f"{bits:.3f}"
     if len(train["loss"]):
@@ -116,84 +123,83 @@ def facts_of(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:
             "MFU": (_median(train["mfu"]), "{:.1%}".format),
             "peak memory": (max((b for b in train["peak_memory_bytes"] if math.isfinite(b)), default=math.nan), memory),
         }
-        yield from ((name, shown(value)) for name, (value, shown) in known.items() if math.isfinite(value))
+        yield from ((name, form(value)) for name, (value, form) in known.items() if math.isfinite(value))
         if spent.wall_seconds > 0:
             yield "time", duration(spent.wall_seconds)
     if skipped := skipped_steps(run):
-        yield "logged steps not finite", str(len(skipped))
+        yield "logged steps with NaN/Inf", str(len(skipped))
 
 
-def happened(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
-    """The list that the numbers in the charts point at."""
+def _median(values: Sequence[float]) -> float:
+    finite = sorted(value for value in values if math.isfinite(value))
+    return finite[len(finite) // 2] if finite else math.nan
+
+
+def stops_and_restarts(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
+    """The list of the marks in the charts, by number."""
     items = []
     for number, mark in numbered_marks(runs):
-        who = f"<b>{html.escape(labels[number])}</b>, " if len(labels) > 1 else ""
-        items.append(f'<li value="{mark.number}">{who}step {mark.x:.0f}: {html.escape(mark.words)}</li>')
+        name = f"<b>{html.escape(labels[number])}</b>, " if len(labels) > 1 else ""
+        items.append(f'<li value="{mark.number}">{name}step {mark.x:.0f}: {html.escape(mark.text)}</li>')
     if not items:
         return ""
-    shown = f'<ol class="happened">{"".join(items[:MARKS_OPEN])}</ol>'
-    rest = items[MARKS_OPEN:]
-    return shown + (folded(f"{len(rest)} more", f'<ol class="happened">{"".join(rest)}</ol>') if rest else "")
+    visible, rest = items[:MARKS_OPEN], items[MARKS_OPEN:]
+    more = folded(f"{len(rest)} more", f'<ol class="timeline">{"".join(rest)}</ol>') if rest else ""
+    return f'<ol class="timeline">{"".join(visible)}</ol>{more}'
 
 
 def time_spent(spent: Sequence[Goodput], labels: Sequence[str]) -> str:
-    """Of the time since each run first began: a bar, and what stands in it."""
+    """The time since each run first started: a bar, and a table of its parts."""
     if not any(each.wall_seconds > 0 for each in spent):
         return ""
-    bars = "".join(_bar(each, label if len(labels) > 1 else "") for each, label in zip(spent, labels, strict=True))
+    several = len(labels) > 1
+    bars = "".join(_bar(each, label if several else "") for each, label in zip(spent, labels, strict=True))
     rows = []
-    for name, field, colour in PARTS_OF_TIME:
-        if any(getattr(each, field) > 0 for each in spent):
-            cells = "".join(f"<td>{_with_share(getattr(each, field), each)}</td>" for each in spent)
+    for name, attribute, colour in PARTS_OF_TIME:
+        if any(getattr(each, attribute) > 0 for each in spent):
+            cells = "".join(f"<td>{_format_part(getattr(each, attribute), each)}</td>" for each in spent)
             rows.append(f'<tr><th scope="row"><i class="block {colour}"></i>{name}</th>{cells}</tr>')
-    counts = "".join(f"<td>{_restarts_in_words(each)}</td>" for each in spent)
-    total = "".join(f"<td>{duration(each.wall_seconds)}</td>" for each in spent)
-    head = "".join(f'<th scope="col">{html.escape(label)}</th>' for label in labels) if len(labels) > 1 else ""
-    above = f'<thead><tr><th scope="col">part</th>{head}</tr></thead>' if head else ""
-    body = "".join(rows) + f'<tr><th scope="row">in all</th>{total}</tr><tr><th scope="row">restarts</th>{counts}</tr>'
-    return section(
-        "Where the time went",
-        f'{bars}<div class="table" role="region" aria-label="Where the time went" tabindex="0">'
-        f'<table class="numbers">{above}<tbody>{body}</tbody></table></div>',
-    )
+    rows.append(f'<tr><th scope="row">total</th>{"".join(f"<td>{duration(each.wall_seconds)}</td>" for each in spent)}</tr>')
+    rows.append(f'<tr><th scope="row">restarts</th>{"".join(f"<td>{_format_restarts(each)}</td>" for each in spent)}</tr>')
+    titles = "".join(f'<th scope="col">{html.escape(label)}</th>' for label in ["part", *labels]) if several else ""
+    head = f"<thead><tr>{titles}</tr></thead>" if several else ""
+    body = f'<table class="numbers">{head}<tbody>{"".join(rows)}</tbody></table>'
+    return section("Time spent", bars + _scrolling("Time spent", body))
 
 
-def _restarts_in_words(spent: Goodput) -> str:
-    again = f" <small>{counted(spent.lost_steps, 'step')} done again</small>" if spent.lost_steps else ""
-    return f"{spent.restarts}{again}" if spent.restarts else "none"
+def _format_restarts(spent: Goodput) -> str:
+    repeated = f" <small>{counted(spent.lost_steps, 'step')} repeated</small>" if spent.lost_steps else ""
+    return f"{spent.restarts}{repeated}" if spent.restarts else "none"
 
 
 def _bar(spent: Goodput, label: str) -> str:
     pieces = "".join(
-        f'<i class="{colour}" style="flex:{getattr(spent, field):.6f}"></i>'
-        for _, field, colour in PARTS_OF_TIME
-        if getattr(spent, field) > 0
+        f'<i class="{colour}" style="flex:{getattr(spent, attribute):.6f}"></i>'
+        for _, attribute, colour in PARTS_OF_TIME
+        if getattr(spent, attribute) > 0
     )
     name = f'<div class="barname">{html.escape(label)}</div>' if label else ""
     return f'{name}<div class="bar" aria-hidden="true">{pieces}</div>'
 
 
-def _with_share(seconds: float, spent: Goodput) -> str:
+def _format_part(seconds: float, spent: Goodput) -> str:
     share = seconds / spent.wall_seconds if spent.wall_seconds > 0 else 0.0
     return f"{duration(seconds)} <small>{share:.1%}</small>" if seconds > 0 else "–"
 
 
 def samples(run: RunHistory, title: str) -> str:
-    """Some of all samples, from the newest to the oldest: how the text became what it is."""
-    chosen = spread(run.samples, SAMPLES_SHOWN)[::-1]
-    if not chosen:
-        return ""
-    shown = [_sample(sample) for sample in chosen]
-    rest = shown[SAMPLES_OPEN:]
-    more = folded(f"{len(rest)} more, of {len(run.samples)} in all", "".join(rest)) if rest else ""
-    return section(title, "".join(shown[:SAMPLES_OPEN]) + more)
+    """Some of the samples, newest first."""
+    figures = [_sample(sample) for sample in spread(run.samples, SAMPLES_SHOWN)[::-1]]
+    rest = figures[SAMPLES_OPEN:]
+    more = folded(f"{len(rest)} more, {len(run.samples)} in total", "".join(rest)) if rest else ""
+    return section(title, "".join(figures[:SAMPLES_OPEN]) + more)
 
 
-def spread(samples: Sequence[SampleText], most: int) -> list[SampleText]:
-    """At most `most`, evenly spread, the first and the last among them."""
-    if len(samples) <= most:
+def spread(samples: Sequence[SampleText], limit: int) -> list[SampleText]:
+    """At most `limit` of them, evenly spread, including the first and the last."""
+    if len(samples) <= limit:
         return list(samples)
-    return [samples[round(place * (len(samples) - 1) / (most - 1))] for place in range(most)]
+    return [samples[round(place * (len(samples) - 1) / (limit - 1))] for place in range(limit)]
 
 
 def _sample(sample: SampleText) -> str:
@@ -204,6 +210,88 @@ def _sample(sample: SampleText) -> str:
     )
 
 
-def _median(values: Sequence[float]) -> float:
-    finite = sorted(value for value in values if math.isfinite(value))
-    return finite[len(finite) // 2] if finite else math.nan
+# -------------------------------------------------------------------------------------- config, environment
+
+
+def differences(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
+    """Config keys and parts of the environment that differ between several runs, side by side."""
+    if len(runs) < 2:
+        return ""
+    configs = [dict(flat(run.config)) for run in runs]
+    keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in UNCOMPARED_KEYS]
+    rows = [[key, *(as_yaml(config.get(key, "")) for config in configs)] for key in keys]
+    rows += [[name, *(as_yaml(run.environment.get(name, "")) for run in runs)] for name in COMPARED_ENVIRONMENT]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    if not differing:
+        return section("Differences", "<p>None: these runs have the same config and environment.</p>")
+    return section("Differences", table("Keys that differ between the runs", ["key", *labels], differing))
+
+
+def config(run: RunHistory, title: str) -> str:
+    """The config: settings other than the defaults, then the rest on demand."""
+    if not run.config:
+        return ""
+    defaults = dict(flat(as_dict(TrainingConfig())))
+    changed, unchanged = [], []
+    for key, value in flat(run.config):
+        if key in defaults and defaults[key] == value:
+            unchanged.append([key, as_yaml(value)])
+        else:
+            changed.append([key, as_yaml(value), as_yaml(defaults.get(key, ""))])
+    parts = [table("Non-default settings", ["non-default setting", "value", "default"], changed)] if changed else []
+    if unchanged:
+        at_default = f"{counted(len(unchanged), 'key')} at {'its default' if len(unchanged) == 1 else 'their defaults'}"
+        parts.append(folded(at_default, table("Keys at their defaults", ["key", "value"], unchanged)))
+    return section(title, "".join(parts))
+
+
+def environment(run: RunHistory, title: str) -> str:
+    """Versions and machine of the latest start."""
+    if not run.environment:
+        return ""
+    rows = [[name, as_yaml(value)] for name, value in run.environment.items()]
+    return section(title, folded("versions, machine, command", table("Environment", [], rows)))
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values."""
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def as_yaml(value: Any) -> str:
+    """A scalar as YAML writes it."""
+    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
+
+
+# ------------------------------------------------------------------------------------------ pieces of HTML
+
+
+def section(title: str, body: str) -> str:
+    """A section of the page with its heading; empty without a body."""
+    return f"<section><h2>{html.escape(title)}</h2>{body}</section>" if body else ""
+
+
+def folded(summary: str, body: str) -> str:
+    """A body that is shown on demand."""
+    return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
+
+
+def table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+    """A table whose first column names the rows."""
+    titles = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    lines = "".join(
+        f'<tr><th scope="row">{html.escape(row[0])}</th>{"".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    above = f"<thead><tr>{titles}</tr></thead>" if titles else ""
+    kind = ' class="numbers"' if numbers else ""
+    return _scrolling(name, f"<table{kind}>{above}<tbody>{lines}</tbody></table>")
+
+
+def _scrolling(name: str, table: str) -> str:
+    """A table that scrolls sideways if it is wider than the page."""
+    return f'<div class="table" role="region" aria-label="{html.escape(name)}" tabindex="0">{table}</div>'

@@ -36,12 +36,13 @@ addEventListener('load', () => {
   seen.dark = matchMedia('(prefers-color-scheme: dark)').matches;
   seen.background = getComputedStyle(document.body).backgroundColor;
   seen.resting = read();
+  seen.value = plot.getAttribute('aria-valuetext');
   plot.focus();
   seen.focused = document.activeElement === plot;
   key('End'); seen.last = read();
   key('ArrowLeft'); seen.before = read();
   key('Home'); seen.first = read();
-  seen.told = plot.getAttribute('aria-valuetext');
+  seen.spoken = plot.getAttribute('aria-valuetext');
   const badge = texts(loss).find(text => text.textContent === '2');
   if (badge) {
     const box = badge.getBoundingClientRect();
@@ -51,11 +52,12 @@ addEventListener('load', () => {
   seen.by_steps = labels();
   document.querySelector('[value=tokens]').click(); seen.by_tokens = labels();
   document.querySelector('[value=hours]').click(); seen.by_hours = labels();
-  const whole = document.querySelector('[name=whole]');
-  seen.clipped = loss.querySelector('.clipnote')?.hidden === false;
-  seen.offers_whole = whole.offsetParent !== null;
-  seen.clips = charts.some(chart => chart.querySelector('.clipnote'));
-  whole.click(); seen.whole = labels();
+  const range = document.querySelector('[name=range]');
+  const note = loss.querySelector('.clipnote');
+  seen.clipped = note.hidden ? '' : note.textContent;
+  seen.offers_range = range.offsetParent !== null;
+  seen.clips = charts.some(chart => !chart.querySelector('.clipnote').hidden);
+  range.click(); seen.full = labels(); seen.noted = charts.some(chart => !chart.querySelector('.clipnote').hidden);
   seen.charts = charts.length;
   seen.pictures = charts.filter(chart => chart.querySelector('.plot svg').getBoundingClientRect().height > 150).length;
   seen.smallest_text = Math.min(...charts.flatMap(texts).map(text => text.getBoundingClientRect().height));
@@ -66,7 +68,7 @@ addEventListener('load', () => {
   const overview = document.querySelector('.overview .table');
   seen.hidden_columns = overview ? overview.scrollWidth - overview.clientWidth : 0;
   seen.overflow = document.documentElement.scrollWidth - innerWidth;
-  seen.spilling = all('.facts div, figcaption, .key, .sample, .happened').filter(e => e.scrollWidth > e.clientWidth + 1)
+  seen.spilling = all('.tiles div, figcaption, .key, .sample, .timeline').filter(e => e.scrollWidth > e.clientWidth + 1)
     .map(e => e.textContent);
   seen.unnamed = all('[tabindex="0"]').filter(e => !e.getAttribute('role') || !e.getAttribute('aria-label')).length;
   seen.fields = all('input').every(input => input.closest('label') && input.tabIndex === 0);
@@ -109,11 +111,13 @@ def check(seen: dict[str, Any]) -> None:
     assert seen["smallest_text"] >= 11, "pixels, at any width"
     assert seen["unnamed"] == 0
     assert seen["fields"]
-    assert seen["offers_whole"] == seen["clips"]
+    assert seen["offers_range"] == seen["clips"]
+    assert not seen["noted"], "with the full range nothing is cut off"
     assert seen["printed"]
     assert seen["folded"]
     assert seen["focused"]
-    assert seen["told"] == seen["first"]
+    assert seen["value"] == seen["last"], "read aloud before any key"
+    assert seen["spoken"] == seen["first"]
     assert seen["first"].startswith("step 1 ·")
     assert " step" in seen["by_steps"]
     assert " tokens" in seen["by_tokens"]
@@ -129,7 +133,7 @@ def test_a_run_with_restarts_works_at_each_width_and_in_the_dark(tmp_path):
         assert seen["resting"] == seen["last"]
         assert re.match(r"step 40 · training [\d.]+ · smoothed [\d.]+ · validation [\d.]+", seen["last"])
         assert seen["before"].startswith("step 39 ·")
-        assert "[2] ended without a word (killed); started again, from step 25, 2 steps done again" in seen["touched"]
+        assert "[2] killed without a message; restarted from step 25, 2 steps repeated" in seen["touched"]
         assert seen["by_steps"].count("×") == 2
         assert seen["by_tokens"].split()[0] == seen["by_steps"].split()[0], "the values' axis is what it was"
         assert seen["by_steps"].startswith("4 6 8 10 "), "the first drop of the loss is seen"
@@ -152,9 +156,9 @@ def test_several_runs_work_at_each_width(tmp_path):
         check(seen)
         assert seen["about"] == wider[0]["about"], "what they have in common"
         assert seen["hidden_columns"] <= 0 or seen is phone
-        assert seen["clipped"]
+        assert re.fullmatch(r"The axis ends at \d+(\.\d+)?; higher values, up to 45, are cut off\.", seen["clipped"])
         assert seen["by_steps"].startswith("4 6 8 10 ")
-        assert seen["whole"].startswith("10 20 30 40 "), "the spike too"
+        assert seen["full"].startswith("10 20 30 40 "), "the spike too"
         assert "a/run: training" in seen["last"]
         assert "c/run: validation" in seen["last"]
 

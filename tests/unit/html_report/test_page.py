@@ -10,19 +10,22 @@ from pathlib import Path
 import pytest
 
 from dist_trainer import report
-from dist_trainer.html_report.curves import (
-    RUNS_WITH_RAW_LOSS,
+from dist_trainer.html_report.charts import (
+    MAX_POINTS,
+    MAX_RUNS_WITH_RAW_LOSS,
+    Chart,
+    Line,
     axes_of,
-    numbered_marks,
+    clipped_top,
+    figure,
     skipped_steps,
     smoothed,
     style_of,
-    timeline,
+    thin,
 )
 from dist_trainer.html_report.page import SHARE_OF_TIME, STYLE, ReportTracker, html_report, labels_of
 from dist_trainer.html_report.sections import SAMPLES_SHOWN, spread
-from dist_trainer.html_report.svg_charts import MOST_POINTS, Chart, Line, clipped_top, figure, thin, ticks
-from dist_trainer.tracking.formatting import short
+from dist_trainer.html_report.timeline import numbered_marks, timeline
 from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.run_reader import RunHistory, SampleText, read_run
 from tests.unit.tracking.runs import train_line, validation_line, write_metrics, write_run
@@ -41,29 +44,29 @@ def test_it_is_one_page_without_network_and_escapes_everything(tmp_path):
     assert len(page) < 100_000
 
 
-def test_restarts_and_signals_are_marked_and_told_in_words(tmp_path):
+def test_restarts_and_signals_are_marked_and_described(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
-    words = ["stopped by SIGTERM at step 15, saved; started again 0.5 s later, from step 15"]
-    words.append("ended without a word (killed); started again, from step 25, 2 steps done again")
-    assert [(mark.x, mark.number, mark.words) for _, mark in numbered_marks([run])] == [
-        (15.0, 1, words[0]),
-        (25.0, 2, words[1]),
+    texts = ["stopped by SIGTERM at step 15, saved; restarted 0.5 s later from step 15"]
+    texts.append("killed without a message; restarted from step 25, 2 steps repeated")
+    assert [(mark.x, mark.number, mark.text) for _, mark in numbered_marks([run])] == [
+        (15.0, 1, texts[0]),
+        (25.0, 2, texts[1]),
     ]
     page = html_report([run])
     assert all(f'<li value="{number}">step' in page for number in (1, 2))
-    assert all(word in page for word in words)
+    assert all(text in page for text in texts)
 
 
-def test_an_end_that_nobody_went_on_from_is_told_too():
+def test_an_end_without_a_restart_is_described_too():
     events = [
         {"event": "start", "step": 0, "time": 1.0},
         {"event": "failed", "step": 7, "time": 2.0, "reason": "diverged: <x>"},
     ]
     assert list(timeline(events)) == [(7, "failed at step 7: diverged: <x>")]
     assert list(timeline([*events, {"event": "start", "step": 0, "time": 3.0}])) == [
-        (0, "failed at step 7: diverged: <x>; started again, from step 0")
+        (0, "failed at step 7: diverged: <x>; restarted from step 0")
     ]
-    assert list(timeline([{"event": "resume", "step": 9, "time": 1.0}])) == [(9, "began at step 9 of another run")]
+    assert list(timeline([{"event": "resume", "step": 9, "time": 1.0}])) == [(9, "started from step 9 of another run")]
 
 
 def test_steps_that_were_not_finite_are_marked(tmp_path):
@@ -71,7 +74,7 @@ def test_steps_that_were_not_finite_are_marked(tmp_path):
     assert skipped_steps(run) == [17.0, 18.0]
     page = html_report([run])
     assert '"skips":[[17.0,0],[18.0,0]]' in page
-    assert "update skipped: not finite" in page
+    assert "update skipped (NaN/Inf)" in page
 
 
 @pytest.mark.parametrize("lines", [0, 1, 2])
@@ -116,7 +119,7 @@ def test_several_runs_lie_over_one_another_and_what_differs_stands_side_by_side(
     assert "elsewhere/two: smoothed" in page
     assert '<th scope="row">run_name</th>' not in page.split("Config of")[0]
     assert report.main([str(tmp_path / "nowhere")]) == 2
-    assert "no run's folder" in capsys.readouterr().err
+    assert "is not a run's folder" in capsys.readouterr().err
     for number in range(9):
         write_metrics(tmp_path / f"run{number}", [train_line(1)])
     assert report.main([str(tmp_path / f"run{number}") for number in range(9)]) == 2
@@ -154,7 +157,7 @@ def test_the_parts_of_a_runs_time_are_all_of_it(tmp_path):
     named = spent.useful_seconds + spent.starting_seconds + spent.downtime_seconds + spent.redone_seconds + spent.sample_seconds
     assert spent.other_seconds == pytest.approx(49.0 - named)
     page = html_report([run])
-    for part in ("waiting for data", "samples", "starting, up to the first step", "standing still between lives"):
+    for part in ("waiting for data", "samples", "start-up", "downtime between restarts"):
         assert f"{part}</th>" in page
 
 
@@ -176,7 +179,7 @@ def test_the_beginning_and_rare_spikes_do_not_squash_the_rest():
     top = clipped_top([line], 2.0, 90.0)
     assert 2.03 < top < 2.2
     drawn = figure(Chart("Loss", "", [line], clips=True))
-    assert re.search(r"The axis ends at 2\.\d+; higher values, up to 90, are cut off", drawn)
+    assert re.search(r'"high":2\.\d+,"top":90\.0,', drawn)
     assert clipped_top([line], 2.0, 90.0, shows_beginning=True) == losses[0], "a loss shows where it came from"
     assert clipped_top([Line("flat", range(100), [float(i) for i in range(100)], "c0")], 0.0, 99.0) == 99.0
 
@@ -185,19 +188,14 @@ def test_long_lines_are_thinned_without_losing_a_spike():
     y = [0.0] * 100_000
     y[54_321] = 9.0
     x, thinned = thin(range(100_000), y)
-    assert len(x) <= MOST_POINTS + 4
+    assert len(x) <= MAX_POINTS + 4
     assert max(thinned) == 9.0
     assert x == sorted(x)
     assert thin([1, 2, 3], [1.0, math.nan, 3.0]) == ([1, 3], [1.0, 3.0])
 
 
-def test_ticks_are_round_numbers_inside():
-    assert ticks(0, 10) == pytest.approx([0, 2, 4, 6, 8, 10])
-    assert ticks(6.1, 8.3) == pytest.approx([6.5, 7, 7.5, 8])
-
-
 def test_the_other_axes_begin_with_the_run_and_end_with_it_and_jump_where_it_stood_still(tmp_path, monkeypatch):
-    monkeypatch.setattr("dist_trainer.html_report.curves.POINTS_OF_AN_AXIS", 4)
+    monkeypatch.setattr("dist_trainer.html_report.charts.POINTS_OF_AN_AXIS", 4)
     axes = axes_of(read_run(write_run(tmp_path / "run")))
     assert (axes["step"][0], axes["step"][-1]) == (1, 40)
     assert (axes["tokens"][0], axes["tokens"][-1]) == (10, 400)
@@ -273,26 +271,17 @@ def test_text_and_lines_have_the_contrast_that_wcag_aa_asks_for(theme):
             assert contrast(colours[f"c{number}"], colours[behind]) >= 3, (number, behind)
     opacity = re.search(r"\.faint path \{ opacity: (\.\d+);", STYLE)
     assert opacity is not None
-    for number in range(RUNS_WITH_RAW_LOSS):
+    for number in range(MAX_RUNS_WITH_RAW_LOSS):
         faint = blended(colours[f"c{number}"], colours["card"], float(opacity[1]))
         assert contrast(faint, colours["card"]) >= 3, number
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(0.0, "0"), (2e-5, "2e-5"), (1.25e-4, "1.25e-4"), (-5e-6, "-5e-6"), (0.0015, "0.0015"), (0.5, "0.5"), (12500.0, "12.5k")],
-)
-def test_numbers_beside_an_axis_have_seven_characters_at_most(value, shown):
-    assert short(value) == shown
-    assert len(shown) <= 7
-
-
-@pytest.mark.parametrize(("seconds", "unit"), [(0.5, "ms, waiting"), (12.5, "s, waiting")])
+@pytest.mark.parametrize(("seconds", "unit"), [(0.5, "ms, including waiting"), (12.5, "s, including waiting")])
 def test_times_are_in_the_unit_that_suits_them(tmp_path, seconds, unit):
     write_metrics(tmp_path, [train_line(step) | {"step_seconds": seconds} for step in (1, 2, 3)])
     page = html_report([read_run(tmp_path)])
-    assert f"<b>Time of a step</b> <small>{unit} for data included</small>" in page
+    assert f"<b>Step time</b> <small>{unit} for data</small>" in page
 
 
 def test_what_is_not_known_has_no_tile_and_what_was_trained_stands_under_the_title(tmp_path):
