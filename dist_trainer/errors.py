@@ -11,6 +11,7 @@
     ├── OutOfMemoryError       exit code 1: memory ran out
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
     ├── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
+    ├── CallbackError          exit code 1: a callback raised; that of a DistTrainerError which it raised
     ├── PeerLostError          exit code 1: another rank has died
     ├── LauncherLostError      exit code 1: torchrun or srun has died; what was trained is saved
     └── StoppedError           exit code 75: a signal came before the first step; the same command begins again
@@ -85,6 +86,10 @@ class TrainingDivergedError(DistTrainerError):
 
 class SavingFailedError(DistTrainerError):
     """Checkpoints could not be saved, several times in a row."""
+
+
+class CallbackError(DistTrainerError):
+    """A callback raised an error, which ends the run on all ranks."""
 
 
 class PeerLostError(DistTrainerError):

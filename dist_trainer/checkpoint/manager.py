@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -49,6 +50,14 @@ class Checkpoints(Protocol):
         """Whether saving failed too often to go on."""
         ...
 
+    def has_published(self) -> bool:
+        """Whether `take_published` would give any."""
+        ...
+
+    def take_published(self) -> list[tuple[int, Path]]:
+        """Step and folder of the checkpoints that have become visible since the last call, oldest first."""
+        ...
+
     def trouble(self) -> str | None:
         """Why the last save, if it has ended, is not on the disk; None where it is."""
         ...
@@ -80,6 +89,14 @@ class NoCheckpoints:
     def has_given_up(self) -> bool:
         """Never."""
         return False
+
+    def has_published(self) -> bool:
+        """Never."""
+        return False
+
+    def take_published(self) -> list[tuple[int, Path]]:
+        """None."""
+        return []
 
     def trouble(self) -> str | None:
         """None."""
@@ -116,6 +133,7 @@ class CheckpointManager:
         self._trouble: str | None = None
         self._diverged = False
         self._best: Validated | None = None
+        self._published: deque[tuple[int, Path]] = deque()
         make_folder(folder)
 
     def begin_with(self, best: Validated | None) -> None:
@@ -142,6 +160,14 @@ class CheckpointManager:
     def has_given_up(self) -> bool:
         """Whether `checkpoint.max_failures` saves in a row have failed."""
         return self._failures_in_a_row >= self.max_failures
+
+    def has_published(self) -> bool:
+        """Whether `take_published` would give any."""
+        return bool(self._published)
+
+    def take_published(self) -> list[tuple[int, Path]]:
+        """Step and folder of the checkpoints that have become visible since the last call, oldest first."""
+        return [self._published.popleft() for _ in range(len(self._published))]
 
     def trouble(self) -> str | None:
         """Why the last save, if it has ended, is not on the disk; None where it is."""
@@ -178,6 +204,7 @@ class CheckpointManager:
         self._note_best(folder, snapshot.progress.validated)
         self.saved(step, self.write_seconds, self._best)
         bring_in_line(self.folder, latest=folder, best=self._best, keep_last=self.keep_last)
+        self._published.append((step, folder))
 
     def _refuse(self, told: str) -> None:
         self._trouble = told

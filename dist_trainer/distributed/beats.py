@@ -24,10 +24,11 @@ Phase = Literal[
     "validating",
     "summing losses",
     "sampling",
+    "in a callback",
     "saving",
 ]
 """What the main thread is at. `backward`: in the last backward pass of a step, which exchanges gradients."""
-UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving"})
+UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving", "in a callback"})
 """These may take hours, as long as the process shows signs of life."""
 WAITING: frozenset[Phase] = frozenset({"waiting for others", "backward", "updating", "logging", "summing losses"})
 """In these a rank without progress is not to blame: it may be waiting for one that is behind."""

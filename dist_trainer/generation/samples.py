@@ -11,13 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_trainer.config.schema import DataConfig, TrackingConfig, TrainingConfig
+from dist_trainer.config.schema import DataConfig, TrainingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
 from dist_trainer.data.build_datasets import are_conversations
 from dist_trainer.data.chat import ChatTemplate, read_messages
 from dist_trainer.data.tokenizers import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
-from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, counted
 from dist_trainer.generation.decoding import can_generate, context_length, end_tokens, generate
 from dist_trainer.generation.text import REPLACEMENT
@@ -33,37 +32,54 @@ Sample = Callable[[Any, Callable[[], bool]], dict[str, Any] | None]
 """Gives `prompt` and `text` of a model; None where what is asked before each token says that it is interrupted."""
 
 
-def sample_is_due(tracking: TrackingConfig, step: int, *, validated: bool, is_last: bool) -> bool:
-    """Whether a sample follows `step`: after each validation, or by steps and at the last one."""
-    every = tracking.sample_every_steps
-    return validated if every is None else every > 0 and (step % every == 0 or is_last)
+class TextSamples:
+    """A callback that logs a sample of text: after each validation, or every so many steps and at the last one.
 
-
-def log_sample(
-    sample: Sample | None, model: nn.Module, world: DistributedContext, log_line: Callable[[dict[str, Any]], None], *, step: int
-) -> bool:
-    """Hand a line to `log_line` on the rank that has a `sample`; False, on all ranks, where a signal broke it off.
-
-    A model of the user's own, or its tokenizer, may fail at what training never asks of it: that costs a warning, not the run.
+    A sample that a signal interrupts is made when the run is resumed.
     """
 
-    def interrupted() -> bool:
-        world.heartbeat.mark("sampling", step=step)
-        return bool(world.stop_request)
+    def __init__(self, sample: Sample | None, every_steps: int | None) -> None:
+        """`sample`: on the rank that makes them, None on the others. `every_steps`: None: after each validation; 0: never."""
+        self._sample, self._every_steps = sample, every_steps
 
-    began, broken_off = time.perf_counter(), False
-    if sample is not None:
-        try:
-            text = sample(model, interrupted)
-        except Exception as error:
-            log.warning("step %d: no sample of text (%s: %s); training goes on", step, type(error).__name__, error)
-        else:
-            broken_off = text is None
-            if text is not None:
-                seconds = time.perf_counter() - began
-                log_line({"kind": "sample", "step": step, **text, "seconds": seconds, "time": time.time()})
-    [ranks_broken_off] = PendingSum([int(broken_off)], world).wait()
-    return not ranks_broken_off
+    def on_fit_start(self, trainer: Any) -> None:
+        """Make the sample that a signal has interrupted."""
+        if trainer.progress.owes_sample:
+            self._log_sample(trainer)
+
+    def on_step_end(self, trainer: Any, result: Any) -> None:
+        """A sample, if it is due by the number of steps."""
+        if self._every_steps and (result.step % self._every_steps == 0 or result.step == trainer.max_steps):
+            self._log_sample(trainer)
+
+    def on_validation_end(self, trainer: Any, result: Any) -> None:
+        """A sample, if each validation is followed by one."""
+        if self._every_steps is None:
+            self._log_sample(trainer)
+
+    def _log_sample(self, trainer: Any) -> None:
+        """For all ranks. A model of the user's own, or its tokenizer, may fail at what training never asks of it: that costs a
+        warning, not the run.
+        """
+        world, step = trainer.world, trainer.progress.step
+
+        def interrupted() -> bool:
+            world.heartbeat.mark("sampling", step=step)
+            return bool(world.stop_request)
+
+        began, was_interrupted = time.perf_counter(), False
+        with trainer.evaluating() as model:
+            if self._sample is not None:
+                try:
+                    text = self._sample(model, interrupted)
+                except Exception as error:
+                    log.warning("step %d: no sample of text (%s: %s); training goes on", step, type(error).__name__, error)
+                else:
+                    was_interrupted = text is None
+                    if text is not None:
+                        trainer.log({"kind": "sample", "step": step, **text, "seconds": time.perf_counter() - began})
+            [ranks_interrupted] = PendingSum([int(was_interrupted)], world).wait()
+        trainer.progress.owed_sample_step = step if ranks_interrupted else 0
 
 
 def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset: Any) -> Sample | None:

@@ -29,7 +29,7 @@ from dist_trainer.distributed.context import DistributedContext, init_distribute
 from dist_trainer.distributed.launch_env import launcher_id
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import EXIT_FINISHED, CheckpointError, RefusedError, StoppedError
-from dist_trainer.generation.samples import sample_of
+from dist_trainer.generation.samples import TextSamples, sample_of
 from dist_trainer.huggingface.hub import is_hub_name
 from dist_trainer.models.loss import check_model_takes_document_ids
 from dist_trainer.models.registry import (
@@ -53,7 +53,6 @@ from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.lifecycle import (
     CrashRecorder,
-    SaveNotes,
     exit_code_when_preempted,
     has_finished_in_words,
     mark_finished,
@@ -62,6 +61,7 @@ from dist_trainer.run.lifecycle import (
     train,
 )
 from dist_trainer.run.memory import explain_out_of_memory
+from dist_trainer.run.record import RunRecord, SaveNotes
 from dist_trainer.run.resume import (
     ResumeState,
     check_same_data,
@@ -127,26 +127,27 @@ def run_in(
     folder: RunFolder | None, config: TrainingConfig, world: DistributedContext, crash: CrashRecorder, *, began: float
 ) -> int:
     """The run, in its locked folder. Raises StoppedError where a signal came before training could begin."""
+    record = None if folder is None else RunRecord(folder, began=began)
     with record_startup_failure(folder, config, world, crash):
         with explain_out_of_memory(config, world):
-            trainer = prepare(config, world, folder)
+            trainer = prepare(config, world, record)
         if trainer.has_finished:
             log.info("%s", has_finished_in_words(trainer))
             if folder is not None:
                 mark_finished(trainer, folder)
                 sync_to_wandb(trainer, folder)
             return EXIT_FINISHED
-        run_and_share_errors(world, lambda: _owned(folder).write_config(dump_config(config)), acts=world.is_main)
-    result = train(trainer, folder, crash, began=began)
+        run_and_share_errors(world, lambda: _owned(record).folder.write_config(dump_config(config)), acts=world.is_main)
+    result = train(trainer, record, crash, began=began)
     return exit_code_when_preempted(world) if result.state == "preempted" else EXIT_FINISHED
 
 
-def prepare(config: TrainingConfig, world: DistributedContext, folder: RunFolder | None) -> Trainer:
+def prepare(config: TrainingConfig, world: DistributedContext, record: RunRecord | None) -> Trainer:
     """Find where to begin, and build all parts of the run."""
     return build_with_fallback(
         world,
-        find=lambda: resolve_resume(config, _owned(folder)),
-        build=lambda start: prepare_from(start, config, world, folder),
+        find=lambda: resolve_resume(config, _owned(record).folder),
+        build=lambda start: prepare_from(start, config, world, record),
     )
 
 
@@ -165,16 +166,16 @@ def build_with_fallback(
                 raise
 
 
-def prepare_from(start: ResumeState, config: TrainingConfig, world: DistributedContext, folder: RunFolder | None) -> Trainer:
+def prepare_from(start: ResumeState, config: TrainingConfig, world: DistributedContext, record: RunRecord | None) -> Trainer:
     """All parts of the run, and its folder, made ready to go on from `start`."""
     check_visible_everywhere(start, world)
     logs = config.run_folder / "logs"
     if config.checkpoint.resume != "never" or start.checkpoint is not None:
         configure_logging(logs, rank=world.rank)
-        return assemble(config, world, folder, start)
-    trainer = assemble(config, world, folder, start)
+        return assemble(config, world, record, start)
+    trainer = assemble(config, world, record, start)
     # Only now that the new run can begin: a refused one must leave the old one in its place.
-    run_on_rank0(world, lambda: begin_anew(_owned(folder)))
+    run_on_rank0(world, lambda: begin_anew(_owned(record).folder))
     configure_logging(logs, rank=world.rank)
     return trainer
 
@@ -200,7 +201,7 @@ def open_run_folder(config: TrainingConfig, world: DistributedContext) -> Genera
             folder.close(unused=unused)
 
 
-def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolder | None, start: ResumeState) -> Trainer:
+def assemble(config: TrainingConfig, world: DistributedContext, record: RunRecord | None, start: ResumeState) -> Trainer:
     """All parts of a run, standing where `start` says."""
     named = replace(config.data, tokenizer=tokenizer_name(config, start))
     tokenizer = local_rank0_first(world, lambda: configured_tokenizer(named))
@@ -217,15 +218,10 @@ def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolde
     assert model is not None, "every rank builds one"
     if config.data.document_mask and config.data.packing:
         check_model_takes_document_ids(model)
-    metadata: dict[str, Any] = {
-        "config": as_dict(config),
-        "world_size": world.world_size,
-        "launcher": launcher_id(),
-        **found,
-    }
+    metadata = {"config": as_dict(config), "world_size": world.world_size, "launcher": launcher_id(), **found}
     checkpoints: Checkpoints = NoCheckpoints()
-    if folder is not None:
-        export = export_to(model, tokenizer)
+    if record is not None:
+        export, folder = export_to(model, tokenizer), record.folder
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export, saved=SaveNotes(folder.path))
     shown = (loaders.validation or loaders.train).dataset
     sample = run_and_share_errors(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
@@ -255,7 +251,8 @@ def assemble(config: TrainingConfig, world: DistributedContext, folder: RunFolde
             varying_length=varying_length,
         ),
         checkpoints=checkpoints,
-        sample=sample,
+        tracker=record,
+        callbacks=[*filter(None, [record]), TextSamples(sample, config.tracking.sample_every_steps)],
         token_bytes=build_token_bytes(tokenizer),
         flops_per_token=per_token,
         metadata=metadata,
@@ -345,6 +342,6 @@ def check_visible_everywhere(start: ResumeState, world: DistributedContext) -> N
     run_and_share_errors(world, look)
 
 
-def _owned(folder: RunFolder | None) -> RunFolder:
-    assert folder is not None, "rank 0 holds the run folder"
-    return folder
+def _owned(record: RunRecord | None) -> RunRecord:
+    assert record is not None, "rank 0 holds the run folder"
+    return record

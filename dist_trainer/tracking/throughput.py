@@ -138,6 +138,11 @@ class Throughput:
         """What happens inside is no part of the steps' time."""
         return self._paused
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether this is within `paused`."""
+        return self._paused.is_open
+
     def waiting_for_data(self) -> AbstractContextManager[None]:
         """What happens inside is part of the steps' time, and is shown as `data_seconds` too."""
         return self._data

@@ -25,8 +25,8 @@ class DivergenceWatch:
         """Skipped updates so far."""
         self.skipped_in_a_row = 0
         """Of these, the last ones without a good one between them."""
-        self.judged: StepResult | None = None
-        """The newest step that is known to be good or not."""
+        self.diverged_at: StepResult | None = None
+        """The step that ended the run."""
         self._pending: tuple[StepResult, Tensor, torch.cuda.Event | None] | None = None
         self._on_gpu = device.type == "cuda"
 
@@ -53,8 +53,8 @@ class DivergenceWatch:
     def _judge(self, seen: tuple[StepResult, Tensor, torch.cuda.Event | None] | None) -> None:
         if seen is None:
             return
-        self.judged, grad_norm, copied = seen
-        step = self.judged.step
+        result, grad_norm, copied = seen
+        step = result.step
         if copied is not None:
             copied.synchronize()
         norm = grad_norm.item()  # in host memory
@@ -63,6 +63,8 @@ class DivergenceWatch:
             return
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
+        if self.policy == "stop" or self.skipped_in_a_row > self.max_skipped_steps:
+            self.diverged_at = result
         if self.policy == "stop":
             raise TrainingDivergedError(
                 f"step {step}: the loss or its gradients are not finite (gradient norm {norm}); the weights were left as "

@@ -34,9 +34,7 @@ PHASES = {
     "_fetch": "data",
     "loss_function": "forward",
     "precision.backward": "backward",
-    "_clip_gradients": "clip gradients",
     "precision.step": "optimizer",
-    "_log_step": "log",
     "_validate_if_due": "validation",
     "_save": "checkpoint",
 }

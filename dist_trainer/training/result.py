@@ -19,6 +19,14 @@ class TrainingResult:
     progress: Progress
     signal_number: int = 0
     """The largest signal number that any rank received; 0: none."""
+    reason: str | None = None
+    """Why `Trainer.stop` was called, if that ended training."""
+
+
+def result_when_finished(progress: Progress, world: DistributedContext, stop_reason: str) -> TrainingResult:
+    """Of a run that has done its last step, which is an earlier one if a callback on any rank has given a `stop_reason`."""
+    reasons = filter(None, gather_objects(stop_reason, world))
+    return TrainingResult("finished", progress, reason=next(reasons, None))
 
 
 def result_when_stopped(progress: Progress, world: DistributedContext) -> TrainingResult:

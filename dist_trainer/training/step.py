@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dist_trainer.data.batch import Batch
-from dist_trainer.distributed.collectives import PendingSum, all_reduce_sum
+from dist_trainer.data.batch import Batch, DeviceCopy
+from dist_trainer.distributed.collectives import all_reduce_sum
 from dist_trainer.distributed.context import DistributedContext
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """One step's share of this rank, fetched ahead, and what the ranks tell one another before it."""
+    """One step's share of this rank, fetched ahead."""
 
     micro_batches: list[Batch]
-    metadata: PendingSum
-    """Target tokens, who was asked to stop, and whose saves failed for good: summed over the ranks."""
+    target_tokens: int
+    """In these micro-batches."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,25 @@ class StepResult:
             "skipped": not math.isfinite(grad_norm),
             "tokens": self.target_tokens_so_far,
         }
+
+
+def fetch_step(
+    batches: Iterator[Batch], accumulation_steps: int, device_copy: DeviceCopy, on_batch: Callable[[], None]
+) -> StepInput:
+    """The next step's micro-batches, on their way to the device; `on_batch` is called before each is read."""
+    fetched = []
+    while len(fetched) < accumulation_steps:
+        on_batch()
+        fetched.append(next(batches))
+    return StepInput(device_copy.start(fetched), sum(batch.num_targets() for batch in fetched))
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to `max_norm` (0: never); their norm before, over all parameters: a float32 scalar."""
+    grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm > 0:
+        clip_grads_with_norm_(parameters, max_norm, grad_norm)
+    return grad_norm.float()
 
 
 def seed_dropout(seed: int, step: int, *, block: int) -> None:

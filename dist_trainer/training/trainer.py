@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -17,7 +17,7 @@ from dist_trainer.checkpoint.folders import resume_point
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
 from dist_trainer.checkpoint.optimizer_state import FirstStepCheck
-from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
+from dist_trainer.checkpoint.state import Progress, Snapshot, Validated, restore, take_snapshot
 from dist_trainer.config.rules import check_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch, DeviceCopy
@@ -26,8 +26,8 @@ from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.beats import Phase
 from dist_trainer.distributed.collectives import PendingSum, broadcast_object, run_and_share_errors, run_on_rank0
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
-from dist_trainer.generation.samples import Sample, log_sample, sample_is_due
+from dist_trainer.errors import ConfigError, StoppedError
+from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.evaluation_weights import evaluation_weights, training_weights
 from dist_trainer.optim.registry import init_optimizer_state
@@ -35,14 +35,15 @@ from dist_trainer.optim.schedules import build_schedule, set_learning_rates, tot
 from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.tracking.throughput import Throughput
-from dist_trainer.tracking.tracker import NullTracker, Tracker
+from dist_trainer.tracking.tracker import NullTracker
+from dist_trainer.training.callbacks import CallbackList, LineWriter, MetricsLogger
 from dist_trainer.training.garbage_collection import AgreedCollections
 from dist_trainer.training.last_save import finalize_checkpoint, stop_after_failed_saves
 from dist_trainer.training.nonfinite import DivergenceWatch
 from dist_trainer.training.precision import Precision
 from dist_trainer.training.precompile import warm_up
-from dist_trainer.training.result import TrainingResult, result_when_stopped
-from dist_trainer.training.step import StepInput, StepResult, seed_dropout
+from dist_trainer.training.result import TrainingResult, result_when_finished, result_when_stopped
+from dist_trainer.training.step import StepInput, StepResult, clip_gradients, fetch_step, seed_dropout
 from dist_trainer.training.validation import LossFunction, evaluate, validation_is_due
 
 
@@ -62,17 +63,18 @@ class Trainer:
         loss_function: LossFunction = model_loss,
         step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
         checkpoints: Checkpoints | None = None,
-        tracker: Tracker | None = None,
-        sample: Sample | None = None,
+        tracker: LineWriter | None = None,
+        callbacks: Sequence[object] = (),
         token_bytes: TokenBytes | None = None,
         flops_per_token: float | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """`model` is on world.device, wrapped by `parallelize`; `optimizer` is over its parameters.
 
-        `loss_function(model, batch)` gives the sum of the batch's token losses. `step_context` makes a context for each
-        forward and backward pass. `flops_per_token` is for MFU, `token_bytes` for
-        bits per byte; `facts` are remembered in every checkpoint. `checkpoints` and `tracker` are used on rank 0 alone.
+        `loss_function(model, batch)` gives the sum of the batch's token losses. `step_context` makes a context for each forward
+        and backward pass. `flops_per_token` is for MFU, `token_bytes` for bits per byte, `metadata` is saved with checkpoints.
+        `checkpoints` and `tracker` are used on rank 0 only. `callbacks`: objects with some of the methods of `Callback`, called
+        on every rank in this order.
         """
         check_config(config)
         self.config, self.world = config, world
@@ -80,8 +82,9 @@ class Trainer:
         self.train_data, self.validation_data = train_data, validation_data
         self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
-        self.tracker = tracker if tracker is not None and world.is_main else NullTracker()
-        self.sample, self.token_bytes, self.metadata = sample, token_bytes, metadata or {}
+        self.tracker: LineWriter = tracker if tracker is not None and world.is_main else NullTracker()
+        self.token_bytes, self.metadata = token_bytes, metadata or {}
+        self.callbacks = CallbackList([MetricsLogger(config.tracking.log_every_steps), *callbacks])
         self.progress = Progress()
 
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -91,70 +94,76 @@ class Trainer:
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
         self.sampler = train_data.sampler
         self.device_copy, self.pinned = DeviceCopy(world.device), PinnedMemory()
-        self.max_steps = total_steps(config.train, self.sampler.steps_per_epoch)
+        self.max_steps = self.last_step = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
         self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
-        self.note_step: Callable[[int], None] = lambda step: None
-        self._saved_step, self._logged_step, self._stopped = 0, 0, False
+        self._is_saved, self._stop_reason = True, ""
         self._resumed: Path | None = None
 
-    # ------------------------------------------------------------------------------------------------ the loop
-
     def fit(self) -> TrainingResult:
-        """Train to `max_steps`, or until a signal on any rank asks to stop; both end in a checkpoint.
+        """Train to `max_steps`, until `stop` is called, or until a signal on any rank asks to stop; all end in a checkpoint.
 
-        Raises TrainingDivergedError, SavingFailedError, and LauncherLostError after saving: on all ranks at the same step.
-        Nothing is being written any more when it returns or raises.
+        Raises TrainingDivergedError, SavingFailedError, CallbackError, and LauncherLostError after saving: on all ranks at the
+        same step. Nothing is being written any more when it returns or raises.
         """
+        result = None
         try:
             with training_weights(self.optimizer):
-                return self._fit()
-        finally:
+                result = self._fit()
+        except BaseException as error:
             self.checkpoints.wait()
+            self.callbacks.call("on_error", self, error)
+            raise
+        finally:
+            self.callbacks.call("close", self, result)
+            self.callbacks.log_error()
+        self.callbacks.raise_error(self)
+        return result
 
     def _fit(self) -> TrainingResult:
-        self._saved_step = self.progress.step
+        pending_sample = self.progress.owes_sample
         with self.world.stop_request.listen(), self.garbage:
             try:
+                self.callbacks.call("on_fit_start", self)
+                self.callbacks.raise_error(self)
                 self._at("warming up")
                 self.warm_up()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
-            self._run_pending_validation()
+            if self._validate_if_due() or pending_sample:  # which the run was stopped in
+                self._save()
             # After the warm-up, which reads too: loaders with lasting workers have but one iterator.
             self.sampler.seek(self.progress.step)
             batches = iter(self.train_data)
             self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
             upcoming = self._fetch(batches)
-            while self.progress.step < self.max_steps and not self._stopped:
-                target_tokens, asked_to_stop, saving_failed = upcoming.metadata.wait()
-                if saving_failed:
-                    stop_after_failed_saves(self.checkpoints, self.world, self.config.checkpoint)
-                if asked_to_stop:
-                    self._stopped = True
-                    break
+            while (target_tokens := self._agree(upcoming)) is not None:
                 self._at("training")
                 self.device_copy.wait(upcoming.micro_batches)
-                result = self.train_step(upcoming.micro_batches, target_tokens)
+                result, self._is_saved = self.train_step(upcoming.micro_batches, target_tokens), False
                 self.first_step_check.after_step()
-                self._watch(result)
-                self.note_step(result.step)
+                self.divergence.observe(result)
                 self._at("reading data")
                 upcoming = self._fetch(batches)
-                self._after_step(result)
-            upcoming.metadata.wait()
-        self._watch(None)
-        if self._saved_step != self.progress.step:
-            self._save()
+                self.callbacks.call("on_step_end", self, result)
+                self._validate_and_save()
+            with self.between_steps():
+                if not self._is_saved:
+                    self._save()
         self._at("saving")
         finalize_checkpoint(self.checkpoints, self.world, save_again=self._save)
-        # Only rank 0 knows whether a save has failed meanwhile.
-        self.progress.best = broadcast_object(self.checkpoints.best(self.progress.best), self.world)
-        if self._stopped:
+        self.progress.best = self._best_saved()
+        self._report_checkpoints()
+        self.callbacks.raise_error(self)
+        if not self.has_finished:
             return result_when_stopped(self.progress, self.world)
-        return TrainingResult("finished", self.progress)
+        return result_when_finished(self.progress, self.world, self._stop_reason)
+
+    def stop(self, reason: str) -> None:
+        """End after this step, on all ranks: validated, saved and finished, for `reason`. One rank may call it alone."""
+        self._stop_reason = reason or "stopped by a callback"
 
     def resume(self, checkpoints: Path) -> bool:
         """Go on from the newest intact checkpoint in the folder `checkpoints`; whether there is one. For all ranks.
@@ -180,7 +189,7 @@ class Trainer:
     def has_finished(self) -> bool:
         """Whether nothing is left to do: neither a step nor the last validation, nor a sample that was broken off."""
         validated = self.validation_data is None or self.progress.validated_step == self.progress.step
-        return self.progress.step >= self.max_steps and validated and not self.progress.owes_sample
+        return self.progress.step >= self.last_step and validated and not self.progress.owes_sample
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
@@ -200,7 +209,7 @@ class Trainer:
 
         self._at("updating")
         self.precision.unscale(self.optimizer)
-        grad_norm = self._clip_gradients()
+        grad_norm = clip_gradients(self.parameters, self.config.optim.max_grad_norm)
         learning_rate = set_learning_rates(self.optimizer, self.learning_rate_factor(step))
         self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
@@ -211,27 +220,37 @@ class Trainer:
         loss_sum = sum(losses[1:], losses[0])
         return StepResult(step + 1, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
-    def _clip_gradients(self) -> Tensor:
-        """Scale gradients down to `optim.max_grad_norm`; their norm before, over all parameters: a float32 scalar."""
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        grad_norm = get_total_norm(gradients)
-        if self.config.optim.max_grad_norm > 0:
-            clip_grads_with_norm_(self.parameters, self.config.optim.max_grad_norm, grad_norm)
-        return grad_norm.float()
-
     def _fetch(self, batches: Iterator[Batch]) -> StepInput:
-        """The next step's micro-batches, on their way to the device, and the facts on theirs to all ranks."""
+        """The next step's micro-batches, on their way to the device."""
         with self.throughput.waiting_for_data():
-            fetched = []
-            while len(fetched) < self.accumulation_steps:
-                self._at("reading data")
-                fetched.append(next(batches))
-            target_tokens = sum(batch.num_targets() for batch in fetched)
-            on_device = self.device_copy.start(fetched)
-        metadata = [target_tokens, int(bool(self.world.stop_request)), int(self.checkpoints.has_given_up())]
-        return StepInput(on_device, PendingSum(metadata, self.world))
+            return fetch_step(batches, self.accumulation_steps, self.device_copy, lambda: self._at("reading data"))
 
-    # --------------------------------------------------------------------------------------- between the steps
+    def _agree(self, upcoming: StepInput) -> int | None:
+        """What all ranks must know before a step, in one small sum in host memory: its target tokens; None if there is none.
+
+        Raises on all ranks what ends the run on any of them.
+        """
+        flags = (
+            bool(self.world.stop_request),
+            self.checkpoints.has_given_up(),
+            self.checkpoints.has_published(),
+            self.callbacks.error is not None,
+            bool(self._stop_reason),
+        )
+        sums = PendingSum([upcoming.target_tokens, *map(int, flags)], self.world).wait()
+        target_tokens, asked_to_stop, has_given_up, published, callback_failed, stop_was_called = sums
+        if callback_failed:
+            self.callbacks.raise_error(self)
+        if published:
+            self._report_checkpoints()
+        if self.progress.step >= self.max_steps:
+            return None
+        if has_given_up:
+            stop_after_failed_saves(self.checkpoints, self.world, self.config.checkpoint)
+        if stop_was_called and not asked_to_stop:
+            self.last_step = self.progress.step  # so it is validated
+            self._validate_if_due()
+        return None if asked_to_stop or stop_was_called else target_tokens
 
     def warm_up(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
@@ -246,105 +265,85 @@ class Trainer:
     def _at(self, phase: Phase) -> None:
         self.world.heartbeat.mark(phase, step=self.progress.step)
 
-    def _after_step(self, result: StepResult) -> None:
-        step = result.step
-        if step % self.config.tracking.log_every_steps == 0 or step in (1, self.max_steps):
-            self._log_step(result)
+    def log(self, line: dict[str, Any]) -> None:
+        """Hand the tracker a line of the newest step, on rank 0: its `kind`, and numbers and texts by name."""
+        self.tracker.log({"kind": line["kind"], "step": self.progress.step, **line, "time": time.time()})
+
+    @contextmanager
+    def between_steps(self) -> Generator[None]:
+        """For what takes time between steps: it does not count as theirs. All of them have been found finite, or it raises."""
+        if self.throughput.is_paused:
+            yield
+            return
         with self.throughput.paused(), self.garbage.automatic():
-            improved = self._validate_if_due()
-            self._sample_if_due(validated=self.progress.validated_step == step)
-            every = self.config.checkpoint.every_steps
-            if improved or (every and step % every == 0):
-                self._save()
+            with self.throughput.waiting_for_steps():
+                self.divergence.drain()
+            yield
 
-    def _watch(self, result: StepResult | None) -> None:
-        """Hand `result` to the divergence watch (None: all steps are to be done); the step it ends the run for is logged."""
-        try:
-            if result is None:
-                with self.throughput.waiting_for_steps():
-                    self.divergence.drain()
-            else:
-                self.divergence.observe(result)
-        except TrainingDivergedError:
-            assert self.divergence.judged is not None, "it has just been judged"
-            if self.divergence.judged.step > self._logged_step:
-                self._log_step(self.divergence.judged)
-            raise
+    @contextmanager
+    def evaluating(self) -> Generator[nn.Module]:
+        """The model itself to evaluate between steps: with evaluation weights, in evaluation mode, without gradients."""
+        model, buffers = unwrap(self.model), self.buffers.unchanged()
+        with self.between_steps(), evaluation_weights(self.optimizer), evaluation_mode(model), buffers, torch.no_grad():
+            yield model
 
-    def _log_step(self, result: StepResult) -> None:
-        """The only place where the device is awaited."""
-        self._at("logging")
-        self._logged_step = result.step
-        self.tracker.log(
-            {
-                "kind": "train",
-                **result.metadata(self.world),
-                "skipped_steps": self.divergence.skipped_steps,
-                "epoch": self.sampler.epoch_of(result.step),
-                **self.throughput.measure(step=result.step, tokens=result.target_tokens_so_far),
-                "time": time.time(),
-            }
-        )
+    def _validate_and_save(self) -> None:
+        step, every = self.progress.step, self.config.checkpoint.every_steps
+        saves = every > 0 and step % every == 0
+        if saves or self._validation_is_due():
+            with self.between_steps():
+                if (self._validate_if_due() and self.progress.best_step == step) or saves:
+                    self._save()
+
+    def _validation_is_due(self) -> bool:
+        step, is_done = self.progress.step, self.progress.validated_step == self.progress.step
+        if self.validation_data is None or is_done:
+            return False
+        return validation_is_due(self.config.validation, step, max_steps=self.last_step, epoch_of=self.sampler.epoch_of)
 
     def _validate_if_due(self) -> bool:
-        """Validate where this step asks for it and has not been yet; whether the loss is the best so far."""
-        step = self.progress.step
-        if self.validation_data is None or self.progress.validated_step == step:
+        """Validate if this step asks for it and has not been validated yet; whether that was done, and not interrupted."""
+        if not self._validation_is_due():
             return False
-        if not validation_is_due(self.config.validation, step, max_steps=self.max_steps, epoch_of=self.sampler.epoch_of):
-            return False
-        self._watch(None)
-        with evaluation_weights(self.optimizer):
-            result = evaluate(
-                unwrap(self.model),
-                self.validation_data,
-                num_blocks=self.validation_data.sampler.num_blocks,  # type: ignore[attr-defined]
-                world=self.world,
-                precision=self.precision,
-                loss_function=self.loss_function,
-                token_bytes=self.token_bytes,
-                interrupted=self.world.stop_request.__bool__,
-            )
-        if result is None:
-            self._stopped = True
-            return False
-        # Only rank 0 knows whether a save has failed meanwhile.
-        self.progress.best = broadcast_object(self.checkpoints.best(self.progress.best), self.world)
-        is_best = self.progress.note_validation(result.loss)
-        metadata = {**result.metadata(), "best": is_best, "seconds": result.seconds, "time": time.time()}
-        self.tracker.log({"kind": "validation", "step": step, **metadata})
-        return is_best
-
-    def _sample_if_due(self, *, validated: bool) -> None:
-        """A sample of text where one is due; what a signal broke off, or kept from beginning, is owed to the next start."""
-        progress, is_last = self.progress, self.progress.step >= self.max_steps
-        if progress.owes_sample or sample_is_due(self.config.tracking, progress.step, validated=validated, is_last=is_last):
-            self._watch(None)
-            model, log_line = unwrap(self.model), self.tracker.log
+        assert self.validation_data is not None, "or none is due"
+        with self.between_steps():
             with evaluation_weights(self.optimizer):
-                done = not self._stopped and log_sample(self.sample, model, self.world, log_line, step=progress.step)
-            self._stopped = not done
-            progress.owed_sample_step = 0 if done else progress.step
+                result = evaluate(
+                    unwrap(self.model),
+                    self.validation_data,
+                    num_blocks=self.validation_data.sampler.num_blocks,  # type: ignore[attr-defined]
+                    world=self.world,
+                    precision=self.precision,
+                    loss_function=self.loss_function,
+                    token_bytes=self.token_bytes,
+                    interrupted=self.world.stop_request.__bool__,
+                )
+            if result is None:
+                return False
+            self.progress.best = self._best_saved()  # a save may have failed meanwhile
+            self.progress.note_validation(result.loss)
+            self._is_saved = False
+            self.callbacks.call("on_validation_end", self, result)
+        return True
 
-    def _run_pending_validation(self) -> None:
-        """A run that was stopped while it validated, or sampled, still owes that."""
-        before, owes_sample = self.progress.validated_step, self.progress.owes_sample
-        self._validate_if_due()
-        if (validated := self.progress.validated_step != before) or owes_sample:
-            self._sample_if_due(validated=validated)
-            self._save()
+    def _best_saved(self) -> Validated | None:
+        """`progress.best`, unless its save has failed, which only rank 0 knows: then the best that is saved."""
+        return broadcast_object(self.checkpoints.best(self.progress.best), self.world)
+
+    def _report_checkpoints(self) -> None:
+        for step, folder in broadcast_object(self.checkpoints.take_published(), self.world):
+            self.callbacks.call("on_checkpoint", self, step, folder)
 
     def _save(self) -> None:
-        self._watch(None)
-        self._at("saving")
-        with self.throughput.saving():
+        with self.between_steps(), self.throughput.saving():
+            self._at("saving")
             self.progress.skipped_steps = self.divergence.skipped_steps
             self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
             is_best = self.progress.best_step == self.progress.step
             self.checkpoints.save(self._take_snapshot, is_best=is_best, after=self.tracker.sync)
-        self._saved_step = self.progress.step
+        self._is_saved = True
 
     def _take_snapshot(self) -> Snapshot:
-        goes_on = not self._stopped and self.progress.step < self.max_steps
+        goes_on = self.progress.step < self.last_step
         parts = {"scaler": self.precision.state_dict(), "progress": self.progress, "metadata": self.metadata}
         return take_snapshot(unwrap(self.model), self.optimizer, **parts, training_goes_on=goes_on, pinned=self.pinned)

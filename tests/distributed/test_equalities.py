@@ -39,14 +39,15 @@ def test_one_process_two_ranks_and_four_have_the_same_loss_curve(stories, tmp_pa
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_weights_stay_the_same_on_every_rank_to_the_last_bit(stories, tmp_path, name):
     def compare_after_each_step(trainer):
-        note = trainer.note_step
+        train_step = trainer.train_step
 
-        def note_and_compare(step):
-            note(step)
+        def step_and_compare(*arguments):
+            result = train_step(*arguments)
             bits = b"".join(parameter.detach().numpy().tobytes() for parameter in trainer.parameters)
             assert len(set(gather_objects(hashlib.sha256(bits).hexdigest(), trainer.world))) == 1
+            return result
 
-        trainer.note_step = note_and_compare
+        trainer.train_step = step_and_compare
 
     config = small_config(stories, tmp_path, optim__name=name)
     assert command(config, 4, before=compare_after_each_step) == [0] * 4

@@ -41,6 +41,7 @@ from dist_trainer.models.loss import model_loss
 from dist_trainer.models.registry import load_weights
 from dist_trainer.optim.registry import build_optimizer
 from dist_trainer.optim.schedules import build_schedule
+from dist_trainer.training.step import StepResult
 from dist_trainer.training.validation import LossFunction
 from tests.distributed.ranks import run_ranks
 
@@ -57,7 +58,7 @@ CONFIG = TrainingConfig(
 
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "library.md").read_text("utf-8")
-EXAMPLES = [code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) if "init_distributed" in code]
+EXAMPLES = [code for code in re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE) if "trainer.fit()" in code]
 
 
 def run_example(code: str, folder: Path) -> Any:
@@ -112,6 +113,18 @@ class Lines(list[dict[str, Any]]):
         return [line["loss"] for line in self if line["kind"] == kind]
 
 
+class StopAfter:
+    """A callback that asks to stop as a signal would."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        assert not gc.isenabled(), "all ranks collect garbage after the same micro-batches"
+        if result.step == self.step:
+            trainer.world.stop_request.signal_number = 15
+
+
 def fit(
     make: Callable[[], nn.Module],
     folder: Path,
@@ -139,15 +152,9 @@ def fit(
             if world.is_main
             else None,
             tracker=lines,
+            callbacks=[StopAfter(stop_after)],
         )
         trainer.resume(folder)
-
-        def note_step(step: int) -> None:
-            assert not gc.isenabled(), "all ranks collect garbage after the same micro-batches"
-            if step == stop_after:
-                world.stop_request.signal_number = 15
-
-        trainer.note_step = note_step
         trainer.fit()
         assert gc.isenabled()
     return lines, {name: tensor.numpy() for name, tensor in model.state_dict().items()}

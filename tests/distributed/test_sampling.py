@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dist_trainer.generation.samples import TextSamples
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.training.trainer import Trainer
 from tests.distributed.small_runs import losses, metrics, run, same_weights, small_config, status
@@ -19,11 +20,17 @@ def steps_of_samples(config: Any) -> list[int]:
     return [line["step"] for line in metrics(config, "sample")]
 
 
+def text_samples(trainer: Trainer) -> TextSamples:
+    [samples] = [callback for callback in trainer.callbacks.callbacks if isinstance(callback, TextSamples)]
+    return samples
+
+
 def stop_within_sample(step: int) -> Callable[[Trainer], None]:
     """Ask rank 0 to stop, as a signal would, after some tokens of the sample that follows `step`."""
 
     def change(trainer: Trainer) -> None:
-        sample = trainer.sample
+        samples = text_samples(trainer)
+        sample = samples._sample
 
         def interrupted_sample(model: Any, interrupted: Callable[[], bool]) -> Any:
             asked = iter(range(99))
@@ -35,21 +42,22 @@ def stop_within_sample(step: int) -> Callable[[Trainer], None]:
 
             return sample(model, interrupted_soon)
 
-        trainer.sample = interrupted_sample if trainer.world.is_main else None
+        samples._sample = interrupted_sample if trainer.world.is_main else None
 
     return change
 
 
 def slow_samples(trainer: Trainer) -> None:
     """Let a thousand seconds pass, on the clock that steps are timed by, with each sample."""
-    sample, passed = trainer.sample, [0.0]
+    samples, passed = text_samples(trainer), [0.0]
+    sample = samples._sample
     trainer.throughput = Throughput(trainer.world, dtype="fp32", clock=lambda: time.perf_counter() + passed[0])
 
     def slow(model: Any, interrupted: Callable[[], bool]) -> Any:
         passed[0] += 1000.0
         return sample(model, interrupted)
 
-    trainer.sample = slow
+    samples._sample = slow
 
 
 def test_training_is_bit_for_bit_the_same_with_samples_and_without_and_their_time_is_no_part_of_a_steps(stories, tmp_path):
@@ -72,7 +80,7 @@ def fail_to_sample(trainer: Trainer) -> None:
     def failing(model: Any, interrupted: Callable[[], bool]) -> Any:
         raise TypeError("forward() got an unexpected keyword argument 'use_cache'")
 
-    trainer.sample = failing if trainer.world.is_main else None
+    text_samples(trainer)._sample = failing if trainer.world.is_main else None
 
 
 def test_a_sample_that_fails_costs_a_warning_and_not_the_run(stories, tmp_path, capfd):

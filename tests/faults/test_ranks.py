@@ -176,14 +176,15 @@ def test_each_micro_batch_each_fetched_batch_and_each_validation_batch_is_progre
     def change(trainer):
         notes = []
         note_progress_of(trainer, notes)
-        close = trainer.tracker.close
+        record = trainer.tracker
+        finish = record.finish
 
-        def close_and_tell(**how):
+        def finish_and_note(*arguments, **how):
             validated = trainer.validation_data.sampler
             notes_of_rank.write_text(json.dumps({"notes": notes, "blocks": len(list(validated))}))
-            close(**how)
+            finish(*arguments, **how)
 
-        trainer.tracker.close = close_and_tell
+        record.finish = finish_and_note
 
     assert command(config, 2, before=on_rank(0, change)) == [0, 0]
     told = json.loads(notes_of_rank.read_text())

@@ -24,6 +24,7 @@ from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.registry import build_optimizer
 from dist_trainer.training.precision import Precision
+from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
 from tests.unit.training.device_reads import DeviceReads
 
@@ -50,7 +51,7 @@ ACT_AT = dict(enumerate(READING, start=2))
 STEPS = len(READING) + 2
 
 
-def a_trainer(dtype: Any = "fp32") -> Trainer:
+def a_trainer(*callbacks: object, dtype: Any = "fp32") -> Trainer:
     """Whose first and last step alone are logged, with two micro-batches a step."""
     config = TrainingConfig(
         model=ModelConfig("decoder_lm", 16, 32, 2, num_attention_heads=2, num_key_value_heads=1, dropout=0.1),
@@ -66,7 +67,8 @@ def a_trainer(dtype: Any = "fp32") -> Trainer:
     world = DistributedContext.single()
     train_data, _ = create_dataloaders(config, world, train_dataset=[(row[:-1], row[1:]) for row in rows])
     optimizer, precision = build_optimizer(config.optim, model), Precision(dtype, world.device)
-    return Trainer(config, world, model=model, optimizer=optimizer, train_data=train_data, precision=precision)
+    parts = {"model": model, "optimizer": optimizer, "train_data": train_data, "precision": precision}
+    return Trainer(config, world, **parts, callbacks=callbacks)
 
 
 def reads_of(trainer: Trainer, patch: pytest.MonkeyPatch) -> dict[int, list[str]]:
@@ -80,7 +82,7 @@ def reads_of(trainer: Trainer, patch: pytest.MonkeyPatch) -> dict[int, list[str]
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_only_the_steps_that_are_logged_wait_for_the_device(dtype, monkeypatch):
-    found = reads_of(a_trainer(dtype), monkeypatch)
+    found = reads_of(a_trainer(dtype=dtype), monkeypatch)
     assert found.keys() == {1, STEPS}, found
 
 
@@ -99,14 +101,11 @@ def test_whatever_waits_in_a_step_is_noticed(monkeypatch):
 
 
 def test_whatever_reads_a_step_s_result_before_the_next_one_is_noticed(monkeypatch):
-    trainer = a_trainer()
-    watch = trainer._watch
+    class Reading:
+        def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+            if result.step in ACT_AT:
+                READING[ACT_AT[result.step]](result.loss_sum)
 
-    def read_then_watch(result: Any) -> None:
-        if result is not None and result.step in ACT_AT:
-            READING[ACT_AT[result.step]](result.loss_sum)
-        watch(result)
-
-    monkeypatch.setattr(trainer, "_watch", read_then_watch)
+    trainer = a_trainer(Reading())
     found = reads_of(trainer, monkeypatch)
     assert [name for step, name in ACT_AT.items() if step not in found] == []

@@ -1,0 +1,154 @@
+"""Callbacks: the one way in for whatever happens around steps, a user's own code included."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dist_trainer.distributed.collectives import barrier, gather_objects
+from dist_trainer.errors import CallbackError, ConfigError
+from dist_trainer.training.result import TrainingResult
+from dist_trainer.training.step import StepResult
+from dist_trainer.training.validation import ValidationResult
+
+if TYPE_CHECKING:
+    from dist_trainer.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+class Callback(Protocol):
+    """What a callback may have. Any object with some of these methods is one; inheriting from this class is not needed.
+
+    Callbacks are called in the order of the list, on every rank, each on the thread that trains. A callback itself decides on
+    which ranks it acts (`trainer.world.rank`); what communicates between ranks must be called on all of them.
+    """
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Before anything is compiled or trained; `trainer.progress` is that of the checkpoint if the run is resumed."""
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """After each step. Reading a tensor of `result` waits for the device; doing that at each step makes training slower.
+
+        Whatever takes time belongs into `with trainer.between_steps():`.
+        """
+
+    def on_validation_end(self, trainer: Trainer, result: ValidationResult) -> None:
+        """After each validation, which a signal has not interrupted; its time is not part of a step's."""
+
+    def on_checkpoint(self, trainer: Trainer, step: int, folder: Path) -> None:
+        """At the end of the first step after the checkpoint of `step` has become visible in `folder`; for the last ones, when
+        training has ended. Checkpoints are written in the background, so training is some steps further by then.
+        """
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """`fit` is about to raise `error`, here or on all ranks; nothing is being written any more. Do not communicate."""
+
+    def close(self, trainer: Trainer, result: TrainingResult | None) -> None:
+        """Always the last call; `result` is None after an error."""
+
+
+HOOKS = ("on_fit_start", "on_step_end", "on_validation_end", "on_checkpoint", "on_error", "close")
+LONG_HOOKS = ("on_validation_end", "on_checkpoint")
+"""May take hours, as far as the other ranks' heartbeats are concerned."""
+
+
+class LineWriter(Protocol):
+    """Takes the lines of metrics.jsonl: what a trainer needs of a tracker."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Take a line."""
+
+    def sync(self) -> None:
+        """Return when the lines so far survive a power cut. Called by the thread that writes checkpoints, before one becomes
+        visible.
+        """
+
+
+class CallbackList:
+    """Calls the callbacks of one trainer. What one of them raises on any rank ends the run on all ranks, by its name."""
+
+    def __init__(self, callbacks: Sequence[object]) -> None:
+        self.callbacks = list(callbacks)
+        for callback in callbacks:
+            if not any(callable(getattr(callback, hook, None)) for hook in HOOKS):
+                raise ConfigError(f"callbacks: {_name(callback)} has none of the methods {', '.join(HOOKS)}")
+        methods = {hook: [(callback, getattr(callback, hook, None)) for callback in callbacks] for hook in HOOKS}
+        self._methods = {hook: [(c, method) for c, method in pairs if callable(method)] for hook, pairs in methods.items()}
+        self.error: CallbackError | None = None
+        """What the first callback that failed on this rank raised. The others are still called, so that ranks stay in step."""
+        self._traceback = ""
+
+    def call(self, hook: str, trainer: Trainer, *arguments: object) -> None:
+        """Call `hook` of each callback that has it."""
+        if hook in LONG_HOOKS:
+            trainer.world.heartbeat.mark("in a callback", step=trainer.progress.step)
+        for callback, method in self._methods[hook]:
+            try:
+                method(trainer, *arguments)
+            except (Exception, SystemExit) as error:
+                if self.error is None:
+                    where = f"rank {trainer.world.rank}: " if trainer.world.world_size > 1 else ""
+                    self.error = CallbackError(f"{where}{_name(callback)}.{hook} failed: {type(error).__name__}: {error}")
+                    self.error.exit_code = getattr(error, "exit_code", CallbackError.exit_code)
+                    self._traceback = "".join(traceback.format_exception(error))
+
+    def raise_error(self, trainer: Trainer) -> None:
+        """Raise on all ranks what a callback raised on any of them. For all ranks."""
+        barrier(trainer.world)
+        self.log_error()
+        for error in gather_objects(self.error, trainer.world):
+            if error is not None:
+                raise error
+
+    def log_error(self) -> None:
+        """Log where in the callback's code the error of this rank was raised, if there is one."""
+        if self._traceback:
+            log.error("%s\n%s", self.error, self._traceback.rstrip())
+            self._traceback = ""
+
+
+class MetricsLogger:
+    """Hands the lines of steps and validations to `trainer.log`."""
+
+    def __init__(self, log_every_steps: int) -> None:
+        self.log_every_steps = log_every_steps
+        self._logged_step = 0
+
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Log the step if it is due."""
+        if result.step % self.log_every_steps == 0 or result.step in (1, trainer.max_steps):
+            self._log(trainer, result)
+
+    def on_validation_end(self, trainer: Trainer, result: ValidationResult) -> None:
+        """Log what was measured."""
+        step, best = trainer.progress.step, trainer.progress.best_step
+        trainer.log({"kind": "validation", "step": step, **result.metadata(), "best": best == step, "seconds": result.seconds})
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Log the step at which training diverged, if it was not due; all ranks have come to the same one."""
+        step = trainer.divergence.diverged_at
+        if step is not None and step.step > self._logged_step:
+            self._log(trainer, step)
+
+    def _log(self, trainer: Trainer, result: StepResult) -> None:
+        """The only place where a step waits for the device."""
+        trainer.world.heartbeat.mark("logging", step=trainer.progress.step)
+        self._logged_step = result.step
+        trainer.log(
+            {
+                "kind": "train",
+                **result.metadata(trainer.world),
+                "skipped_steps": trainer.divergence.skipped_steps,
+                "epoch": trainer.sampler.epoch_of(result.step),
+                **trainer.throughput.measure(step=result.step, tokens=result.target_tokens_so_far),
+            }
+        )
+
+
+def _name(callback: object) -> str:
+    kind = callback if isinstance(callback, type) else type(callback)
+    return f"{kind.__module__}.{kind.__qualname__}"
