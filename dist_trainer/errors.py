@@ -14,12 +14,14 @@
     ├── CallbackError          exit code 1: a callback raised; that of a DistTrainerError which it raised
     ├── PeerLostError          exit code 1: another rank has died
     ├── LauncherLostError      exit code 1: torchrun or srun has died; what was trained is saved
-    └── StoppedError           exit code 75: a signal came before the first step; the same command begins again
+    └── StoppedError           exit code 75: a signal came before the first step, so there is nothing to save
 
 Each message names the key or the path, the value, and the remedy; commands print it without a traceback.
 """
 
 from __future__ import annotations
+
+import signal
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
@@ -111,7 +113,8 @@ class StoppedError(DistTrainerError):
     exit_code = EXIT_PREEMPTED
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number} before the first step; the same command begins again")
+        name = signal.Signals(signal_number).name if signal_number in set(signal.Signals) else f"signal {signal_number}"
+        super().__init__(f"stopped by {name} before the first step; nothing to save, rerun to start")
         self.signal_number = signal_number
 
     def __reduce__(self) -> tuple[type[StoppedError], tuple[int]]:
