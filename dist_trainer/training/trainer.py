@@ -37,7 +37,7 @@ from dist_trainer.optim.schedules import build_schedule, set_learning_rates, tot
 from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.tracking.throughput import Throughput
-from dist_trainer.tracking.tracker import NullTracker
+from dist_trainer.tracking.tracker import TrackerList
 from dist_trainer.training.callbacks import CallbackList, LineWriter, MetricsLogger
 from dist_trainer.training.garbage_collection import AgreedCollections
 from dist_trainer.training.last_save import finalize_checkpoint, stop_after_failed_saves
@@ -84,7 +84,7 @@ class Trainer:
         self.train_data, self.validation_data = train_data, validation_data
         self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
-        self.tracker: LineWriter = tracker if tracker is not None and world.is_main else NullTracker()
+        self.tracker: LineWriter = tracker if tracker is not None and world.is_main else TrackerList()
         self.token_bytes, self.metadata = token_bytes, metadata or {}
         self.callbacks = CallbackList([MetricsLogger(config.tracking.log_every_steps), *callbacks])
         self.progress = Progress()
