@@ -14,7 +14,7 @@ from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.launch_env import rank_info
 from dist_trainer.errors import EXIT_FINISHED, ConfigError
-from dist_trainer.huggingface.model_folders import model_folders
+from dist_trainer.huggingface.model_files import CONFIG_FILE, find_config
 from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.storage.manifest import read_json
 from dist_trainer.tracking.jsonl import encode_line
@@ -55,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationRequest:
     own_words, key_words = split_off_keys(sys.argv[1:] if argv is None else argv)
     arguments = argument_parser().parse_args(own_words)
     from dist_trainer.config.loading import assigned_keys
-    from dist_trainer.huggingface.initial_model import model_folder
+    from dist_trainer.huggingface.model_files import model_folder
     from dist_trainer.run.configure import load_config
     from dist_trainer.tracking.run_reader import run_folder_of
 
@@ -175,14 +175,14 @@ def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def model_context(path: Path) -> int | None:
     """The context length of the model at `path` by its config.json; None if that does not say."""
-    found = next((folder for folder in model_folders(path) if (folder / "config.json").is_file()), None)
-    if found is None:
+    folder = find_config(path)
+    if folder is None:
         return None
-    length = read_json((found / "config.json").resolve()).get("max_position_embeddings")
+    length = read_json((folder / CONFIG_FILE).resolve()).get("max_position_embeddings")
     if length is None:  # transformers knows the other names that models have for it
-        from dist_trainer.huggingface.transformers_models import context_of_folder
+        from dist_trainer.huggingface.transformers_models import context_length_of_folder
 
-        length = context_of_folder(found)
+        length = context_length_of_folder(folder)
     return length if type(length) is int and length > 0 else None
 
 
@@ -205,8 +205,7 @@ def run(request: EvaluationRequest) -> int:
 
 def evaluate_tasks(request: EvaluationRequest) -> dict[str, Any]:
     """lm_eval's results by task and metric; everything it reports is kept in the run's folder."""
-    from dist_trainer.huggingface.initial_model import model_folder
-    from dist_trainer.huggingface.weights import locate_weights
+    from dist_trainer.huggingface.model_files import find_intact_model, model_folder
     from dist_trainer.run.harness import HarnessOptions, run_harness, write_results
     from dist_trainer.tracking.run_log import configure_logging
     from dist_trainer.tracking.run_reader import run_folder_of
@@ -214,7 +213,7 @@ def evaluate_tasks(request: EvaluationRequest) -> dict[str, Any]:
     configure_logging(None, rank=0)
     path = model_folder(str(request.path), weights=True, key="RUN")
     results = run_harness(path, HarnessOptions(**(request.harness or {})), request.config.precision)
-    folder = locate_weights(path).resolve()
+    folder = find_intact_model(path).resolve()
     run = run_folder_of(path, is_run=_is_run)
     file = None if run is None else str(write_results(run, folder, results))
     return {"model": str(folder), "results": results["results"], "file": file}

@@ -16,7 +16,7 @@ from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
 from dist_trainer.data.templates import missing_column, optional_columns, required_columns
 from dist_trainer.errors import DataError
-from dist_trainer.huggingface.hub import hub_is_reachable
+from dist_trainer.huggingface.hub import first_line, is_hub_reachable, not_loaded_message
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ ROWS_AT_A_TIME = 1000
 
 def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
     """The splits of the Hub data set `name`, from the local cache where the Hub cannot be reached."""
-    reachable = hub_is_reachable()
+    reachable = is_hub_reachable()
     import datasets
 
     datasets.config.HF_HUB_OFFLINE = not reachable
@@ -34,13 +34,8 @@ def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
     except DataError:
         raise
     except Exception as error:  # the library raises many kinds; each ends in one message
-        if not reachable:
-            raise DataError(
-                f"{name!r} is no local file or folder, the Hub cannot be reached, and the data set is not in "
-                "the local cache. Offline choices: a path to text, JSONL, Parquet or a save_to_disk folder, or the corpus "
-                "inside the package (--data.dataset austen)"
-            ) from error
-        raise DataError(f"{name!r} cannot be loaded from the Hub: {_in_a_sentence(error)}") from error
+        remedy = "give a path to text, JSONL, Parquet or a save_to_disk folder, or the built-in corpus (--data.dataset austen)"
+        raise DataError(not_loaded_message(name, _reason(error), remedy=remedy)) from error
     return _splits(name, loaded, config)
 
 
@@ -63,7 +58,7 @@ def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
     except DataError:
         raise
     except Exception as error:  # the library raises many kinds; each ends in one message
-        raise DataError(f"{folder} cannot be loaded: {_in_a_sentence(error)}") from error
+        raise DataError(f"{folder} cannot be loaded: {_reason(error)}") from error
     return _splits(str(folder), loaded, config)
 
 
@@ -124,10 +119,10 @@ def digest_of(records: Iterable[Record]) -> str:
     return digest.hexdigest()
 
 
-def _in_a_sentence(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
+def _reason(error: Exception) -> str:
+    text = str(error)
     if text.startswith("Config name is missing"):
         names = re.search(r"\[(.*?)\]", text)
         choices = f": {names[1]}" if names else ""
         return f"it has several configurations; choose one with --data.dataset_config{choices}"
-    return text.splitlines()[0][:400]
+    return first_line(error)

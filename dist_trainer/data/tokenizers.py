@@ -7,17 +7,15 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.errors import DataError, StoppedError
-from dist_trainer.huggingface.hub import hub_is_reachable, is_hub_name
-from dist_trainer.huggingface.model_files import check_tokenizer_folder
-from dist_trainer.huggingface.model_folders import TOKENIZER_FILES, model_folders
-from dist_trainer.storage.manifest import read_json
+from dist_trainer.errors import DataError
+from dist_trainer.huggingface.hub import is_hub_name
+from dist_trainer.huggingface.model_files import TOKENIZER_FILE, find_tokenizer
+from dist_trainer.huggingface.tokenizer_files import tokenizer_from_folder, tokenizer_from_hub
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +33,16 @@ def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
     command) that holds the name, and the remedy.
     """
     path = CORPUS / "tokenizer" if name == "austen" else user_path(name)
-    if path.is_file() and path.name == "tokenizer.json":
+    if path.is_file() and path.name == TOKENIZER_FILE:
         path = path.parent
-    if path.exists() or not is_hub_name(name):
-        tokenizer = _from_folder(_folder_with_tokenizer(path, key), key)
+    if not path.exists() and is_hub_name(name):
+        tokenizer = tokenizer_from_hub(name, key)
+    elif (folder := find_tokenizer(path)) is not None:
+        tokenizer = tokenizer_from_folder(folder, key)
     else:
-        tokenizer = _from_hub(name)
+        state = "has no tokenizer in it" if path.exists() else "does not exist"
+        others = ", a Hub name, or austen" if key == TOKENIZER_KEY else ""  # which are no models
+        raise DataError(f"{key}: {path} {state}; give a folder with {TOKENIZER_FILE}{others}")
     return _with_end_and_padding(tokenizer, name)
 
 
@@ -68,60 +70,6 @@ def read_chat_template(name: str) -> str:
     if not template.strip():
         raise DataError(f"data.chat_template: {path} is empty; give a file that holds a Jinja template")
     return template
-
-
-def _folder_with_tokenizer(path: Path, key: str) -> Path:
-    """`path` itself, or the best, latest or newest checkpoint of the run folder `path`."""
-    for folder in model_folders(path):
-        if any((folder / file).is_file() for file in TOKENIZER_FILES):
-            return folder
-    state = "has no tokenizer in it" if path.exists() else "does not exist"
-    others = ", a Hub name, or austen" if key == TOKENIZER_KEY else ""  # which mean no model
-    raise DataError(f"{key}: {path} {state}; give a folder with tokenizer.json{others}")
-
-
-def _from_folder(folder: Path, key: str) -> Tokenizer:
-    import transformers
-
-    try:
-        check_tokenizer_folder(folder)
-        if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
-            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-        if _is_what_its_files_say(folder):
-            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (KeyboardInterrupt, SystemExit, StoppedError):
-        raise
-    except BaseException as error:  # the library raises many kinds, and its panics are no Exceptions; each ends in one message
-        raise DataError(f"{key}: the tokenizer in {folder} cannot be loaded: {error}") from error
-
-
-def _is_what_its_files_say(folder: Path) -> bool:
-    """Whether AutoTokenizer would build the tokenizer of tokenizer.json and nothing else, as for each checkpoint of ours: to
-    learn that, it imports the model's code, two seconds of it.
-    """
-    config = folder / "config.json"
-    said = read_json((folder / "tokenizer_config.json").resolve())  # the Hub's cache is made of links
-    model_type = read_json(config.resolve()).get("model_type") if config.is_file() else None
-    plain = said.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in said
-    return plain and model_type in (None, "llama") and (folder / "tokenizer.json").is_file()
-
-
-def _from_hub(name: str) -> Tokenizer:
-    reachable = hub_is_reachable()
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=not reachable, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds; each ends in one message
-        if not reachable:
-            raise DataError(
-                f"data.tokenizer: {name!r} is no local folder, the Hub cannot be reached, and the tokenizer is not in the "
-                "local cache. Offline choices: a folder with tokenizer.json, or the one inside the package "
-                "(--data.tokenizer austen)"
-            ) from error
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"data.tokenizer: {name!r} cannot be loaded from the Hub: {first_line}") from error
 
 
 def _with_end_and_padding(tokenizer: Tokenizer, name: str) -> Tokenizer:

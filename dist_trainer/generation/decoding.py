@@ -30,18 +30,18 @@ class DecodingOptions:
 
 def can_generate(model: nn.Module) -> bool:
     """Whether `generate` supports `model`."""
-    return isinstance(model, DecoderLM) or transformers_models.is_of_transformers(model)
+    return isinstance(model, DecoderLM) or transformers_models.is_transformers_model(model)
 
 
 def context_length(model: nn.Module) -> int | None:
     """The most positions that `model` supports; None: unlimited."""
-    return model.max_position_embeddings if isinstance(model, DecoderLM) else transformers_models.context_of(model)
+    return model.max_position_embeddings if isinstance(model, DecoderLM) else transformers_models.context_length(model)
 
 
 def end_tokens(model: nn.Module) -> set[int]:
     """The end-of-sequence ids in the model's config."""
     if not isinstance(model, DecoderLM):
-        return transformers_models.end_tokens(model)
+        return transformers_models.eos_token_ids(model)
     ids = model.token_ids["eos_token_id"]
     return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
 

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it answers, and the files of a model there."""
+"""The Hugging Face Hub: whether it is reachable, which names it has, and downloads of models."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from urllib.request import getproxies, proxy_bypass
 from dist_trainer.errors import ConfigError
 
 PROBE_SECONDS = 2.5
-DESCRIPTION = ["*.json", "*.txt", "*.model", "*.jinja"]
-"""What describes a model and its tokenizer: some megabytes at most."""
-WEIGHTS = ["*.safetensors"]
+DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja"]
+"""The files that describe a model and its tokenizer, a few megabytes at most."""
+WEIGHTS_PATTERNS = ["*.safetensors"]
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _reachable: bool | None = None
 
 
-def hub_is_reachable() -> bool:
-    """Whether the Hub answers within a few seconds; asked once. Where it does not, Hugging Face's libraries are told to
-    stay offline, or each of their calls would retry for half a minute.
+def is_hub_reachable() -> bool:
+    """Whether the Hub answers within a few seconds; checked once. If it does not, Hugging Face's libraries are set to offline
+    mode, as each of their calls would retry for half a minute.
     """
     global _reachable
     if _reachable is None:
@@ -35,7 +35,7 @@ def hub_is_reachable() -> bool:
 
 
 def _answers(endpoint: str) -> bool:
-    """Whether `endpoint` takes a connection, or the proxy that the way there leads over, which then looks names up for us."""
+    """Whether `endpoint`, or the proxy for it, which then resolves names, accepts a connection."""
     url = urlsplit(endpoint)
     proxies = {} if proxy_bypass(url.hostname or "") else getproxies()
     if proxy := proxies.get(url.scheme) or proxies.get("all"):
@@ -49,37 +49,42 @@ def _answers(endpoint: str) -> bool:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name`, which is no folder here, can be one on the Hub: `owner/model`, or `model` for the oldest ones."""
+    """Whether `name`, which is not a local path, may be one on the Hub: `owner/model`, or `model` for the oldest ones."""
     return _NAME.fullmatch(name) is not None and not name.startswith((".", "~"))
 
 
 def is_in_hub_cache(folder: Path) -> bool:
-    """Whether `folder` is a model as the Hub's library keeps it: its files are links to others outside, as in no checkpoint
-    that is written here, and were checked on their way.
+    """Whether `folder` is a model in the cache of the Hub's library, whose files are links out of it, unlike those of our
+    checkpoints, and were verified when downloaded.
     """
     snapshots = folder.absolute().parent
     return snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
 
 
-def model_from_hub(name: str, *, weights: bool, key: str) -> Path:
-    """The folder of the Hub model `name` in the local cache, brought there where the Hub can be reached.
+def download_model(name: str, *, weights: bool, key: str) -> Path:
+    """The folder of the Hub model `name` in the local cache, downloaded if the Hub is reachable.
 
-    Without `weights` only what describes it. Never code, and no pickles. Raises ConfigError naming `key`, where the name was
-    given, and what helps.
+    Without `weights` only the files that describe it. Never code, and no pickles. Raises ConfigError that names `key`, which
+    holds the name, and the remedy.
     """
-    reachable = hub_is_reachable()
+    reachable = is_hub_reachable()
     import huggingface_hub
 
+    patterns = [*DESCRIPTION_PATTERNS, *(WEIGHTS_PATTERNS if weights else [])]
     try:
-        found = huggingface_hub.snapshot_download(
-            name, allow_patterns=[*DESCRIPTION, *(WEIGHTS if weights else [])], local_files_only=not reachable
-        )
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
     except Exception as error:  # the library raises many kinds; each ends in one message
-        if not reachable:
-            raise ConfigError(
-                f"{key}: {name!r} is no local folder, the Hub cannot be reached, and the model is not in the local "
-                f"cache. On a machine that reaches it, run `hf download {name}` with the same HF_HOME, or give a folder"
-            ) from error
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{key}: {name!r} is no local folder, and cannot be loaded from the Hub: {first_line}") from error
-    return Path(found)
+        remedy = f"where it is reachable, run `hf download {name}` with the same HF_HOME, or give a folder"
+        raise ConfigError(f"{key}: {not_loaded_message(name, first_line(error), remedy=remedy)}") from error
+
+
+def not_loaded_message(name: str, reason: str, *, remedy: str) -> str:
+    """Why `name` could not be loaded: the library's `reason`, or that the Hub is unreachable, and the `remedy` for that."""
+    if not is_hub_reachable():
+        return f"{name!r} is not a local path, and it is neither on disk in the Hub cache nor reachable on the Hub; {remedy}"
+    return f"{name!r} is not a local path, and cannot be loaded from the Hub: {reason}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, at most 400 characters; its errors may be pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:400]

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's LlamaForCausalLM: read, refused by field, and written. No torch."""
+"""config.json of Hugging Face's LlamaForCausalLM: read, checked field by field, and written. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dist_trainer.storage.manifest import read_json
 
 REPRESENTED_TYPES = ("llama", "mistral")
 TokenIds = int | list[int] | None
-_WHOLE_NUMBERS = (
+_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -29,39 +29,39 @@ _SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""What each rope_type is described by."""
-_MOST = 1 << 31
-_LARGEST = 1e30
+"""The fields of each rope_type."""
+_MAX_SIZE = 1 << 31
+_MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True)
 class HFModel:
-    """What config.json says of a model."""
+    """A model as its config.json describes it."""
 
     config: ModelConfig
     vocabulary_size: int
     max_position_embeddings: int
     token_ids: Mapping[str, TokenIds]
-    """The end tokens are those of generation_config.json and of config.json."""
+    """The EOS tokens are those of generation_config.json and config.json."""
     generation: Mapping[str, Any] = field(default_factory=dict)
-    """The contents of generation_config.json; empty where there is none."""
+    """The contents of generation_config.json; empty if there is none."""
 
 
-def joined_ids(*places: TokenIds) -> TokenIds:
-    """The token ids that stand in one of several places, each once: a list where there are several."""
+def merge_token_ids(*places: TokenIds) -> TokenIds:
+    """All token ids of several places, each once: a list if there are several."""
     lists = [place if isinstance(place, list | tuple) else [place] for place in places]
     ids = list(dict.fromkeys(token for place in lists for token in place if token is not None))
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
-def with_end_token(ends: TokenIds, trained: int | None) -> TokenIds:
-    """`ends` and the token that a run's texts end with, which comes first where it is not one of them."""
+def add_eos_token(ends: TokenIds, trained: int | None) -> TokenIds:
+    """`ends` with the token that a run's texts end with; first, unless it is one of them."""
     known = ends if isinstance(ends, list) else [ends]
-    return ends if trained in known else joined_ids(trained, ends)
+    return ends if trained in known else merge_token_ids(trained, ends)
 
 
 def hf_config(model: HFModel) -> dict[str, Any]:
-    """The contents of config.json; readable by transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+    """The contents of config.json, for transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
     config = model.config
     scaling = _scaling(config)
     return {
@@ -97,15 +97,15 @@ def _scaling(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_hf_config(folder: Path) -> HFModel:
-    """The model that `folder`/config.json describes; ConfigError names a field that DecoderLM cannot represent.
+    """The model that `folder`/config.json describes.
 
-    Raises CheckpointError as `check_model_folder` does.
+    Raises ConfigError that names a field which DecoderLM cannot represent, and CheckpointError as `check_model_folder` does.
     """
     check_model_folder(folder)
     path = folder / CONFIG_FILE
-    raw = read_json(path.resolve())  # the Hub's cache is made of links
-    _refuse_what_differs(raw, path)
-    _refuse_wrong_types(raw, path)
+    raw = read_json(path.resolve())  # in the Hub's cache it is a link
+    _check_representable(raw, path)
+    _check_types(raw, path)
     settings = folder / GENERATION_FILE
     generation = read_json(settings.resolve()) if settings.is_file() else {}
     try:
@@ -118,26 +118,26 @@ def read_hf_config(folder: Path) -> HFModel:
             num_attention_heads=heads,
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=None if head_dim is None or head_dim * heads == size else head_dim,
-            attention_bias=_llama_only(raw, "attention_bias"),
-            mlp_bias=_llama_only(raw, "mlp_bias"),
+            attention_bias=_is_set_for_llama(raw, "attention_bias"),
+            mlp_bias=_is_set_for_llama(raw, "mlp_bias"),
             rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
             rope_theta=float(_rope(raw).get("rope_theta") or raw.get("rope_theta") or 10000.0),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             **_read_scaling(raw, path),
         )
         token_ids = {key: raw.get(key) for key in TOKEN_IDS}
-        token_ids["eos_token_id"] = joined_ids(generation.get("eos_token_id"), raw.get("eos_token_id"))
+        token_ids["eos_token_id"] = merge_token_ids(generation.get("eos_token_id"), raw.get("eos_token_id"))
         return HFModel(config, raw["vocab_size"], raw.get("max_position_embeddings", 2048), token_ids, generation)
     except KeyError as error:
         raise ConfigError(f"{path}: the field {error} is missing") from error
 
 
-def _llama_only(raw: Mapping[str, Any], field: str) -> bool:
+def _is_set_for_llama(raw: Mapping[str, Any], field: str) -> bool:
     """Mistral has no biases, whatever its config.json says."""
     return raw["model_type"] == "llama" and bool(raw.get(field))
 
 
-def _refuse_what_differs(raw: Mapping[str, Any], path: Path) -> None:
+def _check_representable(raw: Mapping[str, Any], path: Path) -> None:
     def refuse(field: str, value: object, can: str) -> NoReturn:
         raise ConfigError(
             f"{path}: {field} is {value!r}; DecoderLM can represent {can} only "
@@ -149,7 +149,7 @@ def _refuse_what_differs(raw: Mapping[str, Any], path: Path) -> None:
         refuse("model_type", kind, " and ".join(REPRESENTED_TYPES))
     if raw.get("hidden_act", "silu") != "silu":
         refuse("hidden_act", raw["hidden_act"], "silu")
-    # Where the field is missing, transformers takes 4096 positions for Mistral's window.
+    # If the field is missing, transformers uses a window of 4096 positions for Mistral.
     if kind == "mistral" and raw.get("sliding_window", 4096) is not None:
         refuse("sliding_window", raw.get("sliding_window", 4096), "null")
     layers = raw.get("layer_types") or []
@@ -167,11 +167,11 @@ def _refuse_what_differs(raw: Mapping[str, Any], path: Path) -> None:
         refuse("hidden_size", size, f"a multiple of num_attention_heads ({heads})")
 
 
-def _refuse_wrong_types(raw: Mapping[str, Any], path: Path) -> None:
-    """A file from a stranger may hold anything."""
-    for name in _WHOLE_NUMBERS:
+def _check_types(raw: Mapping[str, Any], path: Path) -> None:
+    """A file from a stranger may contain anything."""
+    for name in _SIZES:
         value = raw.get(name)
-        if value is not None and not (type(value) is int and 0 < value < _MOST):
+        if value is not None and not (type(value) is int and 0 < value < _MAX_SIZE):
             raise ConfigError(f"{path}: {name} is {value!r:.80}, which is not a valid size")
     for name in ("rms_norm_eps", "rope_theta"):
         if not _is_number(raw.get(name, 1.0)):
@@ -184,26 +184,26 @@ def _refuse_wrong_types(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether `value` can be computed with: JSON has numbers without end, too."""
-    return type(value) in (int, float) and abs(value) < _LARGEST
+    """Whether `value` is a number of reasonable size; JSON has infinite ones, too."""
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER
 
 
 def _read_scaling(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The rope_* keys of the config that `raw` means."""
+    """The rope_* keys of the model section."""
     kind = cast(Literal["default", "linear", "llama3"], _rope_type(raw))
     values: dict[str, Any] = {"rope_type": kind}
     for name in _SCALINGS[kind]:
         value: Any = _rope(raw).get(name)
         if name == "original_max_position_embeddings":
             value = raw.get(name) or value or raw.get("max_position_embeddings", 2048)
-        if type(value) not in (int, float) or not 0 < value < _MOST:
+        if type(value) not in (int, float) or not 0 < value < _MAX_SIZE:
             raise ConfigError(f"{path}: {_rope_field(raw)}.{name} is {value!r}; rope_type {kind} needs a number above 0")
         values[f"rope_{name}"] = int(value) if name == "original_max_position_embeddings" else float(value)
     return values
 
 
 def _rope_field(raw: Mapping[str, Any]) -> str:
-    """Under which of its two names the field stands; as in transformers the older one wins."""
+    """Which of its two names the field has; as in transformers, the older one takes precedence."""
     return "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
 
 

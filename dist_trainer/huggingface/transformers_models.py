@@ -1,10 +1,11 @@
-"""The one door to models of transformers: opened, made, saved and asked for their next token by its own code.
+"""Models of transformers: loaded, initialised, saved and decoded by its own code.
 
-Never by code that comes with a model (trust_remote_code), and never from pickles. Who trains DecoderLM does not import it.
+Never by code that comes with a model (trust_remote_code), and never from pickles. Training DecoderLM does not import it.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -15,51 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from dist_trainer.errors import CheckpointError, ConfigError, counted
-from dist_trainer.huggingface.llama_config import TokenIds, joined_ids, with_end_token
-from dist_trainer.huggingface.meta_init import SkipInit
-from dist_trainer.huggingface.model_files import INDEX_FILE, WEIGHTS_FILE, check_model_folder
-from dist_trainer.huggingface.weights import check_tied_head
-from dist_trainer.models.loss import takes
+from dist_trainer.huggingface.hub import first_line
+from dist_trainer.huggingface.llama_config import TokenIds, add_eos_token, merge_token_ids
+from dist_trainer.huggingface.model_files import check_model_folder
+from dist_trainer.huggingface.weights import SkipInit, check_tied_head
 
 log = logging.getLogger(__name__)
 
-OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ckpt", "*.gguf", "*.safetensors")
-"""Files that hold weights in a way that is not read here: by them a folder is told from one with a config.json alone."""
-NAMES_SHOWN = 4
+MAX_NAMES_SHOWN = 4
 CACHE_NAMES = ("cache", "past_key_values")
-"""What transformers calls keys and values of the tokens before: newer name, older name."""
+"""The argument of forward with the key-value cache: newer name, older name."""
 
 
-def is_of_transformers(model: nn.Module) -> bool:
-    """Whether `model` is one of transformers' own classes, or made from one."""
+def is_transformers_model(model: nn.Module) -> bool:
+    """Whether `model` is of one of transformers' classes, or of a subclass."""
     return any(kind.__name__ == "PreTrainedModel" for kind in type(model).__mro__)
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether `folder` has weights beside its config.json. Raises ConfigError where it has them in another format only."""
-    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
-        return True
-    others = sorted(path.name for pattern in OTHER_WEIGHTS for path in folder.glob(pattern))
-    if others:
-        raise ConfigError(
-            f"{folder} has weights in {others[0]}, but neither {WEIGHTS_FILE} nor {INDEX_FILE}: pickles and other formats are "
-            "not opened; save the model once with transformers' save_pretrained"
-        )
-    return False
-
-
-def is_known(folder: Path) -> bool:
-    """Whether transformers itself has a causal language model of the kind that `folder`/config.json names."""
+def is_causal_lm(folder: Path) -> bool:
+    """Whether transformers has a causal language model of the kind that `folder`/config.json names."""
     import transformers
 
     return type(_config_of(folder)) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def _config_of(folder: Path) -> Any:
-    """What transformers reads from `folder`/config.json; None where it cannot."""
+    """transformers' config of `folder`/config.json; None if it cannot read it."""
     import transformers
 
-    with _quietly():
+    with _no_progress_bars():
         try:
             check_model_folder(folder)
             return transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -67,19 +52,18 @@ def _config_of(folder: Path) -> Any:
             return None
 
 
-def open_weights(folder: Path) -> Any:
-    """The causal language model in `folder`, in float32 on the CPU; weights that the files hold in float32 are not read, but
-    mapped.
+def load_model(folder: Path) -> Any:
+    """The causal language model in `folder`, in float32 on the CPU; weights in float32 are mapped from the files, not read.
 
-    Raises ConfigError where transformers cannot make one of it, CheckpointError where weights are missing or damaged, and as
+    Raises ConfigError if transformers cannot build it, CheckpointError if weights are missing or damaged, and as
     `check_model_folder` does.
     """
     import transformers
 
     check_model_folder(folder)
-    with _quietly():
+    with _no_progress_bars():
         try:
-            model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=torch.float32,
                 local_files_only=True,
@@ -88,46 +72,44 @@ def open_weights(folder: Path) -> Any:
                 output_loading_info=True,
             )
         except Exception as error:  # the library raises many kinds; each ends in one message
-            raise _in_a_sentence(folder, error) from error
-    _check_tensors(folder, model, told)
+            raise _not_built(folder, error) from error
+    _check_tensors(folder, model, loading_info)
     return model
 
 
-def make_anew(folder: Path, *, seed: int) -> Any:
-    """The causal language model that `folder`/config.json describes, with weights drawn by transformers from `seed`; CPU.
+def init_model(folder: Path, *, seed: int) -> Any:
+    """The causal language model that `folder`/config.json describes, initialised by transformers from `seed`, on the CPU.
 
-    Raises ConfigError where transformers cannot make one of it.
+    Raises ConfigError if transformers cannot build it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _from_config(folder)
 
 
-def make_skeleton(folder: Path) -> Any:
-    """The model that `open_weights` opens, made without a look at the weights: parameters have memory that holds nothing yet,
-    all else (buffers that no file has, settings of generation) is as it is there.
+def build_without_weights(folder: Path) -> Any:
+    """The model that `load_model` returns, built without its weights: parameters are uninitialised, all else (buffers that no
+    file has, generation settings) is complete.
 
-    Raises ConfigError where transformers cannot make one of it, CheckpointError where those settings are damaged.
+    Raises ConfigError if transformers cannot build it, CheckpointError if those settings are damaged.
     """
-
-    # On the CPU, not by way of the meta device, where buffers would lose what the constructor puts into them. Memory that
-    # nobody has written to takes no room.
+    # Not on the meta device, where buffers would lose what the constructor writes into them. Memory that was never written
+    # takes no space.
     with torch.random.fork_rng(devices=[]), SkipInit():
-        model = _from_config(folder)
-    return model
+        return _from_config(folder)
 
 
 def _from_config(folder: Path) -> Any:
-    """The model that `folder`/config.json describes, with the settings of generation beside it."""
+    """The model that `folder`/config.json describes, with its generation settings."""
     import transformers
 
     check_model_folder(folder)
-    with _quietly():
+    with _no_progress_bars():
         try:
             config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds; each ends in one message
-            raise _in_a_sentence(folder, error) from error
+            raise _not_built(folder, error) from error
     settings = folder / transformers.utils.GENERATION_CONFIG_NAME
     if settings.is_file():
         try:
@@ -137,14 +119,14 @@ def _from_config(folder: Path) -> Any:
     return model
 
 
-def write_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """What save_pretrained writes, with `weights` in place of the model's, which training may be changing meanwhile."""
-    with _quietly():
+def save_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """What save_pretrained writes, with `weights` instead of the model's own, which training may be changing."""
+    with _no_progress_bars():
         model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="1000TB")
 
 
 def make_savable(model: Any) -> None:
-    """Repair what transformers refuses to save: sampling's settings where sampling is off, as some models have them."""
+    """Repair what transformers refuses to save: settings of sampling while sampling is off, as some models have them."""
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
@@ -154,12 +136,12 @@ def make_savable(model: Any) -> None:
         settings.do_sample = True
 
 
-def copy_weights(model: Any, folder: Path) -> None:
-    """Copy what `write_weights` wrote into `folder` back into `model`. Raises CheckpointError."""
+def load_weights(model: Any, folder: Path) -> None:
+    """Copy the weights that `save_weights` wrote into `folder` into `model`. Raises CheckpointError."""
     check_model_folder(folder)
-    with _quietly():
+    with _no_progress_bars():
         try:
-            found, told = type(model).from_pretrained(
+            loaded, loading_info = type(model).from_pretrained(
                 str(folder),
                 config=model.config,
                 dtype=model.dtype,
@@ -169,8 +151,8 @@ def copy_weights(model: Any, folder: Path) -> None:
             )
         except Exception as error:  # the library raises many kinds; each ends in one message
             raise CheckpointError(f"{folder}: its weights cannot be read ({error})") from error
-    _check_tensors(folder, found, told)
-    model.load_state_dict(found.state_dict())
+    _check_tensors(folder, loaded, loading_info)
+    model.load_state_dict(loaded.state_dict())
 
 
 def num_embeddings(model: Any) -> int:
@@ -178,29 +160,29 @@ def num_embeddings(model: Any) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def context_of(model: Any) -> int | None:
-    """Positions that the model was made for; None where its config.json names no limit."""
-    return _positions_of(model.config)
+def context_length(model: Any) -> int | None:
+    """The number of positions that the model was made for; None if its config.json names no limit."""
+    return _max_positions(model.config)
 
 
-def context_of_folder(folder: Path) -> int | None:
-    """The same of the config.json in `folder`; None too where transformers cannot read it."""
+def context_length_of_folder(folder: Path) -> int | None:
+    """The same for the config.json in `folder`; also None if transformers cannot read it."""
     config = _config_of(folder)
-    return None if config is None else _positions_of(config)
+    return None if config is None else _max_positions(config)
 
 
-def _positions_of(config: Any) -> int | None:
+def _max_positions(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def end_tokens(model: Any) -> set[int]:
-    """Ids after which the model says that nothing follows."""
-    return _as_set(_ends(model))
+def eos_token_ids(model: Any) -> set[int]:
+    """Ids with which the model ends a text."""
+    return _as_set(_eos_token_id(model))
 
 
-def add_end_token(model: Any, trained: int | None) -> None:
-    """Make checkpoints of `model` stop at the end token that its texts are `trained` to end with, besides those that it has."""
-    ends = with_end_token(_ends(model), trained)
+def add_eos_token_to_model(model: Any, trained: int | None) -> None:
+    """Add the EOS token that texts are `trained` to end with to those at which checkpoints of `model` stop."""
+    ends = add_eos_token(_eos_token_id(model), trained)
     settings, config = getattr(model, "generation_config", None), model.config.get_text_config()
     if settings is not None:
         settings.eos_token_id = ends
@@ -208,10 +190,10 @@ def add_end_token(model: Any, trained: int | None) -> None:
         config.eos_token_id = trained  # some kinds of models take no list here
 
 
-def _ends(model: Any) -> TokenIds:
-    """Those of generation_config.json and of config.json."""
+def _eos_token_id(model: Any) -> TokenIds:
+    """Those of generation_config.json and config.json."""
     places = (getattr(model, "generation_config", None), model.config.get_text_config())
-    return joined_ids(*(getattr(place, "eos_token_id", None) for place in places))
+    return merge_token_ids(*(getattr(place, "eos_token_id", None) for place in places))
 
 
 def _as_set(ids: TokenIds) -> set[int]:
@@ -219,56 +201,56 @@ def _as_set(ids: TokenIds) -> set[int]:
 
 
 def next_logits(model: Any) -> Callable[[Tensor], Tensor]:
-    """A function from the tokens [1, T] that are new to the logits [V] after them; it remembers those before.
+    """A function from new tokens [1, T] to the logits [V] after them; it remembers earlier tokens.
 
-    By keys and values where the model keeps them as most do, else by reading all tokens anew.
+    With the model's key-value cache if it has one as most do, else by reading all tokens again.
     """
-    name = next((name for name in CACHE_NAMES if takes(model, name)), None)
+    parameters = inspect.signature(type(model).forward).parameters
+    name = next((name for name in CACHE_NAMES if name in parameters), None)
     cache, seen = None, None
 
     def step(new: Tensor) -> Tensor:
         nonlocal cache, seen
         seen = new if seen is None else torch.cat([seen, new], dim=1)
-        # Its forward, not the model itself, which may be compiled, and would be once more for each length.
+        # Its forward, not the model itself, which may be compiled, and would be compiled again for each length.
         if name is None:
             return model.forward(seen).logits[0, -1]
-        # The mask says that all are text: without one some models take ids that equal pad_token_id for padding.
-        found = model.forward(new, attention_mask=torch.ones_like(seen), use_cache=True, **{name: cache})
-        cache = getattr(found, name)
-        return found.logits[0, -1]
+        # Without a mask some models take ids that equal pad_token_id for padding.
+        output = model.forward(new, attention_mask=torch.ones_like(seen), use_cache=True, **{name: cache})
+        cache = getattr(output, name)
+        return output.logits[0, -1]
 
     return step
 
 
-def _check_tensors(folder: Path, model: Any, told: Mapping[str, Any]) -> None:
-    """Raises CheckpointError for what is missing, which transformers would draw at random, on each rank another, and for a head
-    apart from the embedding that it should be; warns of what is left over.
+def _check_tensors(folder: Path, model: Any, loading_info: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for missing tensors, which transformers would initialise at random, differently on each rank, and
+    for a head that should be tied to the embedding but differs. Warns of unused tensors.
     """
     for kind in ("missing_keys", "mismatched_keys"):
-        if told.get(kind):
-            first = sorted(map(str, told[kind]))[0]
-            raise CheckpointError(f"the weights in {folder} are not whole: {first} is missing, or has another shape there")
+        if loading_info.get(kind):
+            first = sorted(map(str, loading_info[kind]))[0]
+            raise CheckpointError(f"the weights in {folder} are incomplete: {first} is missing, or has another shape")
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not embedding.weight:
         check_tied_head(folder, head.weight, embedding.weight)
         model.tie_weights()
-    if left_over := sorted(map(str, told.get("unexpected_keys") or ())):
-        names = ", ".join(left_over[:NAMES_SHOWN]) + (", ..." if len(left_over) > NAMES_SHOWN else "")
+    if left_over := sorted(map(str, loading_info.get("unexpected_keys") or ())):
+        names = ", ".join(left_over[:MAX_NAMES_SHOWN]) + (", ..." if len(left_over) > MAX_NAMES_SHOWN else "")
         log.warning(
-            "the weights in %s hold %s that %s does not use: %s",
+            "the weights in %s contain %s that %s does not use: %s",
             *(folder, counted(len(left_over), "tensor"), type(model).__name__, names),
         )
 
 
-def _in_a_sentence(folder: Path, error: Exception) -> ConfigError:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ConfigError(f"{folder}: transformers makes no causal language model of it: {first_line[:400]}")
+def _not_built(folder: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{folder}: transformers cannot build a causal language model from it: {first_line(error)}")
 
 
 @contextmanager
-def _quietly() -> Generator[None]:
-    """Without progress bars, which are each rank's."""
+def _no_progress_bars() -> Generator[None]:
+    """Every rank would show its own."""
     from transformers.utils import logging as library
 
     shows = library.is_progress_bar_enabled()

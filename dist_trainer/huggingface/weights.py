@@ -1,19 +1,20 @@
-"""Folders in the format of Hugging Face's LlamaForCausalLM; written and read without transformers, a slow import."""
+"""Weights in the format of Hugging Face's LlamaForCausalLM, without transformers, a slow import; modules built without any."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from dist_trainer.errors import CheckpointError, ConfigError
-from dist_trainer.huggingface.hub import is_in_hub_cache
+from dist_trainer.errors import CheckpointError
 from dist_trainer.huggingface.model_files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -22,12 +23,14 @@ from dist_trainer.huggingface.model_files import (
     check_model_folder,
     weight_files,
 )
-from dist_trainer.huggingface.model_folders import model_folders
-from dist_trainer.storage.manifest import MANIFEST, verify
+
+Module = TypeVar("Module", bound=nn.Module)
 
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _PREFIX = "model."
-_ROWS_COMPARED = 4096
+_VECTORS_COMPARED = 4096
+_INITIALIZERS = {nn.init.__name__, "transformers.initialization"}
+"""Modules with the functions that initialise parameters; transformers replaces torch's by its own."""
 
 
 def write_hf(
@@ -58,9 +61,9 @@ def from_hf_names(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, 
 
 
 def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of each weight in `folder`, one file or sharded, in the format in which it stands there.
+    """Name and tensor of each weight in `folder`, one file or sharded, in the number format of the file.
 
-    Bounded in memory: files are mapped, one at a time, and their tensors are views that the caller copies from. Raises
+    Memory is bounded: files are mapped, one at a time, and tensors are views that the caller copies from. Raises
     CheckpointError.
     """
     check_model_folder(folder)
@@ -74,81 +77,74 @@ def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def matched_weights(folder: Path, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Each tensor in `folder` after the one of a DecoderLM's `parameters` that it is for; None: the head, which is tied to the
-    embedding, but which some files hold all the same.
+    """(parameter, tensor) for each tensor in `folder` and that of a DecoderLM's `parameters` that it is for; the parameter is
+    None for a head that is tied to the embedding, which some files contain nevertheless.
 
-    Raises CheckpointError where one is missing, has another shape, or would be left over.
+    Raises CheckpointError if a tensor is missing, has another shape, or has no parameter.
     """
     missing, tied_head = set(parameters), None
     for name, tensor in from_hf_names(read_hf_weights(folder)):
-        mine = parameters.get(name)
-        if mine is None and name != HEAD:
-            raise CheckpointError(f"the weights in {folder} hold {name}, of which its config.json says nothing")
-        if mine is not None and tensor.shape != mine.shape:
-            shapes = f"{list(tensor.shape)} there and {list(mine.shape)} here"
+        parameter = parameters.get(name)
+        if parameter is None and name != HEAD:
+            raise CheckpointError(f"the weights in {folder} contain {name}, which its config.json does not describe")
+        if parameter is not None and tensor.shape != parameter.shape:
+            shapes = f"{list(tensor.shape)} in the file, but {list(parameter.shape)} in the model"
             raise CheckpointError(f"the weights in {folder} do not fit: {name} is {shapes}")
-        if mine is None:
+        if parameter is None:
             tied_head = tensor
-        yield mine, tensor
+        yield parameter, tensor
         missing.discard(name)
     if missing == {EMBEDDING} and tied_head is not None and tied_head.shape == parameters[EMBEDDING].shape:
-        yield parameters[EMBEDDING], tied_head  # of the two names safetensors' save_model keeps the first alone
+        yield parameters[EMBEDDING], tied_head  # of the two names safetensors' save_model keeps only the first
         missing.clear()
     if missing:
-        raise CheckpointError(f"the weights in {folder} are not whole: there is no {sorted(missing)[0]}")
+        raise CheckpointError(f"the weights in {folder} are incomplete: {sorted(missing)[0]} is missing")
 
 
 def check_tied_head(folder: Path, head: Tensor, embedding: Tensor) -> None:
-    """Raises CheckpointError where the `head` that `folder` holds differs from the `embedding`, to which config.json ties it.
+    """Raises CheckpointError if the `head` in `folder` differs from the `embedding`, to which config.json ties it.
 
-    Compared in the embedding's number format, by parts: both are large.
+    Compared in the embedding's number format, part by part: both are large.
     """
-    same_shape = head.shape == embedding.shape
-    parts = zip(head.split(_ROWS_COMPARED), embedding.split(_ROWS_COMPARED), strict=False)
-    if not same_shape or not all(torch.equal(ours.to(theirs), theirs) for ours, theirs in parts):
+    parts = zip(head.split(_VECTORS_COMPARED), embedding.split(_VECTORS_COMPARED), strict=False)
+    if head.shape != embedding.shape or not all(torch.equal(part.to(expected), expected) for part, expected in parts):
         raise CheckpointError(
-            f"the weights in {folder} hold an output head ({HEAD}) that differs from the embedding, but its config.json has "
+            f"the weights in {folder} contain an output head ({HEAD}) that differs from the embedding, but its config.json has "
             "tie_word_embeddings true; set that to false to use the head, or remove the head from the file"
         )
 
 
-def locate_weights(path: Path) -> Path:
-    """The folder with weights that `path` means: itself, or the best, latest or newest checkpoint of a run folder.
-
-    Raises CheckpointError where there is none, or where a checkpoint's model is not as it was written.
+@contextmanager
+def meta_init() -> Generator[None]:
+    """Modules built inside are on the meta device: shapes without memory. Initialisers do nothing, for on the meta device they
+    would import torch's compiler to compute shapes, one or two seconds of every start.
     """
-    return _checked(find_model(path), CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILE)
+    with torch.device("meta"), SkipInit():
+        yield
 
 
-def locate_shape(path: Path) -> Path:
-    """As `locate_weights`, where the weights will not be read."""
-    return _checked(find_model(path), CONFIG_FILE, GENERATION_FILE)
+class SkipInit(TorchFunctionMode):
+    """Initialisers (torch.nn.init) leave the parameters of modules built inside as they are."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) in _INITIALIZERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter):  # not buffers, which no file may have
+                return tensor
+        return func(*args, **kwargs)
 
 
-def _checked(folder: Path, *names: str) -> Path:
-    is_ours = (folder / MANIFEST).is_file() and (folder / "trainer_state.json").is_file()
-    if is_ours and not is_in_hub_cache(folder):
-        verify(folder, only=names)
-    return folder
-
-
-def find_model(path: Path) -> Path:
-    """As `locate_weights`, without a look at the files."""
-    if (path / CONFIG_FILE).is_file():
-        return path
-    folders = list(model_folders(path))
-    for folder in folders:
-        if (folder / CONFIG_FILE).is_file():
-            return folder.resolve()
-    described_by_code = next(filter(_is_checkpoint, folders), None)
-    if described_by_code is not None:
-        raise ConfigError(
-            f"{described_by_code} is a checkpoint of a model of your own (model.name), without {CONFIG_FILE}: only "
-            "training can go on from it; generate, evaluate and model.init_from open DecoderLM and models of transformers"
-        )
-    check_model_folder(path)
-    raise CheckpointError(f"{path} is neither a run folder with checkpoints, nor a checkpoint, nor a Hugging Face model folder")
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file() and (folder / WEIGHTS_FILE).is_file()
+def materialize(model: Module, device: torch.device) -> Module:
+    """Give the parameters of `model`, which are on the meta device, uninitialised memory on `device`. It has no buffers."""
+    assert not list(model.buffers()), "nothing would initialise buffers"
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:  # else it is tied to one that was
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, made[id(parameter)])
+    return model

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, TokenIds, hf_config, read_hf_config
-from dist_trainer.huggingface.meta_init import materialize, meta_init
-from dist_trainer.huggingface.weights import check_tied_head, locate_weights, matched_weights, write_hf
+from dist_trainer.huggingface.model_files import find_intact_model
+from dist_trainer.huggingface.weights import check_tied_head, matched_weights, materialize, meta_init, write_hf
 from dist_trainer.models.attention import DocumentMask, attention, document_mask
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
 from dist_trainer.models.rotary import rotary_tables, rotate
@@ -283,7 +283,7 @@ class DecoderLM(nn.Module):
         In float32, whatever the files hold, and read tensor by tensor onto `device`. Raises ConfigError naming the field where
         the folder's model is not one that DecoderLM can represent, CheckpointError where files are missing or damaged.
         """
-        folder = locate_weights(Path(path))
+        folder = find_intact_model(Path(path))
         model = cls.like(read_hf_config(folder), device=device, weights=folder)
         model.load_weights(folder)
         return model.eval()

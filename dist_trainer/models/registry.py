@@ -16,11 +16,17 @@ from dist_trainer.config.registry import build
 from dist_trainer.config.schema import SHAPE_FIELDS, ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError, RefusedError, counted
 from dist_trainer.huggingface import transformers_models
-from dist_trainer.huggingface.initial_model import contradictions, model_folder
-from dist_trainer.huggingface.llama_config import read_hf_config, with_end_token
-from dist_trainer.huggingface.meta_init import materialize, meta_init
-from dist_trainer.huggingface.model_files import CONFIG_FILE, WEIGHTS_FILE
-from dist_trainer.huggingface.weights import find_model, locate_shape, locate_weights, write_hf
+from dist_trainer.huggingface.initial_model import contradictions
+from dist_trainer.huggingface.llama_config import add_eos_token, read_hf_config
+from dist_trainer.huggingface.model_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    find_intact_model,
+    find_model,
+    has_weights,
+    model_folder,
+)
+from dist_trainer.huggingface.weights import materialize, meta_init, write_hf
 from dist_trainer.models.decoder_lm import DecoderLM
 
 log = logging.getLogger(__name__)
@@ -70,7 +76,7 @@ def _from_folder(init_from: str, config: ModelConfig, context: ModelContext) -> 
     )
     if problems:
         raise ConfigError(f"model.init_from: the model in {folder} does not fit this config:\n  " + "\n  ".join(problems))
-    ends = with_end_token(described.token_ids["eos_token_id"], context.eos_token_id)
+    ends = add_eos_token(described.token_ids["eos_token_id"], context.eos_token_id)
     described = replace(
         described,
         config=replace(described.config, dropout=config.dropout),
@@ -86,8 +92,8 @@ def _from_folder(init_from: str, config: ModelConfig, context: ModelContext) -> 
 def _folder_to_read(init_from: str, context: ModelContext) -> Path:
     """Whose config.json says the shape: the checkpoint to go on from, else the model to start from, whose weights are whole."""
     if context.resumed_from is not None:
-        return locate_shape(context.resumed_from)
-    return locate_weights(model_folder(init_from, weights=True))
+        return find_intact_model(context.resumed_from, weights=False)
+    return find_intact_model(model_folder(init_from, weights=True))
 
 
 def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
@@ -97,12 +103,12 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
     assert config.init_from is not None, "a rule of the config"
     folder = _folder_to_read(config.init_from, context)
     if context.resumed_from is not None:
-        model = transformers_models.make_skeleton(folder)
-    elif transformers_models.has_weights(folder):
-        model = transformers_models.open_weights(folder)
+        model = transformers_models.build_without_weights(folder)
+    elif has_weights(folder):
+        model = transformers_models.load_model(folder)
     elif user_path(config.init_from).is_dir():
         log.info("model.init_from: %s holds no weights: random ones, drawn from seed %d", folder, context.seed)
-        model = transformers_models.make_anew(folder, seed=context.seed)
+        model = transformers_models.init_model(folder, seed=context.seed)
         for name in ("bos_token_id", "eos_token_id"):  # the text's, no longer those of the model that config.json was for
             for settings in (model.config, model.generation_config):
                 setattr(settings, name, getattr(context, name))
@@ -111,7 +117,7 @@ def hf(config: ModelConfig, context: ModelContext) -> nn.Module:
             f"model.init_from: {config.init_from!r} has no {WEIGHTS_FILE} on the Hub, or not in the local cache"
         )
     refuse_lack_of_room(model, context.vocabulary_size, context.sequence_length, name=f"model.init_from: the model in {folder}")
-    transformers_models.add_end_token(model, context.eos_token_id)
+    transformers_models.add_eos_token_to_model(model, context.eos_token_id)
     transformers_models.make_savable(model)
     return model.to(context.device).train()
 
@@ -120,8 +126,8 @@ def refuse_lack_of_room(model: nn.Module, vocabulary_size: int, sequence_length:
     """Raises ConfigError where rows of this length and vocabulary do not fit into the model, which messages call `name`."""
     if isinstance(model, DecoderLM):
         known_tokens, positions = model.vocabulary_size, model.max_position_embeddings
-    elif transformers_models.is_of_transformers(model):
-        known_tokens, positions = transformers_models.num_embeddings(model), transformers_models.context_of(model)
+    elif transformers_models.is_transformers_model(model):
+        known_tokens, positions = transformers_models.num_embeddings(model), transformers_models.context_length(model)
     else:
         return
     problems = _lack_of_room(known_tokens, positions, vocabulary_size, sequence_length)
@@ -169,15 +175,15 @@ def begins_trained(config: ModelConfig) -> bool:
         return config.init_from is not None
     folder = user_path(config.init_from)
     # What comes from the Hub has weights, or `hf` has refused it.
-    return not folder.is_dir() or transformers_models.has_weights(find_model(folder))
+    return not folder.is_dir() or has_weights(find_model(folder))
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Copy the weights that `make_weight_saver` wrote into `folder` back into `model`."""
     if isinstance(model, DecoderLM):
         model.load_weights(folder)
-    elif transformers_models.is_of_transformers(model):
-        transformers_models.copy_weights(model, folder)
+    elif transformers_models.is_transformers_model(model):
+        transformers_models.load_weights(model, folder)
     else:
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
 
@@ -188,12 +194,12 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
 
     Raises ConfigError, CheckpointError.
     """
-    folder = locate_weights(user_path(str(path)))
+    folder = find_intact_model(user_path(str(path)))
     try:
         described = read_hf_config(folder)
     except ConfigError as error:
-        if transformers_models.has_weights(folder):
-            return transformers_models.open_weights(folder).to(device).eval()
+        if has_weights(folder):
+            return transformers_models.load_model(folder).to(device).eval()
         raise CheckpointError(
             f"{folder} holds no weights ({WEIGHTS_FILE}) beside its {CONFIG_FILE}; give a folder with them, or fetch them from "
             f"the Hub anew (DecoderLM cannot be it: {error})"
@@ -212,7 +218,7 @@ def can_open(path: Path) -> bool:
     try:
         read_hf_config(folder)
     except RefusedError:
-        return transformers_models.is_known(folder)
+        return transformers_models.is_causal_lm(folder)
     return True
 
 
@@ -223,6 +229,6 @@ def make_weight_saver(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path]
     if isinstance(model, DecoderLM):
         config, generation = model.hf_config(), model.generation
         return lambda weights, folder: write_hf(folder, state=weights, config=config, generation=generation)
-    if transformers_models.is_of_transformers(model):
-        return lambda weights, folder: transformers_models.write_weights(model, weights, folder)
+    if transformers_models.is_transformers_model(model):
+        return lambda weights, folder: transformers_models.save_weights(model, weights, folder)
     return lambda weights, folder: save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})

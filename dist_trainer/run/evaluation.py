@@ -13,8 +13,7 @@ from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import local_rank0_first
 from dist_trainer.distributed.context import init_distributed
-from dist_trainer.huggingface.initial_model import model_folder
-from dist_trainer.huggingface.weights import find_model
+from dist_trainer.huggingface.model_files import find_model, model_folder
 from dist_trainer.models.loss import model_loss
 from dist_trainer.models.registry import open_model, refuse_lack_of_room
 from dist_trainer.parallel.cpu.memory import keep_freed_memory

@@ -25,8 +25,8 @@ from dist_trainer.data.templates import TemplateLimitError, check_length, check_
 from dist_trainer.data.tokenizers import Tokenizer, load_tokenizer, text_prefix
 from dist_trainer.errors import ConfigError
 from dist_trainer.huggingface import transformers_models
-from dist_trainer.huggingface.hub import hub_is_reachable
-from dist_trainer.huggingface.weights import locate_weights
+from dist_trainer.huggingface.hub import is_hub_reachable
+from dist_trainer.huggingface.model_files import find_intact_model
 from dist_trainer.storage.files import replace_file
 from dist_trainer.training.precision import build_precision
 
@@ -64,13 +64,13 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
 
     Raises ConfigError if lm_eval is not installed or does not accept a task or the model; CheckpointError, DataError.
     """
-    folder = locate_weights(path)
+    folder = find_intact_model(path)
     tokenizer = load_tokenizer(str(path), key="RUN")
     if options.apply_chat_template:
         if not tokenizer.chat_template:
             raise ConfigError(f"--apply_chat_template: the tokenizer in {folder} has none; leave it out")
         limit_chat_template(tokenizer, f"the chat template of {folder}")
-    online = hub_is_reachable()  # before the import: `datasets` reads HF_HUB_OFFLINE once
+    online = is_hub_reachable()  # before the import: `datasets` reads HF_HUB_OFFLINE once
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -148,7 +148,7 @@ def open_for_harness(
     prefix = text_prefix(tokenizer)
     model = model_class(
         # opened here because lm_eval would also open pickles
-        pretrained=transformers_models.open_weights(folder).to(device).eval(),
+        pretrained=transformers_models.load_model(folder).to(device).eval(),
         tokenizer=tokenizer,
         mixed_precision_dtype=AUTOCAST[build_precision(precision, device).name],
         softmax_dtype="float32",

@@ -29,7 +29,7 @@ DOORS = {
     "datasets": {"data/hub.py"},
     "huggingface_hub": {"huggingface/hub.py"},
     "pyarrow": {"data/records.py", "data/text_file.py"},
-    "transformers": {"data/tokenizers.py", "data/packing.py", "data/chat.py", "huggingface/transformers_models.py"},
+    "transformers": {"huggingface/tokenizer_files.py", "data/packing.py", "data/chat.py", "huggingface/transformers_models.py"},
     "tokenizers": {"data/tokenizers.py"},
     "gigatoken": {"data/encoding.py"},
     "jinja2": {"data/templates.py"},

@@ -110,7 +110,7 @@ def test_a_name_whose_weights_are_not_in_the_cache_ends_in_a_sentence(models, ca
 def test_what_is_neither_a_folder_nor_a_model_of_the_hub_is_refused_with_both_remedies(cache, tmp_path, command, capsys):
     assert command.main(["owner/model"]) == 2
     complaint = capsys.readouterr().err
-    assert "RUN: 'owner/model' is no local folder, the Hub cannot be reached" in complaint
+    assert "RUN: 'owner/model' is not a local path, and it is neither on disk in the Hub cache nor reachable" in complaint
     assert "run `hf download owner/model` with the same HF_HOME, or give a folder" in complaint
     for path in ("./nowhere", str(tmp_path / "gone")):
         assert command.main([path]) == 2
@@ -122,4 +122,4 @@ def test_a_checkpoint_outside_of_the_cache_that_is_made_of_links_is_refused(mode
     for file in models["checkpoint"].iterdir():
         (tmp_path / "model" / file.name).symlink_to(file)
     assert generate.main([str(tmp_path / "model"), "--prompt", "a"]) == 2
-    assert "behind a link out of it" in capsys.readouterr().err
+    assert "is a link out of its folder" in capsys.readouterr().err

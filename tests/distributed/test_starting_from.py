@@ -17,6 +17,7 @@ from dist_trainer import evaluate, generate
 from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.errors import ConfigError
+from dist_trainer.huggingface.model_files import find_intact_model
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.run.configure import load_config
 from tests.distributed.small_runs import (
@@ -128,9 +129,12 @@ def test_a_run_goes_on_exactly_even_where_the_folder_has_gone(stories, tmp_path,
 def test_a_run_that_goes_on_reads_weights_once_and_those_of_its_checkpoint_alone(stories, tmp_path, llama, name, monkeypatch):
     words = arguments(stories, tmp_path, llama, "--model.name", name)
     run(load_config(words), 1, before=stop_after(3))
-    monkeypatch.setattr(
-        "dist_trainer.models.registry.locate_weights", lambda path: pytest.fail(f"{path} is opened to be built")
-    )
+
+    def only_the_shape(path, *, weights=True):
+        assert not weights, f"{path} is opened to be built"
+        return find_intact_model(path, weights=False)
+
+    monkeypatch.setattr("dist_trainer.models.registry.find_intact_model", only_the_shape)
     assert run(load_config(words), 1) == [0]
     assert len(losses(load_config(words))) == 6
 
@@ -208,7 +212,7 @@ def test_names_on_the_hub_come_from_the_cache_or_end_in_a_sentence(stories, tmp_
     from huggingface_hub import constants
 
     with pytest.raises(
-        ConfigError, match=r"'owner/model' is no local folder, the Hub cannot be reached.*hf download owner/model"
+        ConfigError, match=r"'owner/model' is not a local path, and it is neither on disk.*hf download owner/model"
     ):
         load_config(arguments(stories, tmp_path, "owner/model"))
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
@@ -293,7 +297,7 @@ def test_the_config_of_such_a_run_claims_no_shape(stories, tmp_path, described):
     again.write_text(dump_config(config))
     assert load_config(["--config", str(again)]) == config
     for key, value in (("hidden_size", "64"), ("dropout", "0.1")):
-        with pytest.raises(ConfigError, match=rf"model\.{key}: has no meaning for model\.name hf"):
+        with pytest.raises(ConfigError, match=rf"model\.{key}: has no effect with model\.name hf"):
             load_config(words_for(stories, tmp_path, described, f"--model.{key}", value))
     with pytest.raises(ConfigError, match=r"model\.init_from: must name a folder"):
         load_config(["--model.name", "hf"])
@@ -301,9 +305,9 @@ def test_the_config_of_such_a_run_claims_no_shape(stories, tmp_path, described):
 
 REFUSED = {
     "pickles": "has weights in pytorch_model.bin, but neither model.safetensors",
-    "code of its own": "transformers makes no causal language model of it",
-    "no language model": "transformers makes no causal language model of it",
-    "gaps": "is missing, or has another shape there",
+    "code of its own": "transformers cannot build a causal language model from it",
+    "no language model": "transformers cannot build a causal language model from it",
+    "gaps": "is missing, or has another shape",
 }
 
 

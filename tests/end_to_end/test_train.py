@@ -114,7 +114,7 @@ WRONG = {
     "wrong type": (["--seed", "x"], "seed: 'x' is not a whole number"),
     "missing data": (["--data.dataset", "./nowhere.txt"], "nowhere.txt does not exist"),
     "missing tokenizer": (["--data.tokenizer", "./nowhere"], "data.tokenizer: nowhere does not exist"),
-    "Hub unreachable": (["--data.dataset", "squad"], "the Hub cannot be reached"),
+    "Hub unreachable": (["--data.dataset", "squad"], "neither on disk in the Hub cache nor reachable on the Hub"),
     "too little data": (
         ["--data.dataset", "tests/conftest.py", "--batch.global_batch_size", "128"],
         "fewer than one global batch",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.checkpoint.folders import resume_point
-from dist_trainer.huggingface.model_folders import model_folders
+from dist_trainer.huggingface.model_files import model_folders
 from dist_trainer.storage.manifest import describe_files
 from tests.faults.damage import contents, flip_bit
 from tests.faults.faults import Fault, do, kill

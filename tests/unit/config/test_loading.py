@@ -350,5 +350,5 @@ def test_of_keys_that_have_no_meaning_for_the_model_only_that_is_said(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     message = refused("--model.name", "hf", "--model.init_from", str(tmp_path), "--model.hidden_size", "100")
     assert message == (
-        "command line: model.hidden_size: has no meaning for model.name hf, whose config.json says it; leave the key out"
+        "command line: model.hidden_size: has no effect with model.name hf, whose config.json determines it; leave the key out"
     )

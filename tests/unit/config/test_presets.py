@@ -8,7 +8,7 @@ import pytest
 
 from dist_trainer.config.presets import PRESETS
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.huggingface.meta_init import meta_init
+from dist_trainer.huggingface.weights import meta_init
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.run.configure import load_config
 

@@ -378,9 +378,9 @@ def test_an_unreachable_hub_names_the_offline_choice(tmp_path, monkeypatch):
     from dist_trainer.huggingface import hub
 
     monkeypatch.setattr(hub, "_reachable", False)
-    with pytest.raises(DataError, match=r"squad.*Hub cannot be reached.*--data\.dataset austen"):
+    with pytest.raises(DataError, match=r"squad.*nor reachable on the Hub.*--data\.dataset austen"):
         create_dataloaders(small("squad", tmp_path))
-    with pytest.raises(DataError, match=r"gpt2.*Hub cannot be reached.*--data\.tokenizer austen"):
+    with pytest.raises(DataError, match=r"gpt2.*nor reachable on the Hub.*--data\.tokenizer austen"):
         load_tokenizer("gpt2")
 
 

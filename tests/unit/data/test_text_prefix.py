@@ -142,7 +142,7 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
 @pytest.mark.parametrize("prefix", [(), ("<s>",), ("[gMASK]", "<sop>")])
 @pytest.mark.parametrize("chat", [False, True])
 def test_lm_eval_is_told_to_begin_texts_likewise(tmp_path, prefix, chat, monkeypatch):
-    monkeypatch.setattr("dist_trainer.huggingface.transformers_models.open_weights", lambda _: torch.nn.Identity())
+    monkeypatch.setattr("dist_trainer.huggingface.transformers_models.load_model", lambda _: torch.nn.Identity())
     tokenizer = beginning_with(*prefix)
     options = HarnessOptions(tasks=(), apply_chat_template=chat)
 

@@ -55,10 +55,10 @@ def test_a_skeleton_is_the_model_but_for_its_weights_which_then_come_from_the_fi
     folder = save(kind, KINDS[kind], tmp_path)
     settings = folder / "generation_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "temperature": 0.5, "do_sample": True}))
-    whole = transformers_models.open_weights(folder)
+    whole = transformers_models.load_model(folder)
     weights = (folder / "model.safetensors").rename(tmp_path / "elsewhere")
     random_state = torch.get_rng_state()
-    skeleton = transformers_models.make_skeleton(folder).eval()
+    skeleton = transformers_models.build_without_weights(folder).eval()
     assert torch.equal(torch.get_rng_state(), random_state)
     weights.rename(folder / "model.safetensors")
 
@@ -70,7 +70,7 @@ def test_a_skeleton_is_the_model_but_for_its_weights_which_then_come_from_the_fi
     assert skeleton.generation_config.temperature == 0.5
     assert not all(map(torch.equal, skeleton.parameters(), whole.parameters()))
 
-    transformers_models.copy_weights(skeleton, folder)
+    transformers_models.load_weights(skeleton, folder)
     names = [name for name, _ in whole.named_parameters()]
     assert [name for name, _ in skeleton.named_parameters()] == names
     assert all(map(torch.equal, skeleton.parameters(), whole.parameters()))
@@ -83,7 +83,7 @@ def test_settings_of_generation_that_are_damaged_are_told_as_such(tmp_path):
     folder = save("qwen3", KINDS["qwen3"], tmp_path)
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is damaged"):
-        transformers_models.make_skeleton(folder)
+        transformers_models.build_without_weights(folder)
 
 
 MEASURE = """
@@ -103,13 +103,13 @@ def peak(act):
     return made
 
 tiny, full, half = map(Path, sys.argv[1:])
-transformers_models.copy_weights(transformers_models.open_weights(tiny), tiny)  # imports all that is needed
-skeleton = peak(lambda: transformers_models.make_skeleton(full))
-peak(lambda: transformers_models.copy_weights(skeleton, full))
+transformers_models.load_weights(transformers_models.load_model(tiny), tiny)  # imports all that is needed
+skeleton = peak(lambda: transformers_models.build_without_weights(full))
+peak(lambda: transformers_models.load_weights(skeleton, full))
 del skeleton
-opened = peak(lambda: transformers_models.open_weights(full))
+opened = peak(lambda: transformers_models.load_model(full))
 del opened
-opened = peak(lambda: transformers_models.open_weights(half))
+opened = peak(lambda: transformers_models.load_model(half))
 """
 
 
@@ -118,7 +118,7 @@ def test_opening_and_bringing_back_a_model_takes_memory_in_bounds(tmp_path):
     tiny = save("qwen3", KINDS["qwen3"], tmp_path / "tiny")
     large = {**KINDS["qwen3"], "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192}
     full, half = save("qwen3", large, tmp_path / "full"), tmp_path / "half"
-    model = transformers_models.open_weights(full)
+    model = transformers_models.load_model(full)
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
     model.to(torch.bfloat16).save_pretrained(half)
     done = subprocess.run([sys.executable, "-c", MEASURE, tiny, full, half], capture_output=True, text=True, check=True)

@@ -123,9 +123,9 @@ HARM = {
     a_pickle: r"index\.json names 'harm\.bin'; weights are read from safetensors files in the same folder only",
     a_pickle_elsewhere: r"names '.*outside/harm\.bin'; weights are read from safetensors files in the same folder only",
     a_file_elsewhere: r"names '\.\./outside/other\.safetensors'; weights are read",
-    a_linked_shard: r"has model-00001\S+ behind a link out of it, which is not followed",
-    a_linked_config: r"has config\.json behind a link out of it, which is not followed",
-    linked_chat_templates: r"has additional_chat_templates behind a link out of it, which is not followed",
+    a_linked_shard: r"model-00001\S+ is a link out of its folder, which is not followed",
+    a_linked_config: r"config\.json is a link out of its folder, which is not followed",
+    linked_chat_templates: r"additional_chat_templates is a link out of its folder, which is not followed",
     an_adapter: r"holds an adapter \(adapter_config\.json\), which is not read; merge it into its model",
     weights_under_another_name: r"transformers_weights is 'harm\.safetensors\.index\.json', but weights are read from",
     a_kernel_of_the_hub: r"attn_implementation is 'someone/kernel', which is code on the Hub and is never run",
@@ -137,13 +137,13 @@ def test_a_hostile_folder_is_refused_whoever_reads_it(model, tmp_path, harm):
     folder, outside = tmp_path / "model", tmp_path / "outside"
     shutil.copytree(model, folder)
     outside.mkdir()
-    skeleton = transformers_models.make_skeleton(folder)
+    skeleton = transformers_models.build_without_weights(folder)
     harm(folder, outside)
     name = "decoder_lm" if "llama" in str(model) else "hf"
     for read in (
         lambda: open_model(folder),
-        lambda: transformers_models.open_weights(folder),
-        lambda: transformers_models.make_skeleton(folder),
+        lambda: transformers_models.load_model(folder),
+        lambda: transformers_models.build_without_weights(folder),
         lambda: load_weights(skeleton, folder),
         lambda: load_config(["--model.name", name, "--model.init_from", str(folder), "--data.sequence_length", "32"]),
         lambda: open_for_harness(dict, folder, load_tokenizer("austen"), HarnessOptions(tasks=()), PrecisionConfig()),
@@ -187,7 +187,7 @@ def test_a_model_in_the_hub_s_cache_is_made_of_links_and_is_read(model, tmp_path
     (tmp_path / "elsewhere.json").write_bytes((model / "config.json").read_bytes())
     (snapshot / "config.json").unlink()
     (snapshot / "config.json").symlink_to(tmp_path / "elsewhere.json")
-    with pytest.raises(RefusedError, match="behind a link out of it"):
+    with pytest.raises(RefusedError, match="is a link out of its folder"):
         open_model(snapshot)
 
 

@@ -143,7 +143,7 @@ def test_weights_of_which_config_json_says_nothing_are_not_passed_over(tmp_path)
     llama(attention_bias=True).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"attention_bias": true', '"attention_bias": false'))
-    with pytest.raises(CheckpointError, match=r"_proj\.bias, of which its config\.json says nothing"):
+    with pytest.raises(CheckpointError, match=r"_proj\.bias, which its config\.json does not describe"):
         DecoderLM.from_pretrained(tmp_path)
 
 

@@ -1,0 +1,51 @@
+"""Tokenizers loaded by transformers, from folders and from the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dist_trainer.errors import DataError, StoppedError
+from dist_trainer.huggingface.hub import first_line, is_hub_reachable, not_loaded_message
+from dist_trainer.huggingface.model_files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, check_tokenizer_folder
+from dist_trainer.storage.manifest import read_json
+
+
+def tokenizer_from_folder(folder: Path, key: str) -> Any:
+    """The tokenizer in `folder`. Raises DataError that names `key`, which holds the folder's name."""
+    import transformers
+
+    try:
+        check_tokenizer_folder(folder)
+        if not (folder / TOKENIZER_CONFIG_FILE).is_file() and (folder / TOKENIZER_FILE).is_file():
+            return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_FILE))
+        if _is_plain(folder):
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit, StoppedError):
+        raise
+    except BaseException as error:  # the library raises many kinds, and its panics are no Exceptions; each ends in one message
+        raise DataError(f"{key}: the tokenizer in {folder} cannot be loaded: {error}") from error
+
+
+def tokenizer_from_hub(name: str, key: str) -> Any:
+    """The tokenizer of the Hub model `name`, from the local cache if the Hub is unreachable. Raises DataError."""
+    reachable = is_hub_reachable()
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, local_files_only=not reachable, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds; each ends in one message
+        remedy = "give a folder with tokenizer.json, or the built-in tokenizer (--data.tokenizer austen)"
+        raise DataError(f"{key}: {not_loaded_message(name, first_line(error), remedy=remedy)}") from error
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether AutoTokenizer would build just the tokenizer of tokenizer.json, as for all our checkpoints. To find out, it
+    imports the model's code, which takes two seconds.
+    """
+    model_config = folder / CONFIG_FILE
+    config = read_json((folder / TOKENIZER_CONFIG_FILE).resolve())  # in the Hub's cache it is a link
+    model_type = read_json(model_config.resolve()).get("model_type") if model_config.is_file() else None
+    is_fast = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in config
+    return is_fast and model_type in (None, "llama") and (folder / TOKENIZER_FILE).is_file()
