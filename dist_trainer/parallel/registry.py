@@ -1,4 +1,4 @@
-"""`STRATEGIES`: how several ranks share one model, and what the trainer needs to know of it."""
+"""`STRATEGIES`: the ways in which ranks share a model, and what the trainer asks of a model that one of them has wrapped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dist_trainer.parallel.ddp import LossDDP, ddp
 
 
 def single(model: nn.Module, world: DistributedContext) -> nn.Module:
-    """The model as it stands, for one process."""
+    """`model` itself, for one process."""
     return model
 
 
@@ -33,17 +33,17 @@ def parallelize(
     flops: float | None = None,
     varying_length: bool = False,
 ) -> nn.Module:
-    """`model` as several ranks train it together: compiled first, where asked for or worth it, then wrapped by `strategy`.
+    """`model` as the ranks train it together: compiled if `compile` says so, then wrapped by `strategy`.
 
-    `flops`: floating-point operations of the whole run, where known, by which `auto` decides. `varying_length`: of the
-    sequences, from batch to batch. For all ranks; raises ConfigError on each where one of them cannot compile.
+    `flops`: floating-point operations of the run, if known, by which `auto` decides. `varying_length`: whether sequences differ
+    in length from batch to batch. For all ranks; raises ConfigError on all of them if `compile` is true and one cannot compile.
     """
     if world.device.type == "cpu":
         keep_freed_memory()
     if should_compile(compile, world, flops):
         compile_parts(model, varying_length=varying_length)
-    row = "ddp" if strategy == "auto" else strategy  # which leaves a single process as it is
-    return build(STRATEGIES, row, "distributed.strategy", model, world, kind=nn.Module)
+    name = "ddp" if strategy == "auto" else strategy  # ddp returns the model itself for a single process
+    return build(STRATEGIES, name, "distributed.strategy", model, world, kind=nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -52,12 +52,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def compute_loss(model: nn.Module, loss_function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
-    """`loss_function` of `batch` and of the module that `ddp` wrapped; a strategy of the user's own passes its wrapper."""
+    """`loss_function` of `batch` and the module that `ddp` wrapped; with a user's strategy, its wrapper."""
     return model.compute_loss(loss_function, batch) if isinstance(model, LossDDP) else loss_function(model, batch)
 
 
 def gradient_sync(model: nn.Module, *, enabled: bool) -> AbstractContextManager[None]:
-    """Whether the backward pass inside exchanges gradients; only a step's last micro-batch needs to."""
+    """A context in which backward passes exchange gradients, or do not; only a step's last micro-batch needs to."""
     if enabled or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def first_sync_differs(model: nn.Module, world: DistributedContext) -> bool:
+    """Whether the first exchange of gradients sums in another order than later ones, which changes the last bits.
+
+    DistributedDataParallel sorts its buckets by the order in which gradients arrived in its first backward pass, unless it
+    looks for unused parameters. Two ranks' sums have only one order.
+    """
+    return world.world_size > 2 and isinstance(model, DistributedDataParallel) and not model.find_unused_parameters

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
-from dist_trainer.checkpoint.optimizer_state import check_is_savable
+from dist_trainer.checkpoint.optimizer_state import refuse_what_cannot_be_saved
 from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.registry import resolve
@@ -35,21 +35,18 @@ from dist_trainer.models.loss import check_model_takes_document_ids
 from dist_trainer.models.registry import (
     MODELS,
     ModelContext,
-    begins_trained,
     build_model,
     fetch_initial_model,
     make_weight_saver,
 )
-from dist_trainer.optim.registry import OPTIMIZERS, build_optimizer, resolve_optimizer_name, warn_of_default_learning_rate
+from dist_trainer.optim.registry import OPTIMIZERS, build_optimizer, resolve_optimizer_name
 from dist_trainer.optim.schedules import (
     SCHEDULES,
-    initial_learning_rate,
     total_steps,
-    warn_of_changed_length,
-    warn_of_unfinished_warmup,
 )
 from dist_trainer.parallel.cpu.matmul import matmul_context
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
+from dist_trainer.run.advice import warn_of_settings
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.lifecycle import (
     CrashRecorder,
@@ -65,12 +62,11 @@ from dist_trainer.run.record import RunRecord, SaveNotes
 from dist_trainer.run.resume import (
     ResumeState,
     check_same_data,
-    log_world_size_change,
     resolve_resume,
 )
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.subprocess_tracker import check_packages
-from dist_trainer.training.precision import build_precision, warn_of_emulated_bf16
+from dist_trainer.training.precision import build_precision
 from dist_trainer.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -117,7 +113,8 @@ def refuse_what_cannot_run(config: TrainingConfig, world: DistributedContext) ->
 def check_rows(config: TrainingConfig) -> None:
     """Raises ConfigError where a function of the user's own cannot be had."""
     resolve(MODELS, config.model.name, "model.name")
-    resolve(OPTIMIZERS, resolve_optimizer_name(config).name, "optim.name")
+    if config.optim.name != "auto":
+        resolve(OPTIMIZERS, config.optim.name, "optim.name")
     resolve(SCHEDULES, config.schedule.name, "schedule.name")
     if config.distributed.strategy != "auto":
         resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")
@@ -227,6 +224,8 @@ def assemble(config: TrainingConfig, world: DistributedContext, record: RunRecor
     sample = run_and_share_errors(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
     per_token, varying_length = flops_per_token(model, config), varies_in_length(loaders.train.dataset)
     precision = build_precision(config.precision, world.device)
+    tokens = config.batch.global_batch_size * config.data.sequence_length
+    optim = resolve_optimizer_name(config.optim, config.model, tokens_per_step=tokens)
     parallel_model = parallelize(
         model,
         world,
@@ -239,7 +238,7 @@ def assemble(config: TrainingConfig, world: DistributedContext, record: RunRecor
         config,
         world,
         model=parallel_model,
-        optimizer=build_optimizer(resolve_optimizer_name(config), model),
+        optimizer=build_optimizer(optim, model),
         train_data=loaders.train,
         validation_data=loaders.validation,
         precision=precision,
@@ -257,21 +256,11 @@ def assemble(config: TrainingConfig, world: DistributedContext, record: RunRecor
         flops_per_token=per_token,
         metadata=metadata,
     )
-    check_is_savable(trainer.optimizer, model)
+    refuse_what_cannot_be_saved(trainer.optimizer, model)
     if start.checkpoint is not None:
         trainer.restore(start.checkpoint, start.progress)
     if world.is_main:
-        drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-        depend = drops_out and config.batch.micro_batch_size is None
-        warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
-        warn_of_emulated_bf16(trainer.precision, world.device)
-        if (before := start.train_before) is not None:
-            per_epoch, peak = trainer.sampler.steps_per_epoch, initial_learning_rate(trainer.optimizer.param_groups[0])
-            warn_of_changed_length(config, before, step=start.progress.step, steps_per_epoch=per_epoch, peak=peak)
-        if start.checkpoint is None and config.model.init_from is not None and begins_trained(config.model):
-            size = sum(parameter.numel() for parameter in trainer.parameters)
-            warn_of_default_learning_rate(config.optim, parameters=size, init_from=config.model.init_from)
-        log_world_size_change(start, world.world_size, masks_depend_on_ranks=depend)
+        warn_of_settings(config, trainer, start)
     return trainer
 
 

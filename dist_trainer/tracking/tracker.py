@@ -79,11 +79,24 @@ TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
 }
 
 
-class TrackerList:
-    """Passes each line to every tracker, if there are any; an error in one costs a warning and affects nothing else."""
+class NullTracker:
+    """Takes everything, does nothing: for ranks other than 0."""
 
-    def __init__(self, trackers: Mapping[str, Tracker] | None = None) -> None:
-        self._trackers = dict(trackers or {})
+    def log(self, line: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def sync(self) -> None:
+        """Nothing."""
+
+    def close(self, *, state: str, reason: str | None) -> None:
+        """Nothing."""
+
+
+class FanOut:
+    """Passes each line to every tracker; an error in one costs a warning and affects neither training nor the others."""
+
+    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+        self._trackers = dict(trackers)
         self._warned: set[str] = set()
 
     def log(self, line: dict[str, Any]) -> None:
@@ -115,7 +128,7 @@ class TrackerList:
                 log.warning("tracking: %s failed (%s: %s); training continues", name, type(error).__name__, error)
 
 
-def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], Tracker]]) -> TrackerList:
+def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], Tracker]]) -> FanOut:
     """Every entry of TRACKERS (of EXPORTS only those enabled) and of `others`; one that cannot start costs a warning."""
     trackers: dict[str, Tracker] = {}
     for name, build in {**TRACKERS, **others}.items():
@@ -125,7 +138,7 @@ def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], T
             trackers[name] = build(run)
         except (Exception, SystemExit) as error:
             log.warning("tracking: %s cannot start (%s: %s); continuing without it", name, type(error).__name__, error)
-    return TrackerList(trackers)
+    return FanOut(trackers)
 
 
 def send_to_wandb(run: RunContext) -> None:

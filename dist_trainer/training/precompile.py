@@ -16,7 +16,7 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.compile import compile_settings, is_compiled
-from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
+from dist_trainer.parallel.registry import compute_loss, first_sync_differs, gradient_sync, unwrap
 from dist_trainer.training.precision import Precision
 from dist_trainer.training.step import seed_dropout
 from dist_trainer.training.validation import LossFunction
@@ -67,8 +67,7 @@ def warm_up(
             if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
                 run_and_share_errors(world, lambda: rehearse(exchange=False, shorter_by=1))
                 run_and_share_errors(world, lambda: rehearse_validation(shorter_by=1))
-        # torch sorts no buckets anew where it looks for unused parameters.
-        if world.world_size > 2 and not getattr(model, "find_unused_parameters", False):
+        if first_sync_differs(model, world):
             rehearse(exchange=True)
 
 

@@ -8,9 +8,9 @@ import transformers
 from torch import nn
 from torch.optim import Optimizer
 
-from dist_trainer.config.schema import ModelConfig, OptimConfig, TrainingConfig
+from dist_trainer.config.schema import ModelConfig, OptimConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.optim import muon, registry
+from dist_trainer.optim import muon
 from dist_trainer.optim.muon import hidden_matrices, newton_schulz
 from dist_trainer.optim.registry import (
     build_optimizer,
@@ -181,14 +181,14 @@ def test_muon_goes_on_from_its_state():
 
 
 def test_auto_is_muon_for_a_decoder_lm_from_nothing_with_large_steps_and_adamw_for_all_else():
-    def row(**model) -> str:
-        return resolve_optimizer_name(TrainingConfig(model=ModelConfig(**model))).name
+    def name(**model) -> str:
+        return resolve_optimizer_name(OptimConfig(), ModelConfig(**model), tokens_per_step=16 * 256).name
 
-    assert row() == row(hidden_size=256) == "muon", "16 x 256 tokens"
-    assert row(hidden_size=258) == "adamw"
-    assert row(init_from="a/run") == row(name="hf", init_from="a/model") == row(name="package:function") == "adamw"
+    assert name() == name(hidden_size=256) == "muon"
+    assert name(hidden_size=258) == "adamw"
+    assert name(init_from="a/run") == name(name="hf", init_from="a/model") == name(name="package:function") == "adamw"
     chosen = OptimConfig(name="muon", learning_rate=0.5)
-    assert resolve_optimizer_name(TrainingConfig(model=ModelConfig(init_from="a/run"), optim=chosen)) == chosen
+    assert resolve_optimizer_name(chosen, ModelConfig(init_from="a/run"), tokens_per_step=1) == chosen
     assert isinstance(build_optimizer(OptimConfig(), small()), torch.optim.AdamW), "in Python, where nobody says what it is"
 
 
@@ -283,15 +283,3 @@ def test_averages_of_a_parameter_without_gradients_are_saved_and_loaded_as_zeros
 def test_muon_is_refused_where_it_has_nothing_to_do():
     with pytest.raises(ConfigError, match=r"optim\.name: muon"):
         build_optimizer(OptimConfig(name="muon"), nn.Embedding(3, 3))
-
-
-@pytest.mark.parametrize(("parameters", "fitting"), [(135_000_000, "try 2e-5 ("), (2_400_000, "try 0.0005 (")])
-def test_the_default_rate_for_a_model_that_was_trained_before_is_warned_of(monkeypatch, parameters, fitting):
-    said = []
-    monkeypatch.setattr(registry.log, "warning", lambda text, *values: said.append(text % values))
-    registry.warn_of_default_learning_rate(OptimConfig(), parameters=parameters, init_from="a/model")
-    registry.warn_of_default_learning_rate(OptimConfig(learning_rate=2e-5), parameters=parameters, init_from="a/model")
-    (line,) = said
-    assert line.startswith("optim.learning_rate: 0.005 is the default, made for small models with random weights; ")
-    assert fitting in line
-    assert "a/model" in line
