@@ -26,9 +26,8 @@ from benchmarks.workloads import SIZES, Workload
 from dist_trainer.checkpoint.manager import CheckpointManager
 from dist_trainer.checkpoint.state import Progress, restore, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig
-from dist_trainer.models.registry import make_weight_saver
+from dist_trainer.models.registry import load_weights, make_weight_saver
 from dist_trainer.parallel.cpu.memory import keep_freed_memory
-from dist_trainer.training.precision import Precision
 
 BASE = "torch.save"
 
@@ -62,7 +61,7 @@ class State:
             progress = Progress(step=self.step)
             return take_snapshot(self.model, self.optimizer, scaler={}, progress=progress, metadata={})
 
-        self.manager.save(take, is_best=False, after=lambda: None)
+        self.manager.save(take, is_best=False, before_publish=lambda: None)
 
     def torch_load(self) -> None:
         found = torch.load(self.folder / "state.pt", weights_only=True)
@@ -71,7 +70,7 @@ class State:
 
     def load(self) -> None:
         newest = (self.folder / "checkpoints" / "latest").resolve()
-        restore(newest, self.model, self.optimizer, Precision("fp32", torch.device("cpu")))
+        restore(newest, self.model, self.optimizer, load_weights=load_weights, load_scaler=lambda state: None)
 
 
 def seconds(act: Callable[[], None]) -> float:

@@ -15,7 +15,7 @@ DESCRIPTION = "Write the report of a run, or of several over one another, as one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The whole command; its exit code."""
+    """Run the command; its exit code."""
     return run_cli(lambda: run(argv))
 
 

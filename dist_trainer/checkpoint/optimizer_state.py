@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dist_trainer.errors import CheckpointError, ConfigError, type_named
-from dist_trainer.optim.evaluation_weights import has_evaluation_weights, set_weights
 from dist_trainer.storage.manifest import read_json
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -32,7 +31,7 @@ def state_tensors(
 ) -> dict[str, Tensor]:
     """`parameter::entry` → tensor of its state, and `param_groups::index::entry` → tensor of a group.
 
-    `training_weights`: those of parameters that are saved with other values (see optim/evaluation_weights.py).
+    `training_weights`: those of parameters that are saved with other values (see `take_snapshot`).
     """
     state = {
         f"{name}{SEPARATOR}{key}": value
@@ -68,7 +67,7 @@ def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def refuse_what_cannot_be_saved(optimizer: Optimizer, model: nn.Module) -> None:
+def check_is_savable(optimizer: Optimizer, model: nn.Module) -> None:
     """Raises ConfigError, by name, for what `optimizer` or `model` keeps and a checkpoint would lose."""
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -87,19 +86,22 @@ def refuse_what_cannot_be_saved(optimizer: Optimizer, model: nn.Module) -> None:
                     f"optimizer: group {index} of {kind} has a parameter of shape {tuple(parameter.shape)} that is not one of "
                     "the model's; make it a parameter of the model, which is saved, and whose gradients all ranks share"
                 )
-        _refuse_entries(f"parameter group {index} of {kind}", group)
+        _check_entries(f"parameter group {index} of {kind}", group)
     for parameter, state in optimizer.state.items():
         if id(parameter) not in own:
             raise ConfigError(
                 f"optimizer: {kind} has state under {parameter!r}, which is not a parameter of the model; {_REMEDY}"
             )
-        _refuse_entries(f"the state of {kind}", state)
+        _check_entries(f"the state of {kind}", state)
 
 
-def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path, saved: Mapping[str, Any]) -> None:
-    """Give `optimizer` the state that `folder` holds for the parameters of `model`, on their devices; `saved` is its JSON.
+def restore_optimizer(
+    optimizer: Optimizer, model: nn.Module, folder: Path, saved: Mapping[str, Any]
+) -> dict[nn.Parameter, Tensor]:
+    """Load the state that `folder` holds for the parameters of `model` into `optimizer`, on their devices; `saved` is its JSON.
 
-    Learning rates stay as they are. A checkpoint without values of groups leaves these as they are, too.
+    Returns the training weights of those parameters that were saved with their evaluation weights. Learning rates keep their
+    values, and so do the parameter groups if the checkpoint has none of theirs. Raises CheckpointError.
     """
     try:
         tensors: dict[str, Any] = dict(load_file(folder / OPTIMIZER_FILE))
@@ -126,21 +128,17 @@ def restore_optimizer(optimizer: Optimizer, model: nn.Module, folder: Path, save
     state = {index: by_name[name] for index, name in enumerate(ordered) if by_name.get(name)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     _keep_formats(optimizer, names, by_name)
-    if trained and has_evaluation_weights(optimizer):
-        optimizer.train()  # type: ignore[attr-defined]
-        set_weights({parameter: trained[name] for name, parameter in model.named_parameters() if name in trained})
+    return {parameter: trained[name].view_as(parameter) for name, parameter in model.named_parameters() if name in trained}
 
 
 class FirstStepCheck:
     """Refuses, after a run's first step, an optimizer that turns out to keep what would be lost: state comes with the step."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, *, saves: bool, resumed: Path | None) -> None:
-        """`saves`: checkpoints will be saved; `resumed`: the one that was resumed from. Raises as `after_step` does."""
+        """`saves`: whether checkpoints will be saved; `resumed`: the one that was resumed from."""
         self._optimizer, self._model, self._saves = optimizer, model, saves
         self._without_groups = resumed if resumed is not None and GROUPS not in read_json(resumed / STATE_FILE) else None
         self._before: list[dict[str, Any]] | None = group_values(optimizer)
-        if saves:
-            refuse_what_cannot_be_saved(optimizer, model)
 
     def after_step(self) -> None:
         """Raises ConfigError for what cannot be saved, CheckpointError where the checkpoint lacked state of the groups."""
@@ -148,7 +146,7 @@ class FirstStepCheck:
         if before is None:
             return
         if self._saves:
-            refuse_what_cannot_be_saved(self._optimizer, self._model)
+            check_is_savable(self._optimizer, self._model)
         now = group_values(self._optimizer)
         changed = sorted({key for a, b in zip(before, now, strict=True) for key in b if a.get(key) != b[key]})
         if self._without_groups is not None and changed:
@@ -163,7 +161,7 @@ class FirstStepCheck:
 _REMEDY = "checkpoints hold tensors, numbers, text and lists of these, in state of parameters and in param_groups: keep it so"
 
 
-def _refuse_entries(where: str, entries: Mapping[str, Any]) -> None:
+def _check_entries(where: str, entries: Mapping[str, Any]) -> None:
     for key, value in entries.items():
         if key != "params" and not (isinstance(value, Tensor) or _is_plain(value)):
             raise ConfigError(f"optimizer: {where} has {key!r}, {type_named(value)}, which cannot be saved; {_REMEDY}")

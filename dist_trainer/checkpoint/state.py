@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,10 +30,7 @@ from dist_trainer.checkpoint.optimizer_state import (
     state_values,
 )
 from dist_trainer.errors import CheckpointError
-from dist_trainer.models.registry import load_weights
-from dist_trainer.optim.evaluation_weights import evaluation_weights
 from dist_trainer.storage.manifest import read_json, verify
-from dist_trainer.training.precision import Precision
 
 
 class Validated(NamedTuple):
@@ -62,13 +59,13 @@ class Progress:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     """Updates left out because gradients were not finite: so far, and just now."""
-    owed_sample_step: int = 0
-    """Step whose sample of text a signal broke off; 0: none."""
+    pending_sample_step: int = 0
+    """Step whose text sample was interrupted by a signal; 0: none."""
 
     @property
-    def owes_sample(self) -> bool:
+    def has_pending_sample(self) -> bool:
         """Whether the sample of this step is still to be made."""
-        return 0 < self.owed_sample_step == self.step
+        return 0 < self.pending_sample_step == self.step
 
     @property
     def best(self) -> Validated | None:
@@ -138,31 +135,31 @@ def take_snapshot(
     scaler: dict[str, Any],
     progress: Progress,
     metadata: Mapping[str, Any],
-    training_goes_on: bool = True,
+    training_weights: Mapping[nn.Parameter, Tensor] | None = None,
+    is_last: bool = False,
     pinned: PinnedMemory | None = None,
 ) -> Snapshot:
-    """Everything in host memory: all that training has to wait for when a checkpoint is saved.
+    """Copy everything to host memory: all that training waits for when a checkpoint is saved.
 
-    Copied, unless no step will change it any more (`training_goes_on`): then what lies in host memory is taken as it is, and
-    a run's end needs no second state's memory. Copies from a GPU use `pinned` while no other snapshot does.
+    `training_weights`: of the parameters that have their evaluation weights now, and will get these back. `is_last`: no step
+    follows, so what is in host memory is taken without a copy, and the end of a run needs no memory for a second state. Copies
+    from a GPU use `pinned` unless another snapshot does.
     """
-    with evaluation_weights(optimizer) as training_weights:
-        weights = model.state_dict()
-        trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        tensors = state_tensors(optimizer, model, training_weights)
-        copies = training_goes_on or bool(training_weights)
-        on_host, borrows = to_host({**tensors, **weights}, copies=copies, pinned=pinned)
-        snapshot = Snapshot(
-            weights={name: on_host[name] for name in weights},
-            optimizer_tensors={name: on_host[name] for name in tensors},
-            optimizer_values=state_values(optimizer, model),
-            scaler=scaler,
-            progress=Progress(**asdict(progress)),
-            metadata=metadata,
-            untrained=frozenset(weights.keys() - trained),
-            optimizer_groups=group_values(optimizer),
-        )
-    if pinned is not None and borrows:
+    weights = model.state_dict()
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    tensors = state_tensors(optimizer, model, training_weights)
+    on_host, uses_pinned = to_host({**tensors, **weights}, copies=not is_last or bool(training_weights), pinned=pinned)
+    snapshot = Snapshot(
+        weights={name: on_host[name] for name in weights},
+        optimizer_tensors={name: on_host[name] for name in tensors},
+        optimizer_values=state_values(optimizer, model),
+        scaler=scaler,
+        progress=Progress(**asdict(progress)),
+        metadata=metadata,
+        untrained=frozenset(weights.keys() - trained),
+        optimizer_groups=group_values(optimizer),
+    )
+    if pinned is not None and uses_pinned:
         pinned.lend_to(snapshot)
     return snapshot
 
@@ -185,7 +182,10 @@ def read_training_state(folder: Path) -> dict[str, Any]:
     """The JSON part of the state in `folder`, with `progress` as a Progress. Raises CheckpointError where it is none."""
     state = read_json(folder / STATE_FILE)
     try:
-        progress = Progress(**state["progress"])
+        counts = state["progress"]
+        if "owed_sample_step" in counts:  # its name before version 0.1
+            counts["pending_sample_step"] = counts.pop("owed_sample_step")
+        progress = Progress(**counts)
         sections = [state[name] for name in ("scaler", "optimizer_values")] + [state.get("config", {})]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {error}") from error
@@ -201,11 +201,20 @@ def _has_its_types(progress: Progress) -> bool:
     return all(type(count) is int and count >= 0 for count in counts) and all(type(x) in (float, type(None)) for x in losses)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: Optimizer, precision: Precision, *, verifies: bool = True) -> None:
-    """Bring weights, optimizer and scaler back from the checkpoint in `folder`. Raises CheckpointError.
+def restore(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    load_weights: Callable[[nn.Module, Path], None],
+    load_scaler: Callable[[dict[str, Any]], None],
+    verifies: bool = True,
+) -> dict[nn.Parameter, Tensor]:
+    """Restore weights, optimizer and scaler from the checkpoint in `folder`; returns the training weights of those parameters
+    that were saved with their evaluation weights. Raises CheckpointError.
 
-    `verifies`: compare its files with their digests once more, after they were read. It was intact when it was chosen, but
-    what counts is what was read now, and a disk need not give the same bits twice.
+    `verifies`: compare the files with their digests once more, after they were read. They were valid when the checkpoint was
+    chosen, but what counts is what was read now, and a disk need not give the same bits twice.
     """
     try:
         load_weights(model, folder)
@@ -213,9 +222,10 @@ def restore(folder: Path, model: nn.Module, optimizer: Optimizer, precision: Pre
         raise CheckpointError(f"{folder}: its weights do not fit this model ({error})") from error
     try:
         state = read_training_state(folder)
-        restore_optimizer(optimizer, model, folder, state)
-        precision.load_state_dict(state["scaler"])
+        training_weights = restore_optimizer(optimizer, model, folder, state)
+        load_scaler(state["scaler"])
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: its optimizer state does not fit this run ({error!r})") from error
     if verifies:
         verify(folder)
+    return training_weights

@@ -1,4 +1,4 @@
-"""What ranks tell one another of themselves, and what follows from it: which rank the run cannot continue without."""
+"""What each rank reports (a beat), and the judge: which ranks have failed, by the last beat of each. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
-"""distributed.hang_timeout_minutes where it is null: until a process's first step is done (it may compile), and later."""
+"""distributed.hang_timeout_minutes if that is null: until a process's first step is done (it may compile), and later."""
 STEPS_OF_PATIENCE = 10.0
-"""Times the longest step so far: a rank may go without progress for so long, if that is more than the timeout."""
+"""A rank may make no progress for this many times its longest step so far, if that is more than the timeout."""
 
 Phase = Literal[
     "preparing",
@@ -27,91 +27,91 @@ Phase = Literal[
     "in a callback",
     "saving",
 ]
-"""What the main thread is at. `backward`: in the last backward pass of a step, which exchanges gradients."""
+"""What the main thread is doing. `backward`: the last backward pass of a step, which exchanges gradients."""
 UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving", "in a callback"})
-"""These may take hours, as long as the process shows signs of life."""
+"""These may take hours, as long as the process sends beats."""
 WAITING: frozenset[Phase] = frozenset({"waiting for others", "backward", "updating", "logging", "summing losses"})
-"""In these a rank without progress is not to blame: it may be waiting for one that is behind."""
+"""A rank without progress in one of these may be waiting for another one."""
 STEPPING: frozenset[Phase] = frozenset({"reading data", "training", "backward", "updating", "logging"})
-"""What a step's time is spent in, apart from waiting for others before it."""
+"""The phases of a step, apart from waiting for others before it."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank tells of itself."""
+    """What a rank reports of itself."""
 
     step: int = 0
     """Finished steps."""
     phase: Phase = "preparing"
     idle_seconds: float = 0.0
-    """Since it last made progress: came to the phase, or did another micro-batch or batch in it."""
+    """Since it last made progress: entered the phase, or finished another micro-batch or batch in it."""
     patience_seconds: float = 60 * FIRST_STEP_MINUTES
-    """How long others are to bear its silence, and at least how long it may go without progress in a limited phase."""
+    """After this long without a beat it has failed; in a limited phase it may make no progress for at least as long."""
     longest_step_seconds: float = 0.0
-    """Of its steps so far, without the first one, which may compile, once there is a second."""
+    """Of its steps so far; without the first one, which may compile, once there is a second."""
     gone: tuple[int, ...] = ()
-    """Ranks that it knows to have died."""
+    """Ranks that it knows have died."""
     number: int = 0
-    """Of the beat: equal numbers are silence."""
+    """Counts the beats: if it does not change, the rank is silent."""
 
     @property
     def lacks_progress(self) -> bool:
-        """Whether it has been without progress for longer than a healthy rank is."""
+        """Whether it has made no progress for longer than a healthy rank would."""
         patience = max(self.patience_seconds, STEPS_OF_PATIENCE * self.longest_step_seconds)
         return self.phase not in UNLIMITED and self.idle_seconds > patience
 
     @property
     def waits(self) -> int:
-        """0: for nobody; 1: perhaps, in a collective; 2: for what others have still to do."""
+        """0: for nobody; 1: possibly, in a collective; 2: for what others still have to do."""
         return (self.phase in WAITING) + (self.phase == "waiting for others")
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A rank without which the run cannot go on."""
+class FailedRank:
+    """A rank without which the run cannot continue."""
 
     rank: int
-    trouble: str
-    """`is gone`, `hangs: no sign of life for 120 s`, ..."""
+    reason: str
+    """`is gone`, `stopped responding for 120 s`, `made no progress for 120 s`."""
     beat: Beat
-    """The last one of it."""
+    """The last one received from it."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether its process has ended."""
-        return self.trouble == IS_GONE
+        """Whether its process has ended; otherwise it hangs."""
+        return self.reason == IS_GONE
 
 
 IS_GONE = "is gone"
 
 
-def judge(beats: Sequence[Beat], silent_seconds: Sequence[float]) -> list[Finding]:
-    """The ranks that the run cannot go on with: dead, silent, or without progress, by their last beats and their ages.
+def find_failed_ranks(beats: Sequence[Beat], silent_seconds: Sequence[float]) -> list[FailedRank]:
+    """The ranks that are dead, silent, or without progress, by the last beat of each and its age.
 
-    Where one makes no progress none does, as the others wait for it: to blame are those that do not wait, or else those that
-    are still in a collective when others are past it. Nobody is where all are in the same phase of the same step: none is
-    behind another, so they are slow, or a collective of theirs never completes, which then ends by its own timeout. But if all
-    wait for one another, none can be slow.
+    If one rank makes no progress, none does, since the others wait for it. Those that do not wait have failed; if all wait,
+    those that are still in a collective when others are past it. None has failed if all are in the same phase of the same step:
+    no rank is behind another, so they are slow, or a collective of theirs never completes, and ends by its own timeout. But if
+    all wait for one another, they cannot be slow.
     """
     if gone := sorted({rank for beat in beats for rank in beat.gone}):
-        return [Finding(rank, IS_GONE, beats[rank]) for rank in gone]
-    if silent := silent_ranks(zip(range(len(beats)), beats, silent_seconds, strict=True)):
+        return [FailedRank(rank, IS_GONE, beats[rank]) for rank in gone]
+    if silent := find_silent_ranks(zip(range(len(beats)), beats, silent_seconds, strict=True)):
         return silent
     together = len({(beat.step, beat.phase) for beat in beats}) == 1 and beats[0].phase != "waiting for others"
     if together or not all(beat.lacks_progress for beat in beats):
         return []
-    behind = min(beat.waits for beat in beats)
+    last = min(beat.waits for beat in beats)
     return [
-        Finding(rank, f"hangs: no progress for {beat.idle_seconds:.0f} s", beat)
+        FailedRank(rank, f"made no progress for {beat.idle_seconds:.0f} s", beat)
         for rank, beat in enumerate(beats)
-        if beat.waits == behind
+        if beat.waits == last
     ]
 
 
-def silent_ranks(ranks: Iterable[tuple[int, Beat, float]]) -> list[Finding]:
-    """Those of (rank, last beat, seconds since it) that have been silent for longer than they asked to bear."""
+def find_silent_ranks(ranks: Iterable[tuple[int, Beat, float]]) -> list[FailedRank]:
+    """Those of (rank, last beat, seconds since it) that have been silent for longer than their patience_seconds."""
     return [
-        Finding(rank, f"hangs: no sign of life for {seconds:.0f} s", beat)
+        FailedRank(rank, f"stopped responding for {seconds:.0f} s", beat)
         for rank, beat, seconds in ranks
         if seconds > beat.patience_seconds
     ]
@@ -122,8 +122,18 @@ def encode_beat(beat: Beat) -> str:
     return json.dumps(asdict(beat))
 
 
-def decode_beat(told: bytes | str | dict[str, Any]) -> Beat:
-    """From JSON, or what was made of it."""
-    fields: dict[str, Any] = told if isinstance(told, dict) else json.loads(told)
+def decode_beat(beat: bytes | str | dict[str, Any]) -> Beat:
+    """From JSON, or from the dictionary in it."""
+    fields: dict[str, Any] = beat if isinstance(beat, dict) else json.loads(beat)
     fields["gone"] = tuple(fields["gone"])
     return Beat(**fields)
+
+
+def encode_failed_ranks(failed: Sequence[FailedRank]) -> str:
+    """As JSON."""
+    return json.dumps([asdict(rank) for rank in failed])
+
+
+def decode_failed_ranks(text: bytes | str) -> list[FailedRank]:
+    """From JSON."""
+    return [FailedRank(fields["rank"], fields["reason"], decode_beat(fields["beat"])) for fields in json.loads(text)]

@@ -94,7 +94,7 @@ class _Meeting:
         heard, port = None, 0
         if info.rank == 0:
             heard = self._keep_store(address, _port() + 1 if PORT in os.environ else 0)
-            self.heartbeat.lay_out(heard, info.world_size)
+            self.heartbeat.prepare_store(heard, info.world_size)
             port = heard.port
         process = asdict(ProcessId.of(os.getpid()))
         here.set(str(info.rank), json.dumps({"process": process, "port": port, "address": own_address(address)}))

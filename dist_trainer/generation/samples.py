@@ -44,7 +44,7 @@ class TextSamples:
 
     def on_fit_start(self, trainer: Any) -> None:
         """Make the sample that a signal has interrupted."""
-        if trainer.progress.owes_sample:
+        if trainer.progress.has_pending_sample:
             self._log_sample(trainer)
 
     def on_step_end(self, trainer: Any, result: Any) -> None:
@@ -79,7 +79,7 @@ class TextSamples:
                     if text is not None:
                         trainer.log({"kind": "sample", "step": step, **text, "seconds": time.perf_counter() - began})
             [ranks_interrupted] = PendingSum([int(was_interrupted)], world).wait()
-        trainer.progress.owed_sample_step = step if ranks_interrupted else 0
+        trainer.progress.pending_sample_step = step if ranks_interrupted else 0
 
 
 def sample_of(config: TrainingConfig, tokenizer: Any, model: nn.Module, dataset: Any) -> Sample | None:

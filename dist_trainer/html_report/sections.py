@@ -1,6 +1,6 @@
 """The sections of the report other than charts: state, results, stops, time spent, samples, config, environment.
 
-Text is escaped where it becomes HTML: in `section`, `folded`, `table`, and where a function writes elements of its own.
+Text is escaped where it becomes HTML: in `section`, `folded`, `table`, and where a function writes elements itself.
 """
 
 from __future__ import annotations

@@ -45,11 +45,17 @@ def evaluation_weights(optimizer: Optimizer) -> Generator[dict[nn.Parameter, Ten
         yield trained
     finally:
         modes.train()
-        set_weights(trained)
+        _set_weights(trained)
+
+
+def set_training_weights(optimizer: Optimizer, weights: dict[nn.Parameter, Tensor]) -> None:
+    """Let `optimizer`, whose state was just restored, train the parameters from these values."""
+    if weights and has_evaluation_weights(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+        _set_weights(weights)
 
 
 @torch.no_grad()
-def set_weights(weights: dict[nn.Parameter, Tensor]) -> None:
-    """Give the parameters these values."""
+def _set_weights(weights: dict[nn.Parameter, Tensor]) -> None:
     for parameter, values in weights.items():
         parameter.copy_(values)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
-from dist_trainer.checkpoint.optimizer_state import refuse_what_cannot_be_saved
+from dist_trainer.checkpoint.optimizer_state import check_is_savable
 from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.registry import resolve
@@ -256,7 +256,7 @@ def assemble(config: TrainingConfig, world: DistributedContext, record: RunRecor
         flops_per_token=per_token,
         metadata=metadata,
     )
-    refuse_what_cannot_be_saved(trainer.optimizer, model)
+    check_is_savable(trainer.optimizer, model)
     if start.checkpoint is not None:
         trainer.restore(start.checkpoint, start.progress)
     if world.is_main:

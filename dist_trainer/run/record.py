@@ -20,7 +20,7 @@ from dist_trainer.tracking.events import FIRST_CHECKPOINT, StepCounter, append_e
 from dist_trainer.tracking.goodput import Goodput, goodput, restarts_of, steps_to_redo
 from dist_trainer.tracking.run_reader import read_events, read_run
 from dist_trainer.tracking.status import State, amend_status, write_status
-from dist_trainer.tracking.tracker import NullTracker, RunContext, Tracker, build_tracker
+from dist_trainer.tracking.tracker import RunContext, Tracker, TrackerList, build_tracker
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
 
@@ -35,7 +35,7 @@ class RunRecord:
     def __init__(self, folder: RunFolder, *, began: float) -> None:
         """`began` (unix seconds): when the command did."""
         self.folder, self.began = folder, began
-        self._tracker: Tracker = NullTracker()
+        self._tracker: Tracker = TrackerList()
         self._counter: StepCounter | None = None
 
     def on_fit_start(self, trainer: Trainer) -> None:

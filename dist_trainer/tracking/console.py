@@ -76,7 +76,7 @@ class ConsoleTracker:
         if step > self._max_steps:
             ending = f"{state}: {counted(step, 'step')}, past the {self._max_steps} planned"
         elif state == "finished":
-            ending = f"finished: {step} of {counted(self._max_steps, 'step')}"
+            ending = f"finished: {step} of {counted(self._max_steps, 'step')}{because}"
         elif state == "preempted":
             ending = f"stopped at step {step} of {self._max_steps}{because}, saved"
         else:

@@ -1,4 +1,4 @@
-"""What a run ran on: code, versions, machine. No secrets: no environment variables, no user, no remote addresses."""
+"""Where a run ran: code, versions, machine. No secrets: no environment variables, no user, no remote addresses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "
 
 
 def describe_environment(world: DistributedContext) -> dict[str, Any]:
-    """Facts for the report and W&B, by name; null for what is not known here."""
+    """Metadata for the report and W&B, by name; None for what is unknown."""
     return {
         "dist_trainer": __version__,
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def describe_environment(world: DistributedContext) -> dict[str, Any]:
 def describe_commit(folder: Path | None = None) -> dict[str, Any]:
     """Commit of the repository around `folder` (the working folder), and whether tracked files differ from it.
 
-    Both null without git or a repository, or where git does not answer within seconds.
+    Both None without git or a repository, or if git does not answer within seconds.
     """
     unknown = {"git_commit": None, "git_dirty": None}
     try:
@@ -72,9 +72,9 @@ def describe_commit(folder: Path | None = None) -> dict[str, Any]:
 
 
 def describe_own_commit(file: Path = Path(__file__)) -> dict[str, Any]:
-    """As `describe_commit`, of the repository that this package's code is kept in.
+    """The same of the repository that has this package's code.
 
-    Both null where `file` is not tracked: an installed package may lie below a repository that is not its own.
+    Both None if `file` is not tracked: an installed package may be inside a repository that is not its own.
     """
     try:
         command = ["git", "ls-files", "--error-unmatch", "--", file.name]

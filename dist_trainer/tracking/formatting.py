@@ -1,4 +1,4 @@
-"""Numbers as people read them: 12.3k, 4.51, 2e-05, 5 min 20 s; and lines of them."""
+"""Numbers and text for people: 12.3k, 4.51, 2e-05, 5 min 20 s."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ _THOUSANDS = ("", "k", "M", "G", "T", "P")
 
 
 def duration(seconds: float) -> str:
-    """The two largest units of a time: `42 s`, `5 min 20 s`, `3 h 5 min`, `2 d 4 h`; `?` where it is unknown."""
+    """The two largest units of a time: `42 s`, `5 min 20 s`, `3 h 5 min`, `2 d 4 h`; `?` if it is unknown."""
     if not math.isfinite(seconds) or seconds < 0:
         return "?"
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60} min"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60} s"
+    if rounded < 86400:
+        return f"{rounded // 3600} h {rounded % 3600 // 60} min"
+    return f"{rounded // 86400} d {rounded % 86400 // 3600} h"
 
 
 def quantity(value: float) -> str:
-    """Three digits and a decimal prefix: `950`, `12.3k`, `2.41M`; `?` where it is not finite."""
+    """Three digits and a decimal prefix: `950`, `12.3k`, `2.41M`; `?` if it is not finite."""
     if not math.isfinite(value):
         return "?"
     power = 0
@@ -33,21 +33,8 @@ def quantity(value: float) -> str:
     return f"{significant(value, 3)}{_THOUSANDS[power]}"
 
 
-def short(value: float) -> str:
-    """As few digits as tell it, four at most: `1.5k`, `0.003`, `1.25e-5`, `2M`. For axes, which have room for seven characters,
-    as `short` in report/script.js; where numbers stand alone, those of `quantity` are steadier.
-    """
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-    return f"{value:.4g}"
-
-
 def memory(num_bytes: float) -> str:
-    """Bytes in binary units: `512 MiB`, `71.3 GiB`; `?` where it is not finite."""
+    """Bytes in binary units: `512 MiB`, `71.3 GiB`; `?` if it is not finite."""
     if not math.isfinite(num_bytes):
         return "?"
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -58,7 +45,7 @@ def memory(num_bytes: float) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """`value` with so many significant digits, plain where that is short, else as 2e-05; `nan`, `inf` as such."""
+    """`value` with `digits` significant digits, as 2e-05 if it is very small or large; `nan` and `inf` by name."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -71,5 +58,5 @@ def significant(value: float, digits: int = 4) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without control characters, which a terminal would obey; line ends and tabs stay."""
+    """`text` with control characters, which a terminal would obey, replaced; except newlines and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,4 +1,4 @@
-"""Where log messages go: one file a rank in the run's folder, and the console."""
+"""Where log messages go: one file per rank in the run's folder, and the console."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dist_trainer.storage.files import open_for_writing
 
 PACKAGE_LOGGER = "dist_trainer"
 PROGRESS_LOGGER = "dist_trainer.progress"
-"""What the progress bar shows already: goes to the file, and to a console only where that is no terminal."""
+"""For what the progress bar shows: goes to the file, and to the console unless that is a terminal."""
 
 
 def configure_logging(log_folder: Path | None, *, rank: int, is_terminal: bool | None = None) -> None:
     """Send this package's messages to `log_folder`/rank-N.log and to stderr; without a folder to stderr alone.
 
-    Rank 0 says everything, other ranks just warnings, under their number. Calling again replaces what the last call set
-    up. Other libraries' loggers stay as they are. `is_terminal` None: whether stderr is one. A log file that cannot be
-    written costs one warning.
+    On the console, rank 0 has all messages, other ranks only warnings, prefixed with the rank. Another call replaces the
+    handlers of the last one; other libraries' loggers are left alone. `is_terminal` None: whether stderr is one. If the file
+    cannot be written, there is one warning.
     """
     logger = logging.getLogger(PACKAGE_LOGGER)
     logger.setLevel(logging.INFO)
@@ -43,27 +43,27 @@ def configure_logging(log_folder: Path | None, *, rank: int, is_terminal: bool |
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to stderr, above the progress bar where there is one."""
+    """Writes to stderr, above the progress bar if there is one."""
 
     def __init__(self, rank: int, is_terminal: bool) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
-        # tqdm's own lock is shared with forked processes: one that is killed while it writes would hold it for good.
+        # tqdm's own lock is shared with forked processes: one that is killed while it writes would hold it forever.
         tqdm.set_lock(threading.RLock())
-        self._who = f"[rank {rank}] " if rank else ""
+        self._prefix = f"[rank {rank}] " if rank else ""
         self._with_time = not is_terminal
         if is_terminal:
             self.addFilter(lambda record: record.name != PROGRESS_LOGGER)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message, after the time where no one watches, and the level where it matters; with no secret in it, since what
-        a launcher starts has its console in a file.
+        """The message, with the time unless on a terminal, and the level from warnings up; secrets are masked, since launchers
+        write the console to files.
         """
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         time = f"{_TIME.formatTime(record, '%H:%M:%S')} " if self._with_time else ""
-        return masked(f"{time}{self._who}{level}{_MESSAGE.format(record)}")
+        return masked(f"{time}{self._prefix}{level}{_MESSAGE.format(record)}")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; a console that is gone disturbs nothing."""
+        """Write a record; a console that is gone is ignored."""
         try:
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
@@ -74,7 +74,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class RankFileHandler(logging.FileHandler):
-    """Appends to a file, through no link; a full disk disturbs nothing, and what did not fit is written once it does."""
+    """Appends to a file, not through a symlink; a full disk is ignored, and what did not fit is written once it does."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -85,7 +85,7 @@ class RankFileHandler(logging.FileHandler):
         return open(file, "a", encoding=self.encoding, errors=self.errors)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, with no secret in it: messages of libraries may hold addresses with passwords."""
+        """The line, with secrets masked: messages of libraries may contain addresses with passwords."""
         return masked(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""W&B, TensorBoard and trackio, each fed by a process of its own that follows metrics.jsonl, so that nothing in it can delay or
+"""W&B, TensorBoard and trackio, each in its own process that follows metrics.jsonl, so that nothing in it can delay or
 end training.
 
 Not a thread, because W&B hooks into its process (exception hook, exit hooks that wait for its server), and all three hold the

@@ -1,4 +1,4 @@
-"""Tokens a second, model FLOPs utilisation, peak memory: measured over the steps alone."""
+"""Tokens per second, model FLOPs utilisation (MFU), peak memory: measured over the steps only."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"V100-PCIE", {"fp16": 112 * _T}),
     (r"V100", {"fp16": 125 * _T}),
     (r"T4", {"fp16": 65 * _T}),
-    # NVIDIA, workstation and desktop: products with fp32 accumulation, as training needs them
+    # NVIDIA, workstation and desktop: with fp32 accumulation, as training needs it
     (r"RTX 6000 Ada", {"bf16": 364.2 * _T, "fp16": 364.2 * _T}),
     (r"RTX A6000", {"bf16": 154.8 * _T, "fp16": 154.8 * _T}),
     (r"RTX 5090(?! D)", {"bf16": 209.5 * _T, "fp16": 209.5 * _T}),
     (r"RTX 4090(?! D)", {"bf16": 165.2 * _T, "fp16": 165.2 * _T}),
     (r"RTX 3090(?! Ti)", {"bf16": 71.2 * _T, "fp16": 71.2 * _T}),
-    # AMD; torch sees each half of an MI250 or MI250X as a device of its own
+    # AMD; torch sees each half of an MI250 or MI250X as a separate device
     (r"MI355X", {"bf16": 2516.6 * _T, "fp16": 2516.6 * _T}),
     (r"MI350X", {"bf16": 2306.9 * _T, "fp16": 2306.9 * _T}),
     (r"(MI300X|MI325X)", {"bf16": 1307.4 * _T, "fp16": 1307.4 * _T}),
@@ -55,18 +55,18 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"MI250", {"bf16": 181 * _T, "fp16": 181 * _T}),
     (r"MI210", {"bf16": 181 * _T, "fp16": 181 * _T}),
 )
-"""Part of the device's name → its peak FLOP/s by number format, without sparsity; the first match counts.
+"""Part of a device's name → its peak FLOP/s by number format, without sparsity; the first match counts.
 
-From the makers' data sheets, where they say so halving figures given with sparsity. A power limit below the data sheet's
-lowers what can be reached, not what stands here. Turing and Volta have no bf16 units, hence no such entry.
+From the makers' data sheets; figures given with sparsity are halved. A power limit below the data sheet's lowers what can be
+reached, not these figures. Turing and Volta have no bf16 units, so no bf16 entry.
 """
 
 
 def peak_flops(name: str, dtype: str) -> float | None:
-    """Peak FLOP/s of the device called `name` in `dtype` (fp32, bf16, fp16); None where it is unknown, and for fp32.
+    """Peak FLOP/s of the device called `name` in `dtype` (fp32, bf16, fp16); None if it is unknown, and for fp32.
 
-    What fp32 reaches depends on whether its products may be computed in TF32, so no peak is claimed for it; nor for a
-    part of a GPU (MIG) or one in a laptop, whose names contain that of the whole.
+    The peak of fp32 depends on whether TF32 is allowed, so none is given; nor for a part of a GPU (MIG) or one in a laptop,
+    whose names contain that of the full GPU.
     """
     if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
         return None
@@ -77,7 +77,7 @@ def peak_flops(name: str, dtype: str) -> float | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held at once: tensors on a GPU, the whole process on a CPU."""
+    """Peak memory of this rank: tensors on a GPU, the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -85,7 +85,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class _Stopwatch:
-    """Sums up the seconds spent inside, and counts how often; not to be nested. No generator, which would cost more a step."""
+    """Adds up the seconds spent inside and counts the uses; cannot be nested. A generator would cost more per step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.is_open = False
@@ -107,7 +107,7 @@ class _Stopwatch:
 
 
 class Throughput:
-    """Measures from one logged step to the next, leaving out validation and saving."""
+    """Measures from one logged step to the next, without validation and saving."""
 
     def __init__(
         self,
@@ -117,25 +117,25 @@ class Throughput:
         flops_per_token: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`dtype` is what the products are computed in; `flops_per_token` is of forward and backward together."""
+        """`dtype` is that of the matrix products; `flops_per_token` is of forward and backward together."""
         self._device = world.device
         peak = peak_flops(device_name(world.device), dtype) if world.device.type == "cuda" else None
-        self._full_use = peak * world.world_size / flops_per_token if peak and flops_per_token else None
-        """Tokens a second at which every device would be at its peak."""
+        self._peak_tokens_per_second = peak * world.world_size / flops_per_token if peak and flops_per_token else None
+        """At which every device would be at its peak FLOP/s."""
         self._clock = clock
         self._paused, self._steps_within_pauses = _Stopwatch(clock), _Stopwatch(clock)
         self._data, self._stall = _Stopwatch(clock), _Stopwatch(clock)
         self.start(step=0, tokens=0)
 
     def start(self, *, step: int, tokens: int) -> None:
-        """Begin to measure, with `step` steps and `tokens` target tokens done."""
+        """Start measuring after `step` steps and `tokens` target tokens."""
         self._step, self._tokens = step, tokens
         for stopwatch in (self._paused, self._steps_within_pauses, self._data, self._stall):
             stopwatch.clear()
         self._started = self._clock()
 
     def paused(self) -> AbstractContextManager[None]:
-        """What happens inside is no part of the steps' time."""
+        """Time inside is not part of the steps."""
         return self._paused
 
     @property
@@ -144,30 +144,30 @@ class Throughput:
         return self._paused.is_open
 
     def waiting_for_data(self) -> AbstractContextManager[None]:
-        """What happens inside is part of the steps' time, and is shown as `data_seconds` too."""
+        """Time inside is part of the steps, and also counted in `data_seconds`."""
         return self._data
 
     def waiting_for_steps(self) -> AbstractContextManager[None]:
-        """What happens inside is part of the steps' time, even where that is paused: a GPU is still at them."""
+        """Time inside is part of the steps even while they are paused: the GPU has not finished them."""
         return self._steps_within_pauses if self._paused.is_open else nullcontext()
 
     def saving(self) -> AbstractContextManager[None]:
-        """What happens inside holds training up for a checkpoint, and is shown as `checkpoint_stall_ms`."""
+        """Time inside is training waiting for a checkpoint, counted in `checkpoint_stall_ms`."""
         return self._stall
 
     def measure(self, *, step: int, tokens: int) -> dict[str, float | int | None]:
-        """Rates since the last call, over all ranks, given the steps and target tokens done so far; begins anew.
+        """Rates over all ranks since the last call, given the steps and target tokens so far; starts the next measurement.
 
-        `tokens_per_second` counts tokens that carry a loss. `mfu` = tokens_per_second * flops_per_token / (ranks * peak):
-        the share of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
-        `checkpoint_stall_ms` is how long training stood still for checkpoints since the last call; None: there was none.
+        `tokens_per_second` counts target tokens. `mfu` = tokens_per_second * flops_per_token / (ranks * peak FLOP/s): the share
+        of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
+        `checkpoint_stall_ms` is how long training waited for checkpoints; None: there was none.
         """
         seconds = self._clock() - self._started - (self._paused.seconds - self._steps_within_pauses.seconds)
         steps = max(1, step - self._step)
         tokens_per_second = (tokens - self._tokens) / seconds if seconds > 0 else 0.0
         measured = {
             "tokens_per_second": tokens_per_second,
-            "mfu": tokens_per_second / self._full_use if self._full_use else None,
+            "mfu": tokens_per_second / self._peak_tokens_per_second if self._peak_tokens_per_second else None,
             "step_seconds": seconds / steps,
             "data_seconds": self._data.seconds / steps,
             "checkpoint_stall_ms": 1000 * self._stall.seconds if self._stall.count else None,

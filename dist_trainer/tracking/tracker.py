@@ -79,24 +79,11 @@ TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
 }
 
 
-class NullTracker:
-    """Takes everything, does nothing: for ranks other than 0."""
+class TrackerList:
+    """Passes each line to every tracker, if there are any; an error in one costs a warning and affects nothing else."""
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def sync(self) -> None:
-        """Nothing."""
-
-    def close(self, *, state: str, reason: str | None) -> None:
-        """Nothing."""
-
-
-class FanOut:
-    """Passes each line to every tracker; an error in one costs a warning and affects neither training nor the others."""
-
-    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
-        self._trackers = dict(trackers)
+    def __init__(self, trackers: Mapping[str, Tracker] | None = None) -> None:
+        self._trackers = dict(trackers or {})
         self._warned: set[str] = set()
 
     def log(self, line: dict[str, Any]) -> None:
@@ -128,7 +115,7 @@ class FanOut:
                 log.warning("tracking: %s failed (%s: %s); training continues", name, type(error).__name__, error)
 
 
-def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], Tracker]]) -> FanOut:
+def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], Tracker]]) -> TrackerList:
     """Every entry of TRACKERS (of EXPORTS only those enabled) and of `others`; one that cannot start costs a warning."""
     trackers: dict[str, Tracker] = {}
     for name, build in {**TRACKERS, **others}.items():
@@ -138,7 +125,7 @@ def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], T
             trackers[name] = build(run)
         except (Exception, SystemExit) as error:
             log.warning("tracking: %s cannot start (%s: %s); continuing without it", name, type(error).__name__, error)
-    return FanOut(trackers)
+    return TrackerList(trackers)
 
 
 def send_to_wandb(run: RunContext) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, StoppedError
 from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.models.loss import model_loss
-from dist_trainer.optim.evaluation_weights import evaluation_weights, training_weights
+from dist_trainer.models.registry import load_weights
+from dist_trainer.optim.evaluation_weights import evaluation_weights, set_training_weights, training_weights
 from dist_trainer.optim.registry import init_optimizer_state
 from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
 from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.tracking.throughput import Throughput
-from dist_trainer.tracking.tracker import NullTracker
+from dist_trainer.tracking.tracker import TrackerList
 from dist_trainer.training.callbacks import CallbackList, LineWriter, MetricsLogger
 from dist_trainer.training.garbage_collection import AgreedCollections
 from dist_trainer.training.last_save import finalize_checkpoint, stop_after_failed_saves
@@ -82,11 +84,10 @@ class Trainer:
         self.train_data, self.validation_data = train_data, validation_data
         self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
-        self.tracker: LineWriter = tracker if tracker is not None and world.is_main else NullTracker()
+        self.tracker: LineWriter = tracker if tracker is not None and world.is_main else TrackerList()
         self.token_bytes, self.metadata = token_bytes, metadata or {}
         self.callbacks = CallbackList([MetricsLogger(config.tracking.log_every_steps), *callbacks])
         self.progress = Progress()
-
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffers, self.garbage = Buffers(unwrap(model), world), AgreedCollections()
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
@@ -123,7 +124,7 @@ class Trainer:
         return result
 
     def _fit(self) -> TrainingResult:
-        pending_sample = self.progress.owes_sample
+        pending_sample = self.progress.has_pending_sample
         with self.world.stop_request.listen(), self.garbage:
             try:
                 self.callbacks.call("on_fit_start", self)
@@ -177,10 +178,10 @@ class Trainer:
 
     def restore(self, checkpoint: Path, progress: Progress) -> None:
         """Stand where `checkpoint` was taken, after `progress`. For all ranks; raises CheckpointError on all of them."""
-        verifies = self.world.local_rank == 0
-        run_and_share_errors(
-            self.world, lambda: restore(checkpoint, unwrap(self.model), self.optimizer, self.precision, verifies=verifies)
-        )
+        verifies, load_scaler = self.world.local_rank == 0, self.precision.load_state_dict
+        load = partial(restore, load_weights=load_weights, load_scaler=load_scaler, verifies=verifies)
+        weights = run_and_share_errors(self.world, lambda: load(checkpoint, unwrap(self.model), self.optimizer))
+        set_training_weights(self.optimizer, weights or {})
         self.progress, self._resumed = progress, checkpoint
         self.checkpoints.begin_with(progress.best)
         self.divergence.skipped_steps, self.divergence.skipped_in_a_row = progress.skipped_steps, progress.skipped_in_a_row
@@ -189,7 +190,7 @@ class Trainer:
     def has_finished(self) -> bool:
         """Whether nothing is left to do: neither a step nor the last validation, nor a sample that was broken off."""
         validated = self.validation_data is None or self.progress.validated_step == self.progress.step
-        return self.progress.step >= self.last_step and validated and not self.progress.owes_sample
+        return self.progress.step >= self.last_step and validated and not self.progress.has_pending_sample
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
@@ -337,13 +338,13 @@ class Trainer:
     def _save(self) -> None:
         with self.between_steps(), self.throughput.saving():
             self._at("saving")
-            self.progress.skipped_steps = self.divergence.skipped_steps
-            self.progress.skipped_in_a_row = self.divergence.skipped_in_a_row
-            is_best = self.progress.best_step == self.progress.step
-            self.checkpoints.save(self._take_snapshot, is_best=is_best, after=self.tracker.sync)
+            progress, watch = self.progress, self.divergence
+            progress.skipped_steps, progress.skipped_in_a_row = watch.skipped_steps, watch.skipped_in_a_row
+            self.checkpoints.save(self._take_snapshot, is_best=progress.best_step == progress.step, after=self.tracker.sync)
         self._is_saved = True
 
     def _take_snapshot(self) -> Snapshot:
-        goes_on = self.progress.step < self.last_step
-        parts = {"scaler": self.precision.state_dict(), "progress": self.progress, "metadata": self.metadata}
-        return take_snapshot(unwrap(self.model), self.optimizer, **parts, training_goes_on=goes_on, pinned=self.pinned)
+        parts: dict[str, Any] = {"scaler": self.precision.state_dict(), "progress": self.progress, "metadata": self.metadata}
+        parts |= {"is_last": self.progress.step >= self.last_step, "pinned": self.pinned}
+        with evaluation_weights(self.optimizer) as weights:
+            return take_snapshot(unwrap(self.model), self.optimizer, **parts, training_weights=weights)

@@ -49,10 +49,10 @@ def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_th
 def test_only_the_last_state_is_saved_without_a_copy(stories, tmp_path, monkeypatch, ends_by):
     copied = tmp_path / "copied"
 
-    def noting(*parts, training_goes_on, **others):
+    def noting(*parts, is_last, **others):
         with copied.open("a") as file:
-            file.write(f"{others['progress'].step} {training_goes_on}\n")
-        return take_snapshot(*parts, training_goes_on=training_goes_on, **others)
+            file.write(f"{others['progress'].step} {is_last}\n")
+        return take_snapshot(*parts, is_last=is_last, **others)
 
     monkeypatch.setattr(trainer, "take_snapshot", noting)
     config = small_config(stories, tmp_path, checkpoint__every_steps=4, validation__every_steps=0)
@@ -60,7 +60,7 @@ def test_only_the_last_state_is_saved_without_a_copy(stories, tmp_path, monkeypa
     run(config, 1, before=stop_after(6) if ends_by == "a signal" else None)
     saved = [line.split() for line in copied.read_text().splitlines()]
     assert status(config)["step"] >= last
-    assert [goes_on for _, goes_on in saved] == ["True"] * (len(saved) - 1) + ["False"]
+    assert [is_last for _, is_last in saved] == ["False"] * (len(saved) - 1) + ["True"]
     assert int(saved[-1][0]) == status(config)["step"]
 
 

@@ -115,16 +115,16 @@ def test_damage_between_the_choice_and_the_reading_is_noticed(run, undisturbed):
     """A disk need not give the same bits twice: what was read is compared, not only what was chosen."""
 
     def damage_when_read():
-        from dist_trainer.checkpoint import state
+        from dist_trainer.training import trainer
 
-        load_weights = state.load_weights
+        load_weights = trainer.load_weights
 
         def load(model, folder):
             if folder.name == "step-00000010":
                 flip_bit(folder / "model.safetensors")
             return load_weights(model, folder)
 
-        state.load_weights = load
+        trainer.load_weights = load
 
     ended = run.start(damage_when_read)
     assert ended.code == 0, ended.said

@@ -18,7 +18,7 @@ import pytest
 
 from dist_trainer.tracking import subprocess_tracker
 from dist_trainer.tracking.sink import LogCursor
-from dist_trainer.tracking.tracker import TRACKERS, FanOut, export_tracker
+from dist_trainer.tracking.tracker import TRACKERS, TrackerList, export_tracker
 from tests.faults.faults import kill
 from tests.faults.processes import children_of, is_alive, wait_until
 from tests.pace import allowed
@@ -78,7 +78,7 @@ class Trackers:
         export = export_tracker(context, "wandb")
         assert export._process is not None
         self.pid = export._process.pid
-        self._trackers = FanOut({"jsonl": TRACKERS["jsonl"](context), "wandb": export})
+        self._trackers = TrackerList({"jsonl": TRACKERS["jsonl"](context), "wandb": export})
 
     def log(self, *, up_to: int) -> None:
         """Lines, of which all but the last are handed to W&B when this returns."""

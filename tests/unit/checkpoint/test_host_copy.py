@@ -71,7 +71,7 @@ def take() -> Callable[..., Snapshot]:
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters())
 
-    def take_one(pinned: PinnedMemory | None, *, training_goes_on: bool = True) -> Snapshot:
+    def take_one(pinned: PinnedMemory | None, *, is_last: bool = False) -> Snapshot:
         model.linear(torch.ones(4)).sum().backward()
         optimizer.step()
         snapshot = take_snapshot(
@@ -80,7 +80,7 @@ def take() -> Callable[..., Snapshot]:
             scaler={},
             progress=Progress(1),
             metadata={},
-            training_goes_on=training_goes_on,
+            is_last=is_last,
             pinned=pinned,
         )
         assert all(torch.equal(snapshot.weights[name], tensor) for name, tensor in model.state_dict().items())
@@ -95,12 +95,12 @@ def address(snapshot: Snapshot) -> int:
     return snapshot.weights["linear.weight"].data_ptr()
 
 
-@pytest.mark.parametrize("training_goes_on", [True, False])
+@pytest.mark.parametrize("is_last", [False, True])
 @pytest.mark.parametrize("with_pinned_memory", [True, False])
 def test_copies_are_contiguous_apart_and_read_only_when_they_are_finished(
-    gpu, take, tmp_path: Path, with_pinned_memory, training_goes_on
+    gpu, take, tmp_path: Path, with_pinned_memory, is_last
 ):
-    snapshot = take(PinnedMemory() if with_pinned_memory else None, training_goes_on=training_goes_on)
+    snapshot = take(PinnedMemory() if with_pinned_memory else None, is_last=is_last)
     assert gpu.awaited == 1
     tensors = [*snapshot.weights.values(), *snapshot.optimizer_tensors.values()]
     assert all(tensor.is_contiguous() for tensor in tensors)

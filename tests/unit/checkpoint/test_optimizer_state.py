@@ -17,8 +17,8 @@ from dist_trainer.checkpoint.optimizer_state import (
     OPTIMIZER_FILE,
     STATE_FILE,
     FirstStepCheck,
+    check_is_savable,
     group_values,
-    refuse_what_cannot_be_saved,
     restore_optimizer,
     state_tensors,
     state_values,
@@ -162,7 +162,7 @@ def test_what_a_checkpoint_would_lose_is_refused_by_name(what: str, sentence: st
     FirstStepCheck(optimizer, model, saves=False, resumed=None).after_step()  # nothing is saved: nothing is lost
     if is_seen_before_the_step:
         with pytest.raises(ConfigError, match=sentence):
-            refuse_what_cannot_be_saved(optimizer, model)
+            check_is_savable(optimizer, model)
         return
     check = FirstStepCheck(optimizer, model, saves=True, resumed=None)
     optimizer.step()
@@ -179,4 +179,4 @@ def test_a_model_with_state_that_is_no_tensor_is_refused_by_name() -> None:
     with pytest.raises(
         ConfigError, match=r"model: its state_dict has '0\._extra_state', a dict, which cannot be saved; keep it as a"
     ):
-        refuse_what_cannot_be_saved(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        check_is_savable(torch.optim.SGD(model.parameters(), lr=0.1), model)

@@ -19,12 +19,12 @@ class Tied(nn.Module):
         self.register_buffer("part", torch.zeros(10)[:5])
 
 
-def snapshot(model: nn.Module, *, training_goes_on: bool) -> Snapshot:
+def snapshot(model: nn.Module, *, is_last: bool) -> Snapshot:
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    return take_snapshot(model, optimizer, scaler={}, progress=Progress(step=1), metadata={}, training_goes_on=training_goes_on)
+    return take_snapshot(model, optimizer, scaler={}, progress=Progress(step=1), metadata={}, is_last=is_last)
 
 
 def addresses(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -33,7 +33,7 @@ def addresses(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
 
 def test_while_training_goes_on_everything_is_a_copy():
     model = Tied()
-    taken = snapshot(model, training_goes_on=True)
+    taken = snapshot(model, is_last=False)
     assert not {*addresses(taken.weights).values()} & {*addresses(model.state_dict()).values()}
     before = {name: tensor.clone() for name, tensor in taken.weights.items()}
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_while_training_goes_on_everything_is_a_copy():
 
 def test_the_last_one_copies_only_what_could_not_be_written_as_it_is():
     model = Tied()
-    taken = snapshot(model, training_goes_on=False)
+    taken = snapshot(model, is_last=True)
     own, theirs = addresses(taken.weights), addresses(model.state_dict())
     assert {name for name in own if own[name] != theirs[name]} == {"head.weight", "part"}
     assert len({*own.values()}) == len(own)

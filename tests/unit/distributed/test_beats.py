@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dist_trainer.distributed.beats import UNLIMITED, Beat, Finding, Phase, decode_beat, encode_beat, judge
+from dist_trainer.distributed.beats import UNLIMITED, Beat, FailedRank, Phase, decode_beat, encode_beat, find_failed_ranks
 
 PATIENCE = 120.0
 LONG = 2 * PATIENCE
@@ -15,7 +15,7 @@ def beat(phase: Phase, *, idle: float = LONG, step: int = 6, longest_step: float
 
 
 def blamed(*beats: Beat, silent: tuple[float, ...] | None = None) -> list[int]:
-    return [finding.rank for finding in judge(beats, silent or (0.0,) * len(beats))]
+    return [failed.rank for failed in find_failed_ranks(beats, silent or (0.0,) * len(beats))]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,9 @@ def blamed(*beats: Beat, silent: tuple[float, ...] | None = None) -> list[int]:
 )
 def test_the_rank_that_is_behind_is_to_blame_and_not_those_that_wait_for_it(behind: Phase, waiting: Phase) -> None:
     assert blamed(beat(waiting), beat(behind), beat(waiting)) == [1]
-    assert judge([beat(behind), beat(waiting)], [0, 0]) == [Finding(0, "hangs: no progress for 240 s", beat(behind))]
+    assert find_failed_ranks([beat(behind), beat(waiting)], [0, 0]) == [
+        FailedRank(0, "made no progress for 240 s", beat(behind))
+    ]
 
 
 @pytest.mark.parametrize("phase", ["warming up", "reading data", "training", "backward", "logging", "validating"])
@@ -64,7 +66,7 @@ def test_patience_is_ten_times_the_longest_step_or_the_timeout_if_that_is_more()
 def test_a_silent_rank_is_named_after_the_timeout_however_long_steps_are() -> None:
     beats = [beat("training", longest_step=3600.0), beat("training", longest_step=3600.0)]
     assert blamed(*beats, silent=(0.0, PATIENCE - 1)) == []
-    assert judge(beats, [0.0, PATIENCE + 1]) == [Finding(1, "hangs: no sign of life for 121 s", beats[1])]
+    assert find_failed_ranks(beats, [0.0, PATIENCE + 1]) == [FailedRank(1, "stopped responding for 121 s", beats[1])]
 
 
 def test_a_rank_that_died_comes_before_all_others() -> None:

@@ -68,37 +68,37 @@ def test_the_longest_step_counts_what_a_rank_does_itself_from_its_first_step_on(
     heartbeat.mark("saving", step=43)
     clock[0] += 1000.0
     steps(heartbeat, clock, start=43, seconds=[1.0])
-    assert heartbeat._own_beat().longest_step_seconds == 8.0
+    assert heartbeat.beat().longest_step_seconds == 8.0
 
 
 def test_the_first_step_counts_only_until_there_is_another(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     for seconds, longest in ((60.0, 60.0), (2.0, 2.0), (1.0, 2.0)):
-        steps(heartbeat, clock, start=heartbeat._own_beat().step, seconds=[seconds])
-        assert heartbeat._own_beat().longest_step_seconds == longest
+        steps(heartbeat, clock, start=heartbeat.beat().step, seconds=[seconds])
+        assert heartbeat.beat().longest_step_seconds == longest
 
 
 def test_each_note_is_progress_also_in_the_same_phase(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     for _ in range(3):
         heartbeat.mark("validating", step=5)
-        assert heartbeat._own_beat().idle_seconds == 0.0
+        assert heartbeat.beat().idle_seconds == 0.0
         clock[0] += 7.0
-        assert heartbeat._own_beat() == Beat(5, "validating", 7.0, number=1)
+        assert heartbeat.beat() == Beat(5, "validating", 7.0)
 
 
 def test_time_in_which_the_whole_job_was_suspended_is_nobody_s_silence(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     steps(heartbeat, clock, start=0, seconds=[3.0, 3.0])
     heartbeat.mark("training", step=2)
-    heartbeat._changed[1] = heartbeat._clock.now()
+    heartbeat._peers.join([ProcessId.of(os.getpid())], patience_seconds=60.0)
     for seconds in (0.5, 9000.0, 0.5):
         heartbeat._clock.tick()
         clock[0] += seconds
-    assert heartbeat._silent_seconds(1) == 1.0
-    assert heartbeat._own_beat().idle_seconds == 1.0
+    assert heartbeat._peers.silent_seconds(0) == 1.0
+    assert heartbeat.beat().idle_seconds == 1.0
     heartbeat.mark("reading data", step=3)
-    assert heartbeat._own_beat().longest_step_seconds == 3.0
+    assert heartbeat.beat().longest_step_seconds == 3.0
 
 
 def test_the_first_step_s_patience_lasts_until_the_next_one_begins(clock: list[float]) -> None:

@@ -24,7 +24,7 @@ from dist_trainer.tracking.subprocess_tracker import (
     describe_run,
     format_exports,
 )
-from dist_trainer.tracking.tracker import TRACKERS, FanOut, export_tracker, send_to_wandb
+from dist_trainer.tracking.tracker import TRACKERS, TrackerList, export_tracker, send_to_wandb
 from dist_trainer.tracking.wandb_sink import WandbSink, run_id
 from tests.unit.tracking.runs import run_context, train_line, validation_line
 
@@ -47,7 +47,7 @@ def run_with_a_restart(folder: Path, entry: str, **tracking: Any) -> None:
     """Steps 1 to 3, killed there after the checkpoint of step 2, then 3 to 5."""
     for start, stop in ((0, 3), (2, 5)):
         run = run_context(folder, start_step=start, environment=COMMIT, **tracking)
-        trackers = FanOut({name: TRACKERS[name](run) for name in ("jsonl", entry)})
+        trackers = TrackerList({name: TRACKERS[name](run) for name in ("jsonl", entry)})
         for step in range(start + 1, stop + 1):
             trackers.log(train_line(step, LOSS[step]))
             if step in (2, 5):
@@ -154,7 +154,7 @@ def test_export_processes_that_do_not_answer_are_ended_after_one_patience_for_al
         assert process is not None
         process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    FanOut(trackers).close(state="preempted", reason="SIGTERM")
+    TrackerList(trackers).close(state="preempted", reason="SIGTERM")
     assert time.monotonic() - began < 1.4, "not 0.5 s after one another"
     assert [process.returncode for process in processes if process is not None] == [-signal.SIGKILL] * 3
     assert caplog.text.count("W&B did not finish within 0 s and was ended") == 3
@@ -167,7 +167,7 @@ def test_a_run_with_more_than_1023_open_files_ends_as_any_other(tmp_path, monkey
     assert tracker._pipe > 1023
     assert tracker._process is not None
     tracker._process.send_signal(signal.SIGSTOP)
-    FanOut({"wandb": tracker}).close(state="preempted", reason="SIGTERM")
+    TrackerList({"wandb": tracker}).close(state="preempted", reason="SIGTERM")
     assert "W&B did not finish within 0 s and was ended" in caplog.text
 
 

@@ -16,7 +16,7 @@ from dist_trainer.tracking.jsonl import JsonlTracker
 from dist_trainer.tracking.run_reader import complete_lines
 from dist_trainer.tracking.subprocess_tracker import SubprocessTracker
 from dist_trainer.tracking.throughput import Throughput, peak_flops
-from dist_trainer.tracking.tracker import TRACKERS, FanOut, NullTracker, build_tracker
+from dist_trainer.tracking.tracker import TRACKERS, TrackerList, build_tracker
 from tests.unit.tracking.runs import run_context, sample_line, train_line, validation_line
 
 
@@ -61,11 +61,11 @@ def test_what_is_made_up_for_at_the_step_of_a_resume_stands_once(tmp_path):
 
 
 def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, caplog):
-    class Broken(NullTracker):
+    class Broken(TrackerList):
         def log(self, line):
             raise RuntimeError("no")
 
-    trackers = FanOut({"broken": Broken(), "jsonl": JsonlTracker(tmp_path, 0)})
+    trackers = TrackerList({"broken": Broken(), "jsonl": JsonlTracker(tmp_path, 0)})
     with caplog.at_level(logging.WARNING):
         trackers.log(train_line(1))
         trackers.log(train_line(2))
@@ -82,7 +82,7 @@ def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkey
     for method in ("ask_to_finish", "close"):
         monkeypatch.setattr(SubprocessTracker, method, refuse)
     follower = SubprocessTracker.__new__(SubprocessTracker)
-    trackers = FanOut({"first": follower, "jsonl": JsonlTracker(tmp_path, 0), "last": follower})
+    trackers = TrackerList({"first": follower, "jsonl": JsonlTracker(tmp_path, 0), "last": follower})
     trackers.close(state="finished", reason=None)
     assert [record.message for record in caplog.records] == [
         f"tracking: {name} failed ({kind.__name__}: no); training continues" for name in ("first", "last")
