@@ -1,4 +1,4 @@
-"""`python -m dist_trainer.report RUN [RUN ...]`: the report of a run, or of several over one another."""
+"""`python -m dist_trainer.report RUN [RUN ...]`: the report of one or several runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dist_trainer.errors import EXIT_FINISHED, ConfigError
 from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.version import VERSION_LINE
 
-DESCRIPTION = "Write the report of a run, or of several over one another, as one HTML file."
+DESCRIPTION = "Write the report of one or several runs as one HTML file."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def run(argv: Sequence[str] | None) -> int:
         "--output",
         metavar="FILE",
         type=user_path,
-        help="the file to write (default: the run's report.html; of several, compared.html in the first one's folder)",
+        help="the file to write (default: report.html in the run's folder, or compared.html in the first run's)",
     )
     parser.add_argument("--version", action="version", version=VERSION_LINE)
     arguments = parser.parse_args(argv)

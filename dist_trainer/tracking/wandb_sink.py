@@ -67,7 +67,7 @@ class WandbSink:
         self._run.finish(exit_code=0 if state == "finished" else 1)
         if self._is_online and not self._gave_up():
             self._cursor.mark_synced(self._folder, FOLDER)
-            _mark_as_synced(self._folder / FOLDER, self._run.id)
+            _mark_offline_files_synced(self._folder / FOLDER, self._run.id)
 
     def summary(self) -> str:
         """Where the run is, or how to send it there."""
@@ -121,7 +121,7 @@ def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
     return chosen
 
 
-def _mark_as_synced(folder: Path, identity: str) -> None:
+def _mark_offline_files_synced(folder: Path, identity: str) -> None:
     """Let `wandb sync` skip what was recorded offline: the server has it by now."""
     for recorded in folder.glob(f"offline-run-*/run-{identity}.wandb"):
         recorded.with_suffix(".wandb.synced").touch()

@@ -60,13 +60,11 @@ def offline_records(folder: Path) -> list[dict[str, Any]]:
     """All W&B files of a run, in order, by wandb's own tool."""
     logs = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     assert len(logs) == 2, "one for each attempt"
-    found: list[dict[str, Any]] = []
-    for log in logs:
-        words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-        done = subprocess.run(words, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found += [json.loads(line) for line in done.stdout.splitlines()]
-    return found
+    words = [sys.executable, "-m", "wandb", "leet", "inspect", "--json"]
+    tools = [subprocess.Popen([*words, str(log)], stdout=subprocess.PIPE, text=True) for log in logs]
+    outputs = [tool.communicate()[0] for tool in tools]
+    assert [tool.returncode for tool in tools] == [0, 0]
+    return [json.loads(line) for output in outputs for line in output.splitlines()]
 
 
 def of_kind(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

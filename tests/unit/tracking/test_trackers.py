@@ -81,8 +81,8 @@ def test_nothing_that_a_tracker_does_at_the_end_reaches_the_run(tmp_path, monkey
 
     for method in ("ask_to_finish", "close"):
         monkeypatch.setattr(SubprocessTracker, method, refuse)
-    follower = SubprocessTracker.__new__(SubprocessTracker)
-    trackers = TrackerList({"first": follower, "jsonl": JsonlTracker(tmp_path, 0), "last": follower})
+    export = SubprocessTracker.__new__(SubprocessTracker)
+    trackers = TrackerList({"first": export, "jsonl": JsonlTracker(tmp_path, 0), "last": export})
     trackers.close(state="finished", reason=None)
     assert [record.message for record in caplog.records] == [
         f"tracking: {name} failed ({kind.__name__}: no); training continues" for name in ("first", "last")
