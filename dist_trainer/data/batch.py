@@ -1,4 +1,4 @@
-"""`Batch`: what loaders yield and models learn from. B batch, T sequence."""
+"""`Batch`: what loaders yield and models train on, and how batches get to the device. B batch, T sequence."""
 
 from __future__ import annotations
 
@@ -12,55 +12,56 @@ import torch
 from torch import Tensor
 
 IGNORED_TARGET = -100
-"""Target of a position that carries no loss (padding, prompts), as in torch and Hugging Face."""
+"""Target of a position that is not trained on (padding, prompts), as in torch and Hugging Face."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens and what should follow each of them."""
+    """Sequences of tokens, and the token that follows each of them."""
 
     input_ids: Any
-    """int64, B x T. From a data set of your own any inputs: a tensor, or tensors in dictionaries and lists, B first."""
+    """int64, B x T. From a user's own data set any inputs: a tensor, or tensors in dictionaries and lists, B first."""
     targets: Tensor
-    """int64, B x T: the token that follows, or IGNORED_TARGET. From a data set of your own of any shape, B first."""
+    """int64, B x T: the token that follows, or IGNORED_TARGET. From a user's own data set of any shape, B first."""
 
     document_ids: Tensor | None = None
-    """int32, B x T: the number of each token's document within its row, ascending, where documents must not attend to each
-    other; None: a row is one whole."""
+    """int32, B x T: the number of each token's document in its sequence, ascending, if documents must not attend to each
+    other; None: attention over the complete sequence."""
 
     counted_targets: int | None = field(default=None, init=False, repr=False, compare=False)
-    """What `num_targets` tells, where `split` has counted it; of what is made of this batch it is counted anew."""
+    """The result of `num_targets`, if `split` has counted already; batches derived from this one count again."""
 
     def num_targets(self) -> int:
-        """Positions that carry a loss; call it while the batch is in host memory, where counting waits for nothing."""
+        """Positions that are trained on. Call it while the batch is in host memory, where counting waits for nothing."""
         if self.counted_targets is not None:
             return self.counted_targets
         return int(np.count_nonzero(self.targets.numpy() != IGNORED_TARGET))
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, copied without waiting where its memory is pinned."""
-        return self._each(lambda part: part.to(device, non_blocking=True))
+        """The same batch on `device`, copied asynchronously if its memory is pinned."""
+        return self._map(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (torch's DataLoader calls this)."""
-        return self._each(Tensor.pin_memory)
+        return self._map(Tensor.pin_memory)
 
     def shortened(self, by: int) -> Batch:
-        """The same rows without their last `by` positions."""
-        return self if by == 0 else self._each(lambda part: part[:, : part.shape[1] - by].contiguous())
+        """The sequences without their last `by` positions."""
+        return self if by == 0 else self._map(lambda part: part[:, : part.shape[1] - by].contiguous())
 
     def widened(self, length: int) -> Batch:
-        """Rows of `length` positions, each repeated from its beginning to fill them."""
+        """Sequences of `length` positions, each repeated from its beginning to fill them."""
         repeats = -(-length // self.input_ids.shape[1])
-        return self if repeats == 1 else self._each(lambda part: part.repeat(1, repeats)[:, :length].contiguous())
+        return self if repeats == 1 else self._map(lambda part: part.repeat(1, repeats)[:, :length].contiguous())
 
     def first_sequences(self, count: int) -> Batch:
-        """The first `count` of its rows."""
-        return self._each(lambda part: part[:count])
+        """The first `count` sequences."""
+        return self._map(lambda part: part[:count])
 
     def split(self, count: int) -> list[Batch]:
-        """Batches of `count` of its rows each, the last one of what is left, and their targets counted: all at once, since
-        each call costs a small model's step more than what it does.
+        """Batches of `count` sequences each, the last one of the rest, with their targets counted.
+
+        All at once: for a small model each call would cost a step more than its work.
         """
         input_ids, targets = self.input_ids.split(count), self.targets.split(count)
         document_ids = [None] * len(input_ids) if self.document_ids is None else self.document_ids.split(count)
@@ -72,49 +73,49 @@ class Batch:
         return batches
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory of the batch until `stream` has done what it was told so far, even if it is let go of here."""
+        """Keep the batch's memory until `stream` has finished its work so far, even if the batch is released earlier."""
 
         def record(part: Tensor) -> Tensor:
             part.record_stream(stream)
             return part
 
-        self._each(record)
+        self._map(record)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        document_ids = None if self.document_ids is None else change(self.document_ids)
-        return Batch(_each_tensor(self.input_ids, change), change(self.targets), document_ids)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        document_ids = None if self.document_ids is None else function(self.document_ids)
+        return Batch(_map_tensors(self.input_ids, function), function(self.targets), document_ids)
 
 
-def _each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Tensor):
-        return change(inputs)
+        return function(inputs)
     if isinstance(inputs, Mapping):
-        return {name: _each_tensor(part, change) for name, part in inputs.items()}
+        return {name: _map_tensors(part, function) for name, part in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return [_each_tensor(part, change) for part in inputs]
+        return [_map_tensors(part, function) for part in inputs]
     return inputs
 
 
 class DeviceCopy:
-    """On GPUs copies run on a stream of their own, beside the kernels; on CPUs there is nothing to copy."""
+    """Copies batches to a GPU on a stream of its own, while the device computes. On CPUs there is nothing to copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def start(self, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches on the device; not to be read before `wait`. Those that are pinned are copied without waiting."""
+        """The batches on the device, not to be read before `wait`. Pinned ones are copied asynchronously."""
         if self._device.type == "cpu":
             return list(batches)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             return [batch.to(self._device) for batch in batches]
 
     def wait(self, batches: Sequence[Batch]) -> None:
-        """Have the device, not the host, wait until these have arrived."""
+        """Make the device, not the host, wait until these batches are copied."""
         if self._stream is None:
             return
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         for batch in batches:
-            # Their memory came from the other stream's pool, and must not go back there before the step has read it.
+            # Their memory belongs to the copying stream's pool, and must not return there before the step has read it.
             batch.record_stream(computing)

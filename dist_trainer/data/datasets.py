@@ -1,4 +1,4 @@
-"""`DATASETS`: what data.dataset can name. A source has splits; a split gives its records and a digest of its content."""
+"""`DATASETS`: what data.dataset can name. A source has splits; a split has records and a digest of its content."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ TRAIN_WORDS = ("train", "training")
 VALIDATION_WORDS = ("validation", "valid", "val", "dev", "eval")
 TEST_WORDS = ("test", "testing")
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
-"""What the `datasets` library writes beside data."""
+"""What the `datasets` library writes next to the data."""
 BESIDE_DATA = ("readme", "license", "licence", "notice", "citation", "changelog", "requirements")
-"""What people write beside data, as names of files begin."""
+"""Beginnings of the names of files about the data."""
 NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a name in the config stands for."""
+    """The splits of a data set."""
 
     name: str
     train: Split
     validation: Split | None = None
     others: Mapping[str, Split] = field(default_factory=dict)
-    """Further splits by name, such as test, which are only read if data.validation_split names them."""
+    """Further splits by name, such as test, which are read only if data.validation_split names them."""
 
     def held_out(self, name: str | None) -> Split | None:
-        """The split that data.validation_split names; null: the validation split, if there is one. Raises DataError."""
+        """The split `name` (data.validation_split); None: the validation split, if there is one. Raises DataError."""
         if name is None:
             return self.validation
         splits = (
@@ -74,9 +74,9 @@ DATASETS: dict[str, Callable[[DataConfig], Source]] = {"austen": austen}
 
 
 def open_source(name: str, config: DataConfig, *, key: str = "data.dataset") -> Source:
-    """The source that `name` means: a row of DATASETS, "package.module:function", a local path, or a Hub data set.
+    """The source called `name`: an entry of DATASETS, "package.module:function", a local path, or a Hub data set.
 
-    Raises DataError naming the `key` that holds the name, the path or data set, and the remedy.
+    Raises DataError that names the config key `key`, the path or data set, and the remedy.
     """
     if name in DATASETS or (":" in name and not user_path(name).exists()):
         return build(DATASETS, name, key, config, kind=Source)
@@ -88,35 +88,35 @@ def open_source(name: str, config: DataConfig, *, key: str = "data.dataset") -> 
 
 def _path_or_hub_source(name: str, config: DataConfig, key: str) -> Source:
     path = user_path(name)
-    if _is_meant_as_path(name) or (path.exists() and config.dataset_config is None):
+    if _is_path(name) or (path.exists() and config.dataset_config is None):
         if not path.exists():
             raise DataError(f"{name} does not exist; give a file, a folder, a Hub name, or austen")
-        if not _is_meant_as_path(name) and not path.suffix:
+        if not _is_path(name) and not path.suffix:
             log.warning("%s: %s is taken as the local path ./%s, not as a Hub data set", key, name, name)
-        return _local_source(path, config, key)
+        return _local_source(path, config)
     return _from_splits(name, hub_splits(name, config))
 
 
-def _is_meant_as_path(name: str) -> bool:
+def _is_path(name: str) -> bool:
     return not is_hub_name(name) or format_suffix(Path(name)) in DATA_SUFFIXES or name.endswith(COMPRESSIONS)
 
 
-def _local_source(path: Path, config: DataConfig, key: str) -> Source:
+def _local_source(path: Path, config: DataConfig) -> Source:
     is_saved = is_arrow_folder(path)
     declares_configs = not is_saved and _declares_configs(path)
     if not declares_configs:
-        _refuse_config_name(str(path), config)
+        _check_config_name(str(path), config)
     if path.is_file():
         return Source(str(path), files_split([path], config))
     if is_saved or declares_configs:
         return _from_splits(str(path), arrow_folder_splits(path, config))
-    by_split, of_test = _files_by_split(path, key, reads_test=config.validation_split == "test")
+    by_split, test_files = _files_by_split(path, reads_test=config.validation_split == "test")
     source = _from_splits(str(path), {name: files_split(files, config) for name, files in by_split.items()})
-    return replace(source, others={**source.others, "test": files_split(of_test, config)}) if of_test else source
+    return replace(source, others={**source.others, "test": files_split(test_files, config)}) if test_files else source
 
 
-def _refuse_config_name(name: str, config: DataConfig) -> None:
-    """Raises ConfigError where data.dataset_config is set and no data set that the config names can heed it."""
+def _check_config_name(name: str, config: DataConfig) -> None:
+    """Raises ConfigError if data.dataset_config is set and none of the data sets in the config has configurations."""
     others = {config.dataset, config.validation_dataset or name} - {name}
     if config.dataset_config is not None and all(user_path(other).exists() for other in others):
         raise ConfigError(
@@ -136,7 +136,7 @@ def _from_splits(name: str, splits: dict[str, Split]) -> Source:
 
 
 def files_split(files: Iterable[Path], config: DataConfig) -> Split:
-    """The records of local files, one file after the other."""
+    """The records of local files, in order of their paths."""
     paths = sorted(files)
     columns, optional = required_columns(config), optional_columns(config)
 
@@ -148,50 +148,49 @@ def files_split(files: Iterable[Path], config: DataConfig) -> Split:
     return Split(description, records, files=paths, column_names=lambda: column_names(paths[0]))
 
 
-def _files_by_split(folder: Path, key: str, *, reads_test: bool) -> tuple[dict[str, list[Path]], list[Path]]:
-    """All data files under `folder`, by the split that their name or folder tells (without such a word: train); and those of
-    the test split, if there are others. Logs how many are read (`reads_test`: of the test split too), and what is left out.
+def _files_by_split(folder: Path, *, reads_test: bool) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The data files under `folder` by split, and separately those of the test split if there are other splits.
+
+    Logs how many files are read (including the test split if `reads_test`), and what is skipped.
     """
     all_files, unreadable = _files_under(folder)
     found = [path for path in all_files if not _is_hidden(path.relative_to(folder))]
-    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _tells_of_the_data(path.name)]
+    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _is_about_data(path.name)]
     if not files:
         seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
         raise DataError(f"{folder} has no file of type {ALL_SUFFIXES}{seen}")
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_word(path.relative_to(folder)), []).append(path)
-    of_test = by_split.pop("test") if "test" in by_split and len(by_split) > 1 else []
+    test_files = by_split.pop("test") if "test" in by_split and len(by_split) > 1 else []
     ignored = sorted(set(found) - set(files))
-    left_out = {
-        "not data": _some(ignored, folder),
-        "test split": "" if reads_test else _some(of_test, folder),
+    skipped = {
+        "not data": _format_names(ignored, folder),
+        "test split": "" if reads_test else _format_names(test_files, folder),
         "hidden": counted(len(all_files) - len(found), "file") if len(all_files) > len(found) else "",
-        "may not be read": _some(unreadable, folder),
+        "no permission": _format_names(unreadable, folder),
     }
-    told = "".join(f"; left out ({why}): {what}" for why, what in left_out.items() if what)
-    is_loss = unreadable or any(format_suffix(path) in OTHER_FORMATS for path in ignored)
+    is_suspicious = unreadable or any(format_suffix(path) in OTHER_FORMATS for path in ignored)
     log.log(
-        logging.WARNING if is_loss else logging.INFO,
-        "%s: %s read of %s%s",
-        key,
-        counted(len(files) - (0 if reads_test else len(of_test)), "file"),
+        logging.WARNING if is_suspicious else logging.INFO,
+        "read %s from %s%s",
+        counted(len(files) - (0 if reads_test else len(test_files)), "file"),
         folder,
-        told,
+        "".join(f"; skipped ({why}): {names}" for why, names in skipped.items() if names),
     )
-    return by_split, of_test
+    return by_split, test_files
 
 
 def _files_under(folder: Path) -> tuple[list[Path], list[Path]]:
-    """All files under `folder`, sorted, through links to folders too, and the folders that may not be read.
+    """All files under `folder`, sorted, also through links to folders; and the folders that cannot be listed.
 
-    A folder that several paths lead to is read once, so links that lead back into the tree end. A link that leads nowhere
-    counts as a file, which cannot be read. Raises DataError if `folder` itself cannot be.
+    A folder that several paths lead to is read once, so cycles of links end. A broken link counts as a file, which cannot be
+    read. Raises DataError if `folder` itself cannot be listed.
     """
     files: list[Path] = []
     errors: list[OSError] = []
     seen: set[str] = set()
-    waiting = [folder]  # and then the links in it, once everything else is known
+    waiting = [folder]  # then the links in it, after everything else
     for top in waiting:
         for path, folders, names in os.walk(top, onerror=errors.append):
             real = os.path.realpath(path)
@@ -207,14 +206,14 @@ def _files_under(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(files), unreadable
 
 
-def _some(paths: list[Path], folder: Path) -> str:
-    """The first names, and how many there are beside them."""
+def _format_names(paths: list[Path], folder: Path) -> str:
+    """The first names, and how many more there are."""
     more = f" and {counted(len(paths) - NAMES_SHOWN, 'file')} more" if len(paths) > NAMES_SHOWN else ""
     return ", ".join(str(path.relative_to(folder)) for path in paths[:NAMES_SHOWN]) + more
 
 
 def _split_word(path: Path) -> str:
-    """train, validation or test, by the words in the file's name, else in its folders' names."""
+    """train, validation or test, by words in the file's name, else in its folders' names; else train."""
     for part in reversed(path.parts):
         words = set(re.split(r"[^a-z]+", part.lower()))
         for name, synonyms in (("validation", VALIDATION_WORDS), ("test", TEST_WORDS), ("train", TRAIN_WORDS)):
@@ -223,7 +222,7 @@ def _split_word(path: Path) -> str:
     return "train"
 
 
-def _tells_of_the_data(name: str) -> bool:
+def _is_about_data(name: str) -> bool:
     return name in METADATA or name.lower().startswith(BESIDE_DATA)
 
 
@@ -232,7 +231,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _declares_configs(folder: Path) -> bool:
-    """Whether README.md says, as data sets on the Hub do, which files make which split."""
+    """Whether README.md declares the files of each split, as data sets on the Hub do."""
     readme = folder / "README.md"
     if not readme.is_file():
         return False

@@ -1,13 +1,12 @@
-"""Rows of tokens from text, all of which carries loss: packed, or one document a row. T is data.sequence_length, B the rows of
-a batch.
+"""Sequences from text that is all trained on: packed, or one document per sequence. T is data.sequence_length, B the sequences
+of a batch.
 
-Packed, the documents of a split are one long stream of N tokens (each document ends with EOS), and row i is the T + 1
-tokens from i * T on: its first T are what the model reads, its last T what it should have said. So every token but the
-very first is a target exactly once; only the last row is padded.
+Packed, the documents of a split are one long stream of N tokens (each document ends with EOS), and sequence i is the T + 1
+tokens from position i * T: the first T are the inputs, the last T the targets. So every token but the very first is a target
+exactly once; only the last sequence is padded.
 
-Where documents are kept apart (data.document_mask), each token's document goes with it, and no document has to say how the
-next one begins: every token but the first of each document is a target exactly once, as with one document a row. The
-borders are those of the token store, not where an EOS stands: text may contain its spelling.
+With data.document_mask, each token comes with its document's number, and the first token of a document is not a target, as with
+one document per sequence. Document borders are those of the token store, not the EOS tokens: text may contain their spelling.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from dist_trainer.data.token_store import TokenStore
 
 
 class TokenStream:
-    """Some documents of a store, end to end, in the store's order."""
+    """Some documents of a store, concatenated in the store's order."""
 
     def __init__(self, store: TokenStore, spans: np.ndarray | None = None) -> None:
-        """`spans` [documents, 2] are [start, end) token positions in the store, ascending. None: everything, as one."""
+        """`spans` [documents, 2] are [start, end) positions in the store, ascending. None: everything, as one document."""
         starts, ends = np.array([[0, len(store.tokens)]] if spans is None else spans, dtype=np.int64).reshape(-1, 2).T
         segments = np.flatnonzero(np.append(True, starts[1:] != ends[:-1])[: len(starts)])
-        self._tokens = np.asarray(store.tokens)  # the same memory map, without what np.memmap costs at each call
+        self._tokens = np.asarray(store.tokens)  # the same memory map, without the overhead of np.memmap per call
         self._document_ends = (ends - starts).cumsum()
-        # Runs of documents that also stand end to end in the store: where they begin there and here; and the end.
+        # Segments are documents that are adjacent in the store, too: where they begin there and in the stream, and the end.
         self._starts = starts[segments]
         self._virtual = np.append((self._document_ends - (ends - starts))[segments], len(self))
 
@@ -40,27 +39,27 @@ class TokenStream:
         return int(self._document_ends[-1]) if len(self._document_ends) else 0
 
     def gather(self, positions: np.ndarray, length: int) -> np.ndarray:
-        """The `length` tokens from each of `positions` [B] on, all rows at once: [B, length] in the store's type.
+        """The `length` tokens from each of `positions` [B], all at once: [B, length] in the store's type.
 
-        After the stream's end anything may stand.
+        Arbitrary values follow the end of the stream.
         """
         segments, end_segments = (
-            self._virtual.searchsorted(places, side="right") - 1 for places in (positions, positions + (length - 1))
+            self._virtual.searchsorted(edge, side="right") - 1 for edge in (positions, positions + (length - 1))
         )
         if len(self._tokens) < length:
             rows = np.zeros((len(positions), length), self._tokens.dtype)
         else:
-            # Every place of the store as a row's beginning, which copies nothing: rows are copied whole, at memory's speed.
-            places, stride = len(self._tokens) - length + 1, self._tokens.strides[0]
-            windows = np.ndarray((places, length), self._tokens.dtype, self._tokens, strides=(stride, stride))
+            # A view of all windows of the store, which copies nothing: each sequence is then copied at once, at memory speed.
+            num_windows, stride = len(self._tokens) - length + 1, self._tokens.strides[0]
+            windows = np.ndarray((num_windows, length), self._tokens.dtype, self._tokens, strides=(stride, stride))
             starts = positions + (self._starts - self._virtual[:-1])[segments]
-            rows = windows[np.minimum(starts, places - 1)]
+            rows = windows[np.minimum(starts, num_windows - 1)]
         for row in (segments != end_segments).nonzero()[0]:
             self._read_into(rows[row], int(positions[row]), int(segments[row]))
         return rows
 
     def _read_into(self, out: np.ndarray, position: int, segment: int) -> None:
-        """Copy tokens from `position` on, in `segment`, into `out`, as far as there are any, segment by segment."""
+        """Copy tokens from `position`, which is in `segment`, into `out`, segment by segment, up to the end of the stream."""
         done, wanted = 0, min(len(out), len(self) - position)
         while done < wanted:
             inside = position + done - int(self._virtual[segment])
@@ -71,10 +70,8 @@ class TokenStream:
             segment += 1
 
     def borders(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column (from 1 on) of each token in `gather`'s rows that begins a document, or follows the last one."""
-        first, end = (
-            self._document_ends.searchsorted(places, side="right") for places in (positions, positions + (length - 1))
-        )
+        """Row and column (from 1) in the result of `gather` of each token that begins a document, or follows the last one."""
+        first, end = (self._document_ends.searchsorted(edge, side="right") for edge in (positions, positions + (length - 1)))
         counts = end - first
         rows = np.arange(len(positions)).repeat(counts)
         numbers = np.arange(len(rows)) + (first - (counts.cumsum() - counts))[rows]
@@ -82,7 +79,7 @@ class TokenStream:
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Rows of a stream; see the top of this file."""
+    """Sequences of a stream; see the top of this file."""
 
     def __init__(
         self,
@@ -106,7 +103,7 @@ class PackedDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """All rows of a micro-batch at once."""
+        """All sequences of a micro-batch at once."""
         T = self.sequence_length
         positions = np.array(indices, dtype=np.int64) * T
         rows = self.stream.gather(positions, T + 1)
@@ -128,24 +125,24 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def identity_collate(batch: Batch) -> Batch:
-    """The collate function of rows that read a whole micro-batch at once."""
+    """The collate function of data sets that read a micro-batch at once."""
     return batch
 
 
 class DocumentDataset(torch.utils.data.Dataset):
-    """One document a row, of at most T + 1 tokens; a longer one goes on in further rows, so that no target is lost."""
+    """One document per sequence of at most T + 1 tokens; a longer one continues in further sequences, so no target is lost."""
 
     varies_in_length = True
     """Batches are as long as their longest document."""
 
     def __init__(self, store: TokenStore, spans: np.ndarray, sequence_length: int) -> None:
-        self._tokens = np.asarray(store.tokens)  # the same memory map, without what np.memmap costs at each call
+        self._tokens = np.asarray(store.tokens)  # the same memory map, without the overhead of np.memmap per call
         starts, ends = spans.T
-        rows = -(-np.maximum(0, ends - starts - 1) // sequence_length)
-        first_row = np.repeat(np.cumsum(rows) - rows, rows)
-        begins = np.repeat(starts, rows) + (np.arange(rows.sum()) - first_row) * sequence_length
+        counts = -(-np.maximum(0, ends - starts - 1) // sequence_length)
+        first_sequence = np.repeat(np.cumsum(counts) - counts, counts)
+        begins = np.repeat(starts, counts) + (np.arange(counts.sum()) - first_sequence) * sequence_length
         self._begins = begins
-        self._ends = np.minimum(begins + sequence_length + 1, np.repeat(ends, rows))
+        self._ends = np.minimum(begins + sequence_length + 1, np.repeat(ends, counts))
         self.fingerprint = store.key
 
     def __len__(self) -> int:
@@ -157,22 +154,22 @@ class DocumentDataset(torch.utils.data.Dataset):
 
 
 class PaddingCollator:
-    """Pads documents to the longest of them, through transformers' own collator; padding carries no loss."""
+    """Pads documents to the longest of them, with transformers' collator; padding is not trained on."""
 
     def __init__(self, tokenizer: Any) -> None:
         from transformers import DataCollatorForLanguageModeling
 
-        # Some published tokenizers pad on the left, where a decoder without a mask would attend to it.
-        on_the_right = copy.deepcopy(tokenizer)
-        on_the_right.padding_side = "right"
-        self._collate = DataCollatorForLanguageModeling(on_the_right, mlm=False)
+        # Some tokenizers pad on the left, where a decoder without a mask would attend to the padding.
+        right_padding = copy.deepcopy(tokenizer)
+        right_padding.padding_side = "right"
+        self._collate = DataCollatorForLanguageModeling(right_padding, mlm=False)
 
-    def __call__(self, rows: list[Tensor]) -> Batch:
-        """A Batch of rows. Their lengths tell padding, for the padding token may be the EOS, which does count.
+    def __call__(self, documents: list[Tensor]) -> Batch:
+        """A Batch of these documents. Padding is found by their lengths: the padding token may be the EOS, which is a target.
 
-        The collator gets tensors, which it copies whole; dictionaries it would take apart token by token.
+        The collator is given tensors, since it copies dictionaries token by token.
         """
-        ids = self._collate(rows)["input_ids"]
-        lengths = torch.tensor([len(row) for row in rows])
-        after_the_end = torch.arange(1, ids.shape[1]) >= lengths[:, None]
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(after_the_end, IGNORED_TARGET))
+        ids = self._collate(documents)["input_ids"]
+        lengths = torch.tensor([len(document) for document in documents])
+        is_padding = torch.arange(1, ids.shape[1]) >= lengths[:, None]
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(is_padding, IGNORED_TARGET))

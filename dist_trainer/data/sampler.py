@@ -1,9 +1,9 @@
-"""Which rank reads which row when: one global order, a function of (seed, position) alone.
+"""Which rank reads which sequence when: one global order, a function of (seed, position) alone.
 
-The rows of epoch 0, 1, 2, ... stand one after the other, each epoch in an order of its own. Global batch s is the next
-global_batch_size rows. It is cut into blocks of micro_batch_size rows, and block j goes to rank j % world_size as that
-rank's micro-batch j // world_size. So neither the number of ranks nor of accumulation steps changes what a step learns
-from, and going on from step s needs nothing but s.
+The sequences of epoch 0, 1, 2, ... follow one another, each epoch in a different order. Global batch s is the next
+global_batch_size sequences. It is divided into blocks of micro_batch_size sequences, and block j goes to rank j % world_size
+as that rank's micro-batch j // world_size. So neither the number of ranks nor of accumulation steps changes what a step
+trains on, and resuming at step s needs nothing but s.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ from torch.utils.data import Dataset, DistributedSampler
 from dist_trainer.config.schema import BatchConfig
 from dist_trainer.errors import ConfigError
 
-ROWS_AT_A_TIME = 2048
-"""Rows whose place in the order is computed at once, half a millisecond's work; fewer cost more each."""
+SEQUENCES_AT_ONCE = 2048
+"""Sequences whose place in the order is computed at once, in half a millisecond; fewer would cost more each."""
 VALIDATION_SEQUENCES = 8
-"""Rows at a time in validation, where batch.micro_batch_size does not say; without gradients few are enough."""
+"""Largest micro-batch of validation if batch.micro_batch_size is not set; without gradients few sequences are enough."""
 _ROUNDS = 6
 
 
 def sequences_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
-    """Rows of one forward pass of one rank. Raises ConfigError where those of all ranks do not make a global batch."""
+    """Sequences per forward pass of a rank. Raises ConfigError if ranks and micro-batches do not divide the global batch."""
     if batch.micro_batch_size is None:
         if batch.global_batch_size % world_size:
             raise ConfigError(
                 f"batch.global_batch_size ({batch.global_batch_size}) must be a multiple of the number of ranks ({world_size})"
             )
         return batch.global_batch_size // world_size
-    together = batch.micro_batch_size * world_size
-    if batch.global_batch_size % together:
+    per_pass = batch.micro_batch_size * world_size
+    if batch.global_batch_size % per_pass:
         raise ConfigError(
             f"batch.global_batch_size ({batch.global_batch_size}) must be a multiple of batch.micro_batch_size x ranks "
-            f"({batch.micro_batch_size} x {world_size} = {together} sequences)"
+            f"({batch.micro_batch_size} x {world_size} = {per_pass} sequences)"
         )
     return batch.micro_batch_size
 
 
 def sequences_per_validation_block(batch: BatchConfig) -> int:
-    """Rows of one forward pass of validation: the same on any number of ranks, so that its sum is too."""
+    """Sequences per forward pass of validation: the same on any number of ranks, so that its sum is too."""
     return batch.micro_batch_size or min(batch.global_batch_size, VALIDATION_SEQUENCES)
 
 
 def accumulation_steps(batch: BatchConfig, world_size: int) -> int:
-    """Micro-batches of one rank per optimizer step. Raises ConfigError where they do not come out even."""
+    """Micro-batches of a rank per optimizer step. Raises ConfigError if they do not divide the global batch."""
     return batch.global_batch_size // (sequences_per_micro_batch(batch, world_size) * world_size)
 
 
 class FeistelPermutation:
-    """A random order of 0..size-1 that needs no memory: a Feistel network over the next even number of bits, repeated
-    until it lands inside (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    """A random permutation of 0..size-1 that needs no memory: a Feistel network over the next even number of bits, repeated
+    until the result is below size (cycle walking; Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
 
     def __init__(self, size: int, key: tuple[int, int]) -> None:
@@ -63,7 +63,7 @@ class FeistelPermutation:
         self._round_keys = np.random.SeedSequence(list(key)).generate_state(_ROUNDS, np.uint64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Where the order has `positions`; int64 in, int64 out."""
+        """The permuted `positions`; int64 in, int64 out."""
         values = self._encrypt(positions.astype(np.uint64))
         while (outside := values >= self.size).any():
             values[outside] = self._encrypt(values[outside])
@@ -77,16 +77,16 @@ class FeistelPermutation:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every bit in moves every bit out."""
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 class GlobalOrderSampler(DistributedSampler):
-    """This rank's rows in the global order: those of one epoch, as usual, or without end from where `seek` said.
+    """This rank's sequences in the global order: those of one epoch, or without end from the step given to `seek`.
 
-    An epoch's rows are those of the global batches that begin in it.
+    An epoch's sequences are those of the global batches that begin in it.
     """
 
     def __init__(self, dataset: Dataset, *, batch: BatchConfig, rank: int, world_size: int, seed: int) -> None:
@@ -98,12 +98,12 @@ class GlobalOrderSampler(DistributedSampler):
 
     @property
     def steps_per_epoch(self) -> float:
-        """Global batches in one pass over the rows."""
+        """Global batches in one pass over the data."""
         return self.num_sequences / self.batch.global_batch_size
 
     def epoch_of(self, step: int) -> float:
-        """Passes over the rows after `step` steps."""
-        return step * self.batch.global_batch_size / self.num_sequences  # rounded once, so whole epochs are whole numbers
+        """Passes over the data after `step` steps."""
+        return step * self.batch.global_batch_size / self.num_sequences  # rounded once: complete epochs give integers
 
     def seek(self, step: int) -> None:
         """Iterate from global batch number `step` on, without end; until the next `set_epoch`."""
@@ -119,17 +119,17 @@ class GlobalOrderSampler(DistributedSampler):
         return range(first, end)
 
     def __len__(self) -> int:
-        """Rows of this rank in the epoch that `set_epoch` named."""
+        """Sequences of this rank in the current epoch."""
         return len(self._steps_of_epoch()) * self.batch.global_batch_size // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
         steps = self._steps_of_epoch() if self._start_step is None else range(self._start_step, sys.maxsize)
-        at_a_time = max(1, ROWS_AT_A_TIME * self.num_replicas // self.batch.global_batch_size)
-        for first in steps[::at_a_time]:
-            yield from self._rows_of_steps(first, min(at_a_time, steps.stop - first)).tolist()
+        at_once = max(1, SEQUENCES_AT_ONCE * self.num_replicas // self.batch.global_batch_size)
+        for first in steps[::at_once]:
+            yield from self._sequences_of_steps(first, min(at_once, steps.stop - first)).tolist()
 
-    def _rows_of_steps(self, first: int, count: int) -> np.ndarray:
-        """Rows of this rank for `count` steps, in the order in which it reads them."""
+    def _sequences_of_steps(self, first: int, count: int) -> np.ndarray:
+        """Sequences of this rank for `count` steps, in the order in which it reads them."""
         micro = self.micro_batch_size
         per_step = self.batch.global_batch_size // (micro * self.num_replicas)
         steps = np.arange(first, first + count, dtype=np.int64)
@@ -138,24 +138,24 @@ class GlobalOrderSampler(DistributedSampler):
         return self.sequences_at((starts + np.arange(micro, dtype=np.int64)).reshape(-1))
 
     def sequences_at(self, positions: np.ndarray) -> np.ndarray:
-        """Rows at `positions` of the endless global order."""
+        """The sequences at `positions` of the endless global order."""
         epochs, within = np.divmod(positions, self.num_sequences)
-        rows = np.empty_like(positions)
+        sequences = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = FeistelPermutation(self.num_sequences, (self.seed, int(epoch)))(within[here])
-        return rows
+            sequences[here] = FeistelPermutation(self.num_sequences, (self.seed, int(epoch)))(within[here])
+        return sequences
 
 
 class ValidationSampler(DistributedSampler):
-    """This rank's blocks of micro_batch_size rows: block b is rank b % world_size's; no row twice, none left out."""
+    """This rank's blocks of micro_batch_size sequences: block b is rank b % world_size's. Each sequence is read once."""
 
     def __init__(
         self, dataset: Dataset, *, micro_batch_size: int, rank: int, world_size: int, max_sequences: int | None
     ) -> None:
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=False)
-        rows = len(dataset)  # type: ignore[arg-type]
-        self.num_sequences = rows if max_sequences is None else min(rows, max_sequences)
+        available = len(dataset)  # type: ignore[arg-type]
+        self.num_sequences = available if max_sequences is None else min(available, max_sequences)
         self.micro_batch_size = micro_batch_size
         self.num_blocks = -(-self.num_sequences // micro_batch_size)
         """Over all ranks."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from dist_trainer.checkpoint.state import Validated
 from dist_trainer.config.loading import as_dict
-from dist_trainer.data.build_datasets import are_conversations
+from dist_trainer.data.loader import are_conversations
 from dist_trainer.html_report.page import ReportTracker
 from dist_trainer.models.registry import can_open
 from dist_trainer.run.folder import RunFolder

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dist_trainer.checkpoint.folders import step_folders
-from dist_trainer.data.build_datasets import varies_in_length
+from dist_trainer.data.loader import varies_in_length
 from dist_trainer.distributed.machine import device_name
 from dist_trainer.errors import counted
 from dist_trainer.models.registry import begins_trained

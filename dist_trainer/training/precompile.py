@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dist_trainer.data.build_datasets import varies_in_length
+from dist_trainer.data.loader import varies_in_length
 from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import run_and_share_errors
 from dist_trainer.distributed.context import DistributedContext

@@ -19,12 +19,13 @@ from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import store_building, text_pieces
 from dist_trainer.data.batch import IGNORED_TARGET
 from dist_trainer.data.best_fit_packing import BestFitPackedDataset, best_fit_decreasing, truncate_and_filter
-from dist_trainer.data.build_datasets import SPLIT_KEY, are_conversations, build_datasets
+from dist_trainer.data.build_datasets import SPLIT_KEY, build_datasets
+from dist_trainer.data.build_loaders import create_dataloaders, create_validation_loader
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.documents import record_formatter
 from dist_trainer.data.encoding import tokens_in_spans
-from dist_trainer.data.loader import create_dataloaders, create_validation_loader
+from dist_trainer.data.loader import are_conversations
 from dist_trainer.data.records import column_names
 from dist_trainer.data.sampler import FeistelPermutation
 from dist_trainer.data.token_store import TokenStore, token_store
@@ -366,7 +367,7 @@ def test_alpaca_s_columns_are_read_as_they_are(tmp_path, name, caplog):
     tokenizer = load_tokenizer("austen")
     config = small(tmp_path / name, tmp_path)
     assert loss_of_first_row(config, tokenizer) == "Emma<|endoftext|>Jane Austen<|endoftext|>"
-    assert "is read by its columns, as with data.template alpaca" in caplog.text
+    assert "is read by its column names, as with data.template alpaca" in caplog.text
     store = stored(replace(config, template="alpaca"), tokenizer)
     first, second, _ = (
         tokenizer.decode(store.tokens[slice(*span)]) for span in zip(store.offsets, store.offsets[1:], strict=False)
@@ -688,8 +689,8 @@ def test_one_warning_tells_of_what_was_cut_or_left_out(tmp_path, caplog):
     create_dataloaders(TrainingConfig(data=config, batch=BatchConfig(1, 1)))
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning == (
-        "data to train on: of 7 documents 1 cut, being longer than data.sequence_length (64 tokens); 1 left out, as their "
-        "answers begin after data.sequence_length (64 tokens); 1 left out, as they have no answer"
+        "training data: 1 of 7 documents truncated to 64 tokens (data.sequence_length); 1 of 7 documents skipped: the answer "
+        "starts after token 64; 1 of 7 documents skipped: no answer"
     )
 
 
@@ -698,10 +699,13 @@ def test_one_warning_tells_of_what_was_cut_or_left_out(tmp_path, caplog):
     [
         (
             [user("Hi")],
-            'x.jsonl: no document has an answer to learn (of 1: 1 without a message of the role "assistant" that has text and '
-            "is not excluded by its flag)",
+            'x.jsonl: no document has an answer to train on (of 1: 1 without a message of the role "assistant" that has text '
+            "and is not excluded by its flag)",
         ),
-        ([user("Hi " * 99), assistant("Ho")], "(of 1: 1 with answers that begin after data.sequence_length (32 tokens))"),
+        (
+            [user("Hi " * 99), assistant("Ho")],
+            "(of 1: 1 with answers that start after token 32 (data.sequence_length))",
+        ),
     ],
 )
 def test_data_in_which_there_is_nothing_to_learn_are_refused(tmp_path, messages, message):
@@ -745,7 +749,9 @@ def test_conversations_are_held_out_whole_and_validated_alone(tmp_path):
     answers = [sorted(part.split("<|endoftext|>")[:-1]) for part in told]
     assert len(answers[1]) == 4
     assert sorted(answers[0] + answers[1]) == sorted(f"Answer {number}." for number in range(40))
-    alone = create_validation_loader(TrainingConfig(data=config, batch=BatchConfig(2, 2)), DistributedContext.single())
+    alone = create_validation_loader(
+        TrainingConfig(data=config, batch=BatchConfig(2, 2)), DistributedContext.single(), tokenizer=tokenizer
+    )
     assert sum(batch.num_targets() for batch in alone) == sum(len(tokenizer(a)["input_ids"]) + 1 for a in answers[1])
     assert SPLIT_KEY == (0x5917, 0), "which documents these are must not change"
 

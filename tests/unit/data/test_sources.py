@@ -26,8 +26,8 @@ from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import build_datasets as rows
 from dist_trainer.data import text_pieces as text_pieces_module
 from dist_trainer.data import token_store as token_store_module
+from dist_trainer.data.build_loaders import create_dataloaders, create_validation_loader
 from dist_trainer.data.datasets import open_source
-from dist_trainer.data.loader import create_dataloaders, create_validation_loader
 from dist_trainer.data.templates import text_formatter
 from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_digest, vocabulary_size
 from dist_trainer.distributed.context import DistributedContext
@@ -131,15 +131,15 @@ def test_folders_with_splits_in_their_file_names_lose_no_file(tmp_path):
     assert texts(tmp_path / "plain") == (STORIES, None)
 
 
-def test_what_is_left_out_of_a_folder_is_told_with_how_many_files_were_read(tmp_path, caplog):
+def test_the_log_says_how_many_files_of_a_folder_were_read_and_what_was_skipped(tmp_path, caplog):
     folder = tmp_path / "docs"
     for name in ("guide.md", "more/story.txt", "README.md", "more/License.txt", "picture.png", ".git/HEAD.md", "test/a.txt"):
         write(folder / name, f"It is {name}.")
     caplog.set_level("INFO", "dist_trainer")
     assert texts(folder) == (["It is guide.md.", "It is more/story.txt."], None)
     assert caplog.messages == [
-        f"data.dataset: 2 files read of {folder}; left out (not data): README.md, more/License.txt, picture.png; "
-        "left out (test split): test/a.txt; left out (hidden): 1 file"
+        f"read 2 files from {folder}; skipped (not data): README.md, more/License.txt, picture.png; "
+        "skipped (test split): test/a.txt; skipped (hidden): 1 file"
     ]
     assert caplog.records[0].levelname == "INFO"
     for number in range(9):
@@ -149,7 +149,7 @@ def test_what_is_left_out_of_a_folder_is_told_with_how_many_files_were_read(tmp_
     assert "0.pdf, 1.pdf, 2.pdf, 3.pdf, 4.pdf, 5.pdf, 6.pdf, 7.pdf and 4 files more" in caplog.messages[1]
     write(tmp_path / "one" / "story.txt", "A story.")
     texts(tmp_path / "one")
-    assert caplog.messages[2] == f"data.dataset: 1 file read of {tmp_path / 'one'}"
+    assert caplog.messages[2] == f"read 1 file from {tmp_path / 'one'}"
 
 
 def test_links_are_followed_at_any_depth_and_no_folder_is_read_twice(tmp_path, caplog):
@@ -183,7 +183,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(os, "scandir", refusing)
     refused = tmp_path / "secret"
     assert texts(tmp_path) == (["a"], None)
-    assert caplog.messages == [f"data.dataset: 1 file read of {tmp_path}; left out (may not be read): secret"]
+    assert caplog.messages == [f"read 1 file from {tmp_path}; skipped (no permission): secret"]
     refused = tmp_path
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)"):
         texts(tmp_path)
@@ -271,7 +271,7 @@ BAD = {
     "cut off zstd": ("x.txt.zst", pa.compress(bytes(range(256)) * 9, codec="zstd", asbytes=True)[:-9], r"x\.txt\.zst: cannot"),
     "cut off bzip2": ("x.txt.bz2", bz2.compress(b"text" * 1000)[:-9], r"x\.txt\.bz2: cannot be read"),
     "not zstd": ("x.txt.zst", b"text" * 1000, r"x\.txt\.zst: cannot be read"),
-    "too little": ("x.txt", "a few words only", r"makes 1 row to train on, of 16 tokens, fewer than one global batch \(4\)"),
+    "too little": ("x.txt", "a few words only", r"gives 1 training sequence of 16 tokens, fewer than one global batch \(4\)"),
 }
 
 
@@ -313,18 +313,23 @@ def test_a_trailing_slash_is_a_path_and_no_name_on_the_hub(tmp_path, monkeypatch
 
 
 def test_messages_name_the_key_that_is_wrong(tmp_path):
-    here = str(write(tmp_path / "x.jsonl", jsonl()))
+    here, austen = str(write(tmp_path / "x.jsonl", jsonl())), load_tokenizer("austen")
     with pytest.raises(DataError, match=r"^data\.validation_dataset: .*nowhere\.jsonl does not exist"):
         create_dataloaders(small(here, tmp_path, validation_dataset=str(tmp_path / "nowhere.jsonl")))
     assert not list((tmp_path / "cache").glob("tokens/*")), "before anything is tokenised"
     with pytest.raises(DataError, match=r"^--data: .*nowhere\.jsonl does not exist"):
         create_validation_loader(
-            small(here, tmp_path, validation_dataset="./nowhere.jsonl"), DistributedContext.single(), key="--data"
+            small(here, tmp_path, validation_dataset="./nowhere.jsonl"),
+            DistributedContext.single(),
+            tokenizer=austen,
+            key="--data",
         )
     empty = str(write(tmp_path / "none.jsonl", ""))
     with pytest.raises(DataError, match=r"none\.jsonl"):
-        create_validation_loader(small(here, tmp_path, validation_dataset=empty), DistributedContext.single(), key="--data")
-    with pytest.raises(DataError, match=r"^train_dataset makes 1 row"):
+        create_validation_loader(
+            small(here, tmp_path, validation_dataset=empty), DistributedContext.single(), tokenizer=austen, key="--data"
+        )
+    with pytest.raises(DataError, match=r"^train_dataset gives 1 training sequence of"):
         create_dataloaders(small(here, tmp_path), train_dataset=[(np.array([1, 2]), np.array([2, 3]))])
 
 
@@ -343,11 +348,11 @@ def test_a_split_can_be_validated_on_by_name(tmp_path, caplog):
         return tokenizer.decode(found.dataset[0].input_ids[0].tolist()).split()[0]
 
     assert begins() == "val"
-    assert "left out (test split): test.jsonl" in caplog.text
+    assert "skipped (test split): test.jsonl" in caplog.text
     caplog.clear()
     assert begins(validation_split="test") == "test"
     assert begins(validation_split="train") == "train"
-    assert "data.dataset: 3 files read of" in caplog.text
+    assert "read 3 files from" in caplog.text
     assert begins(dataset=str(elsewhere), validation_dataset=str(here), validation_split="test") == "test"
     with pytest.raises(DataError, match=r"data\.validation_split: .*texts has no split 'dev'; choose from .*test"):
         begins(validation_split="dev")
@@ -360,11 +365,12 @@ def test_the_log_says_which_file_became_validation(tmp_path, caplog):
     texts = write(tmp_path / "texts" / "train.jsonl", jsonl())
     create_dataloaders(small(texts, tmp_path))
     assert re.search(
-        r"data .*: 11 documents, \d+ tokens to train on; 1 document, \d+ tokens to validate on, held out of", caplog.text
+        r"data .*: training on 11 documents \(\d+ tokens\); validating on 1 document \(\d+ tokens\), held out from these",
+        caplog.text,
     )
     write(tmp_path / "texts" / "dev.jsonl", jsonl())
     create_dataloaders(small(texts.parent, tmp_path))
-    assert f"to validate on, read from {tmp_path}/texts/dev.jsonl" in caplog.text
+    assert f"tokens), from {tmp_path}/texts/dev.jsonl" in caplog.text
 
 
 def test_a_source_is_opened_once(tmp_path, monkeypatch):
@@ -621,7 +627,9 @@ def test_worker_processes_change_nothing(tmp_path, packing):
 def test_validating_alone_does_not_read_the_text_to_train_on(tmp_path):
     write(tmp_path / "both" / "train.jsonl", "no JSON")
     write(tmp_path / "both" / "validation.jsonl", jsonl())
-    loader = create_validation_loader(small(tmp_path / "both", tmp_path), DistributedContext.single())
+    loader = create_validation_loader(
+        small(tmp_path / "both", tmp_path), DistributedContext.single(), tokenizer=load_tokenizer("austen")
+    )
     assert sum(batch.num_targets() for batch in loader) == len(loader.dataset.stream) - 1
 
 
