@@ -1,4 +1,4 @@
-"""The errors a user can cause, in one tree.
+"""The errors that end in a message and an exit code, in one tree.
 
     DistTrainerError
     ├── RefusedError           exit code 2: refused before the first step, nothing was changed
@@ -6,17 +6,17 @@
     │   ├── DataError          a data set, a file in it, a tokenizer
     │   ├── MissingPackageError    a package that is not installed
     │   ├── CheckpointError    a run folder or a checkpoint in it
-    │   │   └── AnotherRunError    what is there is the run of another config, or of other data
-    │   └── DoesNotFitError    memory ran out before there was a model to train; an OutOfMemoryError too
+    │   │   └── AnotherRunError    the run folder belongs to a run of another config or other data
+    │   └── DoesNotFitError    memory ran out before there was a model to train; also an OutOfMemoryError
     ├── OutOfMemoryError       exit code 1: memory ran out
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
     ├── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
-    ├── CallbackError          exit code 1: a callback raised; that of a DistTrainerError which it raised
+    ├── CallbackError          exit code 1: a callback raised; or the code of the DistTrainerError that it raised
     ├── PeerLostError          exit code 1: another rank has died
     ├── LauncherLostError      exit code 1: torchrun or srun has died; what was trained is saved
-    └── StoppedError           exit code 75: a signal came before the first step, so there is nothing to save
+    └── StoppedError           exit code 75: a signal arrived before the first step; nothing to save
 
-Each message names the key or the path, the value, and the remedy; commands print it without a traceback.
+Each message names the key or path, the value, and the remedy; commands print it without a traceback.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class CheckpointError(RefusedError):
 
 
 class AnotherRunError(CheckpointError):
-    """The run in the folder is another one: that of another config, or of other data."""
+    """The run folder belongs to another run: one of another config, or of other data."""
 
 
 class OutOfMemoryError(DistTrainerError):
-    """Memory ran out, on the device or of the machine; on this rank alone, perhaps."""
+    """Memory ran out, on the device or on the machine; possibly on this rank only."""
 
     def __init__(self, summary: str, advice: str = "") -> None:
         """`summary` is one line, `advice` further ones."""
@@ -70,7 +70,7 @@ class OutOfMemoryError(DistTrainerError):
         self.summary, self.advice = summary, advice
 
     def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str, str]]:
-        """Travels between ranks by its parts."""
+        """Pickled by its parts, to travel between ranks."""
         return type(self), (self.summary, self.advice)
 
 
@@ -95,31 +95,38 @@ class CallbackError(DistTrainerError):
 
 
 class PeerLostError(DistTrainerError):
-    """Another rank has died, and this one cannot go on without it."""
+    """Another rank has died, and this one cannot continue without it."""
 
     def __init__(self, message: str, *, printed_by: int | None = None) -> None:
-        """`printed_by`: the one rank that prints it; None: the first one of each machine."""
+        """`printed_by`: the only rank that prints it; None: the first one of each machine."""
         super().__init__(message)
         self.printed_by = printed_by
 
 
 class LauncherLostError(DistTrainerError):
-    """The launcher of a rank has died; all ranks have saved and leave."""
+    """The launcher of a rank has died; all ranks have saved and exit."""
 
 
 class StoppedError(DistTrainerError):
-    """A signal asked to stop before training began: there is nothing to save."""
+    """A signal asked to stop before training began; there is nothing to save."""
 
     exit_code = EXIT_PREEMPTED
 
     def __init__(self, signal_number: int) -> None:
-        name = signal.Signals(signal_number).name if signal_number in set(signal.Signals) else f"signal {signal_number}"
-        super().__init__(f"stopped by {name} before the first step; nothing to save, rerun to start")
+        super().__init__(f"stopped by {signal_name(signal_number)} before the first step; nothing to save, rerun to start")
         self.signal_number = signal_number
 
     def __reduce__(self) -> tuple[type[StoppedError], tuple[int]]:
-        """Travels between ranks by its number."""
+        """Pickled by its number, to travel between ranks."""
         return StoppedError, (self.signal_number,)
+
+
+def signal_name(number: int) -> str:
+    """`SIGTERM` for 15; `signal 0` for a number without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def counted(number: int, thing: str, ending: str = "s") -> str:

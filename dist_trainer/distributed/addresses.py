@@ -1,4 +1,4 @@
-"""By which of its addresses, and which network interface, this machine reaches the others. No name of its own is looked up."""
+"""The address and network interface by which this machine reaches the others. Its own host name is never looked up."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 
 _ANY_PORT = 9
-"""Nothing is sent there: connecting a UDP socket only asks the routing table."""
+"""Nothing is sent to it: connecting a UDP socket only asks the routing table."""
 _ADDRESS_IN_SOCKADDR: dict[int, slice] = {socket.AF_INET: slice(4, 8), socket.AF_INET6: slice(8, 24)}
 """Bytes of Linux's sockaddr_in and sockaddr_in6."""
 
 
 def own_address(towards: str) -> str | None:
-    """The address from which this machine reaches the host `towards`; None for an unknown host, or without a route there."""
+    """The address from which this machine reaches the host `towards`; None if it does not resolve or has no route."""
     try:
-        found = socket.getaddrinfo(towards, _ANY_PORT, type=socket.SOCK_DGRAM)
+        candidates = socket.getaddrinfo(towards, _ANY_PORT, type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError):
         return None
-    for family, kind, protocol, _, address in found:
+    for family, kind, protocol, _, address in candidates:
         try:
             with socket.socket(family, kind, protocol) as connection:
                 connection.connect(address)
@@ -31,9 +31,9 @@ def own_address(towards: str) -> str | None:
 
 
 def address_among(addresses: Sequence[str | None], own: str | None) -> str | None:
-    """This machine's address as the other machines see it, where `addresses` are those that all ranks found for themselves.
+    """This machine's address as the other machines see it; `addresses` are those that all ranks found for themselves.
 
-    Usually `own`. But the machine of rank 0 looks for a way to itself, and its own name may mean a loopback address in
+    Usually `own`. But the machine of rank 0 looks for a route to itself, and its own name may resolve to a loopback address in
     /etc/hosts (127.0.1.1 on Debian): then its address towards a machine that found a better one.
     """
     if own is not None and not _is_loopback(own):
@@ -43,7 +43,7 @@ def address_among(addresses: Sequence[str | None], own: str | None) -> str | Non
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has `address`; None where none has, or the system is not Linux."""
+    """Name of the network interface with `address`; None if there is none, or the system is not Linux."""
     if sys.platform != "linux":
         return None
     system = ctypes.CDLL(None)
@@ -62,7 +62,7 @@ def interface_of(address: str) -> str | None:
 
 
 class _InterfaceAddress(ctypes.Structure):
-    """`struct ifaddrs`, as far as it is read (man getifaddrs)."""
+    """The part of `struct ifaddrs` that is read (man getifaddrs)."""
 
 
 _InterfaceAddress._fields_ = [
@@ -74,7 +74,7 @@ _InterfaceAddress._fields_ = [
 
 
 def _text_of(sockaddr: int | None) -> str | None:
-    """The address in the sockaddr at this place in memory; None where it is neither IPv4 nor IPv6."""
+    """The address in the sockaddr at this memory address; None if it is neither IPv4 nor IPv6."""
     if sockaddr is None:
         return None
     family = ctypes.c_ushort.from_address(sockaddr).value

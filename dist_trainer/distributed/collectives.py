@@ -1,4 +1,4 @@
-"""What ranks tell one another. Each function is the identity for a single process."""
+"""Collectives: how ranks exchange values and errors. Each function is the identity for a single process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def all_reduce_sum(tensor: Tensor, world: DistributedContext) -> Tensor:
 
 
 class PendingSum:
-    """A few whole numbers on their way to be summed over all ranks, in host memory, while the device computes."""
+    """The sum over all ranks of a few integers, computed in host memory while the device works."""
 
     def __init__(self, values: list[int], world: DistributedContext) -> None:
         self._values, self._heartbeat = values, world.heartbeat
@@ -34,7 +34,7 @@ class PendingSum:
             self._work = dist.all_reduce(self._sums, group=world.cpu_group, async_op=True)
 
     def wait(self) -> list[int]:
-        """The sums, once every rank has given its values."""
+        """The sums, as soon as every rank has contributed."""
         if self._sums is None:
             return self._values
         with self._heartbeat.waiting():
@@ -43,7 +43,7 @@ class PendingSum:
 
 
 def broadcast_object(value: T, world: DistributedContext) -> T:
-    """Rank 0's `value` on every rank."""
+    """Rank 0's `value`, on every rank."""
     if world.cpu_group is None:
         return value
     values = [value]
@@ -52,7 +52,7 @@ def broadcast_object(value: T, world: DistributedContext) -> T:
 
 
 def gather_objects(value: T, world: DistributedContext) -> list[T]:
-    """Every rank's `value`, by rank, on every rank."""
+    """The `value` of every rank, by rank, on every rank."""
     if world.cpu_group is None:
         return [value]
     values: list[T] = [value] * world.world_size
@@ -61,7 +61,7 @@ def gather_objects(value: T, world: DistributedContext) -> list[T]:
 
 
 def barrier(world: DistributedContext) -> None:
-    """Wait, for hours if need be, until every rank is here; signal handlers run meanwhile."""
+    """Wait until every rank is here, for hours if necessary; signal handlers run meanwhile."""
     if world.cpu_group is None:
         return
     with world.heartbeat.waiting():
@@ -69,10 +69,10 @@ def barrier(world: DistributedContext) -> None:
 
 
 def run_and_share_errors(world: DistributedContext, act: Callable[[], T], *, acts: bool = True) -> T | None:
-    """Run `act` on the ranks where `acts` holds; an error that one of them meets is raised on all of them.
+    """Run `act` on the ranks that pass `acts`; an error on one of them is raised on all ranks.
 
-    The result is None on the others. A stop signal breaks `act` off, and ends in a StoppedError on all ranks. Only
-    DistTrainerErrors are shared; anything else is a crash of its rank.
+    Returns the result of `act`, None on the other ranks. A stop signal interrupts `act` and raises StoppedError on all ranks.
+    Only DistTrainerErrors are shared; any other error is a crash of its rank.
     """
     result: T | None = None
     error: DistTrainerError | None = None
@@ -92,18 +92,18 @@ def run_and_share_errors(world: DistributedContext, act: Callable[[], T], *, act
 
 
 def run_on_rank0(world: DistributedContext, act: Callable[[], T]) -> T:
-    """Run `act` on rank 0 and give its result, or its error, to every rank."""
+    """Run `act` on rank 0; every rank returns its result or raises its error."""
     return broadcast_object(run_and_share_errors(world, act, acts=world.is_main), world)  # type: ignore[return-value]
 
 
 def local_rank0_first(world: DistributedContext, prepare: Callable[[], T]) -> T:
-    """Run `prepare` on one rank of each machine, then on the others, which find what it left in a cache.
+    """Run `prepare` on one rank of each machine, then on the others, which can use what the first one left in a cache.
 
-    An error on any rank is raised on all of them.
+    An error on one rank is raised on all ranks.
     """
     if world.cpu_group is None:
         return run_and_share_errors(world, prepare)  # type: ignore[return-value]
-    leads = world.local_rank == 0
-    first = run_and_share_errors(world, prepare, acts=leads)
-    later = run_and_share_errors(world, prepare, acts=not leads)
-    return first if leads else later  # type: ignore[return-value]
+    is_first = world.local_rank == 0
+    first = run_and_share_errors(world, prepare, acts=is_first)
+    later = run_and_share_errors(world, prepare, acts=not is_first)
+    return first if is_first else later  # type: ignore[return-value]

@@ -24,36 +24,36 @@ from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError, counted
 
 CPU_GROUP_TIMEOUT = timedelta(days=7)
-"""Patience of the CPU group: others may prepare a data set for hours while a rank waits in it."""
+"""Of the CPU group: a rank may wait in it for hours while others prepare a data set."""
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Patience of collectives on the device, at least; the heartbeat notices sooner, and knows what is worth waiting for."""
+"""Of collectives on the device, at least; the heartbeat notices sooner, and knows which waits are legitimate."""
 MOST_COMPILE_THREADS = 32
-"""torch compiles with a process for each core, up to these, and knows of no quota."""
+"""torch compiles with one process per core, up to this many, and does not know about quotas."""
 ERROR_PATIENCE_SECONDS = 20.0
 POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class DistributedContext(RankInfo):
-    """This process among its peers, what it computes on, and how it hears of them."""
+    """Which rank this process is, on which device, and its connections with the other ranks."""
 
     device: torch.device = field(default=torch.device("cpu"))
     """What this rank computes on."""
     cpu_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
-    """Group for small facts in host memory, by gloo; None for a single process."""
+    """gloo group for small values in host memory; None for a single process."""
     stop_request: StopRequest = field(default_factory=StopRequest, repr=False, compare=False)
     """Whether a signal asked this rank to stop."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat, repr=False, compare=False)
-    """This rank's sign of life to the others, and theirs to it."""
+    """Marks the progress of this rank, and watches the others."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes files and speaks."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     @staticmethod
     def single(device: str | torch.device = "cpu") -> DistributedContext:
-        """One process without process group, on `device`."""
+        """A single process, without process groups, on `device`."""
         return DistributedContext(device=torch.device(device))
 
 
@@ -93,9 +93,9 @@ def init_distributed(
 
 
 def keep_threads_within_quota() -> None:
-    """Compute, and compile, with no more threads than a container's CPU quota keeps busy.
+    """Compute and compile with no more threads than a container's CPU quota keeps busy.
 
-    OMP_NUM_THREADS and TORCHINDUCTOR_COMPILE_THREADS, where they are set, say how many.
+    OMP_NUM_THREADS and TORCHINDUCTOR_COMPILE_THREADS take precedence.
     """
     cpus = usable_cpus()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpus:
@@ -109,8 +109,8 @@ def _device_of(info: RankInfo, backend: str) -> torch.device:
         return torch.device("cpu")
     available = torch.cuda.device_count()
     if available == 0:
-        raise ConfigError("distributed.backend: nccl needs CUDA GPUs and there is none here; use auto or gloo")
-    # srun may show each rank just its own GPU, which then is number 0 for each of them.
+        raise ConfigError("distributed.backend: nccl needs a CUDA GPU, and there is none here; use auto or gloo")
+    # srun may show each rank only its own GPU, which then is number 0 for each of them.
     one_gpu_each = available == 1 and info.local_world_size > 1 and "SLURM_LOCALID" in os.environ
     index = 0 if one_gpu_each else info.local_rank
     if index >= available:
@@ -125,7 +125,7 @@ def _device_of(info: RankInfo, backend: str) -> torch.device:
 def _process_groups(
     info: RankInfo, device: torch.device, heartbeat: Heartbeat, stop_request: StopRequest
 ) -> Generator[dist.ProcessGroup]:
-    """The CPU group, beside torch's default one; left together with all other ranks."""
+    """The CPU group, in addition to torch's default one; all ranks leave them together."""
     store, address = rendezvous(info, heartbeat, stop_request)
     _choose_network_interface(info, address)
     with _lost_peers_named(heartbeat):
@@ -135,7 +135,7 @@ def _process_groups(
         except (PeerLostError, OutOfMemoryError):
             raise  # at once: the others may be waiting for this rank elsewhere
         except DistTrainerError:
-            # Shared by all ranks as a rule, but a rank that fails in a way of its own never comes.
+            # Usually all ranks share the error, but a rank that failed in another way never gets here.
             _leave(cpu_group, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
             raise
     _leave(cpu_group, heartbeat)
@@ -143,7 +143,7 @@ def _process_groups(
 
 @contextmanager
 def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
-    """Of an error that comes from a lost peer, say that."""
+    """Turn an error that a lost peer caused into a PeerLostError that names it."""
     try:
         yield
     except DistTrainerError:
@@ -155,9 +155,9 @@ def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
 
 
 def _choose_network_interface(info: RankInfo, address: str | None) -> None:
-    """Tell gloo by which interface the others are reached, unless the user did.
+    """Set gloo's network interface to the one by which the others are reached, unless the user did.
 
-    Left alone it takes the address that this machine's own name means: 127.0.1.1, or none at all, on many machines.
+    By default gloo takes the address that this machine's host name resolves to: 127.0.1.1, or none at all, on many machines.
     """
     is_alone = info.world_size == info.local_world_size
     interface = "lo" if is_alone and sys.platform == "linux" else interface_of(address or "")
@@ -184,7 +184,7 @@ def _initialise_process_groups(
 
 
 def _leave(cpu_group: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_seconds: float = math.inf) -> None:
-    """Wait for all ranks before the groups go: without this barrier every second gloo run hung at its exit."""
+    """Wait for all ranks before the groups are destroyed: without this barrier every second gloo run hung at its exit."""
     heartbeat.begin_shutdown()
     if is_done_within(patience_seconds, dist.all_reduce(torch.zeros(1), group=cpu_group, async_op=True)):
         heartbeat.stop()
@@ -192,7 +192,7 @@ def _leave(cpu_group: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_secon
 
 
 def is_done_within(patience_seconds: float, work: dist.Work) -> bool:
-    """Whether the collective `work` was completed in time; signal handlers run while it is waited for."""
+    """Whether the collective `work` completes in time; signal handlers run meanwhile."""
     end = time.monotonic() + patience_seconds
     while not work.is_completed():
         if time.monotonic() > end:

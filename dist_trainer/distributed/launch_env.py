@@ -138,7 +138,7 @@ def living_launcher(environment: Mapping[str, str] = os.environ) -> int:
     else:
         lives = parent != 1 or _is_started_by_srun(environment) or "python" in os.path.basename(command[0] if command else "")
     if not lives:
-        raise PeerLostError(f"the launcher{f' (pid {noted})' if noted else ''} is gone; this rank does not train without it")
+        raise PeerLostError(f"the launcher{f' (pid {noted})' if noted else ''} is gone; its ranks exit too")
     return parent
 
 

@@ -1,4 +1,4 @@
-"""Where ranks meet before they compute together: all are there within the first step's patience, or the missing are named."""
+"""The rendezvous: all ranks join within the first step's patience, before they compute together, or the missing are named."""
 
 from __future__ import annotations
 
@@ -21,54 +21,55 @@ from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from dist_trainer.storage.processes import ProcessId, environment_of
 
 STORE_TIMEOUT = timedelta(days=7)
-"""Patience of the stores' own calls: who waits for them is watched, or watches itself."""
-LOOK_SECONDS = 0.05
+"""Of the stores' own calls: the threads that make them are watched, or watch the time themselves."""
+POLL_SECONDS = 0.05
 STUCK_SECONDS = 1.0
-"""So much later than it should have ended, what talks to the store is stuck: rank 0, which keeps it, is the missing one."""
+"""A thread that is this much later than its time limit is stuck in the store: rank 0, which keeps it, is the missing rank."""
 LINGER_SECONDS = 1.0
-"""Rank 0, which keeps the store, stays so long after it was found who is missing: the others must read it too. These stay
-twice as long, for where one leaves the launcher ends the others, and the one that says why must come first."""
+"""Rank 0, which keeps the store, stays this long after the missing ranks were found, so that the others can read their
+numbers. The others stay twice as long: once a rank exits the launcher ends all, and the rank that prints must exit first."""
 PORT = "DIST_TRAINER_PORT"
-"""The variable by which launch files choose the ports of rank 0's two stores, this and the next, which firewalls must let
-through. Without it ranks meet at MASTER_PORT, and the second store's port is any."""
+"""The variable with which launch files choose the ports of rank 0's two stores, this one and the next, which firewalls must let
+through. Without it the rendezvous is at MASTER_PORT, and the second store gets any free port."""
 PORT_SECONDS = 10.0
 """How long rank 0 waits for a port that is in use: a rank 0 that has just been killed may still hold it."""
-_ALL_ARE_HERE, _MISSING = "all are here", "missing"
+_ALL_JOINED, _MISSING = "all joined", "missing"
 
 
 def rendezvous(info: RankInfo, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple[dist.Store, str | None]:
     """Wait for all ranks, and begin to watch them.
 
-    Returns the store by which process groups are made, and this machine's address as the others see it, where it is known.
-    Raises ConfigError where another process uses the port at which ranks meet, or where ranks that should all be on one
-    machine are not. Raises PeerLostError where ranks have not come
-    within the first step's patience, after it has killed those of them that are on this machine: a stopped process would
-    outlive all others. Raises StoppedError where a signal came meanwhile.
+    Returns the store for creating process groups, and this machine's address as the others see it, if known. Raises
+    ConfigError if another process uses the rendezvous port, or if ranks that should all be on one machine are not;
+    StoppedError if a signal arrives meanwhile; PeerLostError if ranks have not joined within the first step's patience, after
+    killing those of them that are on this machine: a stopped process would outlive all others.
     """
-    meeting = _Meeting(info, heartbeat)
-    # The store's calls can block for ever, by a rank 0 that froze while it answered, and then no signal handler runs.
-    thread = threading.Thread(target=meeting.attend, name="meeting", daemon=True)
+    attempt = _Rendezvous(info, heartbeat)
+    # The store's calls can block forever, in a rank 0 that froze while it answered, and then no signal handler runs.
+    thread = threading.Thread(target=attempt.run, name="rendezvous", daemon=True)
     thread.start()
-    while thread.is_alive() and time.monotonic() < meeting.end + STUCK_SECONDS:
+    while thread.is_alive() and time.monotonic() < attempt.end + STUCK_SECONDS:
         if stop_request:
             raise StoppedError(stop_request.signal_number)
-        thread.join(LOOK_SECONDS)
-    if meeting.trouble is not None:
+        thread.join(POLL_SECONDS)
+    if attempt.error is not None:
         if info.rank == 0:
-            raise meeting.trouble
-        raise PeerLostError(f"{_where()}, which rank 0 keeps, cannot be reached: {meeting.trouble}", printed_by=1)
-    if not meeting.is_complete:
-        _leave_without(meeting.missing or [0], info, heartbeat.patience_seconds())
-    if info.local_world_size == info.world_size and len(meeting.hosts) > 1:
+            raise attempt.error
+        raise PeerLostError(
+            f"the rendezvous store on rank 0 ({_endpoint()}) is unreachable: {attempt.error}", printed_by=1
+        ) from attempt.error
+    if not attempt.is_complete:
+        _leave_without(attempt.missing or [0], info, heartbeat.patience_seconds())
+    if info.local_world_size == info.world_size and len(attempt.hosts) > 1:
         raise ConfigError(
-            f"the ranks are on several machines, such as {meeting.hosts[0]} and {meeting.hosts[1]}, but LOCAL_WORLD_SIZE is "
+            f"the ranks are on several machines, such as {attempt.hosts[0]} and {attempt.hosts[1]}, but LOCAL_WORLD_SIZE is "
             "not set, or counts all of them; start the ranks with torchrun, or set LOCAL_RANK and LOCAL_WORLD_SIZE for each"
         )
-    return meeting.store, meeting.address
+    return attempt.store, attempt.address
 
 
-class _Meeting:
-    """What one rank does in a thread of its own: say that it is here, and read who else is."""
+class _Rendezvous:
+    """One rank's part, for a separate thread: report that this rank has joined, and read which others have."""
 
     def __init__(self, info: RankInfo, heartbeat: Heartbeat) -> None:
         self.info, self.heartbeat = info, heartbeat
@@ -78,52 +79,52 @@ class _Meeting:
         self.hosts: list[str] = []
         self.is_complete = False
         self.missing: list[int] = []
-        self.trouble: Exception | None = None
+        self.error: Exception | None = None
 
-    def attend(self) -> None:
+    def run(self) -> None:
         try:
-            self._attend()
+            self._join()
         except Exception as error:
-            self.trouble = error
+            self.error = error
 
-    def _attend(self) -> None:
+    def _join(self) -> None:
         info, address = self.info, os.environ["MASTER_ADDR"]
-        self.store = self._store_of_the_launch(address)
+        self.store = self._launch_store(address)
         # Named after the run: another one may have found the same port.
-        here = dist.PrefixStore(f"meeting {os.environ.get('TORCHELASTIC_RUN_ID', '')}", self.store)
-        heard, port = None, 0
+        joined = dist.PrefixStore(f"rendezvous {os.environ.get('TORCHELASTIC_RUN_ID', '')}", self.store)
+        heartbeat_store, port = None, 0
         if info.rank == 0:
-            heard = self._keep_store(address, _port() + 1 if PORT in os.environ else 0)
-            self.heartbeat.prepare_store(heard, info.world_size)
-            port = heard.port
+            heartbeat_store = self._open_store(address, _port() + 1 if PORT in os.environ else 0)
+            self.heartbeat.prepare_store(heartbeat_store, info.world_size)
+            port = heartbeat_store.port
         process = asdict(ProcessId.of(os.getpid()))
-        here.set(str(info.rank), json.dumps({"process": process, "port": port, "address": own_address(address)}))
-        if here.add("number", 1) == info.world_size:
-            here.set(_ALL_ARE_HERE, "")
-        while not here.check([_ALL_ARE_HERE]):
-            if time.monotonic() > self.end or here.check([_MISSING]):
-                missing = [rank for rank in range(info.world_size) if not here.check([str(rank)])]
-                # The first one to find it says it for all.
-                self.missing = json.loads(here.compare_set(_MISSING, "", json.dumps(missing)))
+        joined.set(str(info.rank), json.dumps({"process": process, "port": port, "address": own_address(address)}))
+        if joined.add("number", 1) == info.world_size:
+            joined.set(_ALL_JOINED, "")
+        while not joined.check([_ALL_JOINED]):
+            if time.monotonic() > self.end or joined.check([_MISSING]):
+                missing = [rank for rank in range(info.world_size) if not joined.check([str(rank)])]
+                # The first rank to find out decides for all.
+                self.missing = json.loads(joined.compare_set(_MISSING, "", json.dumps(missing)))
                 return
-            time.sleep(LOOK_SECONDS)
-        everyone = [json.loads(text) for text in here.multi_get([str(rank) for rank in range(info.world_size)])]
-        if heard is None:
-            heard = _reach_store(address, everyone[0]["port"])
-        self.address = address_among([one["address"] for one in everyone], everyone[info.rank]["address"])
-        processes = [ProcessId(**one["process"]) for one in everyone]
+            time.sleep(POLL_SECONDS)
+        ranks = [json.loads(text) for text in joined.multi_get([str(rank) for rank in range(info.world_size)])]
+        if heartbeat_store is None:
+            heartbeat_store = _connect(address, ranks[0]["port"])
+        self.address = address_among([rank["address"] for rank in ranks], ranks[info.rank]["address"])
+        processes = [ProcessId(**rank["process"]) for rank in ranks]
         self.hosts = sorted({process.host for process in processes})
-        self.heartbeat.watch_peers(processes, heard)
+        self.heartbeat.watch_peers(processes, heartbeat_store)
         self.is_complete = True
 
-    def _store_of_the_launch(self, address: str) -> dist.Store:
-        """Kept by torchrun where it says so, as for torch's own env://, else by rank 0."""
+    def _launch_store(self, address: str) -> dist.Store:
+        """Kept by torchrun if it says so, as for torch's own env://, otherwise by rank 0."""
         if self.info.rank == 0 and not _launcher_keeps_store():
-            return self._keep_store(address, _port())
-        return _reach_store(address, _port())
+            return self._open_store(address, _port())
+        return _connect(address, _port())
 
-    def _keep_store(self, address: str, port: int) -> dist.TCPStore:
-        """A store of this process on `port`; on any where that is 0. Raises ConfigError where the port stays in use."""
+    def _open_store(self, address: str, port: int) -> dist.TCPStore:
+        """A store of this process on `port` (0: any). Raises ConfigError if the port stays in use."""
         end = time.monotonic() + PORT_SECONDS
         while True:
             try:
@@ -133,13 +134,13 @@ class _Meeting:
                     raise
                 if time.monotonic() > end:
                     raise ConfigError(
-                        f"port {port} of this machine, where ranks meet, is in use by another process; choose another "
-                        "MASTER_PORT, at least 3 from that of any other run"
+                        f"port {port} of this machine, which the ranks need for their rendezvous, is in use by another "
+                        "process; choose another MASTER_PORT, at least 3 away from any other run's"
                     ) from error
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
-def _reach_store(address: str, port: int) -> dist.TCPStore:
+def _connect(address: str, port: int) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
 
 
@@ -148,9 +149,14 @@ def _launcher_keeps_store() -> bool:
 
 
 def _port() -> int:
-    """At which ranks meet."""
+    """Of the rendezvous."""
     own = None if _launcher_keeps_store() else os.environ.get(PORT)
     return int(own or os.environ["MASTER_PORT"])
+
+
+def _endpoint() -> str:
+    address = os.environ["MASTER_ADDR"]
+    return f"[{address}]:{_port()}" if ":" in address else f"{address}:{_port()}"
 
 
 def _leave_without(missing: list[int], info: RankInfo, patience_seconds: float) -> None:
@@ -162,33 +168,29 @@ def _leave_without(missing: list[int], info: RankInfo, patience_seconds: float) 
     for pid, environment in _siblings().items():
         if _rank_of(environment, info.world_size) in missing:
             ProcessId.of(pid).kill()
-    names = f"rank {missing[0]} has" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))} have"
+    ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
     raise PeerLostError(
-        f"{names} not come within {patience_seconds:.0f} s (distributed.hang_timeout_minutes) to {_where()}; the run ends "
-        "here, start the same command again",
+        f"{ranks} did not join the rendezvous at {_endpoint()} within {patience_seconds:.0f} s "
+        "(distributed.hang_timeout_minutes); rerun the same command",
         printed_by=printed_by,
     )
 
 
-def _where() -> str:
-    return f"the place where ranks meet ({os.environ['MASTER_ADDR']}, port {_port()})"
+def _siblings() -> dict[int, dict[str, str]]:
+    """The other child processes of this one's parent, with the environments they were started with, as far as can be seen."""
+    siblings: dict[int, dict[str, str]] = {}
+    for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in map(int, children.read_text().split()):
+                siblings[pid] = environment_of(pid)
+    siblings.pop(os.getpid(), None)
+    return siblings
 
 
 def _rank_of(environment: dict[str, str], world_size: int) -> int | None:
-    """The rank that a process was started as; None for one that is no rank of this run."""
+    """The rank that a process was started as; None if it is no rank of this run."""
     try:
         info = rank_info(environment)
     except ConfigError:
         return None
     return info.rank if info.world_size == world_size and launcher_id(environment) == launcher_id() else None
-
-
-def _siblings() -> dict[int, dict[str, str]]:
-    """The other processes that this one's parent has started, and the environments they began with, as far as can be seen."""
-    found: dict[int, dict[str, str]] = {}
-    for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
-        with suppress(OSError):
-            for pid in map(int, children.read_text().split()):
-                found[pid] = environment_of(pid)
-    found.pop(os.getpid(), None)
-    return found

@@ -1,11 +1,11 @@
 """Signals that ask a run to stop: SIGTERM, SIGUSR1, SIGINT, and SIGHUP unless it was ignored at the start, as by nohup.
 
-The handler only sets a flag, which the trainer shares over all ranks once a step: all stop at the same step. In the long
-preparations before the first step, where nothing can be lost, it raises StoppedError instead, and again where a library
-swallowed it (torch's probe of the C++ compiler takes any exception for its answer). A second signal changes nothing; a
-third one ends the process at once, also while the main thread hangs in a collective, where Python runs no handlers: a
-thread counts them too, by the descriptor that Python writes each signal's number to as it comes. Once the
-outcome stands and the process is about to end, signals change nothing at all.
+The handler only sets a flag, which the trainer shares with all ranks once per step: all stop at the same step. During the long
+preparations before the first step, when nothing can be lost, it raises StoppedError instead, and raises it again if a library
+swallowed it (torch's probe of the C++ compiler takes any exception for its answer). A second signal changes nothing. A third
+one ends the process at once, even if the main thread hangs in a collective, where Python runs no handlers: a thread counts
+signals too, by reading the descriptor to which Python writes each signal's number. Once the outcome is decided and the process
+is about to exit, signals change nothing at all.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any
 from dist_trainer.errors import StoppedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""What asks a run to stop. SIGHUP: its terminal was closed, or the connection to it was lost."""
+"""These ask a run to stop. SIGHUP: its terminal was closed, or the connection to it was lost."""
 SECONDS_TO_RAISE_AGAIN = 0.5
-"""A tick: so often StoppedError is raised anew where it was swallowed."""
+"""A tick: the time after which StoppedError is raised again if it was swallowed."""
 TICKS_TO_CLEAN_UP = 10
-"""So often what handles the error is left in peace; then it is broken off too, for it may be a library that goes on."""
+"""For this many ticks an error handler is left to finish; then it is interrupted too: it may be a library that carries on."""
 PATIENCE = 3
-"""The signal of this count ends the process without saving. SIGHUP does not count: nobody sends it out of impatience, and
-closing a terminal may send several, from the shell, the kernel and the session manager."""
-_GOODBYE = b"\0"
+"""The third signal ends the process without saving. SIGHUP does not count: nobody sends it out of impatience, and closing a
+terminal may send several, from the shell, the kernel and the session manager."""
+_END = b"\0"
 """No signal has the number 0."""
 
 
@@ -45,13 +45,13 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number = 0
         self.lost_launcher = ""
-        """What was lost, where that asked, and no signal."""
+        """A sentence, if the loss of the launcher asked to stop, and not a signal."""
         self._count = 0
         self._listening = False
-        self._breaks_off = False
+        self._is_interruptible = False
         self._is_answered = False
         self._alarm_before: Any = None
-        """Handler of SIGALRM outside `interruptible`; None: ours is not there."""
+        """Handler of SIGALRM outside `interruptible`; None: ours is not installed."""
         self._timer_before = (0.0, 0.0)
         self._ticks = 0
 
@@ -59,14 +59,14 @@ class StopRequest:
         return self.signal_number != 0 or self.lost_launcher != ""
 
     def note_lost_launcher(self, reason: str) -> None:
-        """Ask this rank to stop because its launcher has died; called by the thread that noticed."""
+        """Ask this rank to stop because its launcher has died; called by the thread that noticed it."""
         self.lost_launcher = reason
 
     @contextmanager
     def listen(self, *, for_good: bool = False) -> Generator[StopRequest]:
-        """Take the stop signals while the context lasts (in the main thread, where Python delivers them).
+        """Handle the stop signals while the context lasts (in the main thread, where Python delivers them).
 
-        `for_good`: after it they are ignored, rather than handled as before: to be left for a process that is about to end.
+        `for_good`: they are ignored afterwards instead of handled as before, for a process that is about to exit.
         """
         if self._listening or threading.current_thread() is not threading.main_thread():
             yield self
@@ -82,32 +82,32 @@ class StopRequest:
                 signal.signal(number, signal.SIG_IGN if for_good else handler)
 
     def mark_answered(self) -> None:
-        """The outcome stands, and the process is about to leave: further signals change nothing, however many they are."""
+        """The outcome is decided, and the process is about to exit: further signals change nothing, however many there are."""
         self._is_answered = True
 
     @contextmanager
     def interruptible(self) -> Generator[None]:
-        """Raise StoppedError as soon as a signal has come, in the midst of what is done here if need be.
+        """Raise StoppedError as soon as a signal arrives, in the middle of what is done inside.
 
-        For work of one rank alone: a rank that breaks off a collective would leave the others waiting.
+        Not for collectives: a rank that interrupts one leaves the others waiting.
         """
         if self:
             raise StoppedError(self.signal_number)
-        self._take_alarm()
+        self._install_alarm()
         try:
             try:
-                self._breaks_off = True
+                self._is_interruptible = True
                 yield
             finally:
-                self._breaks_off = False
+                self._is_interruptible = False
         except Exception as error:
             # A library may have wrapped or replaced what the handler raised within it.
             if self and not isinstance(error, StoppedError):
                 raise StoppedError(self.signal_number) from error
             raise
         finally:
-            self._breaks_off = False  # once more: the alarm may have raised where it was to become so
-            self._give_alarm_back()
+            self._is_interruptible = False  # again: the alarm may have raised in the line above
+            self._restore_alarm()
         if self:
             raise StoppedError(self.signal_number)
 
@@ -116,18 +116,18 @@ class StopRequest:
         if self._count >= PATIENCE and not self._is_answered:
             os._exit(128 + number)
         first = self.signal_number == 0
-        if first:  # later ones may be a launcher's way to hurry: this one is the reason
+        if first:  # later ones may come from a launcher that hurries: the first one is the reason
             self.signal_number = number
-        if first and self._breaks_off:
+        if first and self._is_interruptible:
             if self._alarm_before is not None:
                 self._timer_before = signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_RAISE_AGAIN, SECONDS_TO_RAISE_AGAIN)
             raise StoppedError(number)
 
-    def _take_alarm(self) -> None:
+    def _install_alarm(self) -> None:
         if self._listening and threading.current_thread() is threading.main_thread():
             self._alarm_before = signal.signal(signal.SIGALRM, self._handle_alarm) or signal.SIG_DFL
 
-    def _give_alarm_back(self) -> None:
+    def _restore_alarm(self) -> None:
         if self._alarm_before is not None:
             if self:
                 signal.setitimer(signal.ITIMER_REAL, *self._timer_before)
@@ -135,10 +135,10 @@ class StopRequest:
             self._alarm_before = None
 
     def _handle_alarm(self, number: int, frame: FrameType | None) -> None:
-        if not self:  # somebody else's
+        if not self:  # the alarm is not ours
             if callable(self._alarm_before):
                 self._alarm_before(number, frame)
-        elif self._breaks_off:
+        elif self._is_interruptible:
             self._ticks += 1
             if self._ticks > TICKS_TO_CLEAN_UP or not _is_unwinding():
                 raise StoppedError(self.signal_number)
@@ -154,22 +154,22 @@ class StopRequest:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            os.write(writing, _GOODBYE)  # closing it would not do: forked data workers hold it open too
+            os.write(writing, _END)  # closing it is not enough: forked data workers hold it open too
             counter.join()
             os.close(writing)
             os.close(reading)
 
     def _count_signals(self, pipe: int) -> None:
         count = 0
-        while _GOODBYE not in (numbers := os.read(pipe, 64)):
-            asked = [number for number in numbers if number in STOP_SIGNALS and number != signal.SIGHUP]
-            count += len(asked)
+        while _END not in (numbers := os.read(pipe, 64)):
+            received = [number for number in numbers if number in STOP_SIGNALS and number != signal.SIGHUP]
+            count += len(received)
             if count >= PATIENCE and not self._is_answered:
-                os._exit(128 + asked[-1])
+                os._exit(128 + received[-1])
 
 
 def _is_unwinding() -> bool:
-    """Whether a StoppedError, or what a library made of it, is being handled."""
+    """Whether a StoppedError, or an error that replaced it, is being handled."""
     error = sys.exception()
     while error is not None and not isinstance(error, StoppedError):
         error = error.__context__
@@ -177,18 +177,10 @@ def _is_unwinding() -> bool:
 
 
 def _forget_wakeup_descriptor() -> None:
-    """In forked workers: Ctrl-C reaches them too, and must not count for their parent."""
+    """In forked workers: Ctrl-C reaches them too, and must not be counted by their parent."""
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_wakeup_descriptor)
-
-
-def signal_name(number: int) -> str:
-    """`SIGTERM` for 15; a number without name as it stands."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

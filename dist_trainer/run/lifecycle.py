@@ -10,7 +10,6 @@ from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.checkpoint.state import Progress
 from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.distributed.signals import signal_name
 from dist_trainer.errors import (
     EXIT_CRASHED,
     EXIT_FINISHED,
@@ -23,6 +22,7 @@ from dist_trainer.errors import (
     StoppedError,
     TrainingDivergedError,
     counted,
+    signal_name,
 )
 from dist_trainer.html_report.page import write_report
 from dist_trainer.run.folder import RunFolder

@@ -175,8 +175,8 @@ def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, 
         wait_until(lambda: launcher.poll() is not None, seconds=seconds)
         assert not [process for process in processes if process.is_alive()]
     said = (tmp_path / "said.txt").read_text()
-    assert said.count(" has not come within 6 s (distributed.hang_timeout_minutes)") == 1, said
-    assert f"dist_trainer: rank {victim} has not come within" in said
+    assert said.count(" within 6 s (distributed.hang_timeout_minutes)") == 1, said
+    assert f"dist_trainer: rank {victim} did not join the rendezvous at " in said
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import pytest
 from dist_trainer.checkpoint.state import Progress
 from dist_trainer.distributed import signals
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.distributed.signals import SECONDS_TO_RAISE_AGAIN, STOP_SIGNALS, StopRequest, signal_name
-from dist_trainer.errors import LauncherLostError, StoppedError
+from dist_trainer.distributed.signals import SECONDS_TO_RAISE_AGAIN, STOP_SIGNALS, StopRequest
+from dist_trainer.errors import LauncherLostError, StoppedError, signal_name
 from dist_trainer.training.result import result_when_stopped
 
 
