@@ -30,7 +30,7 @@ from dist_trainer.distributed.context import DistributedContext, init_distribute
 from dist_trainer.distributed.launch_env import launcher_id
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import EXIT_FINISHED, CheckpointError, RefusedError, StoppedError
-from dist_trainer.generation.samples import TextSamples, sample_of
+from dist_trainer.generation.samples import TextSamples, build_sample
 from dist_trainer.huggingface.hub import is_hub_name
 from dist_trainer.models.loss import check_model_takes_document_ids
 from dist_trainer.models.registry import (
@@ -222,7 +222,11 @@ def assemble(config: TrainingConfig, world: DistributedContext, record: RunRecor
         export, folder = export_to(model, tokenizer), record.folder
         checkpoints = CheckpointManager(folder.checkpoints, config.checkpoint, export=export, saved=SaveNotes(folder.path))
     shown = (loaders.validation or loaders.train).dataset
-    sample = run_and_share_errors(world, lambda: sample_of(config, tokenizer, model, shown), acts=world.is_main)
+    sample = run_and_share_errors(
+        world,
+        lambda: build_sample(config.tracking, config.data, tokenizer, model, shown, seed=config.seed),
+        acts=world.is_main,
+    )
     per_token, varying_length = flops_per_token(model, config), varies_in_length(loaders.train.dataset)
     precision = build_precision(config.precision, world.device)
     tokens = config.batch.global_batch_size * config.data.sequence_length

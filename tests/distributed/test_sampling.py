@@ -89,7 +89,7 @@ def test_a_sample_that_fails_costs_a_warning_and_not_the_run(stories, tmp_path, 
     assert status(config)["state"] == "finished"
     assert steps_of_samples(config) == []
     said = capfd.readouterr().err
-    assert said.count("no sample of text (TypeError: forward() got an unexpected keyword argument 'use_cache')") == 2
+    assert said.count("no text sample (TypeError: forward() got an unexpected keyword argument 'use_cache')") == 2
 
 
 @pytest.mark.parametrize(("every", "steps"), [(None, [4, 8, 12]), pytest.param(5, [5, 10, 12], marks=pytest.mark.slow)])

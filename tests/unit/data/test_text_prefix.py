@@ -12,14 +12,14 @@ import pytest
 import torch
 from tokenizers import processors
 
-from dist_trainer.config.schema import DataConfig, PrecisionConfig, TrackingConfig, TrainingConfig
+from dist_trainer.config.schema import DataConfig, PrecisionConfig, TrackingConfig
 from dist_trainer.data import text_pieces
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.documents import record_formatter
 from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, prompt_ids, text_prefix, tokenizer_digest
-from dist_trainer.generation.samples import sample_of
+from dist_trainer.generation.samples import build_sample
 from dist_trainer.run.harness import HarnessOptions, open_for_harness
 
 TEXTS = ["It is a truth.", "A truth universally acknowledged."]
@@ -132,8 +132,8 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
     monkeypatch.setattr("dist_trainer.generation.samples.end_tokens", lambda _: set())
     asked = []
     monkeypatch.setattr("dist_trainer.generation.samples.generate", lambda _, tokens, **__: asked.append(tokens) or [])
-    config = TrainingConfig(tracking=TrackingConfig(sample_prompt=prompt))
-    made = sample_of(config, tokenizer, None, [row])
+    tracking = TrackingConfig(sample_prompt=prompt)
+    made = build_sample(tracking, DataConfig(), tokenizer, None, [row], seed=0)
     said = made(None, lambda: False)["prompt"]
     assert asked == [[tokenizer.bos_token_id, *bare(tokenizer, said)]]
     assert said == prompt if prompt is not None else said.startswith(TEXTS[1])

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_trainer.config.schema import DataConfig, ModelConfig, TrackingConfig, TrainingConfig
+from dist_trainer.config.schema import DataConfig, ModelConfig, TrackingConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.tokenizers import load_tokenizer, vocabulary_size
 from dist_trainer.errors import ConfigError, RefusedError
-from dist_trainer.generation.samples import beginning_of, given_prompt, prompt_before_answer, sample_of
+from dist_trainer.generation.samples import build_sample, configured_prompt, prompt_before_answer, start_of_text
 from dist_trainer.generation.text import REPLACEMENT
 from dist_trainer.models.decoder_lm import DecoderLM
 
@@ -30,12 +30,12 @@ def tokenizer():
 
 
 def sample(tokenizer, tokens: list[int], *, sequence_length: int, prompt: str | None = None):
-    """What `sample_of` makes of a row of `tokens`, and the model that it is for."""
+    """What `build_sample` makes of a row of `tokens`, and the model that it is for."""
     tracking = TrackingConfig(sample_prompt=prompt, sample_tokens=4)
-    config = replace(TrainingConfig(), data=DataConfig(sequence_length=sequence_length), tracking=tracking)
     model = DecoderLM(SMALL, vocabulary_size(tokenizer), sequence_length)
     model.init_weights(0)
-    return sample_of(config, tokenizer, model, [torch.tensor(tokens)]), model
+    data = DataConfig(sequence_length=sequence_length)
+    return build_sample(tracking, data, tokenizer, model, [torch.tensor(tokens)], seed=0), model
 
 
 @pytest.mark.parametrize("sequence_length", [4, 8, 9, 64])
@@ -54,7 +54,7 @@ def test_text_of_several_tokens_a_character_is_cut_between_characters(tokenizer,
 def test_words_stay_whole(tokenizer):
     text = "It is a truth universally acknowledged, that a single man in possession"
     for most in range(1, 16):
-        beginning = tokenizer.decode(beginning_of(tokenizer.encode(text), tokenizer, most=most))
+        beginning = tokenizer.decode(start_of_text(tokenizer.encode(text), tokenizer, most=most))
         assert text.startswith(beginning)
         assert text[len(beginning)] in " ," or " " not in beginning
 
@@ -64,7 +64,7 @@ def test_a_row_without_text_costs_the_samples_and_not_the_run(tokenizer, caplog,
     caplog.set_level(logging.INFO, "dist_trainer")
     made, _ = sample(tokenizer, [tokenizer.eos_token_id] * 32, sequence_length=32)
     assert made is None
-    assert "no samples of text" in caplog.text
+    assert "no text samples" in caplog.text
 
 
 def test_special_tokens_before_the_text_are_passed_over(tokenizer):
@@ -80,10 +80,9 @@ def test_where_answers_alone_carry_loss_the_prompt_before_the_first_is_answered(
     targets = torch.full((1, len(tokens)), IGNORED_TARGET)
     targets[0, answer - 1 : -1] = torch.tensor(tokens[answer:])
     rows = [Batch(torch.tensor([tokens]), targets)]
-    config = TrainingConfig(tracking=TrackingConfig(sample_tokens=4))
     model = DecoderLM(SMALL, vocabulary_size(tokenizer), 64)
     model.init_weights(0)
-    made = sample_of(config, tokenizer, model, rows)
+    made = build_sample(TrackingConfig(sample_tokens=4), DataConfig(), tokenizer, model, rows, seed=0)
     assert made is not None
     assert made(model, never)["prompt"] == tokenizer.decode(tokens[:answer])
     assert answer > 16, "more than is shown of plain text"
@@ -98,38 +97,42 @@ OF_CONVERSATIONS = DataConfig(messages_column="messages", chat_template=str(ROOT
 
 def test_a_list_of_messages_is_answered_where_the_data_are_conversations(tokenizer):
     written = "### System\nBe brief.\n\n### User\nWho is [Emma]?\n\n### Assistant\n"
-    assert given_prompt(MESSAGES, OF_CONVERSATIONS, tokenizer, chats=True) == (
+    assert configured_prompt(MESSAGES, OF_CONVERSATIONS, tokenizer, is_chat=True) == (
         written,
         tokenizer.encode(written, add_special_tokens=False),
     )
     found_by_its_column = replace(OF_CONVERSATIONS, messages_column=None)
-    config = TrainingConfig(data=found_by_its_column, tracking=TrackingConfig(sample_prompt=MESSAGES, sample_tokens=4))
+    tracking = TrackingConfig(sample_prompt=MESSAGES, sample_tokens=4)
     model = DecoderLM(SMALL, vocabulary_size(tokenizer), 64)
     model.init_weights(0)
-    made = sample_of(config, tokenizer, model, SimpleNamespace(are_conversations=True))
+    conversations = SimpleNamespace(are_conversations=True)
+    made = build_sample(tracking, found_by_its_column, tokenizer, model, conversations, seed=0)
     assert made is not None
     assert made(model, never)["prompt"] == written
 
 
 @pytest.mark.parametrize(
-    ("prompt", "data", "chats"),
+    ("prompt", "data", "is_chat"),
     [(MESSAGES, DataConfig(), False), ("[INST] Who?", OF_CONVERSATIONS, True), ('["Who?"]', OF_CONVERSATIONS, True)],
 )
-def test_other_prompts_are_text_as_they_stand(tokenizer, prompt, data, chats):
-    assert given_prompt(prompt, data, tokenizer, chats=chats) == (prompt, tokenizer.encode(prompt, add_special_tokens=False))
+def test_other_prompts_are_text(tokenizer, prompt, data, is_chat):
+    assert configured_prompt(prompt, data, tokenizer, is_chat=is_chat) == (
+        prompt,
+        tokenizer.encode(prompt, add_special_tokens=False),
+    )
 
 
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [
-        ('[{"role": "user", "content": "Hi"]', "begins as a list of messages does, but is no JSON"),
+        ('[{"role": "user", "content": "Hi"]', "starts like a list of messages but is not valid JSON"),
         ('[{"role": "user"}]', '"content" of message 1 .* is missing'),
         ('[{"role": "tool", "content": "Hi"}]', "refuses the messages .roles tool.: roles are system, user and assistant"),
     ],
 )
 def test_a_list_that_is_no_conversation_is_refused_by_its_key(tokenizer, prompt, said):
     with pytest.raises(RefusedError, match=rf"tracking\.sample_prompt: .*{said}"):
-        given_prompt(prompt, OF_CONVERSATIONS, tokenizer, chats=True)
+        configured_prompt(prompt, OF_CONVERSATIONS, tokenizer, is_chat=True)
 
 
 def test_a_prompt_of_the_users_own_that_does_not_fit_is_refused(tokenizer):
