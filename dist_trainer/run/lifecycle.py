@@ -34,7 +34,6 @@ from dist_trainer.tracking.goodput import goodput
 from dist_trainer.tracking.run_reader import RunHistory, is_number, read_run, read_status
 from dist_trainer.tracking.subprocess_tracker import is_wandb_behind
 from dist_trainer.tracking.tracker import send_to_wandb
-from dist_trainer.training.profiler import profiled
 from dist_trainer.training.result import TrainingResult
 from dist_trainer.training.trainer import Trainer
 
@@ -73,8 +72,8 @@ def train(trainer: Trainer, record: RunRecord | None, crash: CrashRecorder, *, b
 
 
 def fit(trainer: Trainer) -> TrainingResult:
-    """Train, with the steps recorded that profile.steps names; where memory runs out, with the numbers and what would help."""
-    with explain_out_of_memory(trainer.config, trainer.world, trainer), profiled(trainer):
+    """Train; if memory runs out, raise an error that has the numbers and what would help."""
+    with explain_out_of_memory(trainer.config, trainer.world, trainer):
         return trainer.fit()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dist_trainer.distributed.collectives import barrier, gather_objects
 from dist_trainer.errors import CallbackError, ConfigError
 from dist_trainer.training.result import TrainingResult
-from dist_trainer.training.step import StepResult
+from dist_trainer.training.step import StepResult, phase
 from dist_trainer.training.validation import ValidationResult
 
 if TYPE_CHECKING:
@@ -138,15 +138,16 @@ class MetricsLogger:
         """The only place where a step waits for the device."""
         trainer.world.heartbeat.mark("logging", step=trainer.progress.step)
         self._logged_step = result.step
-        trainer.log(
-            {
-                "kind": "train",
-                **result.metadata(trainer.world),
-                "skipped_steps": trainer.divergence.skipped_steps,
-                "epoch": trainer.sampler.epoch_of(result.step),
-                **trainer.throughput.measure(step=result.step, tokens=result.target_tokens_so_far),
-            }
-        )
+        with phase("log"):
+            trainer.log(
+                {
+                    "kind": "train",
+                    **result.metadata(trainer.world),
+                    "skipped_steps": trainer.divergence.skipped_steps,
+                    "epoch": trainer.sampler.epoch_of(result.step),
+                    **trainer.throughput.measure(step=result.step, tokens=result.target_tokens_so_far),
+                }
+            )
 
 
 def _name(callback: object) -> str:

@@ -1,4 +1,6 @@
-"""Records single steps of a run: a trace of each rank that Perfetto opens, on GPUs the memory's history too."""
+"""Records the steps of profile.steps: a trace of each rank that Perfetto opens, on GPUs the memory's history too, and what
+exchanging gradients costs.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,26 @@ import gzip
 import json
 import logging
 import os
+import re
 import tempfile
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from dist_trainer.config.values import parse_profile_steps
-from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.collectives import gather_objects
 from dist_trainer.storage.files import replace_file
-from dist_trainer.training.exchange_cost import ExchangeCost, exchange_cost
+from dist_trainer.training.result import TrainingResult
 from dist_trainer.training.step import StepResult
-from dist_trainer.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from dist_trainer.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -30,228 +35,202 @@ PROFILE_FOLDER = "profile"
 MEMORY_HISTORY_ENTRIES = 200_000
 """Allocations remembered at most, the newest: some tens of megabytes."""
 
-PHASES = {
-    "_fetch": "data",
-    "loss_function": "forward",
-    "precision.backward": "backward",
-    "precision.step": "optimizer",
-    "_validate_if_due": "validation",
-    "_save": "checkpoint",
-}
-"""What the trainer calls → its range's name in the trace; the exchange bears torch's own names (gloo:..., nccl:...)."""
 
+class Profiler:
+    """A callback that records steps. What cannot be written costs a warning."""
 
-@contextmanager
-def profiled(trainer: Trainer) -> Generator[None]:
-    """Record the steps that profile.steps names, of what `trainer` does inside; for all ranks.
-
-    The names are laid over the trainer's own methods for as long as it records, so the step knows nothing of them and
-    costs nothing otherwise. What cannot be written costs a warning.
-    """
-    steps = steps_to_record(trainer)
-    if not steps:
-        yield
-        return
-    recorder = Recorder(trainer, steps)
-    with _replaced(trainer, "train_step", recorder.train_step), _replaced(trainer, "_fetch", recorder.fetch):
-        try:
-            yield
-        except BaseException:
-            recorder.break_off()
-            raise
-        recorder.finish()  # a signal came before the last of the steps
-    if not recorder.has_recorded and trainer.world.is_main:
-        log.warning("profile.steps: the run has ended at step %d, before any of them", trainer.progress.step)
-
-
-def steps_to_record(trainer: Trainer) -> range:
-    """The part of profile.steps that the run is going to do; says which part it is not."""
-    text = trainer.config.profile.steps
-    if text is None:
-        return range(0)
-    asked, done, last = parse_profile_steps(text), trainer.progress.step, trainer.max_steps
-    steps = range(max(asked.start, done + 1), min(asked.stop, last + 1))
-    if trainer.world.is_main and len(steps) < len(asked):
-        recorded = f"only {_in_words(steps)} will be" if steps else "nothing is"
-        log.warning("profile.steps: %s, but the run goes from step %d to %d; %s recorded", text, done + 1, last, recorded)
-    return steps
-
-
-class Recorder:
-    """Records `steps` of `trainer`: the trainer calls its `train_step` and `fetch` instead of its own."""
-
-    def __init__(self, trainer: Trainer, steps: range) -> None:
-        self._trainer = trainer
-        self._steps = steps
-        self._train_step, self._fetch = trainer.train_step, trainer._fetch
-        self._recording: _Recording | None = None
+    def __init__(self, steps: str) -> None:
+        """`steps`: as profile.steps has them."""
+        self._text = steps
+        self._steps = range(0)
         self._first_step = 0
-        self.has_recorded = False
+        self._profile: profile | None = None
+        self._has_recorded = False
 
-    def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
-        """As the trainer's own, and recorded where it is one of the steps."""
-        step = self._trainer.progress.step + 1
-        if step == self._steps.start:
-            with self._trainer.throughput.paused():
-                self._recording, self._first_step = _Recording(self._trainer), step
-        if self._recording is None:
-            return self._train_step(micro_batches, target_tokens)
-        with record_function(f"step {step}"):
-            return self._train_step(micro_batches, target_tokens)
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """Find out which of the steps the run is going to do; log which it is not."""
+        requested, done, last = parse_profile_steps(self._text), trainer.progress.step, trainer.max_steps
+        self._steps = range(max(requested.start, done + 1), min(requested.stop, last + 1))
+        if trainer.world.is_main and len(self._steps) < len(requested):
+            recorded = f"only {_format_steps(self._steps)} will be" if self._steps else "nothing is"
+            log.warning(
+                "profile.steps: %s, but the run goes from step %d to %d; %s recorded", self._text, done + 1, last, recorded
+            )
+        self._start_if_due(trainer)
 
-    def fetch(self, batches: Iterator[Batch]) -> Any:
-        """As the trainer's own; with it a step ends, and after the last one the record."""
-        upcoming = self._fetch(batches) if self._recording is None else _named("data", self._fetch)(batches)
-        if self._trainer.progress.step + 1 >= self._steps.stop:
-            self.finish()
-        return upcoming
+    def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
+        """Go from step to step; write the record after the last one."""
+        self._start_if_due(trainer)
+        if self._profile is not None:
+            if result.step + 1 == self._steps.stop:
+                self._finish(trainer)
+            elif result.step + 1 >= self._first_step:
+                self._profile.step()
 
-    def finish(self) -> None:
-        """Write what was recorded, and say what the exchange costs; for all ranks. Nothing if that is done."""
-        if self._recording is None:
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Leave the memory's history, which may show why, and no more."""
+        if self._profile is not None:
+            with suppress(OSError, RuntimeError):
+                write_memory_history(self._path(trainer, range(self._first_step, trainer.progress.step + 2), "memory"))
+            with suppress(OSError, RuntimeError):
+                self._profile.stop()
+            self._profile = None
+
+    def close(self, trainer: Trainer, result: TrainingResult | None) -> None:
+        """Write what there is if the run ends before the last of the steps."""
+        if result is not None and trainer.progress.step >= self._first_step:
+            self._finish(trainer)
+        if self._profile is not None:
+            self._profile.stop()
+        if result is not None and self._steps and not self._has_recorded and trainer.world.is_main:
+            log.warning("profile.steps: the run has ended at step %d, before any of them", trainer.progress.step)
+
+    def _start_if_due(self, trainer: Trainer) -> None:
+        """One step ahead: in it torch prepares, which it would otherwise do in the first recorded step."""
+        next_step = trainer.progress.step + 1
+        if self._profile is not None or self._has_recorded or not self._steps or next_step < self._steps.start - 1:
             return
-        trainer, self.has_recorded = self._trainer, True
-        recording, self._recording = self._recording, None
-        steps = range(self._first_step, trainer.progress.step + 1)
-        trainer.world.heartbeat.mark("saving", step=trainer.progress.step)
-        with trainer.throughput.paused():
-            cost = recording.write(steps)
-            _tell_cost(trainer, steps, gather_objects(cost, trainer.world))
+        self._first_step = self._steps.start
+        on_gpu = trainer.world.device.type == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
 
-    def break_off(self) -> None:
-        """The run fails: leave what there is of its memory, which may tell why, and no more."""
-        if self._recording is not None:
-            steps = range(self._first_step, self._trainer.progress.step + 2)
-            self._recording.break_off(steps)
+        def schedule(steps_since: int) -> ProfilerAction:
+            return ProfilerAction.RECORD if next_step + steps_since >= self._first_step else ProfilerAction.WARMUP
 
-
-class _Recording:
-    """torch's profiler at work, with names laid over the trainer's methods."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._world = trainer.world
-        self._folder = trainer.config.run_folder / PROFILE_FOLDER
-        self._names = ExitStack()
-        activities = [ProfilerActivity.CPU]
-        if self._world.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-            with profile(activities=activities, acc_events=True):  # what tracing a GPU sets up once must not be in the trace
-                torch.cuda.synchronize(self._world.device)
-            _remember_memory(MEMORY_HISTORY_ENTRIES)
-        for path, name in PHASES.items():
-            if path != "_fetch":  # the recorder's own stands there
-                owner, attribute = _owner_of(trainer, path)
-                self._names.enter_context(_replaced(owner, attribute, _named(name, getattr(owner, attribute))))
         # acc_events changes nothing in a single cycle; without it some versions of torch warn of cycles that follow.
-        self._profile = profile(activities=activities, acc_events=True)
+        self._profile = profile(activities=activities, schedule=schedule, acc_events=True)
         self._profile.start()
+        if on_gpu:
+            record_memory_history(MEMORY_HISTORY_ENTRIES)
 
-    def write(self, steps: range) -> ExchangeCost | None:
-        """Stop, and write the files of `steps`; what the exchange costs this rank, None where that cannot be known."""
+    def _finish(self, trainer: Trainer) -> None:
+        """Write what was recorded, and log what the exchange costs; for all ranks."""
+        if self._profile is None:
+            return
+        steps, self._has_recorded = range(self._first_step, trainer.progress.step + 1), True
+        trainer.world.heartbeat.mark("saving", step=trainer.progress.step)
+        with trainer.between_steps():
+            cost = self._write(trainer, steps)
+            costs = [cost for cost in gather_objects(cost, trainer.world) if cost is not None]
+            if costs and trainer.world.world_size > 1 and trainer.world.is_main:
+                comm_ms, exposed_ms = (sum(values) / len(costs) for values in zip(*costs, strict=True))
+                log.info(
+                    "profile: exchanging gradients takes comm_ms %.2f a step, of which the backward pass does not hide "
+                    "comm_exposed_ms %.2f (mean of %d ranks, %s)",
+                    *(comm_ms, exposed_ms, len(costs), _format_steps(steps)),
+                )
+                cost_of_step = {"first_step": steps.start, "comm_ms": comm_ms, "comm_exposed_ms": exposed_ms}
+                trainer.log({"kind": "profile", "step": steps[-1], **cost_of_step})
+
+    def _write(self, trainer: Trainer, steps: range) -> tuple[float, float] | None:
+        """Stop, and write the files; what `exchange_cost` finds, None if that cannot be known."""
+        recorded, self._profile = self._profile, None
+        assert recorded is not None, "it has just been asked"
         try:
-            self._stop()
-            self._write_memory(steps)
-            trace = self._trace()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._path(steps, "json.gz")
+            recorded.stop()
+            if trainer.world.device.type == "cuda":
+                write_memory_history(self._path(trainer, steps, "memory"))
+            with tempfile.TemporaryDirectory(prefix="dist_trainer-") as folder:
+                recorded.export_chrome_trace(f"{folder}/trace.json")
+                trace = Path(folder, "trace.json").read_bytes()
+            path = self._path(trainer, steps, "json.gz")
+            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, [gzip.compress(trace, compresslevel=4)], durable=False)
-            log.info("profile: %s are recorded in %s; ui.perfetto.dev opens it", _in_words(steps), path)
+            log.info("profile: %s are recorded in %s; ui.perfetto.dev opens it", _format_steps(steps), path)
             return exchange_cost(json.loads(trace)["traceEvents"])
         except (OSError, RuntimeError, ValueError) as error:
-            log.warning("profile: %s could not be recorded: %s", _in_words(steps), error)
+            log.warning("profile: %s could not be recorded: %s", _format_steps(steps), error)
             return None
 
-    def break_off(self, steps: range) -> None:
-        """Stop; write the memory's history alone."""
-        with suppress(OSError, RuntimeError):
-            self._write_memory(steps)
-        with suppress(OSError, RuntimeError):
-            self._stop()
-
-    def _stop(self) -> None:
-        self._names.close()
-        self._profile.stop()
-
-    def _trace(self) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="dist_trainer-") as folder:
-            path = Path(folder, "trace.json")
-            self._profile.export_chrome_trace(str(path))
-            return path.read_bytes()
-
-    def _write_memory(self, steps: range) -> None:
-        if self._world.device.type == "cuda" and hasattr(torch.cuda.memory, "_dump_snapshot"):
-            staging = self._path(steps, "memory.staging")
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                torch.cuda.memory._dump_snapshot(str(staging))
-                os.replace(staging, self._path(steps, "memory.pickle"))
-            finally:
-                _remember_memory(None)
-                with suppress(OSError):
-                    staging.unlink()
-            log.info("profile: the memory's history is beside it; pytorch.org/memory_viz opens it")
-
-    def _path(self, steps: range, ending: str) -> Path:
-        return self._folder / f"steps-{steps.start}-{steps[-1]}-rank{self._world.rank}.{ending}"
+    def _path(self, trainer: Trainer, steps: range, ending: str) -> Path:
+        folder = trainer.config.run_folder / PROFILE_FOLDER
+        return folder / f"steps-{steps.start}-{steps[-1]}-rank{trainer.world.rank}.{ending}"
 
 
-def _remember_memory(entries: int | None) -> None:
-    """Keep a history of allocations from now on (None: no longer), where this torch can."""
-    if not hasattr(torch.cuda.memory, "_record_memory_history"):
-        return
-    if entries is None:
-        torch.cuda.memory._record_memory_history(enabled=None)
-    else:
-        torch.cuda.memory._record_memory_history(max_entries=entries, stacks="python")
-
-
-def _tell_cost(trainer: Trainer, steps: range, costs: list[ExchangeCost | None]) -> None:
-    """The mean over ranks, which are equally busy with being recorded."""
-    known = [cost for cost in costs if cost is not None]
-    if len(costs) < 2 or not known or not trainer.world.is_main:
-        return
-    comm_ms = sum(cost.comm_ms for cost in known) / len(known)
-    exposed_ms = sum(cost.comm_exposed_ms for cost in known) / len(known)
-    log.info(
-        "profile: exchanging gradients takes comm_ms %.2f a step, of which the backward pass does not hide "
-        "comm_exposed_ms %.2f (mean of %d ranks, %s)",
-        *(comm_ms, exposed_ms, len(known), _in_words(steps)),
-    )
-    metadata = {"first_step": steps.start, "comm_ms": comm_ms, "comm_exposed_ms": exposed_ms, "time": time.time()}
-    trainer.tracker.log({"kind": "profile", "step": steps[-1], **metadata})
-
-
-def _owner_of(trainer: Trainer, path: str) -> tuple[Any, str]:
-    """The object that has the attribute at the end of `path`, and its name."""
-    owner: Any = trainer
-    *parts, attribute = path.split(".")
-    for part in parts:
-        owner = getattr(owner, part)
-    return owner, attribute
-
-
-def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **named: Any) -> Any:
-        with record_function(name):
-            return function(*arguments, **named)
-
-    return call
-
-
-@contextmanager
-def _replaced(owner: Any, attribute: str, function: Callable[..., Any]) -> Generator[None]:
-    """`function` in the place of a method of `owner`, for this object alone and only inside."""
-    own = vars(owner)
-    before = own.get(attribute)
-    own[attribute] = function
-    try:
-        yield
-    finally:
-        if before is None:
-            del own[attribute]
-        else:
-            own[attribute] = before
-
-
-def _in_words(steps: range) -> str:
+def _format_steps(steps: range) -> str:
     return f"step {steps.start}" if len(steps) == 1 else f"steps {steps.start} to {steps[-1]}"
+
+
+# torch has no public API for the history of a GPU's memory; a torch without these functions records none.
+
+
+def record_memory_history(entries: int | None) -> None:
+    """Keep a history of the newest `entries` allocations from now on; None: no longer."""
+    if hasattr(torch.cuda.memory, "_record_memory_history"):
+        options: dict[str, Any] = {"enabled": None} if entries is None else {"max_entries": entries, "stacks": "python"}
+        torch.cuda.memory._record_memory_history(**options)
+
+
+def write_memory_history(path: Path) -> None:
+    """Write the history to `path`.pickle, and keep it no longer."""
+    if not hasattr(torch.cuda.memory, "_dump_snapshot"):
+        return
+    staging = path.with_suffix(".memory.staging")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(staging))
+        os.replace(staging, path.with_suffix(".memory.pickle"))
+    finally:
+        record_memory_history(None)
+        staging.unlink(missing_ok=True)
+    log.info("profile: the memory's history is next to it; pytorch.org/memory_viz opens it")
+
+
+# ------------------------------------------------------------------------------------------------ the exchange's cost
+
+_STEP = re.compile(r"step \d+")
+_EXCHANGE = re.compile(r"reduce|gather", re.IGNORECASE)
+"""In the collectives' names: not DDP's broadcast when it sorts its buckets."""
+
+
+def exchange_cost(events: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Of a Chrome trace: for how many ms a step gradients are being exchanged, waiting for other ranks included; and for how
+    many of these this rank computes nothing. None if the trace holds no step.
+
+    An exchange is a reduction or gathering that begins within a step's range: on a GPU one of NCCL's kernels, by when it was
+    launched, and computing is any other kernel. On a CPU it lasts from the call until gloo's thread has the result, and
+    computing is any operator or node of the backward pass, except while it hands a bucket over to gloo. Cores that gloo's
+    threads take from computing are not counted.
+    """
+    spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
+    steps = [span for span in spans if span.get("cat") == "user_annotation" and _STEP.fullmatch(span["name"])]
+    if not steps:
+        return None
+    launched = {_correlation(span): span["ts"] for span in spans if span.get("cat") in ("cuda_runtime", "cuda_driver")}
+    on_gpu = any(span.get("cat") == "kernel" for span in spans)
+    edges: list[tuple[float, str, int]] = []
+    for span in spans:
+        kind = _kind_on_gpu(span) if on_gpu else _kind_on_cpu(span)
+        begin = launched.get(_correlation(span), span["ts"]) if on_gpu else span["ts"]
+        is_in_step = any(step["ts"] <= begin <= step["ts"] + step["dur"] for step in steps)
+        if kind and (kind != "exchange" or is_in_step):
+            edges += [(span["ts"], kind, 1), (span["ts"] + span["dur"], kind, -1)]
+    edges.sort()
+    under_way: Counter[str] = Counter()
+    exchanging = exposed = 0.0
+    for (moment, kind, change), (next_moment, _, _) in pairwise(edges):
+        under_way[kind] += change
+        if under_way["exchange"]:
+            exchanging += next_moment - moment
+            if not under_way["compute"] or under_way["hand over"]:
+                exposed += next_moment - moment
+    return exchanging / 1000 / len(steps), exposed / 1000 / len(steps)
+
+
+def _kind_on_gpu(span: Mapping[str, Any]) -> str:
+    if span.get("cat") != "kernel":
+        return ""
+    if "nccl" not in span["name"].lower():
+        return "compute"
+    return "exchange" if _EXCHANGE.search(span["name"]) else ""
+
+
+def _kind_on_cpu(span: Mapping[str, Any]) -> str:
+    if span.get("cat") == "cpu_op":
+        return "hand over" if span["name"].startswith("c10d::") else "compute"
+    is_exchange = span.get("cat") == "user_annotation" and span["name"].startswith("gloo:") and _EXCHANGE.search(span["name"])
+    return "exchange" if is_exchange else ""
+
+
+def _correlation(span: Mapping[str, Any]) -> Any:
+    return span.get("args", {}).get("correlation")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.profiler import record_function
 
 from dist_trainer.data.batch import Batch, DeviceCopy
 from dist_trainer.distributed.collectives import all_reduce_sum
@@ -54,6 +57,17 @@ class StepResult:
             "skipped": not math.isfinite(grad_norm),
             "tokens": self.target_tokens_so_far,
         }
+
+
+def phase(name: str) -> AbstractContextManager[Any]:
+    """A range of this name in the trace of steps that are being recorded (profile.steps)."""
+    return record_function(name) if is_profiling() else nullcontext()
+
+
+def is_profiling() -> bool:
+    """Whether torch's profiler records; asked without a public API, as a range costs some microseconds even if it does not."""
+    is_enabled = getattr(torch.autograd, "_profiler_enabled", None)
+    return is_enabled is None or is_enabled()
 
 
 def fetch_step(

@@ -15,23 +15,21 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_trainer.checkpoint.folders import resume_point
-from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
 from dist_trainer.checkpoint.optimizer_state import FirstStepCheck
-from dist_trainer.checkpoint.state import Progress, Snapshot, Validated, restore, take_snapshot
+from dist_trainer.checkpoint.state import Progress, Validated
 from dist_trainer.config.rules import check_config
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch, DeviceCopy
 from dist_trainer.data.sampler import GlobalOrderSampler, accumulation_steps
 from dist_trainer.data.token_bytes import TokenBytes
 from dist_trainer.distributed.beats import Phase
-from dist_trainer.distributed.collectives import PendingSum, broadcast_object, run_and_share_errors, run_on_rank0
+from dist_trainer.distributed.collectives import PendingSum, broadcast_object, run_on_rank0
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, StoppedError
 from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.models.loss import model_loss
-from dist_trainer.models.registry import load_weights
-from dist_trainer.optim.evaluation_weights import evaluation_weights, set_training_weights, training_weights
+from dist_trainer.optim.evaluation_weights import evaluation_weights, training_weights
 from dist_trainer.optim.registry import init_optimizer_state
 from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
 from dist_trainer.parallel.buffers import Buffers
@@ -40,12 +38,13 @@ from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import TrackerList
 from dist_trainer.training.callbacks import CallbackList, LineWriter, MetricsLogger
 from dist_trainer.training.garbage_collection import AgreedCollections
-from dist_trainer.training.last_save import finalize_checkpoint, stop_after_failed_saves
 from dist_trainer.training.nonfinite import DivergenceWatch
 from dist_trainer.training.precision import Precision
 from dist_trainer.training.precompile import warm_up
+from dist_trainer.training.profiler import Profiler
 from dist_trainer.training.result import TrainingResult, result_when_finished, result_when_stopped
-from dist_trainer.training.step import StepInput, StepResult, clip_gradients, fetch_step, seed_dropout
+from dist_trainer.training.saving import TrainingState, finalize_checkpoint, stop_after_failed_saves
+from dist_trainer.training.step import StepInput, StepResult, clip_gradients, fetch_step, phase, seed_dropout
 from dist_trainer.training.validation import LossFunction, evaluate, validation_is_due
 
 
@@ -85,22 +84,23 @@ class Trainer:
         self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
         self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
         self.tracker: LineWriter = tracker if tracker is not None and world.is_main else TrackerList()
-        self.token_bytes, self.metadata = token_bytes, metadata or {}
-        self.callbacks = CallbackList([MetricsLogger(config.tracking.log_every_steps), *callbacks])
-        self.progress = Progress()
+        self.state = TrainingState(unwrap(model), optimizer, self.precision, metadata or {})
+        profilers = [] if config.profile.steps is None else [Profiler(config.profile.steps)]
+        self.callbacks = CallbackList([MetricsLogger(config.tracking.log_every_steps), *profilers, *callbacks])
+        self.progress, self.token_bytes = Progress(), token_bytes
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.buffers, self.garbage = Buffers(unwrap(model), world), AgreedCollections()
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
         if not isinstance(train_data.sampler, GlobalOrderSampler):
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
         self.sampler = train_data.sampler
-        self.device_copy, self.pinned = DeviceCopy(world.device), PinnedMemory()
+        self.device_copy = DeviceCopy(world.device)
         self.max_steps = self.last_step = total_steps(config.train, self.sampler.steps_per_epoch)
         self.learning_rate_factor = build_schedule(config.schedule, self.max_steps)
         skipping = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
         self.divergence = DivergenceWatch(skipping, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
         self.throughput = Throughput(world, dtype=self.precision.name, flops_per_token=flops_per_token)
-        self._is_saved, self._stop_reason = True, ""
+        self._is_saved, self._is_over, self._stop_reason = True, False, ""
         self._resumed: Path | None = None
 
     def fit(self) -> TrainingResult:
@@ -143,13 +143,16 @@ class Trainer:
             while (target_tokens := self._agree(upcoming)) is not None:
                 self._at("training")
                 self.device_copy.wait(upcoming.micro_batches)
-                result, self._is_saved = self.train_step(upcoming.micro_batches, target_tokens), False
+                with phase(f"step {self.progress.step + 1}"):
+                    result = self.train_step(upcoming.micro_batches, target_tokens)
+                self._is_saved = False
                 self.first_step_check.after_step()
                 self.divergence.observe(result)
                 self._at("reading data")
                 upcoming = self._fetch(batches)
                 self.callbacks.call("on_step_end", self, result)
                 self._validate_and_save()
+            self._is_over = True
             with self.between_steps():
                 if not self._is_saved:
                     self._save()
@@ -167,9 +170,9 @@ class Trainer:
         self._stop_reason = reason or "stopped by a callback"
 
     def resume(self, checkpoints: Path) -> bool:
-        """Go on from the newest intact checkpoint in the folder `checkpoints`; whether there is one. For all ranks.
+        """Continue from the newest valid checkpoint in the folder `checkpoints`; whether there is one. For all ranks.
 
-        Raises CheckpointError where none is intact, or where it holds another model's state.
+        Raises CheckpointError if none is valid, or if it holds another model's state.
         """
         found = run_on_rank0(self.world, lambda: resume_point(checkpoints, keep_last=self.config.checkpoint.keep_last))
         if found is not None:
@@ -177,11 +180,8 @@ class Trainer:
         return found is not None
 
     def restore(self, checkpoint: Path, progress: Progress) -> None:
-        """Stand where `checkpoint` was taken, after `progress`. For all ranks; raises CheckpointError on all of them."""
-        verifies, load_scaler = self.world.local_rank == 0, self.precision.load_state_dict
-        load = partial(restore, load_weights=load_weights, load_scaler=load_scaler, verifies=verifies)
-        weights = run_and_share_errors(self.world, lambda: load(checkpoint, unwrap(self.model), self.optimizer))
-        set_training_weights(self.optimizer, weights or {})
+        """Continue from `checkpoint`, saved after `progress`. For all ranks; raises CheckpointError on all of them."""
+        self.state.restore(checkpoint, self.world)
         self.progress, self._resumed = progress, checkpoint
         self.checkpoints.begin_with(progress.best)
         self.divergence.skipped_steps, self.divergence.skipped_in_a_row = progress.skipped_steps, progress.skipped_in_a_row
@@ -194,25 +194,22 @@ class Trainer:
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
-        step = self.progress.step
-        losses: list[Tensor] = []
+        step, losses = self.progress.step, []
+        weight = self.world.world_size / max(1, target_tokens)  # ranks average their gradients: so the average is the sum again
         for index, batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
             seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
-            with self.step_context(), gradient_sync(self.model, enabled=index == len(micro_batches) - 1):
-                with self.precision.autocast():
-                    micro_loss_sum = compute_loss(self.model, self.loss_function, batch)
-                self._at("backward" if index == len(micro_batches) - 1 else "training")
-                # Ranks average their gradients; times their number, the average is the sum again.
-                self.precision.backward(micro_loss_sum, self.world.world_size / max(1, target_tokens))
-            losses.append(micro_loss_sum.detach().float())
-            del micro_loss_sum  # a graph that is still held would survive the collection, with its activations
+            with self.step_context(), gradient_sync(self.model, enabled=is_last):
+                losses.append(self._backpropagate(batch, weight, then="backward" if is_last else "training"))
             self.garbage.collect()
 
         self._at("updating")
         self.precision.unscale(self.optimizer)
-        grad_norm = clip_gradients(self.parameters, self.config.optim.max_grad_norm)
+        with phase("clip gradients"):
+            grad_norm = clip_gradients(self.parameters, self.config.optim.max_grad_norm)
         learning_rate = set_learning_rates(self.optimizer, self.learning_rate_factor(step))
-        self.precision.step(self.optimizer, grad_norm)
+        with phase("optimizer"):
+            self.precision.step(self.optimizer, grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         for parameter in self.parameters:
             parameter.grad = None  # also of those that the optimizer does not hold: they would add up over steps
@@ -221,9 +218,18 @@ class Trainer:
         loss_sum = sum(losses[1:], losses[0])
         return StepResult(step + 1, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
+    def _backpropagate(self, batch: Batch, weight: float, *, then: Phase) -> Tensor:
+        """The sum of the batch's token losses; times `weight`, its gradients are added to those of the parameters."""
+        with phase("forward"), self.precision.autocast():
+            loss_sum = compute_loss(self.model, self.loss_function, batch)
+        self._at(then)
+        with phase("backward"):
+            self.precision.backward(loss_sum, weight)
+        return loss_sum.detach().float()
+
     def _fetch(self, batches: Iterator[Batch]) -> StepInput:
         """The next step's micro-batches, on their way to the device."""
-        with self.throughput.waiting_for_data():
+        with self.throughput.waiting_for_data(), phase("data"):
             return fetch_step(batches, self.accumulation_steps, self.device_copy, lambda: self._at("reading data"))
 
     def _agree(self, upcoming: StepInput) -> int | None:
@@ -231,15 +237,10 @@ class Trainer:
 
         Raises on all ranks what ends the run on any of them.
         """
-        flags = (
-            bool(self.world.stop_request),
-            self.checkpoints.has_given_up(),
-            self.checkpoints.has_published(),
-            self.callbacks.error is not None,
-            bool(self._stop_reason),
-        )
+        of_saves = self.checkpoints.has_given_up(), self.checkpoints.has_published()
+        flags = bool(self.world.stop_request), bool(self._stop_reason), self.callbacks.error is not None, *of_saves
         sums = PendingSum([upcoming.target_tokens, *map(int, flags)], self.world).wait()
-        target_tokens, asked_to_stop, has_given_up, published, callback_failed, stop_was_called = sums
+        target_tokens, asked_to_stop, stop_was_called, callback_failed, has_given_up, published = sums
         if callback_failed:
             self.callbacks.raise_error(self)
         if published:
@@ -308,7 +309,7 @@ class Trainer:
             return False
         assert self.validation_data is not None, "or none is due"
         with self.between_steps():
-            with evaluation_weights(self.optimizer):
+            with evaluation_weights(self.optimizer), phase("validation"):
                 result = evaluate(
                     unwrap(self.model),
                     self.validation_data,
@@ -336,15 +337,11 @@ class Trainer:
             self.callbacks.call("on_checkpoint", self, step, folder)
 
     def _save(self) -> None:
-        with self.between_steps(), self.throughput.saving():
+        with self.between_steps(), self.throughput.saving(), phase("checkpoint"):
             self._at("saving")
             progress, watch = self.progress, self.divergence
             progress.skipped_steps, progress.skipped_in_a_row = watch.skipped_steps, watch.skipped_in_a_row
-            self.checkpoints.save(self._take_snapshot, is_best=progress.best_step == progress.step, after=self.tracker.sync)
+            is_last, is_best = self._is_over or progress.step >= self.last_step, progress.best_step == progress.step
+            take = partial(self.state.snapshot, progress, is_last=is_last)
+            self.checkpoints.save(take, is_best=is_best, after=self.tracker.sync)
         self._is_saved = True
-
-    def _take_snapshot(self) -> Snapshot:
-        parts: dict[str, Any] = {"scaler": self.precision.state_dict(), "progress": self.progress, "metadata": self.metadata}
-        parts |= {"is_last": self.progress.step >= self.last_step, "pinned": self.pinned}
-        with evaluation_weights(self.optimizer) as weights:
-            return take_snapshot(unwrap(self.model), self.optimizer, **parts, training_weights=weights)

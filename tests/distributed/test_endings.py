@@ -9,8 +9,9 @@ import pytest
 
 from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.run import lifecycle
+from dist_trainer.run.record import RunRecord
 from dist_trainer.tracking.status import write_status
-from dist_trainer.training import trainer
+from dist_trainer.training import saving
 from tests.distributed.small_runs import folder, metrics, run, small_config, status, stop_after
 from tests.faults.processes import Process
 
@@ -30,7 +31,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_counts_its_own_steps(stories
 def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_the_next_start(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(lifecycle, "finalize_run", lambda *_, **__: None)
+        patch.setattr(RunRecord, "finish", lambda *_, **__: None)
         assert run(config, 1) == [0]
     report = folder(config) / "report.html"
     report.unlink()
@@ -54,7 +55,7 @@ def test_only_the_last_state_is_saved_without_a_copy(stories, tmp_path, monkeypa
             file.write(f"{others['progress'].step} {is_last}\n")
         return take_snapshot(*parts, is_last=is_last, **others)
 
-    monkeypatch.setattr(trainer, "take_snapshot", noting)
+    monkeypatch.setattr(saving, "take_snapshot", noting)
     config = small_config(stories, tmp_path, checkpoint__every_steps=4, validation__every_steps=0)
     last = 12 if ends_by == "its steps" else 6
     run(config, 1, before=stop_after(6) if ends_by == "a signal" else None)

@@ -50,31 +50,6 @@ def test_a_profiled_run_is_the_same_run_and_leaves_a_trace_of_each_rank(stories,
         assert "validation" in names
 
 
-def test_names_are_laid_over_the_trainer_for_the_recorded_steps_alone(stories, tmp_path):
-    config = small_config(stories, tmp_path, profile__steps="4-5")
-    note = tmp_path / "named.txt"
-
-    def change(trainer):
-        own = set()
-        train_step = trainer.train_step
-
-        def step_then_look(*arguments):
-            if trainer.progress.step == 0:  # after the warm-up, before the recorded steps
-                own.update(vars(trainer), vars(trainer.precision))
-            result = train_step(*arguments)
-            added = (set(vars(trainer)) | set(vars(trainer.precision))) - own
-            with note.open("a") as file:
-                file.write(f"{trainer.progress.step} {' '.join(sorted(added - {'train_step', '_fetch'}))}\n")
-            return result
-
-        trainer.train_step = step_then_look
-
-    assert run(config, 1, before=change) == [0]
-    named = {int(line.split()[0]): line.split()[1:] for line in note.read_text().splitlines()}
-    everything = ["_clip_gradients", "_save", "_validate_if_due", "backward", "step"]
-    assert named == {step: everything if step in (4, 5) else [] for step in range(1, 13)}
-
-
 def test_with_several_ranks_the_cost_of_the_exchange_is_logged_and_written(stories, tmp_path):
     config = small_config(stories, tmp_path, profile__steps="5-7")
     assert run(config, 2) == [0, 0]

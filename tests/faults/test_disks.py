@@ -82,7 +82,7 @@ def test_a_disk_that_is_full_at_the_last_save_is_no_finished_run(run, undisturbe
 
 def test_the_last_save_waits_a_moment_for_room(run, undisturbed, small_disk):
     def make_room_in_the_first_pause():
-        from dist_trainer.training import last_save
+        from dist_trainer.training import saving
 
         class Clock:
             @staticmethod
@@ -90,7 +90,7 @@ def test_the_last_save_waits_a_moment_for_room(run, undisturbed, small_disk):
                 if (small_disk / "ballast").exists():
                     make_room(small_disk)
 
-        last_save.time = Clock
+        saving.time = Clock
 
     ended = run.start(make_room_in_the_first_pause, fill_disk(small_disk, at_step=11))
     assert ended.code == 0, ended.said

@@ -7,8 +7,8 @@ from dist_trainer.checkpoint.manager import NoCheckpoints
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.context import init_distributed
 from dist_trainer.errors import SavingFailedError, TrainingDivergedError
-from dist_trainer.training import last_save
-from dist_trainer.training.last_save import SECONDS_BEFORE_SAVING_AGAIN, finalize_checkpoint
+from dist_trainer.training import saving
+from dist_trainer.training.saving import SECONDS_BEFORE_SAVING_AGAIN, finalize_checkpoint
 
 
 class Failing(NoCheckpoints):
@@ -28,7 +28,7 @@ class Failing(NoCheckpoints):
 
 @pytest.fixture
 def world(monkeypatch):
-    monkeypatch.setattr(last_save, "SECONDS_BEFORE_SAVING_AGAIN", (0.0,) * len(SECONDS_BEFORE_SAVING_AGAIN))
+    monkeypatch.setattr(saving, "SECONDS_BEFORE_SAVING_AGAIN", (0.0,) * len(SECONDS_BEFORE_SAVING_AGAIN))
     with init_distributed(DistributedConfig()) as world:
         yield world
     torch.set_num_threads(1)

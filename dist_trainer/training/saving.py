@@ -1,19 +1,53 @@
-"""Where no later save can make up for a failed one: after the last step, and after too many failures in a row."""
+"""What a checkpoint holds of training, and saves that no later one can make up for."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
+from torch import nn
+from torch.optim import Optimizer
+
+from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.manager import Checkpoints
+from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig
-from dist_trainer.distributed.collectives import barrier, broadcast_object
+from dist_trainer.distributed.collectives import barrier, broadcast_object, run_and_share_errors
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import SavingFailedError, TrainingDivergedError, counted
+from dist_trainer.models.registry import load_weights
+from dist_trainer.optim.evaluation_weights import evaluation_weights, set_training_weights
+from dist_trainer.training.precision import Precision
 
 SECONDS_BEFORE_SAVING_AGAIN = (0.5, 1.0, 2.0)
 """Long enough for someone else's temporary file to go, short enough for who sent a signal."""
+
+
+class TrainingState:
+    """What checkpoints hold: model, optimizer, scaler, progress, and `metadata` for whoever reads them."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, precision: Precision, metadata: Mapping[str, Any]) -> None:
+        """`model` is the module itself, not wrapped."""
+        self.model, self.optimizer, self.precision, self.metadata = model, optimizer, precision, metadata
+        self._pinned = PinnedMemory()
+
+    def snapshot(self, progress: Progress, *, is_last: bool) -> Snapshot:
+        """A copy in host memory; `is_last`: no step follows that would change the original."""
+        parts: dict[str, Any] = {"scaler": self.precision.state_dict(), "progress": progress, "metadata": self.metadata}
+        with evaluation_weights(self.optimizer) as weights:
+            return take_snapshot(
+                self.model, self.optimizer, **parts, is_last=is_last, pinned=self._pinned, training_weights=weights
+            )
+
+    def restore(self, checkpoint: Path, world: DistributedContext) -> None:
+        """Take over what `checkpoint` holds. For all ranks; raises CheckpointError on all of them."""
+        verifies, load_scaler = world.local_rank == 0, self.precision.load_state_dict
+        load = partial(restore, load_weights=load_weights, load_scaler=load_scaler, verifies=verifies)
+        weights = run_and_share_errors(world, lambda: load(checkpoint, self.model, self.optimizer))
+        set_training_weights(self.optimizer, weights or {})
 
 
 def finalize_checkpoint(checkpoints: Checkpoints, world: DistributedContext, *, save_again: Callable[[], None]) -> None:
