@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = load_config(arguments)
             with stop_request.interruptible():
                 # Only now torch: --help and config errors answer at once.
-                from dist_trainer.run.build import run
                 from dist_trainer.run.dry_run import dry_run
+                from dist_trainer.run.lifecycle import run
             if is_dry_run:
                 return dry_run(config, stop_request=stop_request)
             return run(config, began=began, stop_request=stop_request)

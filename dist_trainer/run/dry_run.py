@@ -18,16 +18,15 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import PendingSum, broadcast_object, gather_objects, run_and_share_errors
-from dist_trainer.distributed.context import DistributedContext, init_distributed
+from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.signals import StopRequest
-from dist_trainer.errors import EXIT_FINISHED, ConfigError, StoppedError, TrainingDivergedError
+from dist_trainer.errors import EXIT_FINISHED, ConfigError, TrainingDivergedError
 from dist_trainer.parallel.registry import unwrap
-from dist_trainer.run.build import assemble, build_with_fallback, check_visible_everywhere, refuse_what_cannot_run
-from dist_trainer.run.lifecycle import exit_code_when_preempted, has_finished_in_words
+from dist_trainer.run.build import build_trainer
+from dist_trainer.run.lifecycle import build_where_found, format_finished, on_all_ranks
 from dist_trainer.run.memory import explain_out_of_memory
-from dist_trainer.run.resume import ResumeState, preview_resume
+from dist_trainer.run.resume import preview_resume
 from dist_trainer.run.summary import Cost, format_cost, format_header, nearest_existing
-from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.tracking.throughput import peak_memory_bytes
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
@@ -42,38 +41,32 @@ QUICK_STEPS = 5
 
 def dry_run(config: TrainingConfig, *, stop_request: StopRequest | None = None) -> int:
     """Print what the run will do and need; the exit code. Raises DistTrainerError, the same one on every rank."""
+    return on_all_ranks(lambda world: _dry_run(config, world), config, stop_request=stop_request)
+
+
+def _dry_run(config: TrainingConfig, world: DistributedContext) -> int:
     folder = config.run_folder
-    with init_distributed(config.distributed, stop_request=stop_request) as world, world.stop_request.listen():
-        configure_logging(None, rank=world.rank)
-        refuse_what_cannot_run(config, world)
-        run_and_share_errors(world, lambda: check_writable(folder), acts=world.is_main)
-        try:
-            with explain_out_of_memory(config, world):
-                trainer = build_without_folder(config, world)
-            if trainer.has_finished:
-                log.info("dry run: %s", has_finished_in_words(trainer))
-                return EXIT_FINISHED
-            log.info("%s", format_header(trainer, folder, is_dry=True))
-            with explain_out_of_memory(config, world, trainer):
-                cost = measure(trainer)
-        except StoppedError as stopped:
-            log.warning("%s", stopped)
-            return exit_code_when_preempted(world)
-        finally:
-            world.stop_request.mark_answered()
-        if world.is_main:  # the rank that checked the folder
-            log.info("%s", format_cost(cost, trainer, folder))
+    run_and_share_errors(world, lambda: check_writable(folder), acts=world.is_main)
+    with explain_out_of_memory(config, world):
+        trainer = build_without_folder(config, world)
+    if trainer.has_finished:
+        log.info("dry run: %s", format_finished(trainer))
+        return EXIT_FINISHED
+    log.info("%s", format_header(trainer, folder, is_dry=True))
+    with explain_out_of_memory(config, world, trainer):
+        cost = measure(trainer)
+    if world.is_main:  # the rank that checked the folder
+        log.info("%s", format_cost(cost, trainer, folder))
     return EXIT_FINISHED
 
 
 def build_without_folder(config: TrainingConfig, world: DistributedContext) -> Trainer:
     """All parts of the run but those that write its folder. Another job may be training there and replace its checkpoints."""
-
-    def build(start: ResumeState) -> Trainer:
-        check_visible_everywhere(start, world)
-        return assemble(config, world, None, start)
-
-    return build_with_fallback(world, find=lambda: preview_resume(config, config.run_folder), build=build)
+    return build_where_found(
+        world,
+        find=lambda: preview_resume(config, config.run_folder),
+        build=lambda start: build_trainer(config, world, start),
+    )
 
 
 def check_writable(folder: Path) -> None:

@@ -1,163 +1,289 @@
-"""What rank 0 records of a run in its folder while it trains and when it ends: status, events, steps, trackers."""
+"""What an attempt records in its run's folder: status.json, events, progress, the trackers' files, and how it ended."""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.checkpoint.state import Validated
+from dist_trainer.checkpoint.folders import step_folders
+from dist_trainer.checkpoint.state import Progress, Validated
 from dist_trainer.config.loading import as_dict
+from dist_trainer.config.schema import DEFAULT_MAX_STEPS, TrainingConfig
 from dist_trainer.data.loader import are_conversations
-from dist_trainer.html_report.page import ReportTracker
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.errors import (
+    EXIT_CRASHED,
+    EXIT_FINISHED,
+    EXIT_PREEMPTED,
+    AnotherRunError,
+    ConfigError,
+    DistTrainerError,
+    OutOfMemoryError,
+    RefusedError,
+    StoppedError,
+    TrainingDivergedError,
+    signal_name,
+)
+from dist_trainer.html_report.page import ReportTracker, write_report
 from dist_trainer.models.registry import can_open
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.summary import format_header
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.events import FIRST_CHECKPOINT, StepCounter, append_event
 from dist_trainer.tracking.goodput import Goodput, goodput, restarts_of, steps_to_redo
-from dist_trainer.tracking.run_reader import read_events, read_run
+from dist_trainer.tracking.run_reader import RunHistory, is_number, read_events, read_run, read_status
 from dist_trainer.tracking.status import State, amend_status, write_status
-from dist_trainer.tracking.tracker import RunContext, Tracker, TrackerList, build_tracker
+from dist_trainer.tracking.subprocess_tracker import is_wandb_behind
+from dist_trainer.tracking.tracker import RunContext, Tracker, TrackerList, build_tracker, send_to_wandb
+from dist_trainer.training.result import TrainingResult
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RunOutcome:
+    """How an attempt ended; status.json, events and exit code all follow it."""
+
+    state: State
+    reason: str | None = None
+    exit_code: int | None = EXIT_FINISHED
+    """None: unknown."""
+
+    @staticmethod
+    def of_result(result: TrainingResult, world: DistributedContext) -> RunOutcome:
+        """Training came to an end."""
+        if result.state == "finished":
+            return RunOutcome("finished", result.reason)
+        return RunOutcome("preempted", signal_name(result.signal_number), exit_code_if_preempted(world))
+
+    @staticmethod
+    def of_error(error: BaseException, world: DistributedContext) -> RunOutcome:
+        """The reason is one sentence; for a broken connection it names the rank that was lost."""
+        if isinstance(error, StoppedError):
+            return RunOutcome("preempted", signal_name(error.signal_number), exit_code_if_preempted(world))
+        if not isinstance(error, DistTrainerError):
+            reason = world.heartbeat.lost_peers() or f"{type(error).__name__}: {error}"
+            return RunOutcome("failed", reason, EXIT_CRASHED)
+        reason = error.summary if isinstance(error, OutOfMemoryError) else str(error)
+        diverged = "diverged: " if isinstance(error, TrainingDivergedError) else ""
+        return RunOutcome("failed", f"{diverged}{reason}", error.exit_code)
+
+
+def exit_code_if_preempted(world: DistributedContext) -> int:
+    """75; for one of several ranks 0, because launchers take anything else for a crash. status.json has the real outcome."""
+    return EXIT_PREEMPTED if world.world_size == 1 else EXIT_FINISHED
+
+
 class RunRecord:
-    """What rank 0 notes of a run in its folder: status, events, steps done, and the trackers' lines. A callback, and the
-    trainer's tracker, which is opened when training begins.
+    """Records one attempt in the run's folder, whatever happens: the heartbeat's `on_fatal`, the trainer's tracker, a callback.
+
+    Made before the ranks meet. Rank 0, which has locked the folder, writes; if it is lost, another rank does.
     """
 
-    def __init__(self, folder: RunFolder, *, began: float) -> None:
-        """`began` (unix seconds): when the command did."""
-        self.folder, self.began = folder, began
-        self._tracker: Tracker = TrackerList()
+    def __init__(self, config: TrainingConfig, *, began: float) -> None:
+        """`began` (unix seconds): when the command was entered."""
+        self._config, self._path, self._began = config, config.run_folder, began
+        self.folder: RunFolder | None = None
+        """On rank 0, once it is locked."""
+        self._is_open = False
+        self._trainer: Trainer | None = None
+        """None: training has not started."""
         self._counter: StepCounter | None = None
+        self._tracker: Tracker = TrackerList()
+        self._has_saved = False
+
+    @contextmanager
+    def attempt(self, folder: RunFolder | None, world: DistributedContext) -> Generator[None]:
+        """Record the error or signal that ends what is inside. `folder`: locked, on rank 0; None on other ranks."""
+        self.folder, self._is_open = folder, True
+        try:
+            yield
+        except BaseException as error:
+            outcome = RunOutcome.of_error(error, world)
+            if folder is not None:
+                self._record_error(error, outcome, folder)
+            elif world.heartbeat.is_acting_rank0():
+                if self._trainer is None:
+                    self._write_unstarted(outcome)
+                elif not isinstance(error, DistTrainerError) and world.heartbeat.lost_peers():
+                    self._write_crash(outcome)
+            raise
+
+    def _record_error(self, error: BaseException, outcome: RunOutcome, folder: RunFolder) -> None:
+        if self._trainer is not None:
+            self.finish(outcome)
+        elif not (folder.is_new and isinstance(error, RefusedError)):  # else the folder is about to be removed
+            folder.is_new = False
+            self._write_unstarted(outcome, is_anothers=isinstance(error, ConfigError | AnotherRunError))
+
+    def on_fatal(self, reason: str) -> None:
+        """This process is about to exit, because another rank or the launcher is lost."""
+        outcome = RunOutcome("failed", reason, EXIT_CRASHED)
+        if self._trainer is not None:
+            self._write_crash(outcome)
+        elif self._is_open:
+            self._write_unstarted(outcome, is_last=True)
+
+    # -------------------------------------------------------------------------------- while it trains
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """From here on the folder is this run's."""
-        step, path = trainer.progress.step, self.folder.path
-        self.folder.is_new = False  # whatever comes: from now on it holds what must not be lost
-        environment = describe_environment(trainer.world)  # takes a while: nothing has begun until then
+        """From here on the folder is this run's: its status, events, progress and trackers."""
+        self._trainer, folder, path, step = trainer, self.folder, self._path, trainer.progress.step
+        if folder is None:
+            return
+        folder.is_new = False  # from now on it contains what must not be lost
+        run = self._context(trainer)  # takes a while; nothing has started before
         lost_steps = steps_to_redo(path, start_step=step)
-        parameters = sum(parameter.numel() for parameter in trainer.parameters)
-        metadata = {"began": self.began, "lost_steps": lost_steps, "environment": environment, "parameters": parameters}
-        append_event(path, "resume" if step else "start", step=step, **metadata)
+        metadata = {"lost_steps": lost_steps, "environment": run.environment, "parameters": run.parameters}
+        append_event(path, "resume" if step else "start", step=step, began=self._began, **metadata)
+        self._has_saved = _has_saved(path)
         self._counter = StepCounter(path)
-        self._counter.record(step)  # or the lost ones would be lost once more where this life comes to no step
-        note_running(trainer, path)
+        self._counter.record(step)  # or the lost steps would be counted again if this attempt ends before its first step
+        restarts, lost_steps = restarts_of(path)
+        past, best = {"restarts": restarts, "lost_steps": lost_steps}, _best(trainer.progress.best)
+        write_status(path, "running", step=step, max_steps=trainer.max_steps, **best, **past)
         log.info("%s", format_header(trainer, path))
-        context = run_context(trainer, self.folder, environment)
-        self._tracker = build_tracker(context, {"report": lambda run: ReportTracker(run.folder)})
+        self._tracker = build_tracker(run, {"report": lambda run: ReportTracker(run.folder)})
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """Count the step."""
         if self._counter is not None:
             self._counter.record(result.step)
 
+    def on_saved(self, step: int, write_seconds: float, best: Validated | None) -> None:
+        """The checkpoint of `step` is visible; the slowest write took `write_seconds`. Called by the thread that writes.
+
+        Recorded outside of checkpoints/: if all of them are lost, the next start must not start over.
+        """
+        amend_status(self._path, checkpoint_seconds=write_seconds, **_best(best))  # slurm/train.sh reads the seconds
+        if not self._has_saved:
+            self._has_saved = True
+            append_event(self._path, FIRST_CHECKPOINT, step=step, durable=True)
+
     def log(self, line: dict[str, Any]) -> None:
-        """Hand a line to all trackers."""
+        """Pass a line to all trackers."""
         self._tracker.log(line)
 
     def sync(self) -> None:
-        """Return when all lines survive a power cut."""
+        """Return when the lines so far survive a power cut."""
         self._tracker.sync()
 
-    def finish(self, trainer: Trainer, *, state: State, reason: str | None, exit_code: int) -> None:
-        """How it ended: for status.json, the events, and the trackers."""
+    # -------------------------------------------------------------------------------- how it ended
+
+    def finish(self, outcome: RunOutcome) -> None:
+        """Record the outcome of training, and close the trackers."""
+        trainer = self._trainer
+        if self.folder is None or trainer is None:
+            return
+        best = trainer.checkpoints.best(trainer.progress.best)
+        self._write(outcome, step=trainer.progress.step, max_steps=trainer.max_steps, **_best(best))
+        append_event(self._path, outcome.state, step=trainer.progress.step, reason=outcome.reason)
+        self._tracker.close(state=outcome.state, reason=outcome.reason)
         if self._counter is not None:
             self._counter.close()
-        path, ending = self.folder.path, RunOutcome(state, reason, exit_code)
-        progress, best = trainer.progress, best_facts(trainer.checkpoints.best(trainer.progress.best))
-        write_ending(path, ending, step=progress.step, max_steps=trainer.max_steps, **best)
-        append_event(path, state, step=trainer.progress.step, reason=reason)
-        self._tracker.close(state=state, reason=reason)
 
+    def mark_finished(self, trainer: Trainer) -> None:
+        """Nothing was left to do. Record that if the attempt before was killed before it could; send W&B what it lacks."""
+        if self.folder is None or not step_folders(self.folder.checkpoints):  # what has finished is the run resumed from
+            return
+        history, progress = read_run(self._path), trainer.progress
+        if history.status.get("state") != "finished":
+            spent = goodput(history)  # up to its last line: no time was spent after that
+            best = _best(progress.best)
+            self._write(RunOutcome("finished"), step=progress.step, max_steps=trainer.max_steps, spent=spent, **best)
+            append_event(self._path, "finished", step=progress.step, reason=None)
+            try:
+                write_report(RunHistory(self._path))
+            except Exception as error:
+                log.warning("%s: its report could not be written (%s: %s)", self._path, type(error).__name__, error)
+        if is_wandb_behind(self._path, self._config.tracking):
+            send_to_wandb(self._context(trainer))
 
-class SaveNotes:
-    """Notes, outside of checkpoints/, that there are some: where all have gone, the next start must not begin anew."""
+    def _write_unstarted(self, outcome: RunOutcome, *, is_anothers: bool = False, is_last: bool = False) -> None:
+        """The outcome of an attempt that did not train; what it does not know keeps its last value.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._noted = any(event["event"] == FIRST_CHECKPOINT for event in read_events(folder))
-
-    def __call__(self, step: int, write_seconds: float, best: Validated | None) -> None:
-        """The checkpoint of `step` can be seen; the slowest one took `write_seconds`, and `best` is the best of those that are
-        there. Called by the thread that writes.
+        `is_anothers`: the run in the folder is not the refused one (or is to be replaced by it), so its status stays, unless
+        that is `running`, which is no longer true.
         """
-        # slurm/train.sh compares the seconds with the time it is given
-        amend_status(self._folder, checkpoint_seconds=write_seconds, **best_facts(best))
-        if not self._noted:
-            self._noted = True
-            append_event(self._folder, FIRST_CHECKPOINT, step=step, durable=True)
+        folder, status = self.folder, read_status(self._path)
+        is_anothers |= self._config.checkpoint.resume == "never" if folder is None else folder.is_to_be_replaced
+        if is_anothers:
+            if status.get("state") != "running":
+                return
+            outcome = RunOutcome("failed", f"killed without a message; a later start was refused: {outcome.reason}", None)
+        progress = folder.progress if folder is not None else None
+        if progress is None:
+            step, best_step, best_loss = (
+                status.get(key) if is_number(status.get(key)) else None for key in ("step", "best_step", "best_loss")
+            )
+            progress = Progress(int(step or 0), best_step=best_step, best_loss=best_loss)
+        train = self._config.train
+        planned = DEFAULT_MAX_STEPS if train.epochs is None else status.get("max_steps")
+        max_steps = train.max_steps or planned
+        self._write(outcome, step=progress.step, max_steps=max_steps, is_last=is_last, **_best(progress.best))
+
+    def _write_crash(self, outcome: RunOutcome) -> None:
+        """A rank or the launcher is lost. Only the first rank to notice knows why; the others see that it has exited."""
+        status, trainer = read_status(self._path), self._trainer
+        assert trainer is not None, "it trains"
+        if status.get("state") == "failed" and is_number(status.get("time")) and status["time"] >= self._began:
+            return
+        self._write(outcome, step=trainer.progress.step, max_steps=trainer.max_steps, is_last=True)
+        append_event(self._path, outcome.state, step=trainer.progress.step, reason=outcome.reason)
+
+    def _write(
+        self,
+        outcome: RunOutcome,
+        *,
+        step: int,
+        max_steps: int | None,
+        spent: Goodput | None = None,
+        is_last: bool = False,
+        **best: Any,
+    ) -> None:
+        """status.json, with how the time was spent (None: until now); without `best`, that keeps its last value."""
+        spent = spent or goodput(read_run(self._path), now=time.time())
+        write_status(
+            self._path,
+            outcome.state,
+            step=step,
+            max_steps=max_steps,
+            is_last=is_last,
+            reason=outcome.reason,
+            exit_code=outcome.exit_code,
+            **best,
+            restarts=spent.restarts,
+            lost_steps=spent.lost_steps,
+            useful_seconds=spent.useful_seconds,
+            wall_seconds=spent.wall_seconds,
+        )
+
+    def _context(self, trainer: Trainer) -> RunContext:
+        return RunContext(
+            name=self._config.run_name,
+            folder=self._path,
+            tracking=self._config.tracking,
+            config=as_dict(self._config),
+            start_step=trainer.progress.step,
+            max_steps=trainer.max_steps,
+            parameters=sum(parameter.numel() for parameter in trainer.parameters),
+            environment=describe_environment(trainer.world),
+            trains_on_conversations=are_conversations(trainer.train_data.dataset),
+            can_open=can_open,
+        )
 
 
-def note_running(trainer: Trainer, folder: Path) -> None:
-    """status.json of a run that lives, with what is known of its earlier lives."""
-    restarts, lost_steps = restarts_of(folder)
-    progress, past = trainer.progress, {"restarts": restarts, "lost_steps": lost_steps}
-    best = best_facts(progress.best)
-    write_status(folder, "running", step=progress.step, max_steps=trainer.max_steps, **best, **past)
+def _has_saved(folder: Path) -> bool:
+    return any(event["event"] == FIRST_CHECKPOINT for event in read_events(folder))
 
 
-def run_context(trainer: Trainer, folder: RunFolder, environment: dict[str, Any]) -> RunContext:
-    """What trackers are given of the run."""
-    return RunContext(
-        name=trainer.config.run_name,
-        folder=folder.path,
-        tracking=trainer.config.tracking,
-        config=as_dict(trainer.config),
-        start_step=trainer.progress.step,
-        max_steps=trainer.max_steps,
-        parameters=sum(parameter.numel() for parameter in trainer.parameters),
-        environment=environment,
-        trains_on_conversations=are_conversations(trainer.train_data.dataset),
-        can_open=can_open,
-    )
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """How a life of a run ended."""
-
-    state: State
-    reason: str | None
-    exit_code: int | None
-    """None: nobody knows."""
-
-
-def write_ending(
-    folder: Path,
-    ending: RunOutcome,
-    *,
-    step: int,
-    max_steps: int | None,
-    spent: Goodput | None = None,
-    is_last: bool = False,
-    **best: Any,
-) -> None:
-    """status.json, with what the time went into (None: up to now); without `best` that stays as it was last noted."""
-    spent = spent or goodput(read_run(folder), now=time.time())
-    write_status(
-        folder,
-        ending.state,
-        step=step,
-        max_steps=max_steps,
-        is_last=is_last,
-        reason=ending.reason,
-        exit_code=ending.exit_code,
-        **best,
-        restarts=spent.restarts,
-        lost_steps=spent.lost_steps,
-        useful_seconds=spent.useful_seconds,
-        wall_seconds=spent.wall_seconds,
-    )
-
-
-def best_facts(best: Validated | None) -> dict[str, Any]:
-    """For status.json, which names a best checkpoint only where there is one."""
+def _best(best: Validated | None) -> dict[str, Any]:
+    """For status.json, which names a best checkpoint only if there is one."""
     return {"best_step": None, "best_loss": None} if best is None else {"best_step": best.step, "best_loss": best.loss}

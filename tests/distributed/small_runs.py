@@ -28,7 +28,7 @@ from dist_trainer.config.schema import (
     ValidationConfig,
 )
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.run import build
+from dist_trainer.run import lifecycle
 from dist_trainer.run.cli import run_cli
 from dist_trainer.training.trainer import Trainer
 from tests.distributed.ranks import exit_codes, run_ranks
@@ -123,7 +123,7 @@ def one_rank(config: TrainingConfig, before: Callable[[Trainer], None] | None) -
             return fit(trainer)
 
         Trainer.fit = changed
-    return build.run(config)
+    return lifecycle.run(config)
 
 
 def folder(config: TrainingConfig) -> Path:

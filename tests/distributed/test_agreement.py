@@ -10,7 +10,7 @@ from dist_trainer.distributed.collectives import all_reduce_sum, local_rank0_fir
 from dist_trainer.distributed.context import DistributedContext, init_distributed
 from dist_trainer.errors import ConfigError, DataError, TrainingDivergedError
 from dist_trainer.parallel import compile
-from dist_trainer.run import build
+from dist_trainer.run import lifecycle
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import (
     at_each_validation_batch,
@@ -254,7 +254,7 @@ def test_a_sample_prompt_that_does_not_fit_is_refused_on_all_ranks_at_once(stori
 
     def refused():
         with pytest.raises(ConfigError, match=r"tracking\.sample_prompt"):
-            build.run(config)
+            lifecycle.run(config)
         return True
 
     assert run_ranks(2, refused) == [True, True]

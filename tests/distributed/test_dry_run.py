@@ -13,13 +13,12 @@ import torch
 
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import CheckpointError
-from dist_trainer.run.build import assemble
+from dist_trainer.run.build import build_trainer
 from dist_trainer.run.cli import run_cli
 from dist_trainer.run.dry_run import build_without_folder, dry_run, largest_step, measure
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.resume import ResumeState, preview_resume
 from dist_trainer.run.summary import format_header
-from dist_trainer.training import trainer
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
 from tests.faults.faults import poison_gradient
@@ -83,7 +82,7 @@ def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tm
 
 def test_a_first_gradient_that_is_not_finite_does_so_too(stories, tmp_path, capfd, monkeypatch):
     config = small_config(stories, tmp_path)
-    monkeypatch.setattr(trainer, "clip_gradients", lambda *_: torch.tensor(float("inf")))
+    monkeypatch.setattr("dist_trainer.training.trainer.clip_gradients", lambda *_: torch.tensor(float("inf")))
     assert exit_codes(1, lambda: run_cli(lambda: dry_run(config))) == [3]
     assert re.search(r"step 1 has a loss of 8\.\d+ and a gradient norm of inf; check", capfd.readouterr().err)
 
@@ -107,7 +106,7 @@ def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_
     config = small_config(stories, tmp_path, train__max_steps=1)
     run(config, 1)
     assert dry(config) == [0]
-    assert f"dry run: {folder(config)} has finished its 1 step already" in capfd.readouterr().err
+    assert f"dry run: {folder(config)} has already finished its 1 step" in capfd.readouterr().err
     assert dry(changed(config, optim__learning_rate=1.0)) == [2]
     assert "optim.learning_rate: 1.0, but the run started with 0.01" in capfd.readouterr().err
     (weights,) = (folder(config) / "checkpoints").glob("step-*/model.safetensors")
@@ -145,7 +144,7 @@ def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_on
 
 
 def trainer_of(config):
-    return assemble(config, DistributedContext.single(), None, ResumeState())
+    return build_trainer(config, DistributedContext.single(), ResumeState())
 
 
 def test_the_batch_is_as_large_as_any_can_be(stories, tmp_path):

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 
 from dist_trainer.checkpoint.state import Progress, take_snapshot
-from dist_trainer.run import lifecycle
 from dist_trainer.run.record import RunRecord
 from dist_trainer.tracking.status import write_status
 from dist_trainer.training import saving
@@ -31,7 +30,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_counts_its_own_steps(stories
 def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_the_next_start(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(RunRecord, "finish", lambda *_, **__: None)
+        patch.setattr(RunRecord, "finish", lambda *_: None)
         assert run(config, 1) == [0]
     report = folder(config) / "report.html"
     report.unlink()
@@ -80,7 +79,7 @@ def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capf
     assert [line["step"] for line in metrics(shorter, "validation")] == [reached]
     for _ in range(2):
         assert run(shorter, 1) == [0]
-        assert f"has done {reached} steps, more than the 6 that it is to do now" in capfd.readouterr().err
+        assert f"is already at step {reached}, past train.max_steps 6" in capfd.readouterr().err
     assert status(shorter) == ended
 
 
@@ -91,7 +90,9 @@ def test_of_several_ranks_the_first_to_say_why_the_run_ends_is_not_contradicted(
     told = status(config)
 
     def note(began: float) -> int:
-        lifecycle.record_crash(SimpleNamespace(config=config, progress=Progress(step=6), max_steps=12), "gone", began=began)
+        record = RunRecord(config, began=began)
+        record.on_fit_start(SimpleNamespace(progress=Progress(step=6), max_steps=12))
+        record.on_fatal("gone")
         return 0
 
     assert Process(lambda: note(told["time"] - 1)).wait().code == 0

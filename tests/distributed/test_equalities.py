@@ -143,7 +143,7 @@ def test_starting_a_finished_run_again_says_so_and_changes_nothing(stories, tmp_
     run(config, 1)
     before = losses(config)
     assert run(config, 2) == [0, 0]
-    assert "finished its 12 steps already" in capfd.readouterr().err
+    assert "already finished its 12 steps" in capfd.readouterr().err
     assert losses(config) == before
 
 

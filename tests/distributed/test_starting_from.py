@@ -341,7 +341,7 @@ def test_training_decoder_lm_imports_no_model_code_of_transformers(stories, tmp_
     import sys
 
     script = (
-        "import sys\nfrom dist_trainer.run.build import run\nfrom dist_trainer.run.configure import load_config\n"
+        "import sys\nfrom dist_trainer.run.lifecycle import run\nfrom dist_trainer.run.configure import load_config\n"
         "assert run(load_config(sys.argv[1:])) == 0\n"
         "assert not [name for name in sys.modules if name.startswith('transformers.models.llama.modeling')]\n"
         "assert 'transformers.modeling_utils' not in sys.modules\n"

@@ -106,7 +106,7 @@ def test_a_changed_config_is_refused_by_naming_the_keys_and_never_begins_anew(fi
     assert (folder / "metrics.jsonl").read_bytes() == before
     said = quick_command(*again)
     assert said.returncode == 0
-    assert "has finished its 20 steps already" in said.stderr
+    assert "has already finished its 20 steps" in said.stderr
 
 
 WRONG = {

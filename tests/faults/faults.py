@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from dist_trainer.checkpoint import writer
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.run import build
+from dist_trainer.run import lifecycle
 from dist_trainer.run.cli import run_cli
 from dist_trainer.training.trainer import Trainer
 from tests.distributed.small_runs import changed, command
@@ -58,7 +58,7 @@ class Run:
             for fault in faults:
                 fault()
             if ranks == 1:
-                return run_cli(lambda: build.run(config or self.config))
+                return run_cli(lambda: lifecycle.run(config or self.config))
             os.setpgid(0, 0)
             return max(abs(code or 0) for code in command(config or self.config, ranks))
 

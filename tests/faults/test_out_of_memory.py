@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_trainer.run import build
+from dist_trainer.run import build, lifecycle
 from dist_trainer.run.cli import run_cli
 from dist_trainer.training.trainer import Trainer
 from tests.distributed.ranks import exit_codes
@@ -101,7 +101,7 @@ def test_before_there_is_a_model_two_ranks_end_at_once(run, capfd):
     def one_rank() -> int:
         if os.environ["RANK"] == "1":
             lay()
-        return build.run(run.config)
+        return lifecycle.run(run.config)
 
     began = time.monotonic()
     assert exit_codes(2, lambda: run_cli(one_rank)) == [1, 2]

@@ -138,7 +138,7 @@ def test_but_a_run_that_was_killed_is_not_called_running_after_that(run):
     assert run.start(config=run.but(seed=8)).code == 2
     ended = run.status()
     assert (ended["state"], ended["exit_code"]) == ("failed", None)
-    assert ended["reason"].startswith("it ended without a word; a start after that was refused: ")
+    assert ended["reason"].startswith("killed without a message; a later start was refused: ")
 
 
 def test_what_was_to_replace_a_run_and_could_not_begin_leaves_its_status(run, tmp_path):

@@ -211,7 +211,7 @@ def test_a_server_that_never_answers_costs_the_end_seconds_and_the_same_command_
     server.may_answer.set()
     monkeypatch.setattr(subprocess_tracker, "SECONDS_TO_FINISH", 60.0)
     again = run.start(config=config)
-    assert "has finished its 12 steps already" in again.said
+    assert "has already finished its 12 steps" in again.said
     assert "W&B: complete at" in again.said
     assert only_run(server).steps == STEPS
     assert "W&B" not in run.start(config=config).said, "nothing is left to send"

@@ -20,7 +20,7 @@ from dist_trainer.models.registry import MODELS
 from dist_trainer.optim.registry import OPTIMIZERS
 from dist_trainer.optim.schedules import SCHEDULES
 from dist_trainer.parallel.registry import STRATEGIES
-from dist_trainer.run.build import check_rows
+from dist_trainer.run.build import check_registry_names
 from dist_trainer.run.configure import load_config
 from dist_trainer.storage.cache_dir import default_cache_dir
 from tests.unit.config.refusals import refused
@@ -269,7 +269,7 @@ def test_the_names_that_are_checked_without_torch_are_the_tables_rows():
 def test_a_function_of_ones_own_that_cannot_be_imported_is_refused_before_data_are_read():
     config = load_config(["--schedule.name", "nowhere_at_all:f"])
     with pytest.raises(ConfigError, match=r"schedule\.name: 'nowhere_at_all:f' cannot be imported"):
-        check_rows(config)
+        check_registry_names(config)
 
 
 def test_where_python_looks_for_modules_is_part_of_the_refusal(tmp_path, monkeypatch):
