@@ -17,7 +17,6 @@ from dist_trainer.errors import EXIT_FINISHED, ConfigError
 from dist_trainer.huggingface.model_files import CONFIG_FILE, find_config
 from dist_trainer.run.cli import end_process, run_cli
 from dist_trainer.storage.manifest import read_json
-from dist_trainer.tracking.jsonl import encode_line
 from dist_trainer.version import VERSION_LINE
 
 DESCRIPTION = "Loss, perplexity and bits per byte of a model on its run's validation data or on other data."
@@ -196,6 +195,7 @@ def run(request: EvaluationRequest) -> int:
         print(json.dumps(evaluate_tasks(request)))
         return EXIT_FINISHED
     from dist_trainer.run.evaluation import evaluate_model
+    from dist_trainer.tracking.jsonl import encode_line
 
     result = evaluate_model(request.path, request.config, request.option_names)
     if result is not None:
