@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Read by local.sh and multinode.sh: which Python, how many ranks on this machine, how many threads each, and the options
-# of torchrun that let a run stop, save and start again. Sets: python, ranks, torchrun, OMP_NUM_THREADS.
+# Sourced by local.sh and multinode.sh: which Python, how many ranks on this machine, how many threads each, and the options
+# of torchrun that let a run stop, save and restart. Sets: python, ranks, torchrun, OMP_NUM_THREADS.
 
 source "$(dirname "${BASH_SOURCE[0]}")/checks.sh"
 check_ranks
@@ -13,8 +13,8 @@ fi
 # Works from any folder, whether or not the package is installed.
 export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
 
-# One rank for each GPU that torch can use (it heeds CUDA_VISIBLE_DEVICES), else for each that SLURM gave this node, else one
-# for the whole CPU; NPROC overrides.
+# One rank per GPU that torch can use (it heeds CUDA_VISIBLE_DEVICES), else per GPU that SLURM gave this node, else one rank for
+# the CPU; NPROC overrides.
 gpus=0
 if may_have_gpu; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -25,23 +25,23 @@ fi
 gpus_of_slurm=${SLURM_GPUS_ON_NODE:-0}
 ranks=${NPROC:-$((gpus > 0 ? gpus : gpus_of_slurm > 0 ? gpus_of_slurm : 1))}
 
-# Threads are shared out on purpose: torchrun would give each of several ranks a single one.
+# Split the cores between the ranks: torchrun would give each of several ranks a single thread.
 cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.distributed.machine import usable_cpus; print(usable_cpus())')}
 threads=${OMP_NUM_THREADS:-}
-share_out_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
-share_out_threads
-# Waiting threads that spin take the core from a rank that works.
+split_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
+split_threads
+# Waiting threads that spin take cores from ranks that compute.
 if ((gpus == 0)); then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}; fi
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 
-# torchrun's default keeps one store over all restarts, with the dead ranks' addresses in it: restarted ranks then fail to
+# By default torchrun keeps one store over all restarts, with the dead ranks' addresses in it: restarted ranks then fail to
 # connect (pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun=("$python" -m torch.distributed.run --max-restarts="${MAX_RESTARTS:-0}")
 # Without these, SIGUSR1 kills torchrun and orphans its ranks, and ranks that still save are killed after 30 seconds.
-# torch 2.11 may know neither; a look into its source is twenty times quicker than its --help.
+# torch 2.11 may have neither; searching its source is twenty times faster than its --help.
 torchrun_source=$("$python" -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/distributed/run.py
-# Under nohup, SIGHUP is left out: torchrun would handle it anyway, and forward it.
+# Under nohup leave SIGHUP out: torchrun would handle it anyway, and forward it.
 hang_up=$("$python" -c 'import signal as s; print("" if s.getsignal(s.SIGHUP) == s.SIG_IGN else ",SIGHUP")')
 if grep -q -- --signals-to-handle "$torchrun_source"; then
   torchrun+=("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hang_up")
@@ -50,11 +50,11 @@ if grep -q -- --shutdown-timeout "$torchrun_source"; then
   torchrun+=(--shutdown-timeout="${SHUTDOWN_TIMEOUT:-120}")
 fi
 
-# Says the command, without secrets since a log may hear it, and becomes it: no shell may stand between a scheduler's
-# signals and torchrun.
-become() {
+# Prints the command with secrets masked, since the output may be logged, and execs it: a scheduler's signals must reach torchrun,
+# not a shell.
+print_and_exec() {
   export DIST_TRAINER_LAUNCHER_PID=$$ # ranks that find another parent have lost their launcher
-  local say='import sys; from dist_trainer.config.secrets import masked_command; print(*masked_command(sys.argv[1:]))'
-  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $("$python" -c "$say" "$@")"
+  local print_masked='import sys; from dist_trainer.config.secrets import masked_command; print(*masked_command(sys.argv[1:]))'
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $("$python" -c "$print_masked" "$@")"
   exec "$@"
 }

@@ -232,7 +232,7 @@ def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(stand_in: Path) -> 
     write_program(stand_in / "nvidia-smi", nvidia)
     done = launch("launch/local.sh", stand_in=stand_in)
     assert "WARNING: this machine has a GPU, but the torch of" in done.stderr
-    assert "such as make setup TORCH=cu126 (the driver is made for CUDA 12.4 and older)" in done.stderr
+    assert "such as make setup TORCH=cu126 (the driver supports CUDA 12.4 and older)" in done.stderr
     hidden = launch("launch/local.sh", stand_in=stand_in, CUDA_VISIBLE_DEVICES="")
     assert "WARNING" not in hidden.stderr, "which was asked for"
     assert "WARNING" not in launch("launch/local.sh", stand_in=stand_in, GPUS="1").stderr
@@ -409,7 +409,7 @@ def test_each_task_of_a_sweep_takes_its_own_line(stand_in: Path, slurm: dict[str
 @pytest.mark.parametrize(
     ("number", "refusal"),
     [
-        ("1", "line 1 of {sweep} has a quote without its end: --data.template 'a"),
+        ("1", "line 1 of {sweep} has an unclosed quote: --data.template 'a"),
         ("2", "{sweep} has no line 2, or an empty one"),
         ("4", "{sweep} has no line 4, or an empty one"),
         ("0", "{sweep} has no line 0, or an empty one"),
@@ -439,7 +439,7 @@ def test_a_signal_too_late_for_the_save_that_was_measured_is_warned_of(
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (train_line, {"kind": "validation"})))
     signal = {"SBATCH_SIGNAL": given} if given else {}
     done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **signal)
-    assert (f"WARNING: this run needs {2 * save_seconds + 33} s to save and leave" in done.stdout) == warned, done.stdout
+    assert (f"WARNING: this run needs {2 * save_seconds + 33} s to save and exit" in done.stdout) == warned, done.stdout
 
 
 def test_what_a_step_needs_reaches_it_where_sbatch_exports_nothing(stand_in: Path, slurm: dict[str, str]) -> None:
@@ -482,7 +482,7 @@ def test_srun_starts_as_many_ranks_as_each_node_has_gpus_or_refuses(
     done = launch("slurm/train.sh", stand_in=stand_in, LAUNCHER="srun", **{**slurm, "NPROC": ""})
     if ranks is None:
         assert done.returncode == 2
-        assert "nodes have 4 and 8 GPUs, but LAUNCHER=srun starts as many ranks on each: set NPROC" in done.stdout
+        assert "nodes have 4 and 8 GPUs, but LAUNCHER=srun starts the same number of ranks on each: set NPROC" in done.stdout
     else:
         assert f"SRUN --ntasks={2 * int(ranks)} --ntasks-per-node={ranks} --cpus-per-task={32 // int(ranks)} " in done.stdout
 
@@ -522,7 +522,7 @@ def test_ranks_meet_at_the_first_node_by_an_address_that_others_reach_or_where_t
     (tmp_path / "site.sh").write_text(site)
     stale = {"MASTER_ADDR": "left-by-another-job", "SITE_FILE": str(tmp_path / "site.sh")}
     done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **stale)
-    assert f", meeting at {address}:21035" in done.stdout, done.stdout + done.stderr
+    assert f", rendezvous at {address}:21035" in done.stdout, done.stdout + done.stderr
     assert f"--rdzv-endpoint={address}:21035 " in done.stdout
 
 
@@ -533,8 +533,8 @@ def test_what_is_left_of_the_time_limit_is_checked_when_the_signal_comes(stand_i
     done = launch(
         "slurm/train.sh", stand_in=stand_in, **slurm, SIGNAL="USR1", FACTS=f"   StartTime=x EndTime={end} Deadline=N/A"
     )
-    assert re.search(r"the time is nearly up, 2\d s are left", done.stdout), done.stdout
-    assert "WARNING: this run needs 32 s to save and leave, but has 2" in done.stdout
+    assert re.search(r"the time limit is near: 2\d s left", done.stdout), done.stdout
+    assert "WARNING: this run needs 32 s to save and exit, but has 2" in done.stdout
 
 
 def test_a_requeued_run_does_not_begin_anew_once_more(stand_in: Path, slurm: dict[str, str]) -> None:

@@ -85,7 +85,7 @@ def test_set_up_says_how_to_get_a_build_that_can_use_the_gpu(tmp_path: Path) -> 
     done = set_up(tmp_path, "cpu", PATH=f"{tmp_path}/nvidia:/usr/bin:/bin")
     assert "keeping torch 2.13.0+cpu" in done.stdout
     assert "torch 2.13.0+cpu cannot use this machine's GPU" in done.stdout
-    assert "make setup TORCH=cu126 (the driver is made for CUDA 12.4 and older)" in done.stdout
+    assert "make setup TORCH=cu126 (the driver supports CUDA 12.4 and older)" in done.stdout
 
 
 def set_up(folder: Path, torch: str, **variables: str) -> subprocess.CompletedProcess[str]:

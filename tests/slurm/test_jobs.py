@@ -48,7 +48,7 @@ def test_a_job_of_two_nodes_saves_and_requeues_itself_when_its_time_is_nearly_up
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, SBATCH_SIGNAL="B:USR1@9", **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
     job.signal_shell("USR1")
-    job.wait_for_log("stopped early: back to the queue")
+    job.wait_for_log("stopped early: requeueing the job")
     saved = status(job.run)
     assert saved["state"] == "preempted"
     assert (job.run / f"checkpoints/step-{saved['step']:08}").is_dir(), "no step is lost"
@@ -60,7 +60,7 @@ def test_a_job_of_two_nodes_saves_and_requeues_itself_when_its_time_is_nearly_up
     assert "--nproc-per-node=2 --nnodes=2" in (job.run / f"logs/job-{job.number}-try-1-node10.log").read_text()
     assert yaml.safe_load((job.run / "config.yaml").read_text())["tracking"]["sample_prompt"] == SPACES
     # The second life knows how long a save takes, and that 9 s would not be enough.
-    assert re.search(r"try 1. WARNING: this run needs 3\d s to save and leave, but has 9 s .SBATCH_SIGNAL is", job.log())
+    assert re.search(r"try 1. WARNING: this run needs 3\d s to save and exit, but has 9 s .SBATCH_SIGNAL is", job.log())
 
 
 def test_scancel_saves_and_the_job_is_not_resurrected(cluster: Cluster, output: Path) -> None:
@@ -74,7 +74,7 @@ def test_scancel_saves_and_the_job_is_not_resurrected(cluster: Cluster, output: 
     assert left["state"] == "preempted", job.story()
     assert left["step"] >= SLOW_FROM_STEP
     assert (job.run / f"checkpoints/step-{left['step']:08}").is_dir()
-    job.wait_for_log("told to end")
+    job.wait_for_log("terminating")
     assert "requeue" not in job.log()
     assert not cluster.user("squeue", "--noheader")
 
@@ -85,7 +85,7 @@ def test_a_failing_rank_fails_the_job(cluster: Cluster, output: Path) -> None:
     job = cluster.train(output, options=("--gres=none",), NPROC="2", FAIL_RANK="3", FAIL_AT_STEP="4")
     job.wait_for("FAILED")
     assert "RuntimeError: failing on purpose" in (job.run / f"logs/job-{job.number}-try-0-node10.log").read_text()
-    assert "back to the queue" not in job.log()
+    assert "requeueing the job" not in job.log()
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_job_that_slurm_itself_requeues_goes_on_once(cluster: Cluster, undistu
     job.wait_for("COMPLETED", restarts=1)
     assert_as_if_undisturbed(job, undisturbed)
     assert job.metadata["Restarts"] == "1"
-    assert "back to the queue" not in job.log()
+    assert "requeueing the job" not in job.log()
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_slurm_itself_signals_ahead_of_the_time_limit(cluster: Cluster, undistur
     options = ("--time=3", "--signal=B:USR1@60")
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, options=options, **SLOW, SLOW_SECONDS="5")
     job.wait_for("COMPLETED", restarts=1)
-    assert "the time is nearly up" in job.log()
+    assert "the time limit is near" in job.log()
     assert_as_if_undisturbed(job, undisturbed)
 
 
@@ -213,5 +213,5 @@ def test_a_job_whose_time_is_up_before_its_ranks_have_left_goes_on_from_its_last
     patient = ("--distributed.hang_timeout_minutes", "10")  # or SLURM may come later than the ranks' own watch
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, *patient, options=options, **SLOW, SLOW_SECONDS="300")
     job.wait_for("COMPLETED", restarts=1)
-    assert "WARNING: the time is up before the ranks have left" in job.log()
+    assert "WARNING: time limit reached before the ranks exited" in job.log()
     assert_as_if_undisturbed(job, undisturbed)
