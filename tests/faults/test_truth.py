@@ -8,12 +8,9 @@ import time
 import pytest
 
 from dist_trainer.run import build
-from dist_trainer.tracking.events import StepCounter
-from dist_trainer.tracking.run_reader import read_progress
 from tests.distributed.small_runs import command, folder, small_config, status
 from tests.faults.damage import empty
 from tests.faults.faults import before_each_call, die, do, kill
-from tests.pace import allowed
 
 
 def saved_and_killed(run, *, at_step, **changes):
@@ -53,34 +50,6 @@ def test_steps_are_lost_once_also_where_the_next_life_ends_before_its_first_step
     assert run.status()["lost_steps"] == 2
     assert run.start(config=seldom).code == 0
     assert (run.status()["restarts"], run.status()["lost_steps"]) == (2, 2)
-
-
-def test_noting_a_step_takes_microseconds_and_reads_back(tmp_path):
-    counter = StepCounter(tmp_path)
-    began = time.perf_counter()
-    for step in range(1, 2001):
-        counter.record(step)
-    assert (time.perf_counter() - began) / 2000 < allowed(100e-6), "one on an idle machine"
-    assert read_progress(tmp_path) == 2000
-    counter.record(7)
-    assert read_progress(tmp_path) == 7, "a shorter number leaves nothing of a longer one"
-
-
-def test_a_damaged_count_counts_nothing(tmp_path):
-    (tmp_path / "logs").mkdir()
-    for content in (b"", b"\xff\0", b"-3", b"1" * 400, b"12 13"):
-        (tmp_path / "logs" / "progress").write_bytes(content)
-        assert read_progress(tmp_path) == 0, content
-
-
-def test_the_count_of_a_run_made_under_the_older_name_is_read_until_the_first_step(tmp_path):
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "steps_done").write_bytes(b"             12\n")
-    assert read_progress(tmp_path) == 12
-    counter = StepCounter(tmp_path)
-    assert read_progress(tmp_path) == 12
-    counter.record(7)
-    assert read_progress(tmp_path) == 7
 
 
 def test_where_rank_0_is_killed_another_one_says_so(stories, tmp_path):

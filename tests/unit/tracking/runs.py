@@ -42,6 +42,11 @@ def sample_line(step: int, text: str) -> dict[str, Any]:
     return {"kind": "sample", "step": step, "prompt": "It was", "text": text, "seconds": 0.125, "time": 1e9 + step}
 
 
+def steps_of(folder: Path) -> list[int]:
+    """Steps of all lines of a run, in order."""
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def write_metrics(folder: Path, lines: list[dict[str, Any]]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_bytes(b"".join(map(encode_line, lines)))
