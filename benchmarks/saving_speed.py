@@ -43,8 +43,9 @@ class State:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.folder = folder
-        export = make_weight_saver(self.model)
-        self.manager = CheckpointManager(folder / "checkpoints", CheckpointConfig(keep_last=1), export=export)
+        self.manager = CheckpointManager(
+            folder / "checkpoints", CheckpointConfig(keep_last=1), save_model_fn=make_weight_saver(self.model)
+        )
         self.step = 0
 
     def torch_save(self, *, synced: bool) -> None:

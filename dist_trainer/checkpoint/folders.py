@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are there, which is intact, which is the best, what `latest` and `best` point at."""
+"""The checkpoints of a run: which exist, which are valid, which is the best, and the links `latest` and `best`."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ LATEST, BEST = "latest", "best"
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
-def name_of(step: int) -> str:
+def folder_name(step: int) -> str:
     """`step-00000200`."""
     return f"step-{step:08d}"
 
 
 def step_of(folder: Path) -> int:
-    """The step that a checkpoint's name tells."""
+    """The step in the name of a checkpoint."""
     return int(folder.name.removeprefix("step-"))
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first; whole ones, as only whole ones have such a name."""
+    """The checkpoints in `folder`, newest first; complete ones, as only these get such a name."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and not path.is_symlink()]
@@ -53,14 +53,14 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def latest_valid(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` whose files are all as they were written; None where there is none at all.
+    """The newest valid checkpoint in `folder`: all its files are as they were written. None if there is no checkpoint at all.
 
-    Damaged ones are named in a warning, and one that has gone. Raises CheckpointError where none is left of those there were.
+    Warns of damaged and missing ones. Raises CheckpointError if there are or were some, but none is valid.
     """
     candidates = step_folders(folder)
     latest = read_symlink(folder / LATEST)
     if latest and _STEP_FOLDER.fullmatch(latest) and not os.path.lexists(folder / latest):
-        log.warning("checkpoint passed over: %s has gone, and %s was the latest", folder / latest, latest)
+        log.warning("invalid checkpoint skipped: %s, the latest one, is gone", folder / latest)
     for candidate in candidates:
         if is_valid(candidate):
             return candidate
@@ -69,29 +69,29 @@ def latest_valid(folder: Path) -> Path | None:
     if candidates or remains:
         which = f"there was {remains[0]}" if not candidates else "see the warnings above"
         raise CheckpointError(
-            f"{folder} holds checkpoints but none of them is intact ({which}); restore one from a backup, "
-            "or begin anew with --checkpoint.resume never, which sets this run aside"
+            f"{folder} has checkpoints but none of them is valid ({which}); restore one from a backup, "
+            "or start over with --checkpoint.resume never, which moves this run aside"
         )
     return None
 
 
 def is_valid(checkpoint: Path) -> bool:
-    """Whether `checkpoint` can be gone on from; a warning says what is wrong with it."""
+    """Whether a run can resume from `checkpoint`; a warning says why not."""
     try:
         manifest = verify(checkpoint)
         if manifest.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(f"{checkpoint} has format version {manifest.get('format_version')!r}, not {FORMAT_VERSION}")
         step = read_training_state(checkpoint)["progress"].step
         if _STEP_FOLDER.fullmatch(checkpoint.name) and step_of(checkpoint) != step:
-            raise CheckpointError(f"{checkpoint} holds step {step}, which is not what its name says")
+            raise CheckpointError(f"{checkpoint} holds step {step}, which does not match its name")
     except CheckpointError as error:
-        log.warning("checkpoint passed over: %s", error)
+        log.warning("invalid checkpoint skipped: %s", error)
         return False
     return True
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest intact one of the run folder `path`."""
+    """The checkpoint that `path` means: `path` itself, or the newest valid one of the run folder `path`."""
     if (path / MANIFEST).is_file():
         if is_valid(path):
             return path.resolve()
@@ -104,69 +104,74 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def resume_point(folder: Path, *, keep_last: int) -> tuple[Path, Progress] | None:
-    """The newest intact checkpoint in `folder` and how far it is, with the folder tidied up; None: there is no checkpoint.
+    """The newest valid checkpoint in `folder` and its progress, after `folder` was cleaned up; None if there is no checkpoint.
 
-    Raises CheckpointError where none is intact.
+    Raises CheckpointError if there are some, but none is valid.
     """
-    tidy_before_the_search(folder)
+    repair_folder(folder)
     checkpoint = latest_valid(folder)
     if checkpoint is None:
         return None
     progress: Progress = read_training_state(checkpoint)["progress"]
-    progress.best = tidy_after_the_search(folder, checkpoint, keep_last=keep_last)
+    progress.best = repair_pointers(folder, checkpoint, keep_last=keep_last)
     return checkpoint, progress
 
 
-# ------------------------------------------------------------------------------------------- keeping it tidy
+# --------------------------------------------------------------------------------------- cleaning up, and rotation
 
 
-def tidy_before_the_search(folder: Path) -> None:
-    """Bring back the newest checkpoint where it was about to be replaced, or is there as `latest` or `best` alone."""
+def repair_folder(folder: Path) -> None:
+    """Before the search: remove what a killed process left in `folder`, and restore a checkpoint that was about to be replaced,
+    or that only exists under the name `latest` or `best`.
+    """
     remove_stale(folder)
     for name in (LATEST, BEST):
-        _take_in_copy(folder / name)
+        _resolve_copy(folder / name)
 
 
-def tidy_after_the_search(folder: Path, checkpoint: Path, *, keep_last: int) -> Validated | None:
-    """Bring `folder` in line with resuming from `checkpoint`, the newest intact one; gives the best one up to there.
+def repair_pointers(folder: Path, checkpoint: Path, *, keep_last: int) -> Validated | None:
+    """After the search: make `folder` consistent with a resume from `checkpoint`, the newest valid one; returns the best one.
 
-    Later ones are damaged: they are renamed. Links are only hints: they are set again. What a killed process left of its last
-    rotation is deleted.
+    Later ones are damaged and get another name. The links are only hints and are set again. What a killed process has left of
+    its last rotation is deleted.
     """
     for candidate in step_folders(folder):
         if step_of(candidate) > step_of(checkpoint):
             quarantine(candidate)
     best = best_checkpoint(folder, verified=checkpoint)
-    bring_in_line(folder, latest=checkpoint, best=best, keep_last=keep_last)
+    rotate(folder, latest=checkpoint, best=best, keep_last=keep_last)
     return best
 
 
 def best_checkpoint(folder: Path, *, verified: Path | None = None) -> Validated | None:
-    """The best intact checkpoint in `folder`, by what each says of its own validation; `verified` is known to be intact."""
+    """The best valid checkpoint in `folder`, by the validation loss that each holds; `verified` is known to be valid."""
     found: dict[Validated, Path] = {}
     for candidate in step_folders(folder):
         try:
-            own = read_training_state(candidate)["progress"].validated
+            validated = read_training_state(candidate)["progress"].validated
         except CheckpointError:
             continue
-        if own is not None:
-            found[own] = candidate
-    return next((own for own in sorted(found) if found[own] == verified or is_valid(found[own])), None)
+        if validated is not None:
+            found[validated] = candidate
+    return next((validated for validated in sorted(found) if found[validated] == verified or is_valid(found[validated])), None)
 
 
-def bring_in_line(folder: Path, *, latest: Path, best: Validated | None, keep_last: int) -> None:
-    """Let the links `latest` and `best` of `folder` point at these checkpoints (None: there is no best one), and delete all but
-    the `keep_last` newest, the best, and those that the links name. What the disk refuses is left to the next save.
+def rotate(folder: Path, *, latest: Path, best: Validated | None, keep_last: int) -> None:
+    """Point the links `latest` and `best` of `folder` at these checkpoints (None: there is no best one), and delete all but the
+    `keep_last` newest, the best, and those that the links name. What the disk refuses is left to the next save.
     """
-    # Each by itself: on a full disk, where no link can be moved, it is the rotation that makes room.
-    with _left_to_the_next_save(latest, "the links `latest` and `best` could not be set"):
+    # Each by itself: on a full disk, where no link can be moved, deleting makes room.
+    with _retried_by_next_save(latest, "the links `latest` and `best` could not be set"):
         _set_links(folder, latest=latest, best=best)
-    with _left_to_the_next_save(latest, "older checkpoints could not be deleted"):
-        _rotate(folder, keep_last=keep_last, best=best)
+    with _retried_by_next_save(latest, "older checkpoints could not be deleted"):
+        kept = {read_symlink(folder / LATEST), read_symlink(folder / BEST), best and folder_name(best.step)}
+        for candidate in step_folders(folder)[max(1, keep_last) :]:
+            if candidate.name not in kept:
+                delete_folder(candidate)
 
 
 @contextmanager
-def _left_to_the_next_save(latest: Path, failure: str) -> Generator[None]:
+def _retried_by_next_save(latest: Path, failure: str) -> Generator[None]:
     try:
         yield
     except OSError as error:
@@ -174,8 +179,8 @@ def _left_to_the_next_save(latest: Path, failure: str) -> Generator[None]:
 
 
 def _set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
-    for link, target in ((folder / LATEST, latest), (folder / BEST, folder / name_of(best.step) if best else None)):
-        _take_in_copy(link)
+    for link, target in ((folder / LATEST, latest), (folder / BEST, folder / folder_name(best.step) if best else None)):
+        _resolve_copy(link)
         if target is not None:
             update_symlink(link, target)
         elif link.is_symlink():
@@ -184,23 +189,16 @@ def _set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
             quarantine(link)
 
 
-def _rotate(folder: Path, *, keep_last: int, best: Validated | None) -> None:
-    kept = {read_symlink(folder / LATEST), read_symlink(folder / BEST), best and name_of(best.step)}
-    for candidate in step_folders(folder)[max(1, keep_last) :]:
-        if candidate.name not in kept:
-            delete_folder(candidate)
+def _resolve_copy(link: Path) -> None:
+    """If `link` is not a link but a complete checkpoint, as `cp -rL` and tools that follow links make of one, keep it once.
 
-
-def _take_in_copy(link: Path) -> None:
-    """Where `link` is no link but a whole checkpoint, which `cp -rL` and tools that follow links make of one: keep it once.
-
-    Renamed to its step's name if no intact checkpoint has that, else deleted. Anything else under the name stays.
+    It is renamed to its step's name if no valid checkpoint has that, else deleted. Anything else under its name stays.
     """
     if link.is_symlink() or not link.is_dir():
         return
     try:
         copy = read_manifest(link)
-        original = link.with_name(name_of(read_training_state(link)["progress"].step))
+        original = link.with_name(folder_name(read_training_state(link)["progress"].step))
     except CheckpointError:
         return
     if os.path.lexists(original) and is_valid(original):
@@ -215,5 +213,5 @@ def _take_in_copy(link: Path) -> None:
 
 
 def _weights_and_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Digests of all files but the state, which differs where a step was saved again after its validation."""
+    """Digests of all files but the state, which differs if a step was saved again after its validation."""
     return {name: entry for name, entry in manifest["files"].items() if name != STATE_FILE}

@@ -15,14 +15,14 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
-"""Bytes; at least that of every dtype."""
+"""Bytes; no dtype needs more."""
 
 
 class PinnedMemory:
-    """Host memory for the GPU tensors of one snapshot at a time: as large as they are, pinned at the first one, then reused.
+    """Host memory for the GPU tensors of one snapshot at a time: exactly as large as they are, pinned once.
 
-    Pinning is as slow as copying. torch's own pinned memory is made per tensor, rounded up to powers of two, and kept for
-    good (pytorch/pytorch#150517), so it could take twice the state, once for each snapshot that is in memory.
+    Pinning is as slow as copying. torch allocates pinned memory per tensor, rounds it up to powers of two, and never frees it
+    (pytorch/pytorch#150517), so it could take twice the size of the state for each snapshot in memory.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class PinnedMemory:
         self._borrower: weakref.ref[object] | None = None
 
     def take(self, num_bytes: int) -> mmap.mmap | None:
-        """Memory of at least this size; None while the snapshot that has borrowed it is still being written."""
+        """Memory of at least this size; None while a snapshot that uses it is still being written."""
         if self._borrower is not None and self._borrower() is not None:
             return None
         if self._memory is None or len(self._memory) < num_bytes:
@@ -39,26 +39,26 @@ class PinnedMemory:
             self._memory = mmap.mmap(-1, num_bytes)  # shared, so that a fork of this process does not move its pages
             if pin(self._memory):
                 self._unpin = weakref.finalize(self, unpin, self._memory)
-                self._unpin.atexit = False  # the system gives it back then, and CUDA may be gone
+                self._unpin.atexit = False  # at exit the system frees it, and CUDA may be gone
         return self._memory
 
     def lend_to(self, snapshot: object) -> None:
-        """`snapshot` holds what was taken last, for as long as it lives."""
+        """`snapshot` uses the memory that was taken last, for as long as it exists."""
         self._borrower = weakref.ref(snapshot)
 
 
 def to_host(tensors: Mapping[str, Tensor], *, copies: bool, pinned: PinnedMemory | None) -> tuple[dict[str, Tensor], bool]:
-    """`tensors` in host memory, contiguous, each in storage of its own; and whether `pinned` is in use for them.
+    """`tensors` in host memory, contiguous, each in its own storage; and whether they are in `pinned`.
 
-    Without `copies` what lies in host memory is taken as it is, where it can be. Copies from a GPU run next to one another and
-    are awaited once; they are not to be read, nor copied on, before that.
+    Without `copies`, what is in host memory is taken as it is, if possible. Copies from a GPU run concurrently and are awaited
+    once; nothing reads or copies them before that.
     """
     taken: dict[str, Tensor] = {}
     on_gpu: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        # Files hold whole tensors: one that is a part of another, or the same under a second name, needs memory of its own.
+        # Files hold complete tensors: one that is a part of another, or a second name of the same, needs its own memory.
         is_apart = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
         storages.add(storage.data_ptr())
         if is_on_gpu(tensor):
@@ -84,7 +84,7 @@ def is_on_gpu(tensor: Tensor) -> bool:
 
 
 def start_copy(to: Tensor, tensor: Tensor) -> None:
-    """Copy a GPU's `tensor` into host memory, which holds it after `await_copies`."""
+    """Start to copy a GPU's `tensor` into host memory, which holds it after `await_copies`."""
     to.copy_(tensor, non_blocking=True)
 
 
@@ -94,14 +94,14 @@ def await_copies() -> None:
 
 
 def pin(memory: mmap.mmap) -> bool:
-    """Keep `memory` where it is, so that a GPU can write into it by itself; whether CUDA does so. If not, copies are slower."""
+    """Lock `memory` in place, so that a GPU can write to it directly; returns whether CUDA did. If not, copies are slower."""
     register = _cuda_runtime("cudaHostRegister")
     code = None if register is None else int(register(_address(memory), len(memory), 0))
     if code == 0:
         return True
     log.warning("%.1f GiB of host memory could not be pinned (CUDA error %s); saving is slower", len(memory) / 2**30, code)
     if code is not None:
-        with contextlib.suppress(RuntimeError):  # CUDA reports the error once more to the next kernel: one that nobody needs
+        with contextlib.suppress(RuntimeError):  # CUDA reports the error again to the next kernel: this one does nothing
             torch.zeros((), device="cuda")
     return False
 
@@ -114,7 +114,7 @@ def unpin(memory: mmap.mmap) -> None:
 
 
 def _cuda_runtime(function: str) -> Callable[..., Any] | None:
-    """A function of CUDA's runtime, which gives an error code; None where this torch has none of that name."""
+    """A function of CUDA's runtime, which returns an error code; None if this torch has none of that name."""
     return getattr(torch.cuda.cudart(), function, None) if torch.cuda.is_available() else None
 
 
@@ -123,7 +123,7 @@ def _address(memory: mmap.mmap) -> int:
 
 
 def _empty_like(tensor: Tensor, memory: mmap.mmap | None, offset: int) -> Tensor:
-    """An empty contiguous tensor of the same shape and dtype: in `memory` from byte `offset` on, or in memory of its own."""
+    """An empty contiguous tensor of the same shape and dtype: in `memory` from byte `offset` on, or in its own memory."""
     if memory is None or tensor.nbytes == 0:
         return torch.empty(tensor.shape, dtype=tensor.dtype)
     raw = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset)

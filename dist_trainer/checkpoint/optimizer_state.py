@@ -1,4 +1,4 @@
-"""What an optimizer keeps, to and from the files of a checkpoint: tensors by safetensors, numbers and text by JSON."""
+"""An optimizer's state, to and from the files of a checkpoint: tensors as safetensors, numbers and text as JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dist_trainer.storage.manifest import read_json
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 GROUPS = "optimizer_groups"
-"""Key of the groups' values in a checkpoint's JSON; versions of dist_trainer that did not save them have none."""
+"""Key of the groups' values in a checkpoint's JSON; missing if an early version of dist_trainer wrote it."""
 SEPARATOR = "::"
 _GROUP = f"param_groups{SEPARATOR}"
 _TRAINING_WEIGHT = "training_weight"
 _NOT_STATE = ("params", "lr", "initial_lr")
-"""Of a group: its parameters, and learning rates, which follow from the config and the step."""
+"""Entries of a group that are not saved: its parameters, and learning rates, which depend on config and step."""
 
 
 def state_tensors(
@@ -31,7 +31,7 @@ def state_tensors(
 ) -> dict[str, Tensor]:
     """`parameter::entry` → tensor of its state, and `param_groups::index::entry` → tensor of a group.
 
-    `training_weights`: those of parameters that are saved with other values (see `take_snapshot`).
+    `training_weights`: of parameters that are saved with other values (see `take_snapshot`).
     """
     state = {
         f"{name}{SEPARATOR}{key}": value
@@ -50,7 +50,7 @@ def state_tensors(
 
 
 def state_values(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """`parameter::entry` → number or text of its state."""
+    """`parameter::entry` → number or text in its state."""
     return {
         f"{name}{SEPARATOR}{key}": value
         for name, parameter in model.named_parameters()
@@ -60,15 +60,15 @@ def state_values(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 
 def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Numbers and text of each parameter group: settings, and the state that some optimizers keep there (Prodigy's `d`)."""
+    """Numbers and text of each parameter group: settings, and the state that some optimizers keep there, as Prodigy its `d`."""
     return [
-        {key: _copied(value) for key, value in group.items() if key not in _NOT_STATE and not isinstance(value, Tensor)}
+        {key: _copy(value) for key, value in group.items() if key not in _NOT_STATE and not isinstance(value, Tensor)}
         for group in optimizer.param_groups
     ]
 
 
 def check_is_savable(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raises ConfigError, by name, for what `optimizer` or `model` keeps and a checkpoint would lose."""
+    """Raises ConfigError for any state of `optimizer` or `model` that a checkpoint would lose, by name."""
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             kind = type(value).__name__
@@ -127,12 +127,12 @@ def restore_optimizer(
         raise CheckpointError(f"{folder / OPTIMIZER_FILE} has state for {missing[0]}, which the optimizer does not know")
     state = {index: by_name[name] for index, name in enumerate(ordered) if by_name.get(name)}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    _keep_formats(optimizer, names, by_name)
+    _restore_dtypes(optimizer, names, by_name)
     return {parameter: trained[name].view_as(parameter) for name, parameter in model.named_parameters() if name in trained}
 
 
 class FirstStepCheck:
-    """Refuses, after a run's first step, an optimizer that turns out to keep what would be lost: state comes with the step."""
+    """Checks, after the first step, that a checkpoint can hold the optimizer's state: many create it in that step."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, *, saves: bool, resumed: Path | None) -> None:
         """`saves`: whether checkpoints will be saved; `resumed`: the one that was resumed from."""
@@ -141,7 +141,7 @@ class FirstStepCheck:
         self._before: list[dict[str, Any]] | None = group_values(optimizer)
 
     def after_step(self) -> None:
-        """Raises ConfigError for what cannot be saved, CheckpointError where the checkpoint lacked state of the groups."""
+        """Raises ConfigError for state that cannot be saved, CheckpointError if the checkpoint had no state of the groups."""
         before, self._before = self._before, None
         if before is None:
             return
@@ -173,8 +173,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _copied(value: Any) -> Any:
-    return [_copied(part) for part in value] if isinstance(value, list | tuple) else value
+def _copy(value: Any) -> Any:
+    return [_copy(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _as_before(value: Any, current: Any, device: torch.device | None) -> Any:
@@ -184,8 +184,8 @@ def _as_before(value: Any, current: Any, device: torch.device | None) -> Any:
     return tuple(value) if isinstance(current, tuple) and isinstance(value, list) else value
 
 
-def _keep_formats(optimizer: Optimizer, names: Mapping[int, str], by_name: Mapping[str, Mapping[str, Any]]) -> None:
-    """torch casts state to its parameter's format when it is loaded; it is to have its own, as in the run that saved it."""
+def _restore_dtypes(optimizer: Optimizer, names: Mapping[int, str], by_name: Mapping[str, Mapping[str, Any]]) -> None:
+    """torch casts state to its parameter's dtype on loading; restore the dtype it had in the run that saved it."""
     for parameter, state in optimizer.state.items():
         for key, value in by_name.get(names[id(parameter)], {}).items():
             if isinstance(value, Tensor) and isinstance(state[key], Tensor) and state[key].dtype != value.dtype:

@@ -1,7 +1,7 @@
-"""What a run is made of at a step: weights, optimizer, scaler, and how far it is; to and from the files of a folder.
+"""The state of a run at a step: weights, optimizer, scaler and progress; to and from the files of a folder.
 
-Tensors go to safetensors, everything else to JSON, so that opening a checkpoint can run no code. The order of data and
-the dropout masks are pure functions of (seed, step), so the step alone brings both back, on any number of ranks.
+Tensors go to safetensors, everything else to JSON, so that opening a checkpoint cannot run code. The order of data and the
+dropout masks are pure functions of (seed, step), so the step alone restores both, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dist_trainer.storage.manifest import read_json, verify
 
 
 class Validated(NamedTuple):
-    """Validation loss of the weights of a step. The smallest one is the best: the lowest loss, of equal ones the earliest."""
+    """Validation loss of the weights of a step. The smallest is the best: the lowest loss, and of equal ones the earliest."""
 
     loss: float
     """Finite, in nats per token."""
@@ -43,22 +43,22 @@ class Validated(NamedTuple):
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run has come."""
 
     step: int = 0
     """Finished optimizer steps; the next one uses global batch number `step`."""
     target_tokens: int = 0
-    """Tokens that carried a loss so far, over all ranks."""
+    """Tokens trained on so far, over all ranks."""
     validated_step: int = 0
-    """Step of the last whole validation."""
+    """Step of the last completed validation."""
     validation_loss: float | None = None
-    """What it found, in nats per token."""
+    """Its loss, in nats per token."""
     best_step: int | None = None
     best_loss: float | None = None
-    """Lowest validation loss so far, and where: of the steps whose checkpoints were saved, or are about to be."""
+    """Lowest validation loss so far, and its step: of the steps whose checkpoints were saved, or are about to be."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    """Updates left out because gradients were not finite: so far, and just now."""
+    """Updates skipped because gradients were not finite: so far, and since the last one that was not."""
     pending_sample_step: int = 0
     """Step whose text sample was interrupted by a signal; 0: none."""
 
@@ -77,19 +77,24 @@ class Progress:
         self.best_loss, self.best_step = (None, None) if best is None else (best.loss, best.step)
 
     @property
+    def is_best(self) -> bool:
+        """Whether the current step is the best one so far."""
+        return self.best_step == self.step
+
+    @property
     def validated(self) -> Validated | None:
-        """Of this very step; None if it was not validated, or if its loss is not finite, which cannot be compared."""
+        """Validation of the current step; None if there was none, or if its loss is not finite, which cannot be compared."""
         loss = self.validation_loss
         is_known = self.validated_step == self.step and loss is not None and math.isfinite(loss)
         return Validated(loss, self.step) if is_known and loss is not None else None
 
     def note_step(self, target_tokens: int) -> None:
-        """One more step is done, which learned from so many."""
+        """Count one more finished step, which trained on `target_tokens`."""
         self.step += 1
         self.target_tokens += target_tokens
 
     def note_validation(self, loss: float) -> bool:
-        """Note what a validation of `step` found; whether it is the lowest loss so far."""
+        """Record the validation loss of the current step; returns whether it is the lowest so far."""
         self.validated_step, self.validation_loss = self.step, loss
         before, found = self.best, self.validated
         self.best = min((entry for entry in (before, found) if entry is not None), default=None)
@@ -106,16 +111,16 @@ class Snapshot:
     scaler: dict[str, Any]
     progress: Progress
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What else to remember: the config, the number of ranks, the data's fingerprint."""
+    """What else to save: the config, the number of ranks, fingerprints of the data."""
     untrained: frozenset[str] = frozenset()
     """Names in `weights` that no optimizer step changes: buffers and frozen parameters."""
     optimizer_groups: list[dict[str, Any]] | None = None
     """Values of each parameter group; settings among them may be infinite."""
 
     def non_finite(self) -> str | None:
-        """The first of the trained weights and of the optimizer's state that holds NaN or infinity; None: they are finite.
+        """The first of the trained weights and the optimizer's state that contains NaN or infinity; None if all are finite.
 
-        Buffers and frozen parameters may be infinite for good reason, as a mask of -inf is, and tell nothing of training.
+        Buffers and frozen parameters may be infinite for good reason, as a mask of -inf is, and say nothing about training.
         """
         weights = {name: tensor for name, tensor in self.weights.items() if name not in self.untrained}
         for name, value in {**weights, **self.optimizer_tensors, **self.optimizer_values}.items():
@@ -179,15 +184,13 @@ def write_training_state(snapshot: Snapshot, folder: Path) -> None:
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """The JSON part of the state in `folder`, with `progress` as a Progress. Raises CheckpointError where it is none."""
+    """The JSON part of the state in `folder`, with `progress` as a Progress. Raises CheckpointError if it is not one."""
     state = read_json(folder / STATE_FILE)
     try:
-        counts = state["progress"]
-        if "owed_sample_step" in counts:  # its name before version 0.1
-            counts["pending_sample_step"] = counts.pop("owed_sample_step")
-        progress = Progress(**counts)
+        old_name = {"owed_sample_step": "pending_sample_step"}  # before version 0.1
+        progress = Progress(**{old_name.get(name, name): value for name, value in state["progress"].items()})
         sections = [state[name] for name in ("scaler", "optimizer_values")] + [state.get("config", {})]
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: {error}") from error
     if not _has_its_types(progress) or not all(isinstance(section, dict) for section in sections):
         raise CheckpointError(f"{folder / STATE_FILE} is not the state of a run: its values are not of their types")

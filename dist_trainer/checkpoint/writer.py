@@ -1,4 +1,4 @@
-"""Writes snapshots one after another behind the training's back; what waits too long gives way to what is newer."""
+"""Writes snapshots one after another in the background; one that waits too long is dropped in favour of a newer one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from dist_trainer.checkpoint.state import Snapshot
 
 QUICK_SECONDS = 0.25
-"""So long a new save waits for the write before it. Where steps take milliseconds several saves fall due within one write
-that is quick all the same, and leaving one out would lose steps for nothing."""
+"""How long a new save waits for the write before it. If steps take milliseconds, several saves are due within one write that is
+quick all the same, and dropping one would lose steps for nothing."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Save:
 
     snapshot: Snapshot
     is_best: bool
-    after: Callable[[], None]
-    """Makes durable what the checkpoint counts on; called before any of it is visible."""
+    before_publish: Callable[[], None]
+    """Makes durable what the checkpoint relies on; called before any of it is visible."""
 
 
 class BackgroundWriter:
@@ -35,21 +35,21 @@ class BackgroundWriter:
         self._step_in_flight: int | None = None
 
     def holds(self, step: int) -> bool:
-        """Whether a snapshot of `step` waits, or is being written."""
+        """Whether a snapshot of `step` is waiting or being written."""
         with self._lock:
             return step == self._step_in_flight or any(save.snapshot.progress.step == step for save in self._waiting)
 
-    def add(self, take: Callable[[], Snapshot], *, is_best: bool, after: Callable[[], None]) -> None:
+    def add(self, make_snapshot: Callable[[], Snapshot], *, is_best: bool, before_publish: Callable[[], None]) -> None:
         """Take a snapshot now, and write it as soon as the one in flight is written.
 
-        It takes the place of one that waits still, but for the best one, whose place only a better one takes. So the newest
-        and the best are always written, and the host holds one copy of the state where a write ends before the next save,
-        else two, and three where one of those that wait is the best.
+        It replaces one that is still waiting, but the best one is only replaced by a better one. So the newest and the best
+        are always written, and the host holds one copy of the state if a write ends before the next save, else two, and three
+        if one of those that wait is the best.
         """
         self.wait(QUICK_SECONDS)
         with self._lock:  # before the next copy takes up memory
             self._waiting = [save for save in self._waiting if save.is_best and not is_best]
-        save = Save(take(), is_best, after)
+        save = Save(make_snapshot(), is_best, before_publish)
         with self._lock:
             self._waiting.append(save)
             if self._thread is None:
@@ -57,7 +57,7 @@ class BackgroundWriter:
                 self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until all is written, or `seconds` have passed; what `write` raised is raised here, once."""
+        """Return when all is written, or after `seconds`; raises what a write has raised, once."""
         thread = self._thread
         if thread is not None:
             thread.join(seconds)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, Export, NoCheckpoints
+from dist_trainer.checkpoint.manager import CheckpointManager, Checkpoints, SaveModel
 from dist_trainer.checkpoint.optimizer_state import check_is_savable
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.paths import user_path
@@ -165,20 +165,21 @@ def load_model(config: TrainingConfig, world: DistributedContext, start: ResumeS
 def build_checkpoints(config: TrainingConfig, model: nn.Module, tokenizer: Any, record: RunRecord | None) -> Checkpoints:
     """Those of the run's folder, on rank 0."""
     if record is None or record.folder is None:
-        return NoCheckpoints()
-    export = export_to(model, tokenizer)
-    return CheckpointManager(record.folder.checkpoints, config.checkpoint, export=export, saved=record.on_saved)
+        return Checkpoints()
+    save_model = make_model_saver(model, tokenizer)
+    folder, on_saved = record.folder.checkpoints, record.on_saved
+    return CheckpointManager(folder, config.checkpoint, save_model_fn=save_model, on_saved=on_saved)
 
 
-def export_to(model: nn.Module, tokenizer: Any) -> Export:
-    """Saves a ready-to-use model folder: weights in Hugging Face's format, and the tokenizer."""
-    write_weights = make_weight_saver(model)
+def make_model_saver(model: nn.Module, tokenizer: Any) -> SaveModel:
+    """A function that saves a ready-to-use model folder: weights in Hugging Face's format, and the tokenizer."""
+    save_weights = make_weight_saver(model)
 
-    def export(weights: Mapping[str, Tensor], folder: Path) -> None:
-        write_weights(weights, folder)
+    def save_model(weights: Mapping[str, Tensor], folder: Path) -> None:
+        save_weights(weights, folder)
         tokenizer.save_pretrained(folder)
 
-    return export
+    return save_model
 
 
 def flops_per_token(model: nn.Module, config: TrainingConfig) -> float | None:

@@ -12,9 +12,9 @@ from typing import Any
 from dist_trainer.checkpoint.folders import (
     find_checkpoint,
     latest_valid,
+    repair_folder,
+    repair_pointers,
     step_folders,
-    tidy_after_the_search,
-    tidy_before_the_search,
 )
 from dist_trainer.checkpoint.state import Progress, read_training_state
 from dist_trainer.config.keys import PATH_KEYS
@@ -80,7 +80,7 @@ def resolve_resume(config: TrainingConfig, folder: RunFolder) -> ResumeState:
         folder.is_to_be_replaced = not folder.is_new
         return ResumeState()
     with _refused_access(folder.path):
-        tidy_before_the_search(folder.checkpoints)
+        repair_folder(folder.checkpoints)
         start = _find(config, folder.path, tidies=True)
     folder.progress = start.progress
     return start
@@ -151,7 +151,7 @@ def _find(config: TrainingConfig, folder: Path, *, tidies: bool) -> ResumeState:
     if not is_own:
         progress.best = None
     elif tidies:
-        progress.best = tidy_after_the_search(checkpoints, checkpoint, keep_last=config.checkpoint.keep_last)
+        progress.best = repair_pointers(checkpoints, checkpoint, keep_last=config.checkpoint.keep_last)
     return start
 
 

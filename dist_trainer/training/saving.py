@@ -57,16 +57,16 @@ def finalize_checkpoint(checkpoints: Checkpoints, world: DistributedContext, *, 
     for pause in (*SECONDS_BEFORE_SAVING_AGAIN, None):
         checkpoints.wait()  # before the barrier: who has passed it may leave
         barrier(world)
-        trouble, diverged = broadcast_object((checkpoints.trouble(), checkpoints.diverged()), world)
-        if trouble is None:
+        error, diverged = broadcast_object((checkpoints.last_error(), checkpoints.diverged()), world)
+        if error is None:
             return
         if diverged:
-            raise TrainingDivergedError(f"{trouble}; nothing of it is saved. Lower optim.learning_rate")
+            raise TrainingDivergedError(f"{error}. Lower optim.learning_rate")
         if pause is not None:
             time.sleep(pause)
             save_again()
     raise SavingFailedError(
-        f"{trouble}, nor {len(SECONDS_BEFORE_SAVING_AGAIN)} times after that; the steps since the last checkpoint are not "
+        f"{error}, nor {len(SECONDS_BEFORE_SAVING_AGAIN)} times after that; the steps since the last checkpoint are not "
         "saved. Make room on the disk and start the same command again: it repeats them"
     )
 
@@ -75,9 +75,9 @@ def stop_after_failed_saves(checkpoints: Checkpoints, world: DistributedContext,
     """Raise, on all ranks, why `config.max_failures` saves in a row were not made: TrainingDivergedError where numbers are not
     finite, else SavingFailedError.
     """
-    trouble, diverged = broadcast_object((checkpoints.trouble(), checkpoints.diverged()), world)
+    error, diverged = broadcast_object((checkpoints.last_error(), checkpoints.diverged()), world)
     failed = f"{counted(config.max_failures, 'checkpoint')} in a row could not be saved (checkpoint.max_failures)"
     if diverged:
-        raise TrainingDivergedError(f"{trouble}; {failed}. Lower optim.learning_rate")
-    last = f", the last one at {trouble}" if trouble else ""
+        raise TrainingDivergedError(f"{error}; {failed}. Lower optim.learning_rate")
+    last = f", the last one at {error}" if error else ""
     raise SavingFailedError(f"{failed}{last}; make room on the disk and start the same command again")

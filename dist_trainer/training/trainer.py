@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from dist_trainer.checkpoint.folders import resume_point
-from dist_trainer.checkpoint.manager import Checkpoints, NoCheckpoints
+from dist_trainer.checkpoint.manager import Checkpoints
 from dist_trainer.checkpoint.optimizer_state import FirstStepCheck
 from dist_trainer.checkpoint.state import Progress, Validated
 from dist_trainer.config.rules import check_config
@@ -82,7 +82,7 @@ class Trainer:
         self.model, self.optimizer, self.step_context = model, optimizer, step_context
         self.train_data, self.validation_data = train_data, validation_data
         self.precision, self.loss_function = precision or Precision("fp32", world.device), loss_function
-        self.checkpoints = checkpoints if checkpoints is not None and world.is_main else NoCheckpoints()
+        self.checkpoints = checkpoints if checkpoints is not None and world.is_main else Checkpoints()
         self.tracker: LineWriter = tracker if tracker is not None and world.is_main else TrackerList()
         self.state = TrainingState(unwrap(model), optimizer, self.precision, metadata or {})
         profilers = [] if config.profile.steps is None else [Profiler(config.profile.steps)]
@@ -183,7 +183,7 @@ class Trainer:
         """Continue from `checkpoint`, saved after `progress`. For all ranks; raises CheckpointError on all of them."""
         self.state.restore(checkpoint, self.world)
         self.progress, self._resumed = progress, checkpoint
-        self.checkpoints.begin_with(progress.best)
+        self.checkpoints.set_best(progress.best)
         self.divergence.skipped_steps, self.divergence.skipped_in_a_row = progress.skipped_steps, progress.skipped_in_a_row
 
     @property
@@ -256,7 +256,7 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
-        saves = broadcast_object(not isinstance(self.checkpoints, NoCheckpoints), self.world)
+        saves = broadcast_object(self.checkpoints.saves, self.world)
         self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
         warm_up(
             *(self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function),
@@ -294,7 +294,7 @@ class Trainer:
         saves = every > 0 and step % every == 0
         if saves or self._validation_is_due():
             with self.between_steps():
-                if (self._validate_if_due() and self.progress.best_step == step) or saves:
+                if (self._validate_if_due() and self.progress.is_best) or saves:
                     self._save()
 
     def _validation_is_due(self) -> bool:
@@ -341,7 +341,7 @@ class Trainer:
             self._at("saving")
             progress, watch = self.progress, self.divergence
             progress.skipped_steps, progress.skipped_in_a_row = watch.skipped_steps, watch.skipped_in_a_row
-            is_last, is_best = self._is_over or progress.step >= self.last_step, progress.best_step == progress.step
+            is_last = self._is_over or progress.step >= self.last_step
             take = partial(self.state.snapshot, progress, is_last=is_last)
-            self.checkpoints.save(take, is_best=is_best, after=self.tracker.sync)
+            self.checkpoints.save(take, is_best=progress.is_best, before_publish=self.tracker.sync)
         self._is_saved = True

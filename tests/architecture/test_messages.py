@@ -17,7 +17,7 @@ THINGS = (
 )
 NUMBER_AND_THING = re.compile(rf"(%d|\.\.\.)(?: \w+)? (?:{THINGS.replace(' ', '|')})\b(?!/)")
 NEVER_ONE = {
-    "checkpoint/folders.py: ... holds checkpoints": "a folder's name",
+    "checkpoint/folders.py: ... has checkpoints": "a folder's name",
     "training/saving.py: ... times": "of the tries, which are several",
     "config/values.py: ... steps": "more than fifty",
     "config/rules.py: ... sequences": "of several ranks",

@@ -115,7 +115,7 @@ def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_
     assert dry(config) == [2]
     refusals = [line for line in capfd.readouterr().err.splitlines() if line.startswith("dist_trainer:")]
     assert len(refusals) == 1
-    assert "holds checkpoints but none of them is intact" in refusals[0]
+    assert "has checkpoints but none of them is valid" in refusals[0]
     assert dry(changed(config, checkpoint__resume="never")) == [0]
     assert everything_in(folder(config)) == before
 

@@ -35,7 +35,7 @@ def train_own_model(path: Path, max_steps: int) -> list[float]:
     with init_distributed(config.distributed) as world:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 2))
-        checkpoints = CheckpointManager(path, config.checkpoint, export=make_weight_saver(model))
+        checkpoints = CheckpointManager(path, config.checkpoint, save_model_fn=make_weight_saver(model))
         train, _ = create_dataloaders(config, world, train_dataset=pairs)  # type: ignore[arg-type]
         trainer = Trainer(
             config,

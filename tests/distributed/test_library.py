@@ -148,7 +148,7 @@ def fit(
             train_data=train,
             validation_data=validation,
             loss_function=loss_function,
-            checkpoints=CheckpointManager(folder, CONFIG.checkpoint, export=make_weight_saver(model))
+            checkpoints=CheckpointManager(folder, CONFIG.checkpoint, save_model_fn=make_weight_saver(model))
             if world.is_main
             else None,
             tracker=lines,

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dist_trainer.checkpoint.folders import resume_point
-from dist_trainer.checkpoint.manager import CheckpointManager, Export
+from dist_trainer.checkpoint.manager import CheckpointManager, SaveModel
 from dist_trainer.checkpoint.state import Progress, Snapshot
 from dist_trainer.config.schema import CheckpointConfig, ModelConfig, TrainingConfig
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.models.registry import ModelContext, build_model
-from dist_trainer.run.build import export_to
+from dist_trainer.run.build import make_model_saver
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.resume import resolve_resume
 from dist_trainer.storage.manifest import verify
@@ -32,23 +32,23 @@ CONTEXT = ModelContext(vocabulary_size=64, sequence_length=8, seed=0, device=tor
 class Saver:
     """A run's folder, saved into as a run does it: with all files of a checkpoint, two kept and the best one."""
 
-    def __init__(self, folder: Path, model: nn.Module | None = None, export: Export | None = None) -> None:
+    def __init__(self, folder: Path, model: nn.Module | None = None, save_model: SaveModel | None = None) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
         self.model = model or build_model(SIZES, CONTEXT)
-        self.export = export or export_to(self.model, load_tokenizer("austen"))
+        self.save_model = save_model or make_model_saver(self.model, load_tokenizer("austen"))
 
     def at(self, folder: Path) -> Saver:
         """The same, with a copy of its folder."""
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Saver(folder, self.model, self.export)
+        return Saver(folder, self.model, self.save_model)
 
     def save(self, *steps: int) -> CheckpointManager:
         """Each step is better than the one before, and every number of its weights is its own."""
-        manager = CheckpointManager(self.checkpoints, CheckpointConfig(keep_last=2), export=self.export)
+        manager = CheckpointManager(self.checkpoints, CheckpointConfig(keep_last=2), save_model_fn=self.save_model)
         for step in steps:
             manager.wait()
-            manager.save(lambda step=step: self.snapshot(step), is_best=True, after=lambda: None)
+            manager.save(lambda step=step: self.snapshot(step), is_best=True, before_publish=lambda: None)
         manager.wait()
         return manager
 

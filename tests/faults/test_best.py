@@ -120,7 +120,7 @@ def test_weights_that_are_never_finite_again_end_the_run_after_max_failures(text
     status = run.status()
     assert (status["state"], status["exit_code"], status["best_step"]) == ("failed", 3, None)
     assert "2 checkpoints in a row could not be saved (checkpoint.max_failures)" in status["reason"]
-    assert "not every number in the weights and the optimizer is finite" in status["reason"]
+    assert "weights or optimizer state contain NaN/Inf" in status["reason"]
     assert status["step"] < 12
     assert run.saved_steps() == [3]
 
@@ -139,12 +139,12 @@ class Masked(nn.Module):
 
 
 def saved(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> CheckpointManager:
-    def export(weights, into: Path) -> None:
+    def save_model(weights, into: Path) -> None:
         torch.save(weights, into / "weights")
 
-    checkpoints = CheckpointManager(folder, CheckpointConfig(keep_last=1), export=export)
+    checkpoints = CheckpointManager(folder, CheckpointConfig(keep_last=1), save_model_fn=save_model)
     snapshot = take_snapshot(model, optimizer, scaler={}, progress=progress, metadata={})
-    checkpoints.save(lambda: snapshot, is_best=False, after=lambda: None)
+    checkpoints.save(lambda: snapshot, is_best=False, before_publish=lambda: None)
     checkpoints.wait()
     return checkpoints
 
@@ -163,7 +163,8 @@ def test_only_what_is_trained_is_judged(tmp_path, spoiled):
     checkpoints = saved(tmp_path, model, optimizer, Progress(3, validated_step=3, validation_loss=1.0))
     assert checkpoints.diverged() == (spoiled is not None)
     named = {None: None, "weight": "(linear.weight)", "average": "(linear.bias: optimizer's exp_avg)"}[spoiled]
-    assert checkpoints.trouble() is None if named is None else str(checkpoints.trouble()).endswith(f" is finite {named}")
+    said = None if named is None else f"step 3: weights or optimizer state contain NaN/Inf {named}; checkpoint skipped"
+    assert checkpoints.last_error() == said
     assert (tmp_path / "step-00000003").exists() == (spoiled is None)
     assert checkpoints.best(Validated(1.0, 3)) == (Validated(1.0, 3) if spoiled is None else None)
 
@@ -174,8 +175,8 @@ def test_a_best_checkpoint_that_someone_deleted_is_none_any_more(tmp_path):
     for step, loss in ((1, 2.0), (2, 1.0)):
         saved(tmp_path, model, optimizer, Progress(step, validated_step=step, validation_loss=loss))
     assert best_checkpoint(tmp_path) == Validated(1.0, 2)
-    checkpoints = CheckpointManager(tmp_path, CheckpointConfig(), export=lambda weights, into: None)
-    checkpoints.begin_with(Validated(1.0, 2))
+    checkpoints = CheckpointManager(tmp_path, CheckpointConfig(), save_model_fn=lambda weights, into: None)
+    checkpoints.set_best(Validated(1.0, 2))
     (tmp_path / "step-00000002").rename(tmp_path.with_name("elsewhere"))
     assert checkpoints.best(Validated(1.0, 2)) is None
     saved(tmp_path, model, optimizer, Progress(3, validated_step=3, validation_loss=3.0))

@@ -67,7 +67,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_back_one_and_says_so(run,
     path = run.newest() / name
     damage(path)
     ended = run.finish()
-    assert f"checkpoint passed over: {path}" in ended.said
+    assert f"invalid checkpoint skipped: {path}" in ended.said
     assert run.resumed_at()[-1] == 9
     assert (run.checkpoints / "corrupt-step-00000010").is_dir()
     run.equals(undisturbed)
@@ -81,7 +81,7 @@ def test_with_no_checkpoint_intact_the_run_refuses_changes_nothing_and_never_sta
     for _ in range(2):
         ended = run.start()
         assert ended.code == 2
-        assert "none of them is intact" in ended.said
+        assert "none of them is valid" in ended.said
         assert "--checkpoint.resume never" in ended.said
         assert (contents(run.checkpoints), (run.folder / "metrics.jsonl").read_bytes()) == before
 
@@ -91,7 +91,7 @@ def test_a_run_whose_checkpoints_have_all_been_deleted_refuses_too(run):
         shutil.rmtree(checkpoint)
     ended = run.start()
     assert ended.code == 2
-    assert "none of them is intact" in ended.said
+    assert "none of them is valid" in ended.said
 
 
 def test_told_to_begin_anew_it_sets_the_damaged_run_aside_and_deletes_nothing(run, undisturbed):
@@ -115,16 +115,16 @@ def test_damage_between_the_choice_and_the_reading_is_noticed(run, undisturbed):
     """A disk need not give the same bits twice: what was read is compared, not only what was chosen."""
 
     def damage_when_read():
-        from dist_trainer.training import trainer
+        from dist_trainer.training import saving
 
-        load_weights = trainer.load_weights
+        load_weights = saving.load_weights
 
         def load(model, folder):
             if folder.name == "step-00000010":
                 flip_bit(folder / "model.safetensors")
             return load_weights(model, folder)
 
-        trainer.load_weights = load
+        saving.load_weights = load
 
     ended = run.start(damage_when_read)
     assert ended.code == 0, ended.said

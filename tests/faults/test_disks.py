@@ -38,7 +38,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_save_tries_again(run, undistur
     untouched = older_checkpoints_are_untouched(run, from_step=5, to_step=8)
     ended = run.start(untouched, fill_disk(small_disk, at_step=5), free_disk(small_disk, at_step=8))
     assert ended.code == 0, ended.said
-    assert f"step 6: the checkpoint {FULL}, failure 2 in a row; training goes on" in ended.said
+    assert f"step 6: the checkpoint {FULL}, failure 2 in a row; training continues" in ended.said
     assert "step 9" not in ended.said.replace("step 9/", "")
     run.equals(undisturbed)
 
@@ -122,10 +122,10 @@ def test_a_save_that_finds_room_for_a_part_of_it_leaves_nothing_behind(small_dis
     before = contents(saver.checkpoints)
     fill(small_disk)
     make_room(small_disk, just=room << 10)
-    trouble = saver.save(9).trouble()
-    assert trouble == f"step 9: the checkpoint {FULL}"
+    error = saver.save(9).last_error()
+    assert error == f"step 9: the checkpoint {FULL}"
     assert contents(saver.checkpoints) == before
     make_room(small_disk)
-    assert saver.save(9).trouble() is None
+    assert saver.save(9).last_error() is None
     assert saver.start() == 9
     assert saver.litter() == []

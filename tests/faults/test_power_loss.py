@@ -27,7 +27,7 @@ def saved(tmp_path_factory):
 def cut_power_during_a_save(saver, step) -> tuple[int, list[str]]:
     """In this process: save `step`, and cut the power before every operation of it; how often, and what was wrong then."""
     cuts, complaints = 0, []
-    after = Saver(saver.folder.with_name("after"), saver.model, saver.export)
+    after = Saver(saver.folder.with_name("after"), saver.model, saver.save_model)
 
     def examine(*, is_done):
         for checkpoint in step_folders(after.checkpoints):

@@ -192,7 +192,7 @@ def test_a_checkpoint_cannot_take_in_what_stands_outside_of_it(run, outside, kin
         (newest / MANIFEST).write_text(describe_files(newest, metadata).replace('"config.json"', '"more/precious"'))
     before = contents(outside)
     ended = run.finish()
-    assert f"checkpoint passed over: {newest}" in ended.said
+    assert f"invalid checkpoint skipped: {newest}" in ended.said
     assert contents(outside) == before
 
 

@@ -88,7 +88,7 @@ def test_a_refusal_is_the_end_of_the_run_that_was_to_go_on(run):
     assert run.start().code == 2
     ended = run.status()
     assert (ended["state"], ended["exit_code"], ended["max_steps"]) == ("failed", 2, 12)
-    assert "none of them is intact" in ended["reason"]
+    assert "none of them is valid" in ended["reason"]
     assert (ended["best_step"], ended["checkpoint_seconds"]) == (5, seconds)
     assert ended["useful_seconds"] > 0
 

@@ -18,7 +18,7 @@ class SlowDisk:
         self.is_quick = threading.Event()
 
     def write(self, save):
-        save.after()
+        save.before_publish()
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         self.is_quick.wait(60)
@@ -32,8 +32,8 @@ def disk(monkeypatch):
     return SlowDisk()
 
 
-def add(background, step, *, is_best=False, after=lambda: None):
-    background.add(lambda: Snapshot({}, {}, {}, {}, Progress(step)), is_best=is_best, after=after)
+def add(background, step, *, is_best=False, before_publish=lambda: None):
+    background.add(lambda: Snapshot({}, {}, {}, {}, Progress(step)), is_best=is_best, before_publish=before_publish)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_what_a_write_raises_is_raised_at_the_next_save_and_ends_what_waits(disk
 
     disk.is_quick.set()
     background = BackgroundWriter(disk.write)
-    add(background, 1, after=fail)
+    add(background, 1, before_publish=fail)
     with pytest.raises(ZeroDivisionError):
         add(background, 2)
     add(background, 3)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_trainer.checkpoint.manager import NoCheckpoints
+from dist_trainer.checkpoint.manager import Checkpoints
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.context import init_distributed
 from dist_trainer.errors import SavingFailedError, TrainingDivergedError
@@ -11,18 +11,18 @@ from dist_trainer.training import saving
 from dist_trainer.training.saving import SECONDS_BEFORE_SAVING_AGAIN, finalize_checkpoint
 
 
-class Failing(NoCheckpoints):
+class Failing(Checkpoints):
     """Saves that fail so many times."""
 
     def __init__(self, times: int) -> None:
         self.failures_left = times
-        self.saves = 1
+        self.attempts = 1
 
-    def trouble(self) -> str | None:
+    def last_error(self) -> str | None:
         return "step 9: the checkpoint could not be saved (ENOSPC)" if self.failures_left else None
 
     def save_again(self) -> None:
-        self.saves += 1
+        self.attempts += 1
         self.failures_left -= 1
 
 
@@ -38,7 +38,7 @@ def world(monkeypatch):
 def test_a_save_that_succeeds_in_the_end_is_enough(world, failures):
     checkpoints = Failing(failures)
     finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
-    assert checkpoints.saves == 1 + failures
+    assert checkpoints.attempts == 1 + failures
 
 
 def test_weights_that_are_not_finite_are_no_disks_fault_and_are_not_saved_again(world):
@@ -46,11 +46,11 @@ def test_weights_that_are_not_finite_are_no_disks_fault_and_are_not_saved_again(
     checkpoints.diverged = lambda: True
     with pytest.raises(TrainingDivergedError, match="learning_rate"):
         finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
-    assert checkpoints.saves == 1
+    assert checkpoints.attempts == 1
 
 
 def test_after_several_failures_the_truth_is_said_and_what_to_do(world):
     checkpoints = Failing(100)
     with pytest.raises(SavingFailedError, match=r"step 9: .*ENOSPC.* nor 3 times after that.*start the same command again"):
         finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
-    assert checkpoints.saves == 4
+    assert checkpoints.attempts == 4
