@@ -25,13 +25,13 @@ class SentRun:
     upserts: list[dict[str, Any]] = field(default_factory=list)
     """Variables of each `UpsertBucket`, in order."""
     starts: int = 0
-    """How often it was opened: a client asks for what there is of a run before it goes on with it."""
+    """How often it was opened: a client asks what the server has of a run before it resumes it."""
     streams: dict[str, list[str]] = field(default_factory=dict)
-    """Lines of each file that is streamed. A chunk replaces what stands from its offset on, as W&B's own server has it."""
+    """Lines of each file that is streamed. A chunk replaces everything from its offset on, as W&B's own server does."""
     overwritten: list[tuple[str, int]] = field(default_factory=list)
     """File and offset of each line of history that a later chunk replaced by another one."""
     gaps: list[tuple[str, int]] = field(default_factory=list)
-    """File and offset of each chunk that began behind the end."""
+    """File and offset of each chunk that began after the end."""
     files: dict[str, bytes] = field(default_factory=dict)
     """Those that were uploaded."""
     exit_codes: list[int] = field(default_factory=list)
@@ -158,7 +158,7 @@ class WandbServer:
         return {"createRunFiles": {"runID": asked["run"], "uploadHeaders": [], "files": files}}
 
     def _create_artifact(self, asked: dict[str, Any]) -> dict[str, Any]:
-        """Says that it has it already, so that its files need not be sent."""
+        """Answer that the server has it already, so that its files need not be sent."""
         given = asked["input"]
         self.runs[given["runName"]].artifacts.append(given)
         artifact = {"id": given["digest"], "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}

@@ -121,9 +121,9 @@ def describe_run(name: str, folder: Path, tracking: TrackingConfig, *, run_name:
 class SubprocessTracker:
     """Starts the export process, tells it when metrics.jsonl has grown, and passes its messages on to the log."""
 
-    def __init__(self, folder: Path, description: dict[str, Any]) -> None:
-        """Start the process for the run in `folder`, which `describe_run` describes; if the package is missing or the process
-        cannot start, there is one warning.
+    def __init__(self, description: dict[str, Any]) -> None:
+        """Start the process for the run that `describe_run` describes; if the package is missing or the process cannot start,
+        there is one warning.
         """
         name, self._label = description["sink"], description["label"]
         self._can_catch_up = name == "wandb" and description["mode"] == "online"
@@ -135,7 +135,7 @@ class SubprocessTracker:
             return
         output = f"logs/{name}.log"  # what the package itself prints
         try:
-            self._process = _start_process(folder / output)
+            self._process = _start_process(Path(description["folder"]) / output)
         except OSError as error:
             log.warning(
                 "tracking.%s: its process could not be started (%s); continuing without %s", name, error.strerror, self._label

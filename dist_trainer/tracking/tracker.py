@@ -43,7 +43,7 @@ class RunContext:
     """OUTPUT_DIR/RUN_NAME."""
     tracking: TrackingConfig
     config: dict[str, Any]
-    """The resolved config, nested, as it is shown elsewhere."""
+    """The resolved config, nested, for W&B and others to show."""
     start_step: int
     """Finished optimizer steps: 0, or those of the checkpoint resumed from."""
     max_steps: int
@@ -59,8 +59,8 @@ class RunContext:
 def export_tracker(run: RunContext, name: str) -> SubprocessTracker:
     """The tracker of the entry `name` of EXPORTS."""
     details = {"parameters": run.parameters, "max_steps": run.max_steps, "environment": run.environment}
-    shown = describe_run(name, run.folder, run.tracking, run_name=run.name, config={**run.config, **details})
-    return SubprocessTracker(run.folder, shown)
+    config = {**run.config, **details}
+    return SubprocessTracker(describe_run(name, run.folder, run.tracking, run_name=run.name, config=config))
 
 
 # The first one writes what the others read.

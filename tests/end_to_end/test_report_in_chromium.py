@@ -84,7 +84,7 @@ def look_at(page: Path, frames: list[tuple[int, str]]) -> list[dict[str, Any]]:
     """What a reader sees of `page` in frames of the given widths and colour schemes, from one start of the browser."""
     probed = page.with_name("probed.html")
     probed.write_text(page.read_text().replace("<head>", f"<head><script>{PROBE}</script>", 1))
-    # A window is never narrower than about 500 pixels, and has one colour scheme: frames have what they are told.
+    # A window is never narrower than about 500 pixels, and has one colour scheme: frames have those they are given.
     outer = page.with_name("frames.html")
     inner = "".join(
         f"<iframe src=probed.html style='width:{width}px;height:900px;border:0;color-scheme:{scheme}'></iframe>"

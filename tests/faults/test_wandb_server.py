@@ -53,7 +53,7 @@ def sync(folder: Path) -> str:
     parts = sorted(map(str, folder.glob("wandb/offline-run-*")))
     assert parts
     words = [sys.executable, "-m", "wandb", "sync", *parts]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)  # it makes a wandb/ where it stands
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)  # it makes a wandb/ in its working folder
     assert done.returncode == 0, done.stderr
     return done.stderr
 

@@ -1,4 +1,4 @@
-"""report.html: what stands in it, of runs of any length, whole or damaged; and that it can be read by all."""
+"""report.html: its contents for runs of any length, complete or damaged; and that everybody can read it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def test_it_is_one_page_without_network_and_escapes_everything(tmp_path):
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "http" not in page
+    assert '<noscript><p class="note">The charts need JavaScript' in page
     assert "a&amp;b" in page
     assert "a&b" not in page
     assert page.count('<figure class="chart"') == 7
@@ -104,7 +105,7 @@ def test_a_hundred_thousand_lines_are_a_small_page_made_at_once(tmp_path):
     assert len(page) < 500_000
 
 
-def test_several_runs_lie_over_one_another_and_what_differs_stands_side_by_side(tmp_path, capsys):
+def test_several_runs_are_drawn_over_one_another_and_their_differences_are_side_by_side(tmp_path, capsys):
     write_run(tmp_path / "one")
     write_run(tmp_path / "two", learning_rate=0.5)
     write_run(tmp_path / "elsewhere" / "two", learning_rate=0.25)
@@ -112,7 +113,7 @@ def test_several_runs_lie_over_one_another_and_what_differs_stands_side_by_side(
     runs = [str(tmp_path / name) for name in ("one", "two", "elsewhere/two", "one")]
     assert report.main([*runs, "--output", str(output)]) == 0
     page = output.read_text()
-    assert "<h1>3 runs</h1>" in page, "one stands twice on the command line"
+    assert "<h1>3 runs</h1>" in page, "one is named twice on the command line"
     row = re.search(r'<th scope="row">optim.learning_rate</th>(.*?)</tr>', page)
     assert row is not None
     assert re.findall(r"<td>(.*?)</td>", row[1]) == ["0.001", "0.5", "0.25"]
@@ -254,9 +255,9 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def blended(colour: str, behind: str, opacity: float) -> str:
-    """What `colour` looks like over `behind`."""
-    pairs = [(int(colour[place : place + 2], 16), int(behind[place : place + 2], 16)) for place in (1, 3, 5)]
+def blended(colour: str, background: str, opacity: float) -> str:
+    """What `colour` looks like over `background`."""
+    pairs = [(int(colour[place : place + 2], 16), int(background[place : place + 2], 16)) for place in (1, 3, 5)]
     return "#" + "".join(f"{round(opacity * own + (1 - opacity) * other):02x}" for own, other in pairs)
 
 
@@ -264,11 +265,11 @@ def blended(colour: str, behind: str, opacity: float) -> str:
 def test_text_and_lines_have_the_contrast_that_wcag_aa_asks_for(theme):
     colours = palettes()[theme]
     assert set(colours) == {"ink", "faded", "paper", "card", "edge", "mark", *(f"c{number}" for number in range(8))}
-    for behind in ("paper", "card"):
+    for background in ("paper", "card"):
         for text in ("ink", "faded", "mark"):
-            assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+            assert contrast(colours[text], colours[background]) >= 4.5, (text, background)
         for number in range(8):
-            assert contrast(colours[f"c{number}"], colours[behind]) >= 3, (number, behind)
+            assert contrast(colours[f"c{number}"], colours[background]) >= 3, (number, background)
     opacity = re.search(r"\.faint path \{ opacity: (\.\d+);", STYLE)
     assert opacity is not None
     for number in range(MAX_RUNS_WITH_RAW_LOSS):
@@ -284,7 +285,7 @@ def test_times_are_in_the_unit_that_suits_them(tmp_path, seconds, unit):
     assert f"<b>Step time</b> <small>{unit} for data</small>" in page
 
 
-def test_what_is_not_known_has_no_tile_and_what_was_trained_stands_under_the_title(tmp_path):
+def test_what_is_unknown_has_no_tile_and_what_was_trained_is_under_the_title(tmp_path):
     write_run(tmp_path / "run")
     page = html_report([read_run(tmp_path / "run")])
     head = page[page.index("<h1>") : page.index("</dl>")]

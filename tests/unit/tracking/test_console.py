@@ -55,7 +55,7 @@ def test_every_logged_step_has_its_line_in_the_log_file_with_the_time_left(tmp_p
 
 
 @pytest.mark.parametrize("columns", [0, 60])
-def test_a_bar_is_shown_on_a_terminal_whatever_width_it_tells(tmp_path, monkeypatch, columns):
+def test_a_bar_is_shown_on_a_terminal_whatever_width_it_reports(tmp_path, monkeypatch, columns):
     reading, writing = pty.openpty()
     if columns:
         import fcntl
@@ -105,8 +105,8 @@ def test_a_bar_shows_whole_fields_or_none_and_is_never_short(tmp_path, monkeypat
     assert len(drawn) <= columns
     bar = re.search(r"\|(.*?)\|", drawn)
     assert (len(bar[1]) >= 10) if bar else drawn == "20/10000"[:columns]
-    whole = {"rate": r"[\d.]+(step/s|s/step)", "loss": "loss 4.2500", "lr": "lr 5.00e-04", "tokens/s": "7.07k tokens/s"}
-    assert [name for name in whole if re.search(rf"[\[ ]{whole[name]}[,\]]", drawn)] == fields
+    complete = {"rate": r"[\d.]+(step/s|s/step)", "loss": "loss 4.2500", "lr": "lr 5.00e-04", "tokens/s": "7.07k tokens/s"}
+    assert [name for name in complete if re.search(rf"[\[ ]{complete[name]}[,\]]", drawn)] == fields
     assert drawn.count("[") == drawn.count("]")
 
 

@@ -123,7 +123,7 @@ def test_tensorboard_has_each_step_once_in_one_file_also_after_a_restart(tmp_pat
 
 
 @pytest.mark.slow
-def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_beside_a_namesake(tmp_path, monkeypatch):
+def test_trackio_has_each_step_once_in_one_run_also_after_a_restart_and_next_to_a_namesake(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "home"))
     for name in ("one", "two"):
