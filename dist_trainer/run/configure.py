@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_trainer.config.loading import config_from_argv
-from dist_trainer.config.paths import is_same_path, user_path
+from dist_trainer.config.paths import is_same_path, sweep_run_name, user_path
 from dist_trainer.config.schema import LLAMA, TrainingConfig
 from dist_trainer.config.yaml_files import load_yaml
 from dist_trainer.distributed.launch_env import rank_info
@@ -15,7 +15,7 @@ from dist_trainer.huggingface.initial_model import derived_keys
 
 
 def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> TrainingConfig:
-    """The config that the command line `argv` (default: this process's) asks for; later files and arguments win.
+    """The config of the command line `argv` (default: this process's); later files and arguments override earlier ones.
 
     `trains`: whether a run follows, so that the global batch must divide evenly among the ranks. `--help`, `--version`,
     `--print_config` and `--print_completion` print and raise SystemExit(0). Raises ConfigError with every problem found.
@@ -33,7 +33,8 @@ def _keys_of_earlier_run(keys: Mapping[str, Any]) -> dict[str, Any] | None:
     that one started from another model.
     """
     defaults = TrainingConfig()
-    folder = user_path(keys.get("output_dir", defaults.output_dir)) / keys.get("run_name", defaults.run_name)
+    run_name = sweep_run_name(keys.get("run_name", defaults.run_name))
+    folder = user_path(keys.get("output_dir", defaults.output_dir)) / run_name
     is_resumed = keys.get("checkpoint.resume") != "never" and any((folder / "checkpoints").glob("step-*"))
     if "model.init_from" not in keys or not is_resumed:
         return None

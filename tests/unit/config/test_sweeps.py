@@ -105,3 +105,13 @@ def test_a_preempted_run_of_a_sweep_finds_its_folder_again(monkeypatch, tmp_path
     assert config.run_name == "x-abc123"
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(["--config", str(tmp_path / "config.yaml")]).run_name == "x-abc123"
+
+
+def test_a_preempted_run_of_a_sweep_may_have_lost_the_model_it_started_from(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "1a2b3c4d")
+    (tmp_path / "x-abc123/checkpoints/step-00000001").mkdir(parents=True)
+    saved = "model: {name: hf, init_from: ./gone}\ndata: {tokenizer: ./gone}\n"
+    (tmp_path / "x-abc123/config.yaml").write_text(saved)
+    words = ["--output_dir", str(tmp_path), "--run_name", "x", "--model.name", "hf", "--model.init_from", "./gone"]
+    assert load_config(words).data.tokenizer == "./gone"
