@@ -26,7 +26,7 @@ from benchmarks.workloads import SIZES, Workload
 from dist_trainer.checkpoint.manager import CheckpointManager
 from dist_trainer.checkpoint.state import Progress, restore, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig
-from dist_trainer.models.registry import load_weights, make_weight_saver
+from dist_trainer.models.weights import load_weights, make_weight_saver
 from dist_trainer.parallel.cpu.memory import keep_freed_memory
 
 BASE = "torch.save"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dist_trainer.data.tokenizers import load_tokenizer
     from dist_trainer.distributed.context import DistributedContext, init_distributed
     from dist_trainer.models.decoder_lm import DecoderLM
-    from dist_trainer.models.registry import make_weight_saver
+    from dist_trainer.models.weights import make_weight_saver
     from dist_trainer.optim.registry import build_optimizer
     from dist_trainer.parallel.registry import parallelize
     from dist_trainer.run.configure import load_config
@@ -34,7 +34,7 @@ _HOMES = {
     "load_config": "run.configure",
     "load_tokenizer": "data.tokenizers",
     "parallelize": "parallel.registry",
-    "make_weight_saver": "models.registry",
+    "make_weight_saver": "models.weights",
 }
 
 __all__ = [

@@ -103,7 +103,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
     from dist_trainer.generation.decoding import DecodingOptions
     from dist_trainer.generation.text import TextGenerator, chat_template
     from dist_trainer.huggingface.model_files import find_model, model_folder
-    from dist_trainer.models.registry import open_model
+    from dist_trainer.models.weights import open_model
 
     for name in ("prompt", "system"):
         check_encoding(f"--{name}", getattr(arguments, name) or "")

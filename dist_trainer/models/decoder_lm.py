@@ -284,27 +284,26 @@ class DecoderLM(nn.Module):
         the folder's model is not one that DecoderLM can represent, CheckpointError where files are missing or damaged.
         """
         folder = find_intact_model(Path(path))
-        model = cls.like(read_hf_config(folder), device=device, weights=folder)
-        model.load_weights(folder)
-        return model.eval()
+        return cls.from_hf_model(read_hf_config(folder), weights=folder, device=device).eval()
 
     @classmethod
-    def like(cls, described: HFModel, *, device: torch.device | str = "cpu", weights: Path | None = None) -> DecoderLM:
-        """An uninitialised model of the shape `described`. `weights`: the folder that they will be read from, with which the
-        shape is compared before any memory is taken.
-        """
+    def from_hf_model(cls, hf_model: HFModel, *, weights: Path | None, device: torch.device | str = "cpu") -> DecoderLM:
+        """A model of the shape `hf_model` with the weights in the folder `weights` (None: uninitialised)."""
         with meta_init():
             model = cls(
-                described.config,
-                described.vocabulary_size,
-                described.max_position_embeddings,
-                **described.token_ids,
-                generation=described.generation,
+                hf_model.config,
+                hf_model.vocabulary_size,
+                hf_model.max_position_embeddings,
+                **hf_model.token_ids,
+                generation=hf_model.generation,
             )
         if weights is not None:
             for _ in matched_weights(weights, dict(model.named_parameters())):
-                pass  # it raises where they do not fit
-        return materialize(model, torch.device(device))
+                pass  # raises if names or shapes differ, before memory is allocated
+        materialize(model, torch.device(device))
+        if weights is not None:
+            model.load_weights(weights)
+        return model
 
     def load_weights(self, folder: Path) -> None:
         """Copy the weights in `folder` into this model's, tensor by tensor. Raises CheckpointError where one is missing, has

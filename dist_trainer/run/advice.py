@@ -9,7 +9,7 @@ from torch import nn
 
 from dist_trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig, TrainingConfig
 from dist_trainer.errors import counted
-from dist_trainer.models.registry import begins_trained
+from dist_trainer.models.registry import is_pretrained
 from dist_trainer.optim.schedules import build_schedule, initial_learning_rate, total_steps
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.resume import ResumeState, log_world_size_change
@@ -38,7 +38,7 @@ def warn_of_settings(config: TrainingConfig, trainer: Trainer, start: ResumeStat
             steps_per_epoch=trainer.sampler.steps_per_epoch,
             peak=initial_learning_rate(trainer.optimizer.param_groups[0]),
         )
-    if start.checkpoint is None and config.model.init_from is not None and begins_trained(config.model):
+    if start.checkpoint is None and config.model.init_from is not None and is_pretrained(config.model):
         parameters = sum(parameter.numel() for parameter in trainer.parameters)
         warn_of_default_learning_rate(config.optim, parameters=parameters, init_from=config.model.init_from)
     drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

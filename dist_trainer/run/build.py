@@ -27,7 +27,8 @@ from dist_trainer.distributed.launch_env import launcher_id
 from dist_trainer.generation.samples import TextSamples, build_sample
 from dist_trainer.huggingface.hub import is_hub_name
 from dist_trainer.models.loss import check_model_takes_document_ids
-from dist_trainer.models.registry import MODELS, ModelContext, build_model, fetch_initial_model, make_weight_saver
+from dist_trainer.models.registry import MODELS, ModelContext, build_model, fetch_initial_model
+from dist_trainer.models.weights import make_weight_saver
 from dist_trainer.optim.registry import OPTIMIZERS, build_optimizer, resolve_optimizer_name
 from dist_trainer.optim.schedules import SCHEDULES, total_steps
 from dist_trainer.parallel.cpu.matmul import matmul_context

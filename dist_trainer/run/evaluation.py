@@ -15,7 +15,8 @@ from dist_trainer.distributed.collectives import local_rank0_first
 from dist_trainer.distributed.context import init_distributed
 from dist_trainer.huggingface.model_files import find_model, model_folder
 from dist_trainer.models.loss import model_loss
-from dist_trainer.models.registry import open_model, refuse_lack_of_room
+from dist_trainer.models.registry import check_model_fits
+from dist_trainer.models.weights import open_model
 from dist_trainer.parallel.cpu.memory import keep_freed_memory
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.training.precision import build_precision, warn_of_emulated_bf16
@@ -43,7 +44,7 @@ def evaluate_model(path: Path, config: TrainingConfig, option_names: Mapping[str
         data_key = names.get("data.validation_dataset", "data.validation_dataset")
         loader = create_validation_loader(config, world, tokenizer=tokenizer, key=data_key)
         model = open_model(folder, device=world.device)
-        refuse_lack_of_room(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
+        check_model_fits(model, vocabulary_size(tokenizer), config.data.sequence_length, name=f"{path}: the model")
         precision = build_precision(config.precision, world.device)
         if world.is_main:
             warn_of_emulated_bf16(precision, world.device)

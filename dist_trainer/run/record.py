@@ -30,7 +30,7 @@ from dist_trainer.errors import (
     signal_name,
 )
 from dist_trainer.html_report.page import ReportTracker, write_report
-from dist_trainer.models.registry import can_open
+from dist_trainer.models.weights import can_open
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.summary import format_header
 from dist_trainer.tracking.environment import describe_environment

@@ -15,7 +15,7 @@ from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.data.loader import varies_in_length
 from dist_trainer.distributed.machine import device_name
 from dist_trainer.errors import counted
-from dist_trainer.models.registry import begins_trained
+from dist_trainer.models.registry import is_pretrained
 from dist_trainer.optim.muon import MuonWithAdamW
 from dist_trainer.optim.schedules import initial_learning_rate
 from dist_trainer.parallel.compile import is_compiled
@@ -99,7 +99,7 @@ def _model(trainer: Trainer) -> str:
     size = f"{quantity(sum(parameter.numel() for parameter in trainer.parameters))} parameters"
     if config.name == "decoder_lm":
         size += f" in {counted(config.num_hidden_layers, 'layer')} of {config.hidden_size}"
-    initial = f"weights of {config.init_from}" if begins_trained(config) else "random weights"
+    initial = f"weights of {config.init_from}" if is_pretrained(config) else "random weights"
     return f"{config.name}, {size}, {f'resumed after step {step}' if step else initial}"
 
 

@@ -18,7 +18,7 @@ from dist_trainer.config.schema import CheckpointConfig
 from dist_trainer.distributed.collectives import barrier, broadcast_object, run_and_share_errors
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import SavingFailedError, TrainingDivergedError, counted
-from dist_trainer.models.registry import load_weights
+from dist_trainer.models.weights import load_weights
 from dist_trainer.optim.evaluation_weights import evaluation_weights, set_training_weights
 from dist_trainer.training.precision import Precision
 

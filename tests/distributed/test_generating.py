@@ -22,7 +22,7 @@ from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.generation import decoding
 from dist_trainer.generation.decoding import DecodingOptions
 from dist_trainer.generation.text import TextGenerator, TextStream
-from dist_trainer.models.registry import open_model
+from dist_trainer.models.weights import open_model
 from tests.distributed.ranks import exit_codes
 from tests.distributed.small_runs import folder, run, small_config
 
@@ -380,7 +380,7 @@ def test_a_conversation_that_fills_the_context_begins_anew_and_a_question_that_d
 
 
 def test_a_chat_without_a_template_is_refused_before_the_model_is_read(trained, capsys, monkeypatch):
-    monkeypatch.setattr("dist_trainer.models.registry.open_model", None)
+    monkeypatch.setattr("dist_trainer.models.weights.open_model", None)
     assert generate.main([str(trained), "--chat", "--prompt", "Who?"]) == 2
     assert "has no chat template; leave --chat out, or put a template" in capsys.readouterr().err
 

@@ -38,7 +38,7 @@ from dist_trainer.config.schema import (
 )
 from dist_trainer.data.batch import Batch
 from dist_trainer.models.loss import model_loss
-from dist_trainer.models.registry import load_weights
+from dist_trainer.models.weights import load_weights
 from dist_trainer.optim.registry import build_optimizer
 from dist_trainer.optim.schedules import build_schedule
 from dist_trainer.training.step import StepResult

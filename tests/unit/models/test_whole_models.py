@@ -17,7 +17,8 @@ from dist_trainer.errors import CheckpointError, RefusedError
 from dist_trainer.generation.decoding import end_tokens, generate
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.initial_model import derived_keys
-from dist_trainer.models.registry import ModelContext, build_model, load_weights, make_weight_saver, open_model
+from dist_trainer.models.registry import ModelContext, build_model
+from dist_trainer.models.weights import load_weights, make_weight_saver, open_model
 
 SHAPE = {
     "vocab_size": 61,

@@ -19,7 +19,7 @@ import pytest
 from dist_trainer.config.command_line import command_path
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, hf_config
-from dist_trainer.models.registry import can_open
+from dist_trainer.models.weights import can_open
 from dist_trainer.tracking.console import ConsoleTracker, next_steps
 from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
