@@ -166,6 +166,8 @@ def _placeholder(kind: Any) -> str:
     for option in union_members(kind):
         if get_origin(option) is Literal:
             words += map(str, get_args(option))
+        elif option == tuple[str, ...]:
+            words.append("[TEXT,...]")
         elif get_origin(option) is tuple:
             words.append("[NUMBER,NUMBER]")
         else:

@@ -81,7 +81,7 @@ def as_dict(config: TrainingConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values, without the keys of the model section that this kind of model ignores."""
     plain = dataclasses.asdict(config)
     plain["model"] = {name: value for name, value in plain["model"].items() if name in keys_in_use(config.model)}
-    plain["optim"]["betas"] = list(config.optim.betas)
+    plain["optim"]["betas"], plain["train"]["callbacks"] = list(config.optim.betas), list(config.train.callbacks)
     return plain
 
 

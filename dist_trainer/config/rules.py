@@ -21,6 +21,7 @@ from dist_trainer.config.schema import (
 from dist_trainer.config.values import ALPACA, parse_profile_steps, parse_template
 from dist_trainer.errors import ConfigError
 
+_OWN_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _POSITIVE = (
     "model.hidden_size",
     "model.intermediate_size",
@@ -125,8 +126,11 @@ def _entries(config: TrainingConfig) -> Iterator[str]:
             continue
         if ":" not in name:
             yield unknown_entry_message(names, name, key)
-        elif not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
+        elif not _OWN_FUNCTION.fullmatch(name):
             yield f"{key}: {name!r} is not of the form package.module:function"
+    for name in config.train.callbacks:
+        if not _OWN_FUNCTION.fullmatch(name):
+            yield f"train.callbacks: {name!r} is not of the form package.module:function"
 
 
 def _model(model: ModelConfig) -> Iterator[str]:

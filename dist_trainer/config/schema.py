@@ -162,7 +162,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length of the run, which ends at max_steps or epochs, whichever comes first."""
+    """Length of the run, which ends at max_steps or epochs, whichever comes first, and what happens around its steps."""
 
     max_steps: int | None = None
     """Optimizer steps; null: as many as train.epochs needs, or 300 if that is null too."""
@@ -172,6 +172,8 @@ class TrainConfig:
     """What to do on a NaN/Inf loss or gradient: stop the run (exit code 3), or skip the update. fp16 always skips."""
     max_skipped_steps: int = 20
     """Consecutive skipped updates after which the run stops anyway."""
+    callbacks: tuple[str, ...] = ()
+    """Callbacks of your own, such as early stopping: functions as package.module:function, called in this order."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ def _parse_as(value: Any, kind: Any) -> Any:
         return value
     if isinstance(value, str) and not _NUMBER.fullmatch(value):
         value = load_yaml(value, "value")
+    if kind == tuple[str, ...] and isinstance(value, str):
+        return (value,)
+    if kind == tuple[str, ...] and isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+        return tuple(value)
     if get_origin(kind) is tuple and isinstance(value, list | tuple) and len(value) == len(get_args(kind)):
         return tuple(_parse_as(number, inner) for number, inner in zip(value, get_args(kind), strict=True))
     if kind is bool and isinstance(value, bool):
@@ -61,6 +65,8 @@ def format_type(kind: Any) -> str:
         if get_origin(option) is Literal:
             values = ", ".join(map(str, get_args(option)))
             words.append(f"one of {values}" if len(get_args(option)) > 1 else values)
+        elif option == tuple[str, ...]:
+            words.append("a list of texts, such as [one, two]")
         elif get_origin(option) is tuple:
             words.append(f"a list of {len(get_args(option))} numbers, such as [0.9, 0.95]")
         else:

@@ -37,6 +37,7 @@ from dist_trainer.run.advice import warn_of_settings
 from dist_trainer.run.record import RunRecord
 from dist_trainer.run.resume import ResumeState, check_same_data
 from dist_trainer.tracking.subprocess_tracker import check_packages
+from dist_trainer.training.callbacks import build_callbacks
 from dist_trainer.training.precision import build_precision
 from dist_trainer.training.trainer import Trainer
 
@@ -56,12 +57,15 @@ def check_registry_names(config: TrainingConfig) -> None:
     resolve(SCHEDULES, config.schedule.name, "schedule.name")
     if config.distributed.strategy != "auto":
         resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")
+    for name in config.train.callbacks:
+        resolve({}, name, "train.callbacks")
 
 
 def build_trainer(
     config: TrainingConfig, world: DistributedContext, start: ResumeState, record: RunRecord | None = None
 ) -> Trainer:
     """All parts of a run, at `start`. Without a `record` nothing is saved or recorded."""
+    own_callbacks = run_and_share_errors(world, lambda: build_callbacks(config)) or []
     tokenizer = load_tokenizer(config, world, start)
     loaders, data_fingerprints = load_data(config, world, start, tokenizer)
     model = load_model(config, world, start, tokenizer)
@@ -99,7 +103,7 @@ def build_trainer(
         ),
         checkpoints=build_checkpoints(config, model, tokenizer, record),
         tracker=record,
-        callbacks=[*filter(None, [record]), TextSamples(sample, config.tracking.sample_every_steps)],
+        callbacks=[*filter(None, [record]), TextSamples(sample, config.tracking.sample_every_steps), *own_callbacks],
         token_bytes=build_token_bytes(tokenizer),
         flops_per_token=per_token,
         metadata={

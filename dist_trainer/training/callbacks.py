@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dist_trainer.config.registry import build
+from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.collectives import barrier, gather_objects
 from dist_trainer.errors import CallbackError, ConfigError
 from dist_trainer.training.result import TrainingResult
@@ -54,6 +56,13 @@ class Callback(Protocol):
 HOOKS = ("on_fit_start", "on_step_end", "on_validation_end", "on_checkpoint", "on_error", "close")
 LONG_HOOKS = ("on_validation_end", "on_checkpoint")
 """May take hours, as far as the other ranks' heartbeats are concerned."""
+
+
+def build_callbacks(config: TrainingConfig) -> list[object]:
+    """What the functions that train.callbacks names make of `config`. Raises ConfigError if one cannot be used."""
+    callbacks = [build({}, name, "train.callbacks", config, kind=object) for name in config.train.callbacks]
+    CallbackList(callbacks)
+    return callbacks
 
 
 class LineWriter(Protocol):
