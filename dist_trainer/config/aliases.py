@@ -61,14 +61,14 @@ OTHER_NAMES = {
 }
 NOT_KEYS = {
     "gradient_accumulation_steps gradient_accumulation accumulation_steps grad_accum accumulate_grad_batches": (
-        "no such key: it follows from batch.global_batch_size / (batch.micro_batch_size x ranks); set these two"
+        "no such key: it is batch.global_batch_size / (batch.micro_batch_size x ranks); set these two"
     ),
     "resume auto_resume": (
         "no such key: rerunning the same command resumes a run; did you mean checkpoint.resume (auto, never, or a folder)?"
     ),
-    "vocab_size": "no such key: it follows from data.tokenizer, and from the model of model.init_from",
+    "vocab_size": "no such key: it is determined by data.tokenizer and by the model of model.init_from",
     "gpus num_gpus devices num_nodes nproc nproc_per_node world_size": (
-        "no such key: it follows from the number of processes; start them with torchrun or launch/local.sh"
+        "no such key: it is the number of processes; start them with torchrun or launch/local.sh"
     ),
 }
 """Names without a key here, and what to do instead."""
