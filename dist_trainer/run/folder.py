@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what it is, and how it stands. Only rank 0 holds one."""
+"""A run's folder: locked, checked, cleaned up, and archived if a new run replaces it. Only rank 0 has one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILES = (CONFIG_FILE, "metrics.jsonl", "status.json", "report.html")
 CHECKPOINTS = "checkpoints"
 FOLDERS = (CHECKPOINTS, "logs", "wandb", "tensorboard", "trackio")
 WANDB_FILES = ("run_id", "cursor.json", "logged.json", "wandb", "wandb/logs", "artifacts")
-"""Of wandb/, what is opened again at the next start; W&B's own links to its newest files are not."""
+"""The files in wandb/ that the next start opens again; W&B's own links to its newest files are not among them."""
 ARCHIVE_PREFIX, OLD_ARCHIVE_PREFIX = "archived-", "replaced-"
 """Of folders with earlier runs: since version 0.1, and before."""
 _MOVING = ".moving-aside"
@@ -34,30 +34,30 @@ class RunFolder:
     """OUTPUT_DIR/RUN_NAME, locked against other jobs for as long as this process lives."""
 
     def __init__(self, path: Path) -> None:
-        """Create and lock the folder, see that what stands in it is what belongs there, and sweep what a killed run left.
+        """Create and lock the folder, check what is in it, and remove what a killed run left.
 
-        Raises ConfigError where it cannot be written, CheckpointError naming the owner where another job holds it, or the
-        link where one leads out of it.
+        Raises ConfigError if it cannot be written, CheckpointError naming the owner if another job holds it, or naming a
+        symbolic link that leads out of it.
         """
         self.path = path
         self.is_new = False
-        """Whether nothing has been here before, nor has happened since: then nothing is lost where it goes."""
-        self.is_to_be_replaced = False
-        """Whether what stands here is an earlier run that is to be set aside, and is not to be touched before."""
+        """Whether this process has created it, and nothing has happened in it yet: then it may be deleted."""
+        self.is_to_be_archived = False
+        """Whether it holds an earlier run that is to be archived, and must not be changed before."""
         self.progress: Progress | None = None
-        """How far the run is, once an intact checkpoint has told."""
-        was_there = path.exists()
+        """How far the run has come, once a valid checkpoint was found."""
+        existed = path.exists()
         with self._writing("choose another --output_dir"):
             make_folder(path)
             self._lock = RunLock(path)
         try:
-            # Only the lock tells: another job may have made the folder, and have run in it, since we looked.
-            self.is_new = not was_there and not self._of_the_run()
+            # Only valid under the lock: another job may have created the folder, and have run in it, since `existed`.
+            self.is_new = not existed and not self._entries()
             with self._writing("choose another --output_dir"):
-                self._guard_doors()
+                self._reject_symlinks()
                 for folder in (self.path, self.path / "wandb"):
                     remove_stale(folder)
-                self._finish_setting_aside()
+                self._finish_archiving()
                 make_folder(self.checkpoints)
         except BaseException:
             self.close(unused=True)
@@ -65,63 +65,63 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     def close(self, *, unused: bool = False) -> None:
-        """Give the folder free; a new one that stayed `unused` goes."""
+        """Release the lock; a new folder that stayed `unused` is deleted."""
         if unused and self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
     def write_config(self, text: str) -> None:
-        """Keep the resolved config. Raises ConfigError where the disk refuses."""
+        """Write the resolved config. Raises ConfigError if the disk refuses."""
         path = self.path / CONFIG_FILE
         with self._writing("make room, or choose another --output_dir"):
             if not path.is_file() or path.read_bytes() != text.encode():
                 replace_file(path, [text.encode()], durable=True)
 
-    def set_aside(self) -> None:
-        """Move what an earlier run left into a numbered folder inside; nothing is deleted.
+    def archive_run(self) -> None:
+        """Move an earlier run into a numbered folder inside; nothing is deleted.
 
-        It is gathered under a hidden name first: what was begun and killed here is finished at the next start, or half of
-        that run could be taken for the new one.
+        It is collected under a hidden name first: if this process is killed meanwhile, the next start finishes the move, or
+        half of that run could be taken for the new one.
         """
         with self._writing("make room, or choose another --run_name"):
-            if any(not path.is_dir() or any(path.iterdir()) for path in self._of_the_run()):
+            if any(not path.is_dir() or any(path.iterdir()) for path in self._entries()):
                 (self.path / _MOVING).mkdir()
-                self._finish_setting_aside()
+                self._finish_archiving()
             make_folder(self.checkpoints)
-        self.is_to_be_replaced = False
+        self.is_to_be_archived = False
 
-    def _finish_setting_aside(self) -> None:
+    def _finish_archiving(self) -> None:
         moving = self.path / _MOVING
         if not os.path.lexists(moving):
             return
-        for leftover in self._of_the_run():
-            leftover.rename(moving / leftover.name)
+        for entry in self._entries():
+            entry.rename(moving / entry.name)
         names = (self.path / f"{ARCHIVE_PREFIX}{number}" for number in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
-        moving.rename(aside)
+        archive = next(name for name in names if not os.path.lexists(name))
+        moving.rename(archive)
         sync(self.path)
-        log.info("an earlier run was set aside into %s", aside)
+        log.info("moved the earlier run to %s", archive)
 
-    def _of_the_run(self) -> list[Path]:
-        kept = (LOCK_FILE, _MOVING)
-        archives = (ARCHIVE_PREFIX, OLD_ARCHIVE_PREFIX)
-        return [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith(archives)]
+    def _entries(self) -> list[Path]:
+        """Files and folders of the run itself."""
+        kept, archives = (LOCK_FILE, _MOVING), (ARCHIVE_PREFIX, OLD_ARCHIVE_PREFIX)
+        return [path for path in self.path.iterdir() if path.name not in kept and not path.name.startswith(archives)]
 
-    def _guard_doors(self) -> None:
-        """Whoever made this folder must not have made us write, or wait, somewhere else."""
+    def _reject_symlinks(self) -> None:
+        """Whoever made this folder must not make us write, or wait, somewhere else."""
         for name in (*FILES, *FOLDERS, _MOVING, *(f"wandb/{name}" for name in WANDB_FILES)):
-            _refuse_link(self.path / name)
+            _reject_symlink(self.path / name)
         for name in FILES:
             _expect(self.path / name, stat.S_ISREG)
         for name in FOLDERS:
             _expect(self.path / name, stat.S_ISDIR)
         logs = self.path / "logs"
         for path in list(logs.iterdir()) if logs.is_dir() else []:
-            _refuse_link(path)
+            _reject_symlink(path)
             _expect(path, stat.S_ISREG)
 
     @contextmanager
@@ -129,11 +129,11 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            named = error.filename if isinstance(error.filename, str) else self.path
-            raise ConfigError(f"output_dir, run_name: {named} cannot be written ({error.strerror}); {remedy}") from error
+            path = error.filename if isinstance(error.filename, str) else self.path
+            raise ConfigError(f"output_dir, run_name: {path} cannot be written ({error.strerror}); {remedy}") from error
 
 
-def _refuse_link(path: Path) -> None:
+def _reject_symlink(path: Path) -> None:
     if path.is_symlink():
         raise CheckpointError(
             f"{path} is a symbolic link (to {os.readlink(path)}), and no link is followed inside a run's folder; "
@@ -142,6 +142,6 @@ def _refuse_link(path: Path) -> None:
 
 
 def _expect(path: Path, is_kind: Callable[[int], bool]) -> None:
-    """Rename what stands under the name of a file or a folder and is none, such as a pipe, which would be waited at."""
+    """Rename whatever has the name of a file or a folder and is none, such as a pipe, which a reader would wait at."""
     if path.exists() and not is_kind(path.stat().st_mode):
         quarantine(path)

@@ -105,7 +105,7 @@ def prepare(config: TrainingConfig, world: DistributedContext, record: RunRecord
             configure_logging(logs, rank=world.rank)
         trainer = build_trainer(config, world, start, record)
         if replaces:  # only now that the new run is valid: if it is refused, the earlier one stays in place
-            run_on_rank0(world, lambda: _folder_of(record).set_aside())
+            run_on_rank0(world, lambda: _folder_of(record).archive_run())
             configure_logging(logs, rank=world.rank)
         return trainer
 

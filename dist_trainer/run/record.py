@@ -213,7 +213,7 @@ class RunRecord:
         that is `running`, which is no longer true.
         """
         folder, status = self.folder, read_status(self._path)
-        is_anothers |= self._config.checkpoint.resume == "never" if folder is None else folder.is_to_be_replaced
+        is_anothers |= self._config.checkpoint.resume == "never" if folder is None else folder.is_to_be_archived
         if is_anothers:
             if status.get("state") != "running":
                 return

@@ -77,7 +77,7 @@ def resolve_resume(config: TrainingConfig, folder: RunFolder) -> ResumeState:
     saved ones are gone, or if the folder cannot be written; AnotherRunError if the config is another run's.
     """
     if config.checkpoint.resume == "never" and not _started_in_this_launch(folder):
-        folder.is_to_be_replaced = not folder.is_new
+        folder.is_to_be_archived = not folder.is_new
         return ResumeState()
     with _refused_access(folder.path):
         repair_folder(folder.checkpoints)

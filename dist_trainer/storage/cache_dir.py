@@ -1,4 +1,4 @@
-"""Where things are kept that can be made again, and a home folder for libraries that need one."""
+"""The folder for files that can be recreated, and a home folder for libraries that need one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def default_cache_dir() -> Path:
-    """DIST_TRAINER_CACHE, else dist_trainer/ in the user's cache folder."""
+    """DIST_TRAINER_CACHE if set, else dist_trainer/ in the user's cache folder."""
     if named := os.environ.get("DIST_TRAINER_CACHE"):
         return Path(os.path.expanduser(named))
     ensure_home()
@@ -17,7 +17,7 @@ def default_cache_dir() -> Path:
 
 
 def ensure_home() -> None:
-    """Set HOME and LOGNAME if neither the environment nor the system knows them, as in a container with an arbitrary user id:
+    """Set HOME and LOGNAME if neither the environment nor the system has them, as in a container with an arbitrary user id:
     libraries would fail, or create a folder named `~`.
     """
     try:
@@ -25,7 +25,7 @@ def ensure_home() -> None:
     except RuntimeError:
         home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
         home.mkdir(mode=0o700, exist_ok=True)
-        is_ours = home.lstat().st_uid == os.getuid()  # anybody can create a folder of that name there
+        is_ours = home.lstat().st_uid == os.getuid()  # anyone can create a folder of that name there
         os.environ["HOME"] = str(home) if is_ours else tempfile.mkdtemp(prefix=home.name)
     try:
         getpass.getuser()

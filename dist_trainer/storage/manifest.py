@@ -1,7 +1,7 @@
-"""manifest.json: size and digest of every file of a folder, and a digest of the manifest itself.
+"""manifest.json: size and digest of every file in a folder, and a digest of the manifest itself.
 
-The manifest has exactly one spelling, so no bit of it can change unnoticed. Digests tell damage, not forgery: what comes
-from a stranger is therefore read as if it were hostile, and nothing that the manifest names is looked for outside its folder.
+The manifest has exactly one valid spelling, so no bit of it can change unnoticed. Digests detect damage, not forgery: a folder
+may come from a stranger, so it is read as if it were hostile, and no file outside it is opened.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ MANIFEST = "manifest.json"
 DIGEST = "sha256"
 OWN_DIGEST = "manifest_sha256"
 _READ_BYTES = 1 << 22
-_MOST_JSON_BYTES = 1 << 26
+_MAX_JSON_BYTES = 1 << 26
 
 
 def describe_files(folder: Path, metadata: dict[str, Any]) -> str:
-    """The text of the manifest of `folder` as it stands, with `facts` in it."""
+    """The text of the manifest of `folder` as it is now, with `metadata` in it."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, DIGEST: digest_of_file(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    return _sealed({**metadata, "files": files})
+    return _encode_with_digest({**metadata, "files": files})
 
 
 def verify(folder: Path, *, only: Collection[str] | None = None) -> dict[str, Any]:
-    """The manifest of `folder`, after every file (or just those named in `only`) was compared with its size and digest.
+    """The manifest of `folder`, after every file (or those named in `only`) was compared with its size and digest.
 
     Raises CheckpointError naming the first file that is missing or differs.
     """
@@ -46,13 +46,13 @@ def verify(folder: Path, *, only: Collection[str] | None = None) -> dict[str, An
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the manifest of `folder` says. Raises CheckpointError where it is missing or not as it was written."""
+    """The manifest of `folder`. Raises CheckpointError if it is missing or not as it was written."""
     path = folder / MANIFEST
     manifest = read_json(path)
     body = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
     if OWN_DIGEST not in manifest:
         raise CheckpointError(f"{path} is damaged, or older than version 0.1: it has no digest of itself")
-    if _bytes_of(path) != _sealed(body).encode():
+    if _bytes_of(path) != _encode_with_digest(body).encode():
         raise CheckpointError(f"{path} is damaged: its {DIGEST} is not the one that it names")
     if not isinstance(manifest.get("files"), dict) or not manifest["files"]:
         raise CheckpointError(f"{path} lists no files")
@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
     return value
 
 
@@ -79,29 +79,29 @@ def digest_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sealed(body: dict[str, Any]) -> str:
-    own = hashlib.new(DIGEST, _spelled(body).encode()).hexdigest()
-    return _spelled({**body, OWN_DIGEST: own})
+def _encode_with_digest(body: dict[str, Any]) -> str:
+    own = hashlib.new(DIGEST, _encode(body).encode()).hexdigest()
+    return _encode({**body, OWN_DIGEST: own})
 
 
-def _spelled(value: dict[str, Any]) -> str:
+def _encode(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
 def _bytes_of(path: Path) -> bytes:
-    _refuse_what_is_no_file_of(path.parent, path.name)
+    _check_file_inside(path.parent, path.name)
     try:
         with path.open("rb") as file:
-            content = file.read(_MOST_JSON_BYTES + 1)
+            content = file.read(_MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    if len(content) > _MOST_JSON_BYTES:
-        raise CheckpointError(f"{path} is damaged: it has more than {_MOST_JSON_BYTES:,} bytes")
+    if len(content) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} is damaged: it has more than {_MAX_JSON_BYTES:,} bytes")
     return content
 
 
 def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    _refuse_what_is_no_file_of(folder, name)
+    _check_file_inside(folder, name)
     path = folder / name
     try:
         size = path.stat().st_size
@@ -115,8 +115,8 @@ def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _refuse_what_is_no_file_of(folder: Path, name: str) -> None:
-    """Neither links and names that lead out of `folder`, nor pipes and devices, which can keep a reader waiting for ever."""
+def _check_file_inside(folder: Path, name: str) -> None:
+    """No links or names that lead out of `folder`, and no pipes or devices, which can block a reader forever."""
     try:
         real = Path(os.path.realpath(folder / name))
         inside = real.is_relative_to(os.path.realpath(folder))
@@ -124,13 +124,13 @@ def _refuse_what_is_no_file_of(folder: Path, name: str) -> None:
     except OSError as error:
         raise CheckpointError(f"{_shown(folder / name)} is missing ({error.strerror})") from error
     except ValueError as error:
-        raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which can be no file") from error
+        raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which cannot be a file") from error
     if not inside:
         raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder, or behind a link out of it: {name!r}")
     if not is_file:
-        raise CheckpointError(f"{_shown(folder / name)} is no file")
+        raise CheckpointError(f"{_shown(folder / name)} is not a file")
 
 
 def _shown(path: Path) -> str:
-    """For messages, in which a hostile name must not move the cursor."""
+    """For messages, where a hostile name must not move the cursor."""
     return str(path) if str(path).isprintable() else repr(str(path))

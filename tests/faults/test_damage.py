@@ -86,15 +86,20 @@ def test_with_no_checkpoint_intact_the_run_refuses_changes_nothing_and_never_sta
         assert (contents(run.checkpoints), (run.folder / "metrics.jsonl").read_bytes()) == before
 
 
-def test_a_run_whose_checkpoints_have_all_been_deleted_refuses_too(run):
+@pytest.mark.parametrize("renamed", [None, "corrupt", "damaged"], ids=["gone", "renamed", "renamed by an older version"])
+def test_a_run_whose_checkpoints_have_all_gone_refuses_too(run, renamed):
     for checkpoint in run.checkpoints.glob("step-*"):
         shutil.rmtree(checkpoint)
+    if renamed is not None:
+        for link in ("latest", "best"):
+            (run.checkpoints / link).unlink()
+        (run.checkpoints / f"{renamed}-step-00000010").mkdir()
     ended = run.start()
     assert ended.code == 2
     assert "none of them is valid" in ended.said
 
 
-def test_told_to_begin_anew_it_sets_the_damaged_run_aside_and_deletes_nothing(run, undisturbed):
+def test_with_resume_never_the_damaged_run_is_archived_and_nothing_deleted(run, undisturbed):
     for checkpoint in run.checkpoints.glob("step-*"):
         empty(checkpoint / "manifest.json")
     before = contents(run.checkpoints)

@@ -1,11 +1,20 @@
-"""A snapshot is apart from what training changes; where nothing changes any more, it takes no memory of its own."""
+"""A snapshot shares no memory with what training changes; the last one copies nothing. Older snapshots can still be read."""
 
 from __future__ import annotations
+
+import json
 
 import torch
 from torch import nn
 
-from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
+from dist_trainer.checkpoint.state import (
+    STATE_FILE,
+    Progress,
+    Snapshot,
+    read_training_state,
+    take_snapshot,
+    write_training_state,
+)
 
 
 class Tied(nn.Module):
@@ -49,3 +58,12 @@ def test_the_last_one_copies_only_what_could_not_be_written_as_it_is():
     assert len({*own.values()}) == len(own)
     assert all(torch.equal(taken.weights[name], tensor) for name, tensor in model.state_dict().items())
     assert taken.optimizer_tensors["embedding.weight::exp_avg"].abs().sum() > 0
+
+
+def test_the_state_of_an_older_version_is_read_under_its_old_name(tmp_path):
+    write_training_state(Snapshot({}, {}, {}, {}, Progress(step=6, pending_sample_step=6)), tmp_path)
+    path = tmp_path / STATE_FILE
+    state = json.loads(path.read_text())
+    state["progress"]["owed_sample_step"] = state["progress"].pop("pending_sample_step")
+    path.write_text(json.dumps(state))
+    assert read_training_state(tmp_path)["progress"].has_pending_sample
