@@ -1,20 +1,20 @@
-# make train [ARGS="--train.max_steps 50"]    set-up, then the default run: all GPUs of this machine, else its CPU
+# make train [ARGS="--train.max_steps 50"]    set-up, then the default run, on all GPUs of this machine or on its CPU
 # make test  [ARGS="-k sampler"]              set-up, then the tests
-# make bench [ARGS="--ranks 2"]               beside HF Trainer, Lightning and a bare loop (see benchmarks/README.md)
-# make lint | format | check                  style and types | repair the style | lint and test, as CI does
-# make setup [PYTHON=python3.12] [TORCH=gpu]  set-up alone, into .venv/ (see launch/setup.sh; TORCH=cu126: a build by name)
+# make bench [ARGS="--ranks 2"]               compared with HF Trainer, Lightning and a bare loop (see benchmarks/README.md)
+# make lint | format | check                  style and types | fix the style | lint and test, as CI does
+# make setup [PYTHON=python3.12] [TORCH=gpu]  set-up only, into .venv/ (see launch/setup.sh; TORCH=cu126: a build by name)
 # make clean                                  removes .venv/ and caches, never runs/
 
 PYTHON ?= python3
 TORCH ?= auto
 ARGS ?=
 CORES = $(shell $(VENV) -c "from dist_trainer.distributed.machine import usable_cpus; print(usable_cpus())" 2>/dev/null || echo 2)
-# Tests wait for one another's processes and for timeouts half of their time.
+# Tests spend half of their time waiting for processes and timeouts.
 WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 )))
 VENV := .venv/bin/python
 STAMP := .venv/.set-up
 
-# Containers often set PYTHONDONTWRITEBYTECODE: each process would compile all that it imports, seconds for torch alone.
+# Containers often set PYTHONDONTWRITEBYTECODE: each process would then compile all it imports, which takes seconds for torch.
 export PYTHONDONTWRITEBYTECODE =
 export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.venv/bytecode
 
@@ -49,12 +49,12 @@ $(STAMP)-bench: $(STAMP)
 	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" EXTRAS=bench launch/setup.sh
 	@touch $@
 
-# Once more where the folder was moved, or where the Python below .venv/ has gone.
+# Again if the folder was moved, or if the Python that .venv/ uses is gone.
 ifneq ($(shell test -x $(VENV) && cat $(STAMP) 2>/dev/null),$(CURDIR))
 $(STAMP): again
 endif
 
-# Once more where another build of torch is asked for.
+# Again if TORCH names another build.
 ifneq ($(TORCH),auto)
 ifneq ($(shell cat .venv/.torch 2>/dev/null),$(TORCH))
 $(STAMP): again

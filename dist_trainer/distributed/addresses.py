@@ -78,8 +78,8 @@ def _text_of(sockaddr: int | None) -> str | None:
     if sockaddr is None:
         return None
     family = ctypes.c_ushort.from_address(sockaddr).value
-    where = _ADDRESS_IN_SOCKADDR.get(family)
-    return None if where is None else socket.inet_ntop(family, ctypes.string_at(sockaddr, where.stop)[where])
+    position = _ADDRESS_IN_SOCKADDR.get(family)
+    return None if position is None else socket.inet_ntop(family, ctypes.string_at(sockaddr, position.stop)[position])
 
 
 def _is_loopback(address: str) -> bool:

@@ -91,7 +91,7 @@ def find_failed_ranks(beats: Sequence[Beat], silent_seconds: Sequence[float]) ->
     If one rank makes no progress, none does, since the others wait for it. Those that do not wait have failed; if all wait,
     those that are still in a collective when others are past it. None has failed if all are in the same phase of the same step:
     no rank is behind another, so they are slow, or a collective of theirs never completes, and ends by its own timeout. But if
-    all wait for one another, they cannot be slow.
+    all wait for each other, they cannot be slow.
     """
     if gone := sorted({rank for beat in beats for rank in beat.gone}):
         return [FailedRank(rank, IS_GONE, beats[rank]) for rank in gone]

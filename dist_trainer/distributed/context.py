@@ -68,7 +68,7 @@ def init_distributed(
 
     `stop_request`: the one that the command started with. `on_fatal` is called with a sentence on one of the remaining ranks
     before this process exits because the launcher or another rank is lost. Raises ConfigError if the launcher's variables
-    contradict one another, the ranks outnumber the machine's GPUs, or the backend does not fit the machine; PeerLostError if
+    contradict each other, the ranks outnumber the machine's GPUs, or the backend does not fit the machine; PeerLostError if
     the launcher or another rank is gone; StoppedError if a signal arrived before all ranks had joined.
     """
     begin_as_rank()

@@ -42,7 +42,7 @@ def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
     # The numbers on this machine are not checked against each other: srun may spread its tasks unevenly over the nodes.
     if not (0 <= info.rank < info.world_size and info.local_rank >= 0 and info.local_world_size >= 1):
         raise ConfigError(
-            f"the launcher's variables contradict one another: rank {info.rank} of {info.world_size}, on this machine "
+            f"the launcher's variables contradict each other: rank {info.rank} of {info.world_size}, on this machine "
             f"{info.local_rank} of {info.local_world_size}; start with torchrun, or unset RANK and WORLD_SIZE for one process"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
@@ -133,11 +133,11 @@ def living_launcher(environment: Mapping[str, str] = os.environ) -> int:
     noted = environment.get(LAUNCHER_PID, "")
     command = command_of(parent)
     if noted.isdigit():
-        # PYTHON may be a wrapper that stays, or one that enters a container with process ids of its own.
-        lives = parent == int(noted) or "torch.distributed.run" in command or ProcessId.of(int(noted)).is_alive()
+        # PYTHON may be a wrapper that stays, or one that enters a container with separate process ids.
+        alive = parent == int(noted) or "torch.distributed.run" in command or ProcessId.of(int(noted)).is_alive()
     else:
-        lives = parent != 1 or _is_started_by_srun(environment) or "python" in os.path.basename(command[0] if command else "")
-    if not lives:
+        alive = parent != 1 or _is_started_by_srun(environment) or "python" in os.path.basename(command[0] if command else "")
+    if not alive:
         raise PeerLostError(f"the launcher{f' (pid {noted})' if noted else ''} is gone; its ranks exit too")
     return parent
 

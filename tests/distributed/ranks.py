@@ -1,4 +1,4 @@
-"""`run_ranks`: a function on several forked processes that form one World by gloo, as torchrun would start them."""
+"""`run_ranks`: a function on several forked processes that form one process group by gloo, as torchrun would start them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_ranks(world_size: int, function: Callable[[], Any]) -> list[Any]:
 
 
 def exit_codes(world_size: int, command: Callable[[], int]) -> list[int | None]:
-    """What each rank's process ends with where `command()` gives its exit code; minus a signal's number where one killed it."""
+    """The exit code of each rank's process, which `command()` returns; minus a signal's number if one killed it."""
     with reserved_port() as port:
         _, processes = _start(world_size, port, lambda: os._exit(command()))
         for process in processes:

@@ -1,4 +1,4 @@
-"""Before ranks can compute together all must have come: who has not is named, and nobody waits for hours."""
+"""Before ranks compute together all must have joined: the missing ones are named, and no rank waits for hours."""
 
 import contextlib
 import os
@@ -26,31 +26,31 @@ SHORT = DistributedConfig(hang_timeout_minutes=SECONDS / 60)
 STAYS_AWAY = "stays away"
 
 
-def come(*, without: int):
-    """What a rank finds out about the one that does not come: the message, who tells it, and after how many seconds."""
+def join_or_report(*, without: int):
+    """What a rank learns about the one that does not join: the message, which rank prints it, and after how many seconds."""
     if int(os.environ["RANK"]) == without:
         return STAYS_AWAY
     began = time.monotonic()
     try:
         with init_distributed(SHORT):
-            return "all came"
+            return "all joined"
     except PeerLostError as error:
         return str(error), error.printed_by, time.monotonic() - began
 
 
 @pytest.mark.parametrize(("without", "printed_by"), [(0, 1), (1, 0), (2, 0)])
-def test_a_rank_that_does_not_come_is_named_after_the_first_steps_patience(without, printed_by):
-    found = run_ranks(3, lambda: come(without=without))
+def test_a_rank_that_does_not_join_is_named_after_the_first_steps_patience(without, printed_by):
+    found = run_ranks(3, lambda: join_or_report(without=without))
     assert found.pop(without) == STAYS_AWAY
-    for message, teller, seconds in found:
+    for message, printing_rank, seconds in found:
         assert message.startswith(f"rank {without} did not join the rendezvous at 127.0.0.1:")
         assert "within 2 s (distributed.hang_timeout_minutes)" in message
-        assert teller == printed_by, "one rank says it"
+        assert printing_rank == printed_by, "one rank prints it"
         assert SECONDS - 0.1 < seconds < SECONDS + 10
 
 
 def test_ranks_on_several_machines_whose_launcher_does_not_say_so_are_refused(monkeypatch):
-    """Some set RANK and WORLD_SIZE alone, as Kubeflow's PyTorchJob does: all ranks would look for one another on loopback."""
+    """Some set RANK and WORLD_SIZE alone, as Kubeflow's PyTorchJob does: all ranks would look for each other on loopback."""
 
     def join():
         own = f"pod-{os.environ['RANK']}"
@@ -64,8 +64,8 @@ def test_ranks_on_several_machines_whose_launcher_does_not_say_so_are_refused(mo
         assert refusal.startswith("the ranks are on several machines, such as pod-0 and pod-1, but LOCAL_WORLD_SIZE is not set")
 
 
-def test_who_has_come_waits_for_the_others_for_long():
-    """The patience of the meeting is not that of what follows: the heartbeat knows what is worth waiting for."""
+def test_ranks_that_have_joined_wait_for_each_other_for_longer():
+    """The timeout of the rendezvous does not apply afterwards: the heartbeat knows which waits are legitimate."""
 
     def wait():
         with init_distributed(SHORT) as world:
@@ -87,7 +87,7 @@ def test_a_signal_ends_the_waiting_at_once():
         with StopRequest().listen() as stop_request:
             try:
                 with init_distributed(DistributedConfig(hang_timeout_minutes=1), stop_request=stop_request):
-                    return "all came"
+                    return "all joined"
             except StoppedError:
                 return time.monotonic() - began
 
@@ -95,7 +95,7 @@ def test_a_signal_ends_the_waiting_at_once():
 
 
 def free_ports(number):
-    """The first of so many in a row that nobody listens at."""
+    """The first of so many consecutive ports that are free."""
     for first in range(21000, 32000, number):
         with contextlib.ExitStack() as stack:
             try:
@@ -163,9 +163,9 @@ def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_
         else:
             threading.Timer(0.2, other.close).start()
         with init_distributed(DistributedConfig(hang_timeout_minutes=1)):
-            return "all came"
+            return "all joined"
 
     monkeypatch.setattr(rendezvous, "PORT_SECONDS", 30.0)
     with other:
         threading.Timer(0.2, other.close).start()
-        assert run_ranks(2, wait) == ["all came"] * 2
+        assert run_ranks(2, wait) == ["all joined"] * 2

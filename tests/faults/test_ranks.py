@@ -1,4 +1,4 @@
-"""A rank dies, hangs, or is left alone by its launcher: the others leave soon, say who it was, and the run goes on later."""
+"""A rank dies, hangs, or is left alone by its launcher: the others exit soon, name it, and the run can be resumed."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def at_step(step, *, rank, act):
 
         def step_or_fault(*arguments):
             if trainer.progress.step == step - 1 and trainer.world.rank == rank:
-                wait_until_told(trainer)
+                wait_until_sent(trainer)
                 Path(trainer.config.output_dir, "fault.txt").write_text(str(time.time()))
                 act()
             return train_step(*arguments)
@@ -44,7 +44,7 @@ def at_step(step, *, rank, act):
     return change
 
 
-def wait_until_told(trainer) -> None:
+def wait_until_sent(trainer) -> None:
     """Some beats more: the others have read the first of them by then."""
     heartbeat = trainer.world.heartbeat
     while heartbeat.last_sent.step != trainer.progress.step:
@@ -75,7 +75,7 @@ def get_stuck_reading_data(*, rank, at):
 
         def fetch_or_wait(batches):
             if trainer.progress.step == at and trainer.world.rank == rank:
-                wait_until_told(trainer)
+                wait_until_sent(trainer)
                 threading.Event().wait()
             return fetch(batches)
 
@@ -117,9 +117,9 @@ def test_a_rank_that_is_killed_takes_the_others_with_it_within_seconds(stories, 
 def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path / "run")
     assert command(config, 2, before=crash(rank=1, at=7)) == [1, 1]
-    told = capfd.readouterr().err
-    assert "ZeroDivisionError: one over nothing" in told
-    assert told.count("Traceback") == 1
+    printed = capfd.readouterr().err
+    assert "ZeroDivisionError: one over nothing" in printed
+    assert printed.count("Traceback") == 1
     assert "rank 1 on " in status(config)["reason"]
 
 
@@ -187,14 +187,14 @@ def test_each_micro_batch_each_fetched_batch_and_each_validation_batch_is_progre
         record.finish = finish_and_note
 
     assert command(config, 2, before=on_rank(0, change)) == [0, 0]
-    told = json.loads(notes_of_rank.read_text())
-    notes = [tuple(note) for note in told["notes"]]
+    noted = json.loads(notes_of_rank.read_text())
+    notes = [tuple(note) for note in noted["notes"]]
     for step in (0, 1, 2):
         assert notes.count((step, "training")) == 1 + 3, "when the step begins, and after each micro-batch but the last"
         assert notes.count((step, "backward")) == 1
     for step in (1, 2):
         assert notes.count((step, "reading data")) >= 4
-    assert notes.count((3, "validating")) >= told["blocks"] > 1
+    assert notes.count((3, "validating")) >= noted["blocks"] > 1
     assert (3, "summing losses") in notes
 
 

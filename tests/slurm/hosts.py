@@ -15,11 +15,11 @@ from tests.slurm.jobs import TRAINING
 
 SCRIPT = Path(__file__).with_name("netns.sh")
 RANKS = 2
-"""On each host, where NPROC is not given."""
+"""On each host, unless NPROC is given."""
 
 
 class Hosts:
-    """`names` are up, each with an address of its own."""
+    """`names` are up, each with its own address."""
 
     def __init__(self, state: Path, names: tuple[str, ...]) -> None:
         self._state, self.names = state, names

@@ -54,7 +54,7 @@ class Cluster:
         return done.stdout
 
     def user(self, *words: str | Path, **variables: str) -> str:
-        """A command where users log in."""
+        """A command on the login node."""
         return self.control("exec", *words, **variables)
 
     def boot(self) -> None:
@@ -112,7 +112,7 @@ class Job:
         return self.metadata["JobState"]
 
     def log(self) -> str:
-        """What its shell said, in all its lives."""
+        """The output of the job script, over all attempts."""
         return (self.output.parent / f"slurm-{self.metadata['JobId']}.out").read_text()
 
     def story(self) -> str:
@@ -121,7 +121,7 @@ class Job:
         return "\n".join([str(self.metadata), self.log(), *logs])
 
     def wait_for(self, *states: str, restarts: int = 0) -> str:
-        """Until it is in one of `states`, in the life after so many restarts; which one."""
+        """Until it is in one of `states`, after so many restarts; returns which one."""
         self._wait_until(lambda metadata: metadata["JobState"] in states and int(metadata["Restarts"]) >= restarts)
         return self.state
 
@@ -135,7 +135,7 @@ class Job:
         self._wait_until(lambda metadata: path.exists() and path.stat().st_size)
 
     def _wait_until(self, happened: Callable[[dict[str, str]], object]) -> None:
-        """By what SLURM says of it; in vain, where it is over before."""
+        """By SLURM's record of it; fails if the job ends before."""
 
         def arrived() -> bool:
             metadata = self.metadata
@@ -148,7 +148,7 @@ class Job:
         wait_until(arrived, failing=self.story)
 
     def wait_for_log(self, part: str) -> None:
-        """Until its shell has said `part`."""
+        """Until the job script has printed `part`."""
         wait_until(lambda: part in self.log(), failing=self.story)
 
     def signal_shell(self, name: str) -> None:

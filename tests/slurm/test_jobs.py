@@ -55,11 +55,11 @@ def test_a_job_of_two_nodes_saves_and_requeues_itself_when_its_time_is_nearly_up
     job.wait_for("COMPLETED", restarts=1)
     assert_as_if_undisturbed(job, undisturbed)
     assert step_resumed_from(job) == saved["step"]
-    # Each node has a log of its own in each life, and arguments with spaces arrive whole.
-    assert logs(job) == sorted(f"try-{life}-node{node}.log" for life in (0, 1) for node in (9, 10))
+    # Each node has a separate log in each attempt, and arguments with spaces arrive unsplit.
+    assert logs(job) == sorted(f"try-{attempt}-node{node}.log" for attempt in (0, 1) for node in (9, 10))
     assert "--nproc-per-node=2 --nnodes=2" in (job.run / f"logs/job-{job.number}-try-1-node10.log").read_text()
     assert yaml.safe_load((job.run / "config.yaml").read_text())["tracking"]["sample_prompt"] == SPACES
-    # The second life knows how long a save takes, and that 9 s would not be enough.
+    # The second attempt knows how long a save takes, and that 9 s would not be enough.
     assert re.search(r"try 1. WARNING: this run needs 3\d s to save and exit, but has 9 s .SBATCH_SIGNAL is", job.log())
 
 
@@ -103,7 +103,7 @@ def test_a_preempted_job_saves_makes_room_and_goes_on_later(cluster: Cluster, un
 
 @pytest.mark.slow
 def test_a_job_that_slurm_itself_requeues_goes_on_once(cluster: Cluster, undisturbed: Path, output: Path) -> None:
-    """As it does without grace time, or where an administrator asks for it."""
+    """As it does without grace time, or if an administrator asks for it."""
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
     cluster.user("scontrol", "requeue", job.number)
@@ -114,7 +114,7 @@ def test_a_job_that_slurm_itself_requeues_goes_on_once(cluster: Cluster, undistu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["preempted", "told that its time is nearly up"])
+@pytest.mark.parametrize("what", ["preempted", "signalled before the time limit"])
 def test_a_job_goes_back_to_the_queue_even_before_it_has_anything_to_save(
     cluster: Cluster, undisturbed: Path, output: Path, what: str
 ) -> None:
@@ -161,7 +161,7 @@ def test_srun_can_start_the_ranks_instead_of_torchrun(cluster: Cluster, undistur
     job.wait_for("COMPLETED", restarts=1)
     assert_as_if_undisturbed(job, undisturbed)
     places = [("node9", 0), ("node9", 1), ("node10", 2), ("node10", 3)]
-    assert logs(job) == sorted(f"try-{life}-{node}-rank-{rank}.log" for life in (0, 1) for node, rank in places)
+    assert logs(job) == sorted(f"try-{attempt}-{node}-rank-{rank}.log" for attempt in (0, 1) for node, rank in places)
     assert "torch.distributed.run" not in "".join(path.read_text() for path in job.run.glob("logs/job-*"))
 
 

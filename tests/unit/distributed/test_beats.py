@@ -1,4 +1,4 @@
-"""Who is to blame where nothing moves: a rank that is behind the others, and none that is merely slow."""
+"""Which ranks have failed when nothing moves: those that are behind the others, and none that is merely slow."""
 
 from __future__ import annotations
 
@@ -73,6 +73,6 @@ def test_a_rank_that_died_comes_before_all_others() -> None:
     assert blamed(beat("training"), beat("backward", gone=(2,)), beat("training"), silent=(0.0, LONG, 0.0)) == [2]
 
 
-def test_what_a_rank_tells_of_itself_is_heard_as_it_was() -> None:
-    told = beat("saving", gone=(1, 3), number=7)
-    assert decode_beat(encode_beat(told)) == told
+def test_a_beat_is_received_as_it_was_sent() -> None:
+    sent = beat("saving", gone=(1, 3), number=7)
+    assert decode_beat(encode_beat(sent)) == sent

@@ -1,4 +1,4 @@
-"""What a rank's sign of life does to the process that gives it."""
+"""How a heartbeat measures the progress of its rank, and how it ends."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class SlowStore:
     """Its answer comes when `answers` is set."""
 
     def __init__(self) -> None:
-        self.asked, self.answers, self.has_answered = threading.Event(), threading.Event(), False
+        self.requested, self.answers, self.has_answered = threading.Event(), threading.Event(), False
 
     def set(self, key: str, value: str) -> None:
         pass
 
     def multi_get(self, keys: list[str]) -> list[str]:
-        self.asked.set()
+        self.requested.set()
         self.answers.wait(60)
         self.has_answered = True
         return [encode_beat(Beat()) for _ in keys]
@@ -34,7 +34,7 @@ def test_a_heartbeat_that_was_stopped_is_no_longer_within_the_store() -> None:
     heartbeat, store = Heartbeat(), SlowStore()
     anything: Any = store
     heartbeat.watch_peers([ProcessId.of(os.getpid())], anything)
-    assert store.asked.wait(60)
+    assert store.requested.wait(60)
     threading.Timer(0.2, store.answers.set).start()
     heartbeat.stop()
     assert store.has_answered

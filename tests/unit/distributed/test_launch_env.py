@@ -1,4 +1,4 @@
-"""Which rank a process is, from variables that launchers, and others, set; and whether its launcher lives."""
+"""Which rank a process is, from variables that launchers, and others, set; and whether its launcher is alive."""
 
 import os
 import subprocess
@@ -80,7 +80,7 @@ def test_a_launcher_started_by_a_wrapper_is_as_good():
 
 
 @pytest.mark.parametrize(
-    ("first_process", "lives"),
+    ("first_process", "is_alive"),
     [
         (["/sbin/init"], False),
         (["/lib/systemd/systemd", "--system"], False),
@@ -89,10 +89,10 @@ def test_a_launcher_started_by_a_wrapper_is_as_good():
         (["python", "start_ranks.py"], True),
     ],
 )
-def test_in_a_container_the_first_process_may_be_a_launcher(monkeypatch, first_process, lives):
+def test_in_a_container_the_first_process_may_be_a_launcher(monkeypatch, first_process, is_alive):
     monkeypatch.setattr(launch_env.os, "getppid", lambda: 1)
     monkeypatch.setattr(launch_env, "command_of", lambda pid: first_process)
-    if lives:
+    if is_alive:
         assert living_launcher({}) == 1
     else:
         with pytest.raises(PeerLostError, match="the launcher is gone"):

@@ -52,7 +52,7 @@ def test_the_least_quota_of_all_groups_around_a_process_counts(tmp_path: Path) -
 
 @pytest.mark.parametrize(("quota", "cpus"), [("-1", 16), ("400000", 4), ("150000", 1)])
 def test_a_quota_of_cgroup_v1(tmp_path: Path, quota: str, cpus: int) -> None:
-    """In a mount of its own; the pure cgroup v2 hierarchy beside it has no cpu.max."""
+    """In a mount of its own; the cgroup v2 hierarchy next to it has no cpu.max."""
     membership = "5:memory:/elsewhere\n4:cpu,cpuacct:/docker/12\n0::/docker/12"
     files = {"cpu,cpuacct/docker/12/cpu.cfs_quota_us": quota, "cpu,cpuacct/docker/12/cpu.cfs_period_us": "100000"}
     files |= {"memory/elsewhere/x": "", "unified/docker/12/x": ""}
@@ -102,14 +102,14 @@ HAS_TRITON = machine._has_triton
 
 
 @pytest.fixture
-def asked_anew() -> Iterator[None]:
+def empty_cache() -> Iterator[None]:
     machine._missing_on_gpu.cache_clear()
     yield
     machine._missing_on_gpu.cache_clear()
 
 
 @pytest.fixture
-def programs(asked_anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def programs(empty_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only folder of programs of a machine with Triton and a GPU for it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -149,11 +149,11 @@ def test_a_gpu_needs_triton_and_a_torch_that_cannot_say_is_believed(programs: Pa
 
 
 def test_torch_is_asked_about_triton_once_and_for_no_cpu(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(machine, "_has_triton", lambda: asked.append(1) or True)
+    calls = []
+    monkeypatch.setattr(machine, "_has_triton", lambda: calls.append(1) or True)
     for name in ("gcc", "g++"):
         add_program(programs, name)
     assert missing_compiler(torch.device("cpu")) is None
-    assert not asked
+    assert not calls
     assert [missing_compiler(GPU) for _ in range(2)] == [None, None]
-    assert asked == [1]
+    assert calls == [1]
