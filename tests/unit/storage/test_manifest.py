@@ -25,7 +25,7 @@ def folder(tmp_path):
 def sealed_by_a_stranger(folder, files):
     """A manifest whose own digest is right, and which names `files`, as empty ones."""
     nothing = {"bytes": 0, "sha256": hashlib.sha256().hexdigest()}
-    (folder / MANIFEST).write_text(manifest._sealed({"step": 7, "files": dict.fromkeys(files, nothing)}))
+    (folder / MANIFEST).write_text(manifest._encode_with_digest({"step": 7, "files": dict.fromkeys(files, nothing)}))
 
 
 def test_what_was_written_is_verified_and_its_facts_read_back(folder):
@@ -97,7 +97,7 @@ def test_a_missing_manifest_is_named(folder):
 
 @pytest.mark.parametrize("entry", [None, 3, [], {"bytes": 100}, {"bytes": "100", "sha256": 5}])
 def test_entries_of_wrong_types_are_refused(folder, entry):
-    (folder / MANIFEST).write_text(manifest._sealed({"files": {"weights": entry}}))
+    (folder / MANIFEST).write_text(manifest._encode_with_digest({"files": {"weights": entry}}))
     with pytest.raises(CheckpointError, match="weights"):
         verify(folder)
 
