@@ -20,11 +20,11 @@ from dist_trainer.huggingface.hub import first_line, is_hub_reachable, not_loade
 
 log = logging.getLogger(__name__)
 
-ROWS_AT_A_TIME = 1000
+BATCH_ROWS = 1000
 
 
 def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
-    """The splits of the Hub data set `name`, from the local cache where the Hub cannot be reached."""
+    """The splits of the Hub data set `name`, from the local cache if the Hub is unreachable."""
     reachable = is_hub_reachable()
     import datasets
 
@@ -63,7 +63,7 @@ def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
 
 
 def _load_inside(root: str, name: str, config: DataConfig) -> Any:
-    """As `datasets.load_dataset`, of files under `root` alone. Raises DataError."""
+    """Like `datasets.load_dataset`, but only of files under `root`. Raises DataError."""
     import datasets
 
     builder = datasets.load_dataset_builder(name, config.dataset_config)
@@ -73,11 +73,11 @@ def _load_inside(root: str, name: str, config: DataConfig) -> Any:
 
 
 def _check_inside(root: str, files: Iterable[str]) -> None:
-    """Raises DataError where the description of a data set names files outside of `root`: it may come from a stranger."""
+    """Raises DataError if the description of a data set, which may come from a stranger, names files outside `root`."""
     for file in files:
         path = file if "://" in file else os.path.abspath(file)
         if not path.startswith(f"{root}/"):
-            raise DataError(f"{root} names {file}, a file outside of it, which is not read; put the file there")
+            raise DataError(f"{root} names {file}, a file outside it, which is not read; put the file there")
 
 
 def _splits(name: str, loaded: Any, config: DataConfig) -> dict[str, Split]:
@@ -94,25 +94,25 @@ def _split(where: str, table: Any, config: DataConfig) -> Split:
             if column not in table.column_names:
                 raise missing_column(column, table.column_names, where)
         row = 0
-        for batch in table.select_columns(columns).iter(batch_size=ROWS_AT_A_TIME):
+        for batch in table.select_columns(columns).iter(batch_size=BATCH_ROWS):
             for values in zip(*(batch[column] for column in columns), strict=True):
                 row += 1
                 yield f"{where} row {row}", dict(zip(columns, values, strict=True))
 
-    # Not the library's fingerprint: that of a table made by one's own function stays as it is when the function changes.
+    # Not the library's fingerprint, which does not change with the function that made the table.
     files = [Path(file["filename"]) for file in table.cache_files]
     return Split(
         where,
         records,
         files,
-        content_digest=lambda: digest_of(record for _, record in records()),
+        content_digest=lambda: digest_records(record for _, record in records()),
         content_name=json.dumps([where, columns]),
         column_names=lambda: table.column_names,
     )
 
 
-def digest_of(records: Iterable[Record]) -> str:
-    """Of the records' representation, one after the other."""
+def digest_records(records: Iterable[Record]) -> str:
+    """Digest of the records' representations, in order."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(repr(sorted(record.items())).encode())

@@ -1,4 +1,4 @@
-"""Files of prompts: a text file with one a line, or records with a text under `prompt`, in any format of a data set."""
+"""Files of prompts: a text file with one per line, or records with a text under `prompt`, in any format of data sets."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ PROMPT = "prompt"
 
 
 def read_prompts(path: Path) -> list[tuple[str, Record]]:
-    """(place, record) of each prompt of a file; the record has its text under `prompt`. Raises DataError if the file cannot be
-    read, or with every place that holds no prompt.
+    """(place, record) of each prompt in a file; the record has its text under `prompt`.
+
+    Raises DataError if the file cannot be read, or with a line for each record without a prompt.
     """
-    found, problems = [], []
+    prompts, problems = [], []
     for place, record in _records(path):
         problem = str(record) if isinstance(record, DataError) else _problem(place, record)
         if problem:
             problems.append(problem)
         elif not isinstance(record, DataError):
-            found.append((place, record))
+            prompts.append((place, record))
     if problems:
         raise DataError("\n  ".join(problems))
-    if not found:
+    if not prompts:
         raise DataError(f"{path}: there is no prompt in it")
-    return found
+    return prompts
 
 
 def _records(path: Path) -> Iterator[tuple[str, Record | DataError]]:
@@ -44,7 +45,7 @@ def _records(path: Path) -> Iterator[tuple[str, Record | DataError]]:
 
 
 def _json_values(path: Path) -> Iterator[tuple[str, Record | DataError]]:
-    """Objects, or texts alone: one a line, or all in one array."""
+    """Objects, or plain texts: one per line, or all in one array."""
     lines = list(_lines(path))
     if lines and lines[0][1].lstrip().startswith("["):
         try:
@@ -65,7 +66,7 @@ def _as_record(value: Any) -> Record:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers; without a byte order mark, and without their ends (\\n or \\r\\n)."""
+    """The lines that are not blank, with their numbers; without byte order mark and line ends (\\n or \\r\\n)."""
     text = "".join(text_parts(path))
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -73,10 +74,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _problem(place: str, record: Record) -> str:
-    """What is wrong with the record; empty if nothing is."""
+    """What is wrong with the record; empty if it is valid."""
     if not isinstance(record.get(PROMPT), str):
         return f'{place}: has no text under "{PROMPT}"'
-    try:  # all of it is written with the answer
+    try:  # it is written with the answer
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return f"{place}: half of a character (a lone surrogate, {error.object[error.start]!a}); remove it"

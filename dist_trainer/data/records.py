@@ -1,7 +1,7 @@
-"""Records of local files, each with its place: text, JSONL, CSV, all of them compressed or not, and Parquet.
+"""Records of local files, each with its place: text, JSONL and CSV, compressed or not, and Parquet.
 
-Own readers, because a user whose file is malformed needs the path and the line. A record that cannot be read is given as the
-error that names it, so that whoever reads can skip it.
+Our own readers, because users need the path and line of a malformed record. Instead of a record that cannot be read, its error
+is yielded, so that the caller can skip it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dist_trainer.errors import DataError, counted
 
 Record = dict[str, Any]
 Records = Iterator[tuple[str, Record | DataError]]
-"""(place, record): the place is what an error message names, such as "stories.jsonl:17". An error instead of a record says why
-that one cannot be read."""
+"""(place, record): the place is for messages, such as "stories.jsonl:17". An error instead of a record says why it cannot be
+read."""
 
-PARQUET_ROWS_AT_A_TIME = 4096
+PARQUET_BATCH_ROWS = 4096
 FIRST_BYTES = 1 << 20
-"""Of a file that may be an array of records, to see what its columns are."""
+"""What is read of a file that may be an array of records, to find its columns."""
 
 
 def read_text(path: Path) -> Records:
-    """One document: the whole file, under the column `text`; as a LongText if it is one."""
+    """One document: the complete file, under the column `text`; a LongText if it is long."""
     parts = text_parts(path)
     text = next(parts, "")
     if next(parts, None) is not None:
@@ -41,7 +41,7 @@ def read_text(path: Path) -> Records:
 
 
 def read_jsonl(path: Path) -> Records:
-    """One record a line; a .json file may also be one array of records."""
+    """One record per line; a .json file may also be an array of records."""
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, start=1):
@@ -81,17 +81,17 @@ def _json_array(path: Path, content: bytes) -> Records:
     for number, record in enumerate(records, start=1):
         place = f"{path} element {number}"
         is_object = isinstance(record, dict)
-        wrong = f"{path}: element {number} is a JSON {type(record).__name__}, not an object"
-        yield place, record if is_object else DataError(wrong)
+        problem = f"{path}: element {number} is a JSON {type(record).__name__}, not an object"
+        yield place, record if is_object else DataError(problem)
 
 
 class _Lines:
-    """The lines of a file as text. A line that is not UTF-8 raises, and those after it can still be read."""
+    """The lines of a file as text. A line that is not UTF-8 raises, and reading can continue after it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self.number = 0
-        """Of the line that was read last, from 1 on."""
+        """Number of the line that was read last, from 1."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -103,13 +103,13 @@ class _Lines:
 
 
 def read_csv(path: Path, delimiter: str) -> Records:
-    """One record a line, or over several lines between quotes; the first line names the columns. Values are text."""
+    """One record per line (or several lines, between quotes); the first line names the columns. Values are text."""
     csv.field_size_limit(sys.maxsize)
     try:
         with open_binary(path) as file:
             rows = _csv_rows(path, _Lines(file), delimiter)
             place, names = next(rows, ("", []))
-            if isinstance(names, DataError):  # no bad record to skip: the next line would be taken for the names
+            if isinstance(names, DataError):  # not to be skipped: the next line would be taken for the names
                 raise names
             columns = _column_names(path, names)
             for place, values in rows:
@@ -118,14 +118,14 @@ def read_csv(path: Path, delimiter: str) -> Records:
                 elif len(values) == len(columns):
                     yield place, dict(zip(columns, values, strict=True))
                 elif values:
-                    lack = f"{counted(len(values), 'value')}, but line 1 names {counted(len(columns), 'column')}"
-                    yield place, DataError(f"{place}: {lack}")
+                    mismatch = f"{counted(len(values), 'value')}, but line 1 names {counted(len(columns), 'column')}"
+                    yield place, DataError(f"{place}: {mismatch}")
     except READING_ERRORS as error:
         raise unreadable(path, error) from error
 
 
 def _csv_rows(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[str, list[str] | DataError]]:
-    """(place, values) of each row: where it begins. An error instead of values says why it cannot be read."""
+    """(place of its first line, values) of each row. An error instead of values says why it cannot be read."""
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         place = f"{path}:{lines.number + 1}"
@@ -141,14 +141,14 @@ def _csv_rows(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[str, 
 
 
 def _column_names(path: Path, values: list[str]) -> list[str]:
-    """Raises DataError where they are not all different."""
-    if twice := sorted({name for name in values if values.count(name) > 1}):
-        raise DataError(f"{path}:1: two columns are named {twice[0]!r}; give each another name, in the first line")
+    """Raises DataError if two are equal."""
+    if duplicates := sorted({name for name in values if values.count(name) > 1}):
+        raise DataError(f"{path}:1: two columns are named {duplicates[0]!r}; give each another name, in the first line")
     return values
 
 
 def read_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Records:
-    """One record a row, with these columns and the `optional` ones that are there; a few thousand rows in memory at a time."""
+    """One record per row, with these columns and the `optional` ones that exist; a few thousand rows in memory at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -159,7 +159,7 @@ def read_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = (
                 if column not in file.schema_arrow.names:
                     raise missing_column(column, file.schema_arrow.names, str(path))
             chosen = [*columns, *(column for column in optional if column in file.schema_arrow.names)]
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME, columns=chosen):
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=chosen):
                 for record in batch.to_pylist():
                     row += 1
                     yield f"{path} row {row}", record
@@ -186,7 +186,7 @@ ALL_SUFFIXES = f"{', '.join(DATA_SUFFIXES)} (also {', '.join(COMPRESSIONS)})"
 
 
 def column_names(path: Path) -> Collection[str]:
-    """The columns of the file's first record, by its beginning; none where that cannot tell, which reading it will."""
+    """The columns of the file's first record; none if its beginning does not show them (errors are left to reading)."""
     reader = READERS.get(format_suffix(path), read_text)
     try:
         if format_suffix(path) == ".parquet":
@@ -199,32 +199,33 @@ def column_names(path: Path) -> Collection[str]:
             head = file.read(FIRST_BYTES).decode("utf-8-sig", errors="replace").lstrip()
         if reader is not read_jsonl or not head.startswith("["):
             return next((record.keys() for _, record in reader(path) if isinstance(record, dict)), ())
-        record, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())  # an array is read whole
+        record, _ = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())  # reading would load all of an array
     except (*READING_ERRORS, ValueError, RecursionError, DataError):
         return ()
     return record.keys() if isinstance(record, dict) else ()
 
 
 def format_suffix(path: Path) -> str:
-    """`.jsonl` of stories.jsonl.gz."""
+    """`.jsonl` for stories.jsonl.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
-def reading_of(path: Path) -> str:
-    """How `read_file` reads the bytes of `path`, by its name: equal bytes that are read in another way are other documents."""
+def format_of(path: Path) -> str:
+    """How `read_file` reads `path`, judging by its name: equal bytes that are read differently give different documents."""
     suffix, compression = format_suffix(path), path.suffix.lower()
     if suffix != ".parquet":
         reader = READERS.get(suffix, read_text)
-        suffix = next(name for name, one in READERS.items() if one is reader)
+        suffix = next(name for name, known in READERS.items() if known is reader)
     return suffix + (compression if compression in COMPRESSIONS else "")
 
 
 def read_file(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Records:
-    """The records of `path`, by its suffix, with at least these columns, and the `optional` ones that are there; a file of
-    unknown suffix is read as text.
+    """The records of `path`, with at least these columns, and the `optional` ones that exist.
+
+    Its suffix decides how it is read; files of unknown suffix are text.
     """
     suffix = format_suffix(path)
     if suffix in OTHER_FORMATS:

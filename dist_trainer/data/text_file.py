@@ -1,4 +1,4 @@
-"""Files of text: decompressed by their suffix, decoded strictly, and long ones never whole in memory."""
+"""Text files: decompressed by their suffix, decoded strictly, and long ones read in parts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import IO
 from dist_trainer.errors import DataError
 
 PART_BYTES = 1 << 24
-"""Of a file with more than that, so much is read at a time."""
+"""Longer files are read in parts of this size."""
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
-    import pyarrow  # Python has a decoder of its own from 3.14 on
+    import pyarrow  # Python's own decoder needs 3.14
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), PART_BYTES)  # type: ignore[arg-type]
 
@@ -33,26 +33,26 @@ DECOMPRESSORS: dict[str, Callable[[Path], IO[bytes]]] = {
 }
 COMPRESSIONS = tuple(DECOMPRESSORS)
 READING_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
-"""What reading a file may raise."""
+"""The errors of reading files."""
 
 
 class LongText:
-    """The text of a file that is too long to be held in memory."""
+    """The text of a file that is too long for memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def parts(self) -> Iterator[str]:
-        """The text, part by part, from its beginning. Raises DataError."""
+        """The text in parts. Raises DataError."""
         return text_parts(self._path)
 
     def __str__(self) -> str:
-        """All of it at once, for a template."""
+        """All of it, for a template."""
         return "".join(self.parts())
 
 
 def text_parts(path: Path) -> Generator[str, None, None]:
-    """The text of some PART_BYTES at a time. Raises DataError naming the line where it is not UTF-8."""
+    """The text in parts of PART_BYTES. Raises DataError naming a line that is not UTF-8."""
     lines = 1
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
@@ -77,6 +77,6 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
-    """The message for a file that the system or its own format makes unreadable."""
+    """The error for a file that cannot be read, whether because of the system or its content."""
     reason = getattr(error, "strerror", None) or error
     return DataError(f"{path}: cannot be read ({reason})")

@@ -1,8 +1,8 @@
-"""How many bytes of text each token stands for: what bits per byte are counted by.
+"""How many bytes of text each token stands for, to compute bits per byte.
 
-The bytes are those of the UTF-8 text that a token decodes to. Tokens that carry no text (EOS, BOS, a chat template's markers)
-have none. A character of several tokens gives each of them the bytes it has of it, where they are bytes (byte-level BPE,
-SentencePiece's byte fallback). V is the vocabulary.
+The bytes are those of the UTF-8 text that a token decodes to. Tokens without text (EOS, BOS, a chat template's markers) have
+none. If a character consists of several tokens, which are bytes then (byte-level BPE, SentencePiece's byte fallback), each
+counts its own. V is the vocabulary.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dist_trainer.data.tokenizer_check import PROBE
 from dist_trainer.data.tokenizers import Tokenizer, text_prefix, vocabulary_size
 
 SPACE = "▁"
-"""A space, as SentencePiece writes it."""
+"""A space in SentencePiece."""
 SPACES = (SPACE, "Ġ")
-"""And GPT-2."""
+"""And in GPT-2."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SizeOf = Callable[[str, bool], int]
-"""Bytes of a vocabulary's entry, and of one that was added to it, which is spelled as in text."""
+"""(entry of the vocabulary, whether it was added to it and so spelled as in text) to bytes."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class TokenBytes:
     sizes: np.ndarray
     """int64 [V]: bytes of the text of each token."""
     leads: np.ndarray
-    """bool [V]: begins with the space that the tokenizer puts before a text; never, where it puts none."""
+    """bool [V]: begins with the space that the tokenizer puts before a text, if it puts one."""
     borders: np.ndarray
-    """bool [V]: such a space follows; it is in no text."""
+    """bool [V]: such a space follows, which is not in the text."""
 
     def count(self, batch: Batch) -> int:
-        """Bytes of the targets of `batch` that carry loss; call it while the batch is in host memory."""
+        """Bytes of the targets of `batch` that are trained on. Call it while the batch is in host memory."""
         targets, before = batch.targets.numpy(), batch.input_ids.numpy()
         counted = targets != IGNORED_TARGET
         targets, before = targets[counted], before[counted]
@@ -49,11 +49,10 @@ class TokenBytes:
 
 
 def build_token_bytes(tokenizer: Tokenizer) -> TokenBytes | None:
-    """The table of `tokenizer`; None where it has no exact one: where tokens do not spell the text they were made of (unknown
-    characters, lower-casing, WordPiece's lost spaces).
+    """The table of `tokenizer`; None if tokens do not spell the text exactly (unknown characters, lower-casing, lost spaces).
 
-    What the decoder's kind suggests is believed only if it gives the size of each of the texts of PROBE, in NFC, which many
-    tokenizers bring text to.
+    The result for a decoder's kind is used only if it gives the size of each text of PROBE, in NFC, to which many tokenizers
+    normalise.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
@@ -65,15 +64,15 @@ def build_token_bytes(tokenizer: Tokenizer) -> TokenBytes | None:
     if table is None:
         return None
     special = list(tokenizer.get_added_vocab())
-    texts = [text for text in map(_as_kept, PROBE) if text and not any(spelling in text for spelling in special)]
+    texts = [text for text in map(_unchanged, PROBE) if text and not any(spelling in text for spelling in special)]
     for text, ids in zip(texts, _ids(tokenizer, texts), strict=True):
         if table.sizes[ids].sum() - table.leads[ids[0]] != len(text.encode()):
             return None
     return table
 
 
-def _as_kept(text: str) -> str:
-    """A text that no exact tokenizer should change: one space before it might be taken for its own, and ▁ for a space."""
+def _unchanged(text: str) -> str:
+    """A text that exact tokenizers do not change: they may add a space before it, and take ▁ for a space."""
     return unicodedata.normalize("NFC", text).replace(SPACE, "_").lstrip(" ")
 
 
@@ -82,7 +81,7 @@ def _ids(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def _table(tokenizer: Tokenizer, size_of: SizeOf) -> TokenBytes | None:
-    """What `size_of` makes of all entries; None where one that was added to them swallows the spaces beside it."""
+    """The table by `size_of`; None if an added entry strips the spaces next to it."""
     num_tokens = vocabulary_size(tokenizer)
     sizes, leads, borders = (np.zeros(num_tokens, dtype=kind) for kind in (np.int64, bool, bool))
     puts_space = _begins_with_space(tokenizer, "a")
@@ -98,7 +97,7 @@ def _table(tokenizer: Tokenizer, size_of: SizeOf) -> TokenBytes | None:
         sizes[token], leads[token] = size_of(added.content, True), False
     without_text = sorted(special)
     sizes[without_text], leads[without_text] = 0, False
-    if puts_space:  # before each part of a text that special tokens cut, or before the whole alone
+    if puts_space:  # before each part between special tokens, or only before the complete text
         after_each = _begins_with_space(tokenizer, f"{tokenizer.eos_token}a", part=1)
         borders[without_text if after_each else [tokenizer.eos_token_id, *text_prefix(tokenizer)[-1:]]] = True
     return TokenBytes(sizes, leads, borders)
@@ -111,10 +110,10 @@ def _begins_with_space(tokenizer: Tokenizer, text: str, *, part: int = 0) -> boo
 
 
 def _size_by_decoder(decoder: dict[str, Any]) -> SizeOf | None:
-    """How entries spell bytes, by the `decoder` of a tokenizer.json; None for those that don't say it of each by itself."""
+    """How entries spell bytes, by the `decoder` of a tokenizer.json; None if that depends on their neighbours."""
     steps = decoder.get("decoders", [decoder])
     kinds = {step["type"] for step in steps}
-    if "ByteLevel" in kinds:  # GPT-2's: a character a byte
+    if "ByteLevel" in kinds:  # GPT-2's: a character per byte
         return lambda piece, is_added: len(piece.encode()) if is_added else len(piece)
     if "Metaspace" in kinds or any(step.get("pattern") == {"String": SPACE} for step in steps):
         has_bytes = "ByteFallback" in kinds

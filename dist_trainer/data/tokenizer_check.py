@@ -1,4 +1,4 @@
-"""Texts that bring to light where two ways to tokenise differ."""
+"""Texts that reveal differences between two tokenizers."""
 
 from __future__ import annotations
 
@@ -70,13 +70,11 @@ _ALPHABETS = (
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts in which two ways to tokenise would differ if they ever do: PROBE, characters at random, a few thousand entries
-    of the vocabulary, and the spelling of each special token.
-    """
+    """PROBE, random characters, a few thousand entries of the vocabulary, and the spellings of special tokens."""
     chance = random.Random(0)
-    at_random = ["".join(chance.choice(chance.choice(_ALPHABETS)) for _ in range(200)) for _ in range(50)]
+    random_texts = ["".join(chance.choice(chance.choice(_ALPHABETS)) for _ in range(200)) for _ in range(50)]
     entries = chance.choices(sorted(tokenizer.get_vocab().values()), k=4000)
-    of_vocabulary = [tokenizer.decode(entries[i : i + 200]) for i in range(0, len(entries), 200)]
+    from_vocabulary = [tokenizer.decode(entries[i : i + 200]) for i in range(0, len(entries), 200)]
     spellings = list(tokenizer.get_added_vocab())[:64]
     special = [f"{s}a{s} b {s}\n\n{s}{s} {s.upper()} {s[:-1]} \t{s}\u00e9{s}'s{s}" for s in spellings]
-    return [*PROBE, *at_random, *of_vocabulary, *special, *spellings, "".join(PROBE)]
+    return [*PROBE, *random_texts, *from_vocabulary, *special, *spellings, "".join(PROBE)]

@@ -1,4 +1,4 @@
-"""Tokenizers by name or path, and their identity."""
+"""Tokenizers by name or path, and what identifies them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dist_trainer.huggingface.tokenizer_files import tokenizer_from_folder, toke
 log = logging.getLogger(__name__)
 
 Tokenizer = Any
-"""A transformers.PreTrainedTokenizerBase; not imported for the name alone."""
+"""A transformers.PreTrainedTokenizerBase, which is not imported just for its name."""
 
 TOKENIZER_KEY = "data.tokenizer"
-END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
+EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
 
 
 def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
-    """The tokenizer `austen` (inside the package), in a folder (a run's, a checkpoint's, any), or of a Hub name.
+    """The tokenizer `austen` (inside the package), of a folder (a run's, a checkpoint's, any), or of a Hub name.
 
-    It has an EOS token (a separator's, if need be) and a padding token. Raises DataError naming the `key` (or argument of a
-    command) that holds the name, and the remedy.
+    It gets an EOS token (the separator if need be) and a padding token if it has none. Raises DataError naming the `key` (or
+    option of a command) that holds the name, and the remedy.
     """
     path = CORPUS / "tokenizer" if name == "austen" else user_path(name)
     if path.is_file() and path.name == TOKENIZER_FILE:
@@ -43,13 +43,13 @@ def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
         state = "has no tokenizer in it" if path.exists() else "does not exist"
         others = ", a Hub name, or austen" if key == TOKENIZER_KEY else ""  # which are no models
         raise DataError(f"{key}: {path} {state}; give a folder with {TOKENIZER_FILE}{others}")
-    return _with_end_and_padding(tokenizer, name)
+    return _with_eos_and_padding(tokenizer, name)
 
 
 def configured_tokenizer(config: DataConfig, *, key: str = TOKENIZER_KEY) -> Tokenizer:
-    """That of data.tokenizer, with the template of data.chat_template where one is named, so that it is saved with it.
+    """The tokenizer data.tokenizer, with the template data.chat_template if there is one, so that it is saved with it.
 
-    Raises DataError; it calls the tokenizer's name `key`.
+    Raises DataError, which names `key` for the tokenizer.
     """
     tokenizer = load_tokenizer(config.tokenizer, key=key)
     if config.chat_template is not None:
@@ -58,7 +58,7 @@ def configured_tokenizer(config: DataConfig, *, key: str = TOKENIZER_KEY) -> Tok
 
 
 def read_chat_template(name: str) -> str:
-    """The Jinja template in the file `name`. Raises DataError where there is none."""
+    """The Jinja template in the file `name`. Raises DataError if there is none."""
     path = user_path(name)
     try:
         template = path.read_text(encoding="utf-8-sig")
@@ -72,21 +72,21 @@ def read_chat_template(name: str) -> str:
     return template
 
 
-def _with_end_and_padding(tokenizer: Tokenizer, name: str) -> Tokenizer:
+def _with_eos_and_padding(tokenizer: Tokenizer, name: str) -> Tokenizer:
     templates = getattr(tokenizer, "chat_template", None)
-    # Saved with each checkpoint, under their names.
+    # Each is saved with checkpoints in a file of its name.
     if isinstance(templates, dict) and not all(re.fullmatch(r"\w[\w.-]*", str(template)) for template in templates):
-        raise DataError(f"data.tokenizer: {name} has a chat template whose name is no file's: {sorted(map(str, templates))}")
+        raise DataError(f"data.tokenizer: {name} has a chat template whose name is no file name: {sorted(map(str, templates))}")
     if tokenizer.eos_token_id is None:
         known = tokenizer.get_added_vocab()
-        end = tokenizer.sep_token or next((token for token in END_NAMES if token in known), None)
-        if end is None:
+        eos = tokenizer.sep_token or next((token for token in EOS_NAMES if token in known), None)
+        if eos is None:
             raise DataError(
-                f"data.tokenizer: {name} has no end-of-text token, which documents are joined with; "
+                f"data.tokenizer: {name} has no end-of-text token to end documents with; "
                 'set "eos_token" in its tokenizer_config.json'
             )
-        log.info("data.tokenizer: %s names no EOS token; documents end with %s", name, end)
-        tokenizer.eos_token = end
+        log.info("data.tokenizer: %s names no EOS token; using %s", name, eos)
+        tokenizer.eos_token = eos
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -98,7 +98,7 @@ def vocabulary_size(tokenizer: Tokenizer) -> int:
 
 
 def tokenizer_description(tokenizer: Tokenizer) -> str:
-    """The JSON of all that decides which ids a text gets. Not of truncation and padding, which each call sets anew."""
+    """JSON of everything that determines the ids of a text, except truncation and padding, which each call sets."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         return json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None})
@@ -106,26 +106,26 @@ def tokenizer_description(tokenizer: Tokenizer) -> str:
 
 
 def text_prefix(tokenizer: Tokenizer) -> list[int]:
-    """The ids that `tokenizer` puts before every text, such as BOS (Llama, Gemma, Mistral); empty where it puts none."""
-    bare, whole = (tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True))
-    starts = (start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare)
-    return whole[: next(starts, 0)]
+    """The ids that `tokenizer` puts before every text, such as BOS (Llama, Gemma, Mistral); empty if it puts none."""
+    bare, complete = (tokenizer("a", add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True))
+    starts = (start for start in range(len(complete) - len(bare) + 1) if complete[start : start + len(bare)] == bare)
+    return complete[: next(starts, 0)]
 
 
 def with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
-    """`ids` after `prefix`, which is not put twice where the text itself spells it."""
+    """`prefix` and `ids`; just `ids` if they begin with it already."""
     return list(ids) if list(ids[: len(prefix)]) == list(prefix) else [*prefix, *ids]
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text to continue, as training saw texts begin: with the tokenizer's prefix. Of an empty one without a prefix the
-    EOS, which ends the text before.
+    """Ids of a text to continue, beginning as texts did in training: with the tokenizer's prefix. For an empty text without a
+    prefix the EOS, which ends the text before.
     """
     ids = with_prefix(tokenizer.encode(text, add_special_tokens=False), text_prefix(tokenizer))
     return ids or [tokenizer.eos_token_id]
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A digest of `tokenizer_description`, of the id that ends documents, and of those that begin them, if any do."""
+    """Digest of `tokenizer_description`, the EOS, and the ids that begin texts, if any."""
     parts = [tokenizer_description(tokenizer), tokenizer.eos_token_id, *text_prefix(tokenizer)]
     return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()

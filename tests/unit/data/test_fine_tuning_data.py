@@ -496,7 +496,7 @@ BAD = {
     ),
     "thoughts": (
         [user("Hi"), assistant("Ho") | {"reasoning_content": "Hm"}],
-        r"the chat template of .* does not write, so it w",
+        r"the chat template of .* does not render, so it w",
     ),
     "half a weight": (
         [user("Hi"), assistant("Ho") | {"weight": 0.5}],
@@ -533,9 +533,9 @@ def test_malformed_conversations_are_named_by_line_with_the_remedy(tmp_path, cas
         (
             FORGETS,
             [user("a"), assistant("t</think>b"), user("c"), assistant("d")],
-            r"otherwise when more follows \(message 2 of 4\)",
+            r"once later turns follow \(message 2 of 4\)",
         ),
-        (WITHOUT_GENERATION_PROMPT, CONVERSATIONS[0], r"has no generation prompt"),
+        (WITHOUT_GENERATION_PROMPT, CONVERSATIONS[0], r"ignores add_generation_prompt"),
         (CHATML, [assistant("Hi"), user("Ho")], r"begins with the assistant's message"),
     ],
     ids=["earlier turns rewritten", "no generation prompt", "the assistant first"],

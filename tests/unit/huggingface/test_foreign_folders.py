@@ -208,7 +208,7 @@ def test_a_data_set_s_description_names_no_files_outside_its_folder(tmp_path):
     for pattern in (str(tmp_path / "secret.jsonl"), "../secret.jsonl"):
         readme = f"---\nconfigs:\n- config_name: default\n  data_files: {pattern}\n---\n"
         (folder / "README.md").write_text(readme)
-        with pytest.raises(DataError, match=r"names \S*secret\.jsonl, a file outside of it, which is not read"):
+        with pytest.raises(DataError, match=r"names \S*secret\.jsonl, a file outside it, which is not read"):
             open_source(str(folder), DataConfig())
 
 
@@ -219,5 +219,5 @@ def test_nor_does_a_saved_table(tmp_path):
     [file] = (tmp_path / "other").glob("*.arrow")
     for named in (str(file), f"../other/{file.name}"):
         change(state, _data_files=[{"filename": named}])
-        with pytest.raises(DataError, match=r"names \S*\.arrow, a file outside of it, which is not read"):
+        with pytest.raises(DataError, match=r"names \S*\.arrow, a file outside it, which is not read"):
             open_source(str(tmp_path / "mine"), DataConfig())
