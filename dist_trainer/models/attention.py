@@ -1,8 +1,10 @@
-"""Attention: to all tokens before, or within documents alone. B batch, T sequence, H query, G key and value heads, K head size.
+"""Attention: causal, over a sequence or within each of its documents.
 
-Where a row holds several documents, a token attends to those before it in its own document alone. Rotary positions need not
-begin anew: they enter attention as differences of two positions only (Su et al. 2021, arXiv:2104.09864, equation 16), which
-within a document are the same wherever it begins.
+B batch, T sequence, H query heads, G key and value heads, K head size.
+
+With a document mask, a token attends to itself and earlier tokens of its own document only. Rotary positions need not restart
+in each document: attention depends on differences of positions only (Su et al. 2021, arXiv:2104.09864, equation 16), which are
+the same wherever a document begins.
 """
 
 from __future__ import annotations
@@ -22,34 +24,33 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 DocumentMask: TypeAlias = "Tensor | BlockMask"
-"""Who attends to whom: a tensor [B, 1, T, T] that is added to the scores, or what FlexAttention makes of it, which skips blocks
-with nobody to see."""
-
+"""Which tokens attend to which: a tensor [B, 1, T, T] that is added to the scores, or FlexAttention's form of it, which skips
+blocks that are masked completely."""
 
 SMALLEST_FLEX_HEAD = 16
-"""Numbers of a head that FlexAttention takes on a GPU at least; they need be no power of two."""
+"""Smallest head size of FlexAttention on a GPU; it need not be a power of two."""
 LARGEST_FLASH_HEAD = 256
-"""Numbers of a head that torch's flash kernel takes at most."""
+"""Largest head size of torch's flash kernel."""
 
 
 def document_mask(document_ids: Tensor, *, head_size: int, drops_out: bool, dtype: torch.dtype) -> DocumentMask:
-    """The causal mask within `document_ids` [B, T], the number of each token's document in its row.
+    """The causal mask within documents; `document_ids` [B, T] is the number of each token's document in its sequence.
 
-    FlexAttention's on GPUs, which pays for the tokens that are seen alone; but it must be compiled, takes no small heads,
-    cannot drop out attention (`drops_out`), and on a CPU has no backward pass: there the exact mask serves, B * T * T numbers
-    of `dtype`, that of the scores.
+    FlexAttention's on GPUs, which computes only blocks that are not masked. It must be compiled, supports neither small heads
+    nor dropout (`drops_out`), and has no backward pass on a CPU: then the dense mask is used, B * T * T numbers of `dtype`, the
+    format of the scores.
     """
     suits = document_ids.device.type == "cuda" and head_size >= SMALLEST_FLEX_HEAD and not drops_out
-    # What compiles the caller compiles this with it, and need not follow the question.
+    # If the caller is being compiled, there is a compiler; torch should not trace the question.
     if suits and (torch.compiler.is_compiling() or missing_compiler(document_ids.device) is None):
         return block_mask(document_ids)
     return dense_document_mask(document_ids, dtype)
 
 
 def dense_document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T] of `dtype`: 0 where query t (third) sees key s (last), else -inf.
+    """[B, 1, T, T] of `dtype`: 0 where the query (third axis) attends to the key (last axis), else -inf.
 
-    Not bool: each layer would make such numbers of it and keep them for its backward pass, where one tensor serves all layers.
+    Not bool: each layer would convert it and keep the result for its backward pass, whereas this one is shared by all layers.
     """
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     sees = same.logical_and_(same.new_ones(same.shape[-2:]).tril_())
@@ -57,15 +58,15 @@ def dense_document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(document_ids: Tensor) -> BlockMask:
-    """The same for FlexAttention."""
-    # Some versions of it import sympy, 0.4 s of every start.
+    """The mask for FlexAttention."""
+    # Imported here: some versions import sympy, 0.4 s of every start.
     from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids[batch, query] == document_ids[batch, key])
 
     rows, length = document_ids.shape
-    # Compiled, the T x T mask is never written out.
+    # Compiled, the T x T mask is never written to memory.
     make = _compiled_on_gpu(create_block_mask, document_ids)
     return make(sees, rows, None, length, length, device=document_ids.device)
 
@@ -99,12 +100,12 @@ def attention(
 
 
 def takes_groups(q_BHTK: Tensor, mask: Tensor | None) -> bool:
-    """Whether torch has a kernel here for fewer key and value heads than query heads whose memory is linear in T.
+    """Whether torch has a kernel for fewer key and value heads than query heads here whose memory is linear in T.
 
-    On a GPU that is flash attention, for half precision on Ampere and later, without a mask. What it cannot serve goes to a
-    kernel that writes out all scores, H * T * T of them, while repeated keys and values are taken by the memory-efficient
-    kernel (torch.nn.functional.scaled_dot_product_attention on `enable_gqa`). The same rule for compiled code: what torch's
-    compiler traces cannot ask torch.backends.cuda.can_use_flash_attention.
+    On a GPU that is flash attention: in half precision, on Ampere or later, without a mask. Otherwise grouped heads use a kernel
+    that writes all H * T * T scores to memory, whereas repeated keys and values use the memory-efficient kernel
+    (torch.nn.functional.scaled_dot_product_attention on `enable_gqa`). Compiled code follows the same rule: torch's compiler
+    cannot trace torch.backends.cuda.can_use_flash_attention.
     """
     if q_BHTK.device.type != "cuda":
         return True
@@ -113,7 +114,7 @@ def takes_groups(q_BHTK: Tensor, mask: Tensor | None) -> bool:
 
 
 def _compiled_on_gpu(function: Callable[..., Any], tensor: Tensor) -> Callable[..., Any]:
-    """`function` compiled, unless what calls it is being compiled with it, or `tensor` is on a CPU."""
+    """`function` compiled, unless its caller is being compiled or `tensor` is not on a GPU."""
     if torch.compiler.is_compiling() or tensor.device.type != "cuda":
         return function
     return _compiled(function)

@@ -1,4 +1,4 @@
-"""`DecoderLM`: a Llama from top to bottom. Same weights as Hugging Face's LlamaForCausalLM, same logits.
+"""`DecoderLM`: a complete Llama, with the same weights and logits as Hugging Face's LlamaForCausalLM.
 
 B batch, T sequence, D model, H query heads, G key and value heads, K head size, F hidden, V vocabulary.
 """
@@ -38,7 +38,7 @@ class KeyValueCache:
         return 0 if first is None else first[0].shape[2]
 
     def extend(self, block: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of `block`, with the new ones at the end."""
+        """All keys and values of `block`, with the new ones appended."""
         before = self.pairs[block]
         if before is not None:
             k_BGTK = torch.cat([before[0], k_BGTK], dim=2)
@@ -85,7 +85,7 @@ class Attention(nn.Module):
         block: int,
         mask: DocumentMask | None = None,
     ) -> Tensor:
-        """[B, T, D] to [B, T, D]; `cache` holds what came before x. Causal, or as `mask` says."""
+        """[B, T, D] to [B, T, D]; `cache` has the keys and values of earlier tokens. Causal, or as `mask` says."""
         B, T, _ = x_BTD.shape
         q_BHTK = rotate(self.q_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2), cos_TK, sin_TK)
         k_BGTK = rotate(self.k_proj(x_BTD).view(B, T, -1, self.head_size).transpose(1, 2), cos_TK, sin_TK)
@@ -109,7 +109,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """[B, T, D] to [B, T, D], F wide in between."""
+        """[B, T, D] to [B, T, D], via [B, T, F]."""
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
@@ -140,10 +140,10 @@ class Block(nn.Module):
 
 
 class DecoderLM(nn.Module):
-    """Token ids to logits of the next token. Parameters bear Hugging Face Llama's names without their "model."."""
+    """Token ids to logits of the next token. Parameters have Hugging Face Llama's names without their "model." prefix."""
 
     uses_all_parameters = True
-    """In each loss: data parallelism needs not look for unused ones."""
+    """Every loss depends on every parameter, so data parallelism need not look for unused ones."""
 
     def __init__(
         self,
@@ -156,10 +156,10 @@ class DecoderLM(nn.Module):
         pad_token_id: TokenIds = None,
         generation: Mapping[str, Any] | None = None,
     ) -> None:
-        """With torch's own first weights: call init_weights for those of a run, or load some. `generation`: the contents of
-        generation_config.json that checkpoints keep, of a model that is there already.
+        """With torch's default weights; call init_weights or load_weights next. `generation`: contents of a pretrained model's
+        generation_config.json, which checkpoints keep.
 
-        Build inside `meta_init` and `materialize` to spare memory and time.
+        Inside `meta_init`, followed by `materialize`, this saves memory and time.
         """
         super().__init__()
         self.config = config
@@ -178,12 +178,12 @@ class DecoderLM(nn.Module):
 
     @property
     def compile_units(self) -> Iterable[nn.Module]:
-        """What to compile, each for itself; equal blocks share one compilation."""
+        """The modules to compile, each by itself; equal blocks share one compilation."""
         return [*self.layers, self.logit_loss]
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output head's matrix, which is the embedding's where they are tied."""
+        """[V, D]: the output head's matrix; the embedding's if they are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
@@ -207,7 +207,7 @@ class DecoderLM(nn.Module):
         cos_TK, sin_TK = self._rotary_tables(start + input_ids.shape[1], input_ids.device)
         x_BTD = self.dropout(self.embed_tokens(input_ids))
         for block in self.layers:
-            # With a cache each token has other shapes: a compiled block would be compiled for each of them.
+            # With a cache, shapes differ for each token: a compiled block would be recompiled for each.
             forward = block if cache is None else block.forward
             x_BTD = forward(x_BTD, cos_TK[start:], sin_TK[start:], cache, mask)
         x_BTD = self.norm(x_BTD)
@@ -222,14 +222,14 @@ class DecoderLM(nn.Module):
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._rotary is None or self._rotary[0].shape[0] < length or self._rotary[0].device != device:
-            # Twice as many as are needed now, but not all of a context that may have 131072.
+            # Twice as many as needed now, but not a full context, which may have 131072.
             spare = min(2 * length, self.max_position_embeddings)
             self._rotary = rotary_tables(self.config, max(length, spare), device)
         cos, sin = self._rotary
         return cos[:length], sin[:length]
 
     def init_weights(self, seed: int) -> None:
-        """Draw every parameter, on the CPU from a generator of its own: the same on every device and rank.
+        """Draw every parameter on the CPU from a separate generator: the same weights on every device and rank.
 
         ===========================================  =============================================
         embed_tokens, lm_head                        normal(0, 0.02)
@@ -239,8 +239,8 @@ class DecoderLM(nn.Module):
         biases (attention_bias, mlp_bias)            0
         ===========================================  =============================================
 
-        The smaller residual projections keep the stream's variance independent of depth (Radford et al. 2019, GPT-2,
-        section 2.3). Raises ValueError for a parameter that the table does not name.
+        The smaller residual projections keep the residual stream's variance independent of depth (Radford et al. 2019, GPT-2,
+        section 2.3). Raises ValueError for a parameter that is not in the table.
         """
         generator = torch.Generator().manual_seed(seed)
         residual_std = INIT_STD / math.sqrt(2 * self.config.num_hidden_layers)
@@ -255,18 +255,18 @@ class DecoderLM(nn.Module):
             elif owner in ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
                 value = torch.empty(parameter.shape).normal_(0.0, INIT_STD, generator=generator)
             else:
-                raise ValueError(f"init_weights: the table names no distribution for {name}")
+                raise ValueError(f"init_weights: no distribution is defined for {name}")
             with torch.no_grad():
                 parameter.copy_(value)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Floating-point operations of forward and backward pass, per token.
+        """Floating-point operations of the forward and backward pass, per token.
 
-        A product with a matrix of P entries costs 2P per token forwards and 4P backwards. P counts every matrix that
-        multiplies (the output head too, tied or not) but not the embedding look-up. Attention's two products QKᵀ and PV
-        cost 2 * 2 * H * K * T forwards for a query that sees T tokens, on average T/2 under the causal mask, and twice that
-        backwards: 6 * H * K * T per layer; what a document mask spares counts all the same. Norms, rotations and softmax are
-        left out, and so are biases. (Chowdhery et al. 2022, PaLM, appendix B, with the causal half.)
+        A product with a matrix of P entries costs 2P per token in the forward pass and 4P in the backward pass. P counts every
+        matrix product (also the output head, tied or not) but not the embedding look-up. Attention's two products QKᵀ and PV
+        cost 2 * 2 * H * K * T in the forward pass for a query that attends to T tokens, on average T/2 with the causal mask,
+        and twice that in the backward pass: 6 * H * K * T per layer. What a document mask saves is not subtracted; norms,
+        rotations, softmax and biases are not counted. (Chowdhery et al. 2022, PaLM, appendix B, with half for causality.)
         """
         config = self.config
         head_size = config.head_size
@@ -280,8 +280,8 @@ class DecoderLM(nn.Module):
     def from_pretrained(cls, path: str | Path, *, device: torch.device | str = "cpu") -> DecoderLM:
         """The model in a run folder (its best checkpoint), a checkpoint, or any folder in Hugging Face Llama format.
 
-        In float32, whatever the files hold, and read tensor by tensor onto `device`. Raises ConfigError naming the field where
-        the folder's model is not one that DecoderLM can represent, CheckpointError where files are missing or damaged.
+        In float32 whatever the files' format, read tensor by tensor onto `device`. Raises ConfigError naming the field if
+        DecoderLM cannot represent the folder's model, CheckpointError if files are missing or damaged.
         """
         folder = find_intact_model(Path(path))
         return cls.from_hf_model(read_hf_config(folder), weights=folder, device=device).eval()
@@ -306,8 +306,8 @@ class DecoderLM(nn.Module):
         return model
 
     def load_weights(self, folder: Path) -> None:
-        """Copy the weights in `folder` into this model's, tensor by tensor. Raises CheckpointError where one is missing, has
-        another shape, or would be left over.
+        """Copy the weights in `folder` into this model, tensor by tensor. Raises CheckpointError if one is missing, has another
+        shape, or has no parameter.
         """
         tied_head = None
         with torch.no_grad():

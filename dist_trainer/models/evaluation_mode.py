@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a while, as when it is validated in the middle of training."""
+"""Evaluation mode for a while, as for validation during training."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None]:
-    """`model` in evaluation mode inside; after that each of its modules is in the mode it was in before.
-
-    That may be evaluation mode for some of them, such as a frozen BatchNorm.
+    """Inside, `model` is in evaluation mode; afterwards each of its modules is in its previous mode again, which for some, such
+    as a frozen BatchNorm, may be evaluation mode too.
     """
     before = {module: module.training for module in model.modules()}
     model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,18 +15,18 @@ from dist_trainer.errors import ConfigError
 
 IGNORED_TARGET = -100
 FEW_LOGITS = 2**20
-"""Up to so many (4 MiB in float32) they are computed all at once, which is faster, by half where they are very few."""
+"""Up to this many logits (4 MiB in float32) are computed all at once, which is faster, by half if they are very few."""
 CHUNK_LOGITS = 2**23
-"""On a CPU about so many (32 MiB in float32) at once, unless 256 tokens have more: a tenth faster than 2^21 at 8192
-words, and 2^24 no faster still.
+"""About this many logits (32 MiB in float32) are computed at once on a CPU, unless 256 tokens have more: a tenth faster than
+2^21 with a vocabulary of 8192; 2^24 is no faster.
 """
 CACHED_ROWS = 2048
-"""Of a gradient [V, D], 6 MB where D is 768."""
+"""Rows of a gradient [V, D] that are updated at once on a CPU; 6 MB if D is 768."""
 FP16_SCALE = 2.0**15
-"""What softmax(logits) - onehot(targets) is multiplied by in float16, as GradScaler multiplies a loss. No entry exceeds 1, so
-none leaves float16's range, and all down to 2^-29 keep their 11 bits; unscaled only those down to 2^-14 would."""
+"""Factor of softmax(logits) - onehot(targets) in float16, like GradScaler's of a loss. No entry exceeds 1, so none overflows, and
+all down to 2^-29 keep their 11 bits; without the factor only those down to 2^-14 would."""
 FP16_ROWS = 2**14
-"""Of a gradient [V, D] whose float32 product exists at once on a GPU: 48 MiB where D is 768."""
+"""Rows of a gradient [V, D] whose float32 product exists at once on a GPU: 48 MiB if D is 768."""
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -37,23 +38,23 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class LogitLoss(nn.Module):
-    """From logits to their loss and to its gradient in one go: while they are at hand, the gradient is a subtraction away.
+    """The loss of logits together with its gradient, which only takes a subtraction more.
 
-    No parameters. A module, so that it can be compiled where the model's blocks are.
+    Without parameters; a module so that it can be one of a model's `compile_units`.
     """
 
     def forward(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """cross_entropy_sum(logits, targets) of `logits` [N, V] and `targets` [N], and its gradient [N, V].
 
-        The gradient is softmax(logits) - onehot(targets) in the logits' format, in float16 times FP16_SCALE; rows of
-        IGNORED_TARGET hold nonsense.
+        The gradient is softmax(logits) - onehot(targets) in the logits' format, times FP16_SCALE in float16; rows of
+        IGNORED_TARGET are meaningless.
         """
         counted = targets != IGNORED_TARGET
         index = targets.clamp(min=0).unsqueeze(1)
         log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         loss = -(log_probabilities.gather(1, index).squeeze(1) * counted).sum()
         if torch.compiler.is_compiling():
-            # A comparison is fused with all the rest; a scatter would have the probabilities written out in float32.
+            # The comparison is fused with the rest; a scatter would write the probabilities to memory in float32.
             is_target = index == torch.arange(logits.shape[-1], device=logits.device)
             gradient = log_probabilities.exp() - is_target.float()
         else:
@@ -69,10 +70,10 @@ def linear_cross_entropy_sum(
 ) -> Tensor:
     """cross_entropy_sum(hidden @ weight.T, targets), of at most `chunk_tokens` tokens' logits at a time.
 
-    `hidden` is [N, D], `weight` [V, D], `targets` [N]; the products are in autocast's format, if one is on. The gradients of
-    a chunk are computed beside its loss, so that nothing is computed twice and the logits of the whole batch never exist, in
-    whatever format (as in Liger, Hsu et al. 2024, https://arxiv.org/abs/2410.10989). Without `chunk_tokens`, logits that are
-    FEW_LOGITS or fewer are left to autograd as they are.
+    `hidden` is [N, D], `weight` [V, D], `targets` [N]; the products are in autocast's format if it is enabled. The gradients of
+    a chunk are computed together with its loss, so that nothing is computed twice and the logits of the full batch never
+    exist in any format (as in Liger, Hsu et al. 2024, https://arxiv.org/abs/2410.10989). Without `chunk_tokens`, up to
+    FEW_LOGITS logits are left to autograd.
     """
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
     if chunk_tokens is None and len(hidden) * len(weight) <= FEW_LOGITS:
@@ -90,15 +91,14 @@ def linear_cross_entropy_sum(
 def default_chunk_tokens(hidden: Tensor, vocabulary_size: int) -> int:
     """Tokens whose logits exist at once, for `hidden` [N, D].
 
-    On a CPU about CHUNK_LOGITS, and 256 tokens at least, or products would be slow. On GPUs, where each chunk launches its
-    kernels anew and adds its part to the gradient of the head, V * D numbers, 4096 tokens; D where that is more: then the
-    sum weighs no more than the logits.
+    On a CPU about CHUNK_LOGITS / V, and at least 256, or products would be slow. On GPUs, where each chunk launches kernels and
+    adds to the head's gradient of V * D numbers, 4096 or D, whichever is larger: then adding costs no more than the logits.
     """
     return max(256, CHUNK_LOGITS // vocabulary_size) if hidden.device.type == "cpu" else max(4096, hidden.shape[1])
 
 
 def _chunks(tokens: int, chunk_tokens: int) -> list[slice]:
-    """Slices of equal size, but for the last one."""
+    """Slices of equal size, except for the last one."""
     size = -(-tokens // -(-tokens // chunk_tokens))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
@@ -108,11 +108,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, logit_loss: LogitLoss, chunk_tokens: int, dtype: torch.dtype
     ) -> Tensor:
-        # Casts are made here: autocast would cast the weight anew for each chunk.
+        # Cast once; autocast would cast the weight for each chunk.
         with torch.autocast(hidden.device.type, enabled=False):
             cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
             counted = (targets != IGNORED_TARGET).unsqueeze(1)
-            # What is not scaled as the loss is, and may be as small as anything, is kept in float32.
+            # In float16 the gradients are kept in float32: they are not scaled with the loss, and may be arbitrarily small.
             kept = torch.float32 if dtype == torch.float16 else None
             hidden_gradient, weight_gradient = torch.empty_like(hidden, dtype=kept), torch.empty_like(weight, dtype=kept)
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -123,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hidden_gradient[rows] = _product(logit_gradient, cast_weight).masked_fill_(~counted[rows], 0)
                 part = part.masked_fill(~counted[rows], 0)
                 _add_product(weight_gradient, logit_gradient.T, part, is_first=rows.start == 0)
-                del logit_gradient  # before there is the next one
+                del logit_gradient  # before the next chunk's is allocated
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
@@ -131,15 +131,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        # In place: a second copy of the head's gradient, V * D numbers, would be the most that a step holds. Who goes through
-        # the graph a second time is refused by autograd, which sees that what was saved has changed.
+        # In place: a copy of the head's gradient, V * D numbers, would be a step's peak of memory. A second backward pass through
+        # the graph is an error of autograd, which notices that a saved tensor has changed.
         return hidden_gradient.mul_(gradient), weight_gradient.mul_(gradient), None, None, None, None
 
 
 def _product(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient @ factor, for a `gradient` of logits as LogitLoss gives it; if that is float16, in float32 without FP16_SCALE.
+    """gradient @ factor, for a gradient of logits from LogitLoss; if that is float16, in float32 and divided by FP16_SCALE.
 
-    Rounded to float16, sums of frequent words could leave its range, and those of rare words would lose bits.
+    In float16, sums of frequent tokens could overflow, and those of rare tokens would lose bits.
     """
     if gradient.dtype != torch.float16:
         return gradient @ factor
@@ -151,10 +151,10 @@ def _product(gradient: Tensor, factor: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) -> None:
-    """total += _product(left, right), in the format of `total`; if it `is_first`, total holds nothing yet.
+    """total += _product(left, right), in the format of `total`, which is uninitialised if this `is_first`.
 
-    On a CPU so many rows at a time as its cache holds: a head of 50 thousand words has 150 MB, and a product of that size, the
-    same in float32, and a total of zeros, each written and read again, took a twentieth of a step.
+    On a CPU as many rows at a time as fit in its cache: the head of a vocabulary of 50,000 has 150 MB, and writing and reading
+    a product of that size, its float32 copy and the zeros to add it to took a twentieth of a step.
     """
     most = FP16_ROWS if left.dtype == torch.float16 else len(total)
     rows_at_once = CACHED_ROWS if total.device.type == "cpu" else most
@@ -172,9 +172,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_first: bool) 
 def model_loss(model: nn.Module, batch: Any) -> Tensor:
     """Sum of the token losses of `batch` under `model`.
 
-    Inputs that are a dictionary are passed to the model by name. A model whose forward takes `targets` sums its own loss; of
-    any other the output is logits, or carries them as `.logits` (Hugging Face). Raises ConfigError where the batch's documents
-    are to be kept apart and the model cannot.
+    Inputs in a dictionary are passed to the model by name. A model whose forward takes `targets` sums its own loss; the output
+    of other models is logits, or has them as `.logits` (Hugging Face). Raises ConfigError if the batch has document ids and the
+    model takes none.
     """
     by_name = isinstance(batch.input_ids, Mapping)
     inputs, named = ((), dict(batch.input_ids)) if by_name else ((batch.input_ids,), {})
@@ -184,7 +184,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     if takes(model, "targets"):
         return model(*inputs, targets=batch.targets, **named)
     if takes(model, "use_cache"):
-        # Keys and values of all tokens, which nobody reads, would stay in memory until the backward pass.
+        # Unused keys and values of all tokens would stay in memory until the backward pass.
         named["use_cache"] = False
     output = model(*inputs, **named)
     return cross_entropy_sum(getattr(output, "logits", output), batch.targets)
@@ -206,18 +206,14 @@ def check_model_takes_document_ids(model: nn.Module) -> None:
 
 
 def takes(model: nn.Module, parameter: str) -> bool:
-    """Whether forward, beneath a data-parallel wrapper, has a parameter of that name."""
-    return parameter in _parameters(type(_inner(model)))
+    """Whether the forward method of `model`, or of the module that it wraps, has a parameter of that name."""
+    return parameter in _forward_parameters(type(_inner(model)))
 
 
 def _inner(model: nn.Module) -> nn.Module:
     return model.module if hasattr(model, "module") and isinstance(model.module, nn.Module) else model
 
 
-_KNOWN: dict[type, frozenset[str]] = {}
-
-
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
-    if kind not in _KNOWN:
-        _KNOWN[kind] = frozenset(inspect.signature(kind.forward).parameters)
-    return _KNOWN[kind]
+@cache
+def _forward_parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)

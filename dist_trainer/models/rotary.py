@@ -11,19 +11,18 @@ from dist_trainer.config.schema import ModelConfig
 
 
 def rotary_tables(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, K] of position * frequency, twice over (Su et al. 2021, arXiv:2104.09864)."""
+    """cos and sin [length, K] of position * frequency, the K/2 frequencies twice (Su et al. 2021, arXiv:2104.09864)."""
     angles = torch.outer(torch.arange(length, device=device).float(), frequencies(config, device))
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """theta^(-2i/K), i < K/2, in radians a token, stretched as rope_type says.
+    """theta^(-2i/K), i < K/2, in radians per token, scaled as rope_type says.
 
-    linear: all divided by rope_factor (positions interpolated; Chen et al. 2023, arXiv:2306.15595). llama3: those whose
-    wavelength 2π/f is above original context / low_freq_factor divided by it, those below original context /
-    high_freq_factor left alone, in between a mix of both, linear in original context / wavelength (Llama 3.1, as in
-    transformers' modeling_rope_utils).
+    linear: all divided by rope_factor (positions interpolated; Chen et al. 2023, arXiv:2306.15595). llama3: divided by it if the
+    wavelength 2π/f is above original context / low_freq_factor, unchanged if it is below original context / high_freq_factor,
+    and in between a mix of both, linear in original context / wavelength (Llama 3.1, as in transformers' modeling_rope_utils).
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64, device=device).float() / config.head_size
     plain = 1.0 / (config.rope_theta**exponents)
@@ -39,7 +38,7 @@ def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2), as Hugging Face's Llama does."""
+    """Rotate each pair of elements (i, i + K/2), as Hugging Face's Llama does."""
     first, second = x_BHTK.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x_BHTK.float() * cos_TK + turned * sin_TK).to(x_BHTK.dtype)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (x_BHTK.float() * cos_TK + rotated * sin_TK).to(x_BHTK.dtype)
