@@ -20,7 +20,7 @@ from dist_trainer.data.token_store import TokenStore
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.registry import build_optimizer
-from dist_trainer.parallel.compile import compile_parts
+from dist_trainer.parallel.compile import compile_model
 
 ROUNDS = 9
 TOKENS, DOCUMENT_TOKENS = 1_000_000, 400
@@ -76,7 +76,7 @@ def stepper(
     model = DecoderLM(config, vocabulary, length)
     model.init_weights(0)
     if compiles:
-        compile_parts(model)
+        compile_model(model)
     optimizer = build_optimizer(OptimConfig(), model)
 
     def step() -> None:

@@ -196,9 +196,9 @@ class DecoderLM(nn.Module):
     ) -> Tensor:
         """Logits [B, T, V] of `input_ids` [B, T]; with `targets` [B, T] the float32 sum of the token losses instead.
 
-        `document_ids` [B, T], the number of each token's document in its row, keeps attention within documents; None: a row is
-        one. `cache` holds keys and values of the tokens before these (one new token at a time once it is not empty), all of
-        one document. Raises ValueError where both are given.
+        `document_ids` [B, T], the number of each token's document in its sequence, restricts attention to documents; None: each
+        sequence is one. `cache` has the keys and values of earlier tokens of one document, and gets those of these; once it is
+        not empty, T must be 1. Raises ValueError if both are given.
         """
         if document_ids is not None and cache is not None:
             raise ValueError("document_ids: a cache holds tokens of one document; give document_ids or cache, not both")

@@ -1,4 +1,4 @@
-"""Optimizers that evaluate other weights than they train, such as schedule-free ones: they have `train()` and `eval()`."""
+"""Optimizers such as schedule-free ones, whose weights for evaluation differ from those they train: `train()` and `eval()`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 
 def has_evaluation_weights(optimizer: Optimizer) -> bool:
-    """Whether `optimizer` has the two methods, each of which turns the parameters into the other weights, in place."""
+    """Whether `optimizer` has the two methods, which switch the parameters between the two sets of weights in place."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
 @contextmanager
 def training_weights(optimizer: Optimizer) -> Generator[None]:
-    """Inside, the parameters are what is trained; after that what is evaluated and saved."""
+    """Inside, the parameters are the weights in training; afterwards those for evaluation, which are saved too."""
     modes: Any = optimizer
     if not has_evaluation_weights(optimizer):
         yield
@@ -32,8 +32,8 @@ def training_weights(optimizer: Optimizer) -> Generator[None]:
 
 @contextmanager
 def evaluation_weights(optimizer: Optimizer) -> Generator[dict[nn.Parameter, Tensor]]:
-    """Inside, the parameters are what is evaluated and saved; gives what is trained, which they are again after that, to the
-    last bit. Nothing happens, and nothing is given, where the two are the same.
+    """Inside, the parameters are the weights for evaluation. Yields those in training, which are restored bit for bit afterwards;
+    nothing ({}) if the optimizer does not distinguish the two.
     """
     modes: Any = optimizer
     if not has_evaluation_weights(optimizer):

@@ -1,4 +1,4 @@
-"""A model's buffers: BatchNorm's statistics, and whatever else its forward pass may change without a gradient."""
+"""A model's buffers: BatchNorm's statistics, and other state that a forward pass may change without gradients."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dist_trainer.distributed.context import DistributedContext
 
 
 class Buffers:
-    """Those that `model` has when this is made, wherever its modules put new tensors in their places later."""
+    """The buffers that `model` has when this is created, also if its modules replace their tensors later."""
 
     def __init__(self, model: nn.Module, world: DistributedContext) -> None:
         self._world = world
         modules = list(model.modules())
-        self._places = [(module, name, first) for module in modules for name, first in module.named_buffers(recurse=False)]
+        self._slots = [(module, name, first) for module in modules for name, first in module.named_buffers(recurse=False)]
 
     def share(self) -> None:
-        """Rank 0's values on all ranks, as DistributedDataParallel does: each rank has changed its own by its own batches.
+        """Copy rank 0's values to all ranks, as DistributedDataParallel does; each rank's batches have changed its own.
 
-        One broadcast for all buffers of a type.
+        One broadcast per dtype and device.
         """
         if self._world.world_size == 1:
             return
-        alike: dict[Any, list[Tensor]] = {}
+        groups: dict[Any, list[Tensor]] = {}
         for tensor in self._tensors():
-            alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        for tensors in alike.values():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for tensors in groups.values():
             values = torch.cat([tensor.detach().flatten() for tensor in tensors])
             dist.broadcast(values, src=0)
             if not self._world.is_main:
@@ -40,25 +40,25 @@ class Buffers:
 
     @contextmanager
     def unchanged(self) -> Generator[None]:
-        """What happens inside leaves no trace in them."""
-        before = [getattr(module, name) for module, name, _ in self._places]
+        """Inside, buffers may change; afterwards they have their previous tensors and values again."""
+        before = [getattr(module, name) for module, name, _ in self._slots]
         copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in before]
         try:
             yield
         finally:
-            for (module, name, _), value, copy in zip(self._places, before, copies, strict=True):
+            for (module, name, _), value, copy in zip(self._slots, before, copies, strict=True):
                 if isinstance(value, Tensor) and not _is_expanded(value):
                     value.detach().copy_(copy)
                 setattr(module, name, value)
 
     def _tensors(self) -> list[Tensor]:
-        """What all ranks can exchange, which needs equal sizes on all of them: the buffers, but instead of one whose size has
-        changed, such as a table that grows with the longest sequence so far, the one that was there at first.
+        """The buffers as all ranks can exchange them, with equal sizes: in place of one whose size has changed, such as a table
+        that grows with the longest sequence so far, its first tensor.
         """
-        pairs = [(getattr(module, name), first) for module, name, first in self._places]
+        pairs = [(getattr(module, name), first) for module, name, first in self._slots]
         return [now if isinstance(now, Tensor) and now.shape == first.shape else first for now, first in pairs]
 
 
 def _is_expanded(tensor: Tensor) -> bool:
-    """Whether several of its elements are the same number in memory: torch lets nobody write to such a tensor in place."""
+    """Whether several elements share memory: torch does not write to such a tensor in place."""
     return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -62,7 +62,7 @@ def _is_long(flops: float | None, device: torch.device) -> bool:
     return device.type == "cuda" if flops is None else flops >= WORTH_COMPILING.get(device.type, 0.0)
 
 
-def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
+def compile_model(model: nn.Module, *, varying_length: bool = False) -> None:
     """Compile each of `model.compile_units` in place, or the model itself if it has none.
 
     If sequences vary in length, the second length triggers one more compilation, for any length. If they do not, attention on
@@ -78,7 +78,7 @@ def compile_parts(model: nn.Module, *, varying_length: bool = False) -> None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `compile_parts` was called for `model`."""
+    """Whether `compile_model` was called for `model`."""
     return model in _COMPILED
 
 

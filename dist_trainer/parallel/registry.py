@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.config.registry import build
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.parallel.compile import compile_parts, should_compile
+from dist_trainer.parallel.compile import compile_model, should_compile
 from dist_trainer.parallel.cpu.memory import keep_freed_memory
 from dist_trainer.parallel.ddp import LossDDP, ddp
 
@@ -41,7 +41,7 @@ def parallelize(
     if world.device.type == "cpu":
         keep_freed_memory()
     if should_compile(compile, world, flops):
-        compile_parts(model, varying_length=varying_length)
+        compile_model(model, varying_length=varying_length)
     name = "ddp" if strategy == "auto" else strategy  # ddp returns the model itself for a single process
     return build(STRATEGIES, name, "distributed.strategy", model, world, kind=nn.Module)
 

@@ -15,7 +15,7 @@ from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.models.attention import attention, dense_document_mask
 from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.parallel.compile import compile_parts
+from dist_trainer.parallel.compile import compile_model
 from dist_trainer.run.dry_run import dry_run
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import folder, losses, metrics, run, small_config, status, stop_after
@@ -87,7 +87,7 @@ def test_flex_attention_keeps_documents_apart_as_the_exact_mask_does(compiles):
                 parameter *= 5 if parameter.dim() > 1 else 1  # attention that is far from even
         model.to(device)
         if compiles and device == "cuda":
-            compile_parts(model)
+            compile_model(model)
         loss = model(tokens.to(device), tokens.roll(-1, 1).to(device), document_ids=None if apart is None else apart.to(device))
         loss.backward()
         found.append(model.layers[0].self_attn.q_proj.weight.grad.cpu())

@@ -21,7 +21,7 @@ from dist_trainer.models import decoder_lm
 from dist_trainer.models.attention import attention, block_mask, dense_document_mask
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.loss import cross_entropy_sum, model_loss
-from dist_trainer.parallel.compile import compile_parts
+from dist_trainer.parallel.compile import compile_model
 
 VOCABULARY = 4096
 GROUPED = ModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -314,7 +314,7 @@ def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 def test_compiled_either_mask_gives_the_same_logits(monkeypatch):
     model, compiled, documents = build(), build(), documents_of(LONG)
-    compile_parts(compiled)
+    compile_model(compiled)
     tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(1))
     expected = model(tokens, document_ids=documents)
     torch.testing.assert_close(compiled(tokens, document_ids=documents), expected, atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.models.attention import attention
 from dist_trainer.models.decoder_lm import Block
 from dist_trainer.models.rotary import rotary_tables
-from dist_trainer.parallel.compile import compile_parts
+from dist_trainer.parallel.compile import compile_model
 from dist_trainer.parallel.cpu.attention import LENGTHS, causal_attention, has_cpu_attention, install_cpu_attention
 
 ORIGINALS = torch.zeros(())
@@ -97,10 +97,10 @@ def test_it_is_used_when_a_block_is_compiled_for_training_on_sequences_of_one_le
 def test_only_models_that_are_compiled_for_sequences_of_one_length_have_it_and_all_layers_the_same_one():
     blocks = nn.ModuleList([Block(CONFIG, 0), Block(CONFIG, 1)])
     assert not has_cpu_attention(blocks)
-    compile_parts(blocks, varying_length=True)
+    compile_model(blocks, varying_length=True)
     assert not has_cpu_attention(blocks)
     for _ in range(2):  # the second time nothing is left to replace
-        compile_parts(blocks)
+        compile_model(blocks)
         assert has_cpu_attention(blocks)
         functions = {block.self_attn.attention_fn for block in blocks}
         assert [function.args for function in functions] == [(attention,)]

@@ -24,7 +24,7 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.registry import build_optimizer
-from dist_trainer.parallel.compile import compile_parts
+from dist_trainer.parallel.compile import compile_model
 from dist_trainer.parallel.cpu import matmul
 from dist_trainer.parallel.cpu.matmul import (
     MIN_TOKENS,
@@ -60,7 +60,7 @@ def a_model(*, compiled: bool = True) -> DecoderLM:
     torch.manual_seed(0)
     model = DecoderLM(shape, vocabulary_size=64, max_position_embeddings=128)
     if compiled:
-        compile_parts(model)
+        compile_model(model)
     return model
 
 
@@ -82,7 +82,7 @@ def test_they_are_onednns_for_compiled_blocks_in_fp32_on_a_cpu():
 
 def test_they_are_not_where_that_would_not_pay(monkeypatch):
     model, whole = a_model(), nn.Linear(1, 1)
-    compile_parts(whole)
+    compile_model(whole)
     assert choice(a_model(compiled=False)) == choice(whole) == BY_TORCHS_CHOICE
     assert choice(model, tokens=MIN_TOKENS - 1) == choice(model, varying_length=True) == BY_TORCHS_CHOICE
     assert choice(model, dtype=torch.bfloat16) == choice(model, device=torch.device("cuda")) == BY_TORCHS_CHOICE
