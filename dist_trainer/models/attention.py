@@ -102,8 +102,8 @@ def attention(
 def takes_groups(q_BHTK: Tensor, mask: Tensor | None) -> bool:
     """Whether torch has a kernel for fewer key and value heads than query heads here whose memory is linear in T.
 
-    On a GPU that is flash attention: in half precision, on Ampere or later, without a mask. Otherwise grouped heads use a kernel
-    that writes all H * T * T scores to memory, whereas repeated keys and values use the memory-efficient kernel
+    On a GPU that is flash attention, in half precision on Ampere or later, without a mask. Otherwise grouped heads use a
+    kernel that writes all H * T * T scores to memory, whereas repeated keys and values use the memory-efficient kernel
     (torch.nn.functional.scaled_dot_product_attention on `enable_gqa`). Compiled code follows the same rule: torch's compiler
     cannot trace torch.backends.cuda.can_use_flash_attention.
     """

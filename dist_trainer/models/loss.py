@@ -23,8 +23,8 @@ CHUNK_LOGITS = 2**23
 CACHED_ROWS = 2048
 """Rows of a gradient [V, D] that are updated at once on a CPU; 6 MB if D is 768."""
 FP16_SCALE = 2.0**15
-"""Factor of softmax(logits) - onehot(targets) in float16, like GradScaler's of a loss. No entry exceeds 1, so none overflows, and
-all down to 2^-29 keep their 11 bits; without the factor only those down to 2^-14 would."""
+"""Factor of softmax(logits) - onehot(targets) in float16, like GradScaler's of a loss. No entry exceeds 1, so none overflows,
+and all down to 2^-29 keep their 11 bits; without the factor only those down to 2^-14 would."""
 FP16_ROWS = 2**14
 """Rows of a gradient [V, D] whose float32 product exists at once on a GPU: 48 MiB if D is 768."""
 
@@ -131,8 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        # In place: a copy of the head's gradient, V * D numbers, would be a step's peak of memory. A second backward pass through
-        # the graph is an error of autograd, which notices that a saved tensor has changed.
+        # In place: a copy of the head's gradient, V * D numbers, would be a step's peak of memory. A second backward pass is an error of autograd, which notices that a saved tensor has changed.
         return hidden_gradient.mul_(gradient), weight_gradient.mul_(gradient), None, None, None, None
 
 

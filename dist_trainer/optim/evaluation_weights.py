@@ -32,8 +32,8 @@ def training_weights(optimizer: Optimizer) -> Generator[None]:
 
 @contextmanager
 def evaluation_weights(optimizer: Optimizer) -> Generator[dict[nn.Parameter, Tensor]]:
-    """Inside, the parameters are the weights for evaluation. Yields those in training, which are restored bit for bit afterwards;
-    nothing ({}) if the optimizer does not distinguish the two.
+    """Inside, the parameters are the weights for evaluation. Yields those in training, which are restored bit for bit
+    afterwards; nothing ({}) if the optimizer does not distinguish the two.
     """
     modes: Any = optimizer
     if not has_evaluation_weights(optimizer):
