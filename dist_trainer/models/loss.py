@@ -131,7 +131,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        # In place: a copy of the head's gradient, V * D numbers, would be a step's peak of memory. A second backward pass is an error of autograd, which notices that a saved tensor has changed.
+        # In place: a copy of the head's gradient, V * D numbers, would be a step's peak of memory. A second backward pass is an
+        # error of autograd, which notices that a saved tensor has changed.
         return hidden_gradient.mul_(gradient), weight_gradient.mul_(gradient), None, None, None, None
 
 

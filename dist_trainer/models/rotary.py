@@ -21,8 +21,9 @@ def frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """theta^(-2i/K), i < K/2, in radians per token, scaled as rope_type says.
 
     linear: all divided by rope_factor (positions interpolated; Chen et al. 2023, arXiv:2306.15595). llama3: divided by it if
-    the wavelength 2π/f is above original context / low_freq_factor, unchanged if it is below original context / high_freq_factor,
-    and in between a mix of both, linear in original context / wavelength (Llama 3.1, as in transformers' modeling_rope_utils).
+    the wavelength 2π/f is above original context / low_freq_factor, unchanged if it is below original context /
+    high_freq_factor, in between a mix of both, linear in original context / wavelength (Llama 3.1, as in transformers'
+    modeling_rope_utils).
     """
     exponents = torch.arange(0, config.head_size, 2, dtype=torch.int64, device=device).float() / config.head_size
     plain = 1.0 / (config.rope_theta**exponents)
