@@ -1,7 +1,7 @@
 """Ranks are forked from pytest; what is slow to import is imported once, here, before."""
 
 import pytest
-import torch._dynamo  # noqa: F401  DistributedDataParallel imports it: three seconds in each worker otherwise
+import torch._dynamo  # noqa: F401  optimizers and DistributedDataParallel import it: seconds in each worker otherwise
 import transformers  # noqa: F401
 
 from tests.distributed.small_runs import write_conversations, write_stories

@@ -16,7 +16,7 @@ from typing import Any
 from tests.end_to_end.commands import ROOT, SECONDS_OF_A_COMMAND, environment
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["dist_trainer.run.lifecycle", "transformers"])
+_CONTEXT.set_forkserver_preload(["dist_trainer.run.lifecycle", "transformers", "torch._dynamo"])
 
 
 def quick_command(*words: object, module: str = "dist_trainer.train", **options: Any) -> subprocess.CompletedProcess[str]:
