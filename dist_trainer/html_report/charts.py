@@ -32,6 +32,8 @@ MAX_POINTS_OF_A_CHART = 4000
 """Of all its lines together, so that a page of many runs stays small."""
 BEGINNING = 0.1
 """Fraction of the steps whose values, far above all later ones, a clipped axis need not reach."""
+HUGE = 1e300
+"""Values from here on are left out like infinite ones: sums of them overflow, and JSON has no infinity."""
 CLIPPED_QUANTILE = 0.99
 """Fraction of the later values that a clipped axis always reaches."""
 
@@ -195,20 +197,21 @@ def clipped_top(lines: Sequence[Line], low: float, top: float, *, shows_beginnin
     reached += 0.04 * (reached - low)
     if shows_beginning:
         reached = max([reached, *(y for line in lines for x, y in zip(line.x, line.y, strict=True) if x < start)])
-    return reached if low < reached and 4 / 3 * (reached - low) < top - low else top
+    highest = max(y for line in lines for y in line.y)
+    return reached if low < reached < highest and 4 / 3 * (reached - low) < top - low else top
 
 
 def _span(values: list[float]) -> tuple[float, float]:
-    """From the lowest to the highest; with some room around it if they are equal."""
+    """From the lowest to the highest; with some room around it if they are equal, or differ by rounding only."""
     low, high = min(values), max(values)
-    room = 0.0 if high > low else abs(low) * 0.05 or 1.0
+    room = 0.0 if high - low > 1e-12 * abs(high) else abs(low) * 0.05 or 1.0
     return low - room, high + room
 
 
 def thin(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
-    """The finite points, at most `limit` of them: the lowest and the highest of each stretch, so that no spike is lost."""
-    if not math.isfinite(sum(x) + sum(y)):
-        finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
+    """The points below HUGE, at most `limit` of them: the lowest and the highest of each stretch, so that no spike is lost."""
+    if y and not (math.isfinite(sum(x) + sum(y)) and min(y) > -HUGE and max(y) < HUGE):
+        finite = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and abs(b) < HUGE]
         x, y = [a for a, _ in finite], [b for _, b in finite]
     if len(x) <= limit:
         return list(x), list(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -193,6 +194,15 @@ def test_long_lines_are_thinned_without_losing_a_spike():
     assert max(thinned) == 9.0
     assert x == sorted(x)
     assert thin([1, 2, 3], [1.0, math.nan, 3.0]) == ([1, 3], [1.0, 3.0])
+
+
+def test_no_values_make_an_axis_that_the_script_cannot_draw():
+    assert thin([1, 2, 3], [1.0, 1.79e308, -1.79e308]) == ([1], [1.0])
+    for values in ([1.0, 1.79e308], [1.0, 1.0 + 2**-52], [0.0, 0.0]):
+        drawn = figure(Chart("Loss", "", [Line("loss", range(2), values, "c0 d0")], clips=True))
+        data = json.loads(re.findall(r"<script[^>]*>(.*?)</script>", drawn)[0], parse_constant=pytest.fail)
+        assert data["high"] - data["low"] >= 0.1, values
+        assert data["high"] == data["top"], "nothing is cut off"
 
 
 def test_the_other_axes_begin_with_the_run_and_end_with_it_and_jump_where_it_stood_still(tmp_path, monkeypatch):
