@@ -35,7 +35,7 @@ def test_report_takes_a_checkpoint_for_its_run(trained, capsys):
     assert report.main([str(trained / "checkpoints" / "latest")]) == 0
     assert (trained / "report.html").is_file()
     assert report.main([str(trained / "logs")]) == 2
-    assert "no run's folder" in capsys.readouterr().err
+    assert "is not a run's folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("order", [0, 1])

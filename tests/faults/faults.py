@@ -227,14 +227,14 @@ def in_save(operations: Operations, *, of_step: int) -> Fault:
     """`operations` sees what the thread that saves step `of_step` does."""
 
     def lay() -> None:
-        take_snapshot = Trainer._take_snapshot
+        save = Trainer._save
 
-        def take(trainer: Trainer) -> Any:
+        def watched_save(trainer: Trainer) -> None:
             # The thread that writes is started next, if none is writing.
             trainer.checkpoints.wait()
             threading.setprofile(operations if trainer.progress.step == of_step else None)
-            return take_snapshot(trainer)
+            save(trainer)
 
-        Trainer._take_snapshot = take
+        Trainer._save = watched_save
 
     return lay
