@@ -85,7 +85,7 @@ def measure(trainer: Trainer) -> Cost:
     """
     world, (steps, validations) = trainer.world, left_to_do(trainer)
     world.heartbeat.mark("warming up", step=trainer.progress.step)
-    trainer.warm_up()
+    trainer.precompile()
     micro_batches, target_tokens = largest_step(trainer)
     first, result = _time_steps(trainer, micro_batches, target_tokens, count=1)
     first_loss = result.mean_loss(world)

@@ -1,4 +1,4 @@
-"""Python's garbage collector at moments that all ranks share, not whenever one of them has made enough objects.
+"""Python's garbage collector, run at the same points of a step on all ranks, not whenever one of them has made enough objects.
 
 A collection of everything takes a tenth of a second or more, and while one rank collects, the others wait for its gradients.
 """
@@ -13,14 +13,14 @@ MIDDLE_EVERY, ALL_EVERY = 10, 100
 """Micro-batches between collections of the middle generation, of objects that survived one collection, and of everything."""
 
 
-class AgreedCollections:
-    """Inside, the collector runs when `collect` is called; after that as it did before. Does nothing if it was disabled."""
+class GarbageCollector:
+    """Within this context it runs when `collect` is called; afterwards as before. Does nothing if it was disabled."""
 
     def __init__(self) -> None:
         self._is_open = self._freezes = False
         self._calls = 0
 
-    def __enter__(self) -> AgreedCollections:
+    def __enter__(self) -> GarbageCollector:
         self._is_open = gc.isenabled()
         return self
 
@@ -33,9 +33,9 @@ class AgreedCollections:
         self._calls = 0
 
     def collect(self) -> None:
-        """After each micro-batch: what is new, in about 20 us, now and then what is older, or everything, in 0.2 ms.
+        """After each micro-batch: new objects, in about 20 us; every so often older ones, or all, in 0.2 ms.
 
-        The first time everything includes what was made before training: 0.1 to 0.2 s. What remains is not examined again.
+        The first time all includes those made before training: 0.1 to 0.2 s. Those that remain are not examined again.
         """
         if not self._is_open:
             return
@@ -52,7 +52,7 @@ class AgreedCollections:
 
     @contextmanager
     def automatic(self) -> Generator[None]:
-        """Between steps, where no rank waits for another at each batch: the collector runs by itself."""
+        """Between steps, when no rank waits for another at each batch: the collector runs by itself."""
         if self._calls == 0:
             yield
             return

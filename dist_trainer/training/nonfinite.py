@@ -1,4 +1,8 @@
-"""Notices updates that were skipped because their gradients were not finite, without making the device wait."""
+"""NaN and infinity in losses and gradients: no update is made of them, all ranks notice, and nothing waits for the device.
+
+A loss that is not finite on one rank makes its gradients NaN; their exchange tells all ranks. The norm of exchanged gradients
+is the same number on all of them, so all skip an update or none does.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,34 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dist_trainer.errors import TrainingDivergedError, counted
 from dist_trainer.training.step import StepResult
 
 
-class DivergenceWatch:
-    """Reads each step's gradient norm: at once on CPU, one step later on a GPU, which by then has long computed it.
+def nan_unless_finite(loss: Tensor, factor: float, *, on_host: bool) -> float | Tensor:
+    """`factor`, or NaN if `loss` is not finite; a tensor unless reading the loss waits for nothing (`on_host`)."""
+    if on_host:
+        return factor if math.isfinite(loss.item()) else math.nan
+    return (loss.detach().float() * 0.0).add_(factor)
 
-    The norm is the same number on every rank, since it is taken of exchanged gradients: so is what follows from it.
+
+def step_if_finite(optimizer: Optimizer, grad_norm: Tensor, *, on_host: bool) -> None:
+    """Update the weights unless `grad_norm` is not finite. Does not wait for the device if the optimizer can skip on the device
+    itself (torch's fused ones), by the protocol between GradScaler and these, without a scale.
+    """
+    if not on_host and getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
+        optimizer.step()
+    elif math.isfinite(grad_norm.item()):
+        optimizer.step()
+
+
+class DivergenceWatch:
+    """Counts skipped updates, and ends the run. Reads each step's gradient norm: at once on a CPU; on a GPU one step later,
+    when it has long been computed.
     """
 
     def __init__(self, policy: Literal["stop", "skip"], *, max_skipped_steps: int, device: torch.device) -> None:
@@ -24,16 +47,16 @@ class DivergenceWatch:
         self.skipped_steps = 0
         """Skipped updates so far."""
         self.skipped_in_a_row = 0
-        """Of these, the last ones without a good one between them."""
+        """Of these, consecutive ones up to now."""
         self.diverged_at: StepResult | None = None
         """The step that ended the run."""
         self._pending: tuple[StepResult, Tensor, torch.cuda.Event | None] | None = None
         self._on_gpu = device.type == "cuda"
 
     def observe(self, result: StepResult) -> None:
-        """Note the gradient norm of `result`, and judge what is known by now.
+        """Take the gradient norm of `result`, and judge what is known by now.
 
-        Raises TrainingDivergedError where the policy is to stop, or too many updates in a row were skipped.
+        Raises TrainingDivergedError if the policy is to stop, or too many consecutive updates were skipped.
         """
         if self._on_gpu:
             norm = result.grad_norm
@@ -46,7 +69,7 @@ class DivergenceWatch:
             self._judge((result, result.grad_norm, None))
 
     def drain(self) -> None:
-        """Judge what is still on its way; before a checkpoint is taken and at the end."""
+        """Judge the last step too; before a checkpoint, and at the end."""
         earlier, self._pending = self._pending, None
         self._judge(earlier)
 

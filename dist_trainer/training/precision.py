@@ -1,9 +1,8 @@
-"""Number formats: autocast for the forward pass, one GradScaler per rank for fp16, and updates that must be finite."""
+"""Number formats: autocast for the forward pass, and a GradScaler on each rank for fp16."""
 
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_trainer.config.schema import PrecisionConfig
+from dist_trainer.training.nonfinite import nan_unless_finite, step_if_finite
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ class Precision:
         self.name = dtype
         self.dtype = DTYPES[dtype]
         self.device_type = device.type
-        self._is_on_host = device.type == "cpu"  # where to read a number is to wait for nothing
-        # torch's own way to be absent: disabled, every method of the scaler is the identity.
+        self._is_on_host = device.type == "cpu"  # reading a number waits for nothing
+        # If disabled, every method of the scaler is the identity.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -35,17 +35,13 @@ class Precision:
         if self.dtype is not torch.float32:
             return torch.autocast(self.device_type, dtype=self.dtype)
         if torch.is_autocast_enabled(self.device_type):
-            return torch.autocast(self.device_type, enabled=False)  # that of a caller
+            return torch.autocast(self.device_type, enabled=False)  # a caller's
         return nullcontext()
 
     def backward(self, loss: Tensor, factor: float = 1.0) -> None:
-        """Gradients of `loss` * `factor`; a loss that is not finite poisons them, so that their exchange tells every rank."""
-        weight: float | Tensor
-        if self._is_on_host:
-            weight = factor if math.isfinite(loss.item()) else math.nan
-        else:
-            weight = (loss.detach().float() * 0.0).add_(factor)  # NaN where the loss is not finite
-        # Not as the gradient that `backward` begins with: for that torch imports sympy, two seconds of the first step.
+        """Gradients of `loss` * `factor`, all NaN if the loss is not finite."""
+        weight = nan_unless_finite(loss, factor, on_host=self._is_on_host)
+        # Not as the gradient that `backward` starts with: for that torch imports sympy, two seconds of the first step.
         self.scaler.scale(loss.float() * weight).backward()
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -53,39 +49,30 @@ class Precision:
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, grad_norm: Tensor) -> None:
-        """Update the weights, unless `grad_norm` (equal on all ranks) is not finite: then leave everything as it is.
-
-        Does not wait for the device where the optimizer can skip on the device itself (torch's fused ones).
-        """
+        """Update the weights, unless the gradients are not finite: then they and the optimizer's state stay as they are."""
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()
-        elif self._is_on_host or not getattr(optimizer, "_step_supports_amp_scaling", False):
-            if math.isfinite(grad_norm.item()):
-                optimizer.step()
         else:
-            # The protocol between GradScaler and fused optimizers, without a scale.
-            optimizer.grad_scale = None  # type: ignore[attr-defined]
-            optimizer.found_inf = (~grad_norm.isfinite()).to(torch.float32)  # type: ignore[attr-defined]
-            optimizer.step()
+            step_if_finite(optimizer, grad_norm, on_host=self._is_on_host)
 
     def state_dict(self) -> dict[str, Any]:
         """The scaler's state (empty but for fp16); plain numbers."""
         return self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; a run that was not fp16 before begins with a fresh scaler."""
+        """Continue from `state`; a run that was not fp16 before starts with a new scaler."""
         if self.scaler.is_enabled() and state:
             self.scaler.load_state_dict(state)
 
 
 def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
-    """What `config.dtype` means on `device`: auto is bf16 where the GPU has it, else fp16 on GPUs, fp32 on CPU.
+    """What `config.dtype` means on `device`: auto is bf16 if the GPU has it, else fp16 on GPUs, fp32 on CPU.
 
-    Sets whether the process's fp32 products on GPUs may be TF32.
+    Sets whether fp32 matrix products of this process may be TF32 on GPUs.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 and device.type == "cuda"
-    if not config.tf32:  # as was decided: torch's compiler would advise against it, on every rank
+    if not config.tf32:  # the user's decision, which torch's compiler would question on every rank
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32")
     if config.dtype != "auto":
         return Precision(config.dtype, device)
@@ -96,7 +83,7 @@ def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
 
 def emulates_bf16(device: torch.device) -> bool:
     """Whether `device` has no instructions for bf16 and converts each number to float32 and back: GPUs before Ampere, x86
-    CPUs with neither AVX-512 nor AMX. False where this torch cannot tell.
+    CPUs with neither AVX-512 nor AMX. False if this torch cannot tell.
     """
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -106,7 +93,7 @@ def emulates_bf16(device: torch.device) -> bool:
 
 
 def warn_of_emulated_bf16(precision: Precision, device: torch.device) -> None:
-    """Say it before the first step: on a CPU the run takes tens of times as long as in fp32."""
+    """Warn before the first step: on a CPU the run takes tens of times as long as in fp32."""
     if precision.dtype is torch.bfloat16 and emulates_bf16(device):
         slower, better = ("tens of times slower than fp32", "fp32") if device.type == "cpu" else ("slowly", "fp16")
         log.warning(

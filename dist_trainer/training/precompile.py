@@ -1,4 +1,4 @@
-"""Before the first step: what would otherwise happen in it, and must not."""
+"""Compiles before the first step what would otherwise be compiled in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dist_trainer.training.step import seed_dropout
 from dist_trainer.training.validation import LossFunction
 
 
-def warm_up(
+def precompile(
     model: nn.Module,
     train_data: DataLoader,
     validation_data: DataLoader | None,
@@ -31,12 +31,11 @@ def warm_up(
     loss_function: LossFunction,
     step_context: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    """Compile where a signal can break it off, not in the first step, and bring DDP into the state it has in a run that never
-    stopped.
+    """Compile where a signal can interrupt it, and bring DDP into the state it has in a run that was never stopped.
 
-    Training, in contexts that `step_context` makes, and validation are compiled apart. Buffers keep their values. Raises
+    Training, in contexts that `step_context` makes, and validation are compiled separately. Buffers keep their values. Raises
     StoppedError. DDP sorts its buckets by the order in which gradients came in its first backward pass; with more than two
-    ranks that changes the order of summation, hence the last bits, of just the first step after a resume.
+    ranks that changes the order of summation, and so the last bits, of only the first step after a resume.
     """
 
     def rehearse(*, exchange: bool, shorter_by: int = 0) -> None:
@@ -50,11 +49,11 @@ def warm_up(
 
     def rehearse_validation(*, shorter_by: int = 0) -> None:
         if validation_data is None or (first := next(iter(validation_data), None)) is None:
-            return  # there are more ranks than blocks of rows
+            return  # there are more ranks than blocks of sequences
         evaluated = unwrap(model)
         with evaluation_mode(evaluated), torch.no_grad(), precision.autocast():
-            for rows in _rows_of_blocks(validation_data):
-                loss_function(evaluated, first.first_sequences(rows).shortened(shorter_by).to(world.device))
+            for sequences in _sequences_per_block(validation_data):
+                loss_function(evaluated, first.first_sequences(sequences).shortened(shorter_by).to(world.device))
 
     if not unwrap(model).training:  # Hugging Face's from_pretrained leaves it in evaluation mode
         model.train()
@@ -64,7 +63,7 @@ def warm_up(
         if compiles_in_a_step(model, train_data, world.device):
             run_and_share_errors(world, lambda: rehearse(exchange=False))
             run_and_share_errors(world, rehearse_validation)
-            if varies_in_length(train_data.dataset):  # another length, so that any is compiled for
+            if varies_in_length(train_data.dataset):  # a second length: then the compiler generalizes to any
                 run_and_share_errors(world, lambda: rehearse(exchange=False, shorter_by=1))
                 run_and_share_errors(world, lambda: rehearse_validation(shorter_by=1))
         if first_sync_differs(model, world):
@@ -72,14 +71,14 @@ def warm_up(
 
 
 def compiles_in_a_step(model: nn.Module, train_data: DataLoader, device: torch.device) -> bool:
-    """Whether the first step would compile: `model` itself, or what keeps documents apart on a GPU, which always is."""
+    """Whether the first step would compile: `model` itself, or attention within documents on a GPU, which always is."""
     if is_compiled(unwrap(model)):
         return True
     return device.type == "cuda" and getattr(train_data.dataset[0], "document_ids", None) is not None
 
 
-def _rows_of_blocks(validation_data: DataLoader) -> set[int]:
-    """How many rows a block may have: the last one has fewer where they do not come out even."""
+def _sequences_per_block(validation_data: DataLoader) -> set[int]:
+    """How many sequences a block may have: the last one may have fewer."""
     sampler: ValidationSampler = validation_data.sampler  # type: ignore[assignment]
     full = min(sampler.micro_batch_size, sampler.num_sequences)
     return {full, sampler.num_sequences % full or full}

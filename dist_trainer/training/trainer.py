@@ -37,10 +37,10 @@ from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import TrackerList
 from dist_trainer.training.callbacks import CallbackList, LineWriter, MetricsLogger
-from dist_trainer.training.garbage_collection import AgreedCollections
+from dist_trainer.training.garbage_collection import GarbageCollector
 from dist_trainer.training.nonfinite import DivergenceWatch
 from dist_trainer.training.precision import Precision
-from dist_trainer.training.precompile import warm_up
+from dist_trainer.training.precompile import precompile
 from dist_trainer.training.profiler import Profiler
 from dist_trainer.training.result import TrainingResult, result_when_finished, result_when_stopped
 from dist_trainer.training.saving import TrainingState, finalize_checkpoint, stop_after_failed_saves
@@ -89,7 +89,7 @@ class Trainer:
         self.callbacks = CallbackList([MetricsLogger(config.tracking.log_every_steps), *profilers, *callbacks])
         self.progress, self.token_bytes = Progress(), token_bytes
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.buffers, self.garbage = Buffers(unwrap(model), world), AgreedCollections()
+        self.buffers, self.garbage = Buffers(unwrap(model), world), GarbageCollector()
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
         if not isinstance(train_data.sampler, GlobalOrderSampler):
             raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
@@ -130,12 +130,12 @@ class Trainer:
                 self.callbacks.call("on_fit_start", self)
                 self.callbacks.raise_error(self)
                 self._at("warming up")
-                self.warm_up()
+                self.precompile()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
             if self._validate_if_due() or pending_sample:  # which the run was stopped in
                 self._save()
-            # After the warm-up, which reads too: loaders with lasting workers have but one iterator.
+            # After precompile, which reads too: loaders with persistent workers have only one iterator.
             self.sampler.seek(self.progress.step)
             batches = iter(self.train_data)
             self.throughput.start(step=self.progress.step, tokens=self.progress.target_tokens)
@@ -254,11 +254,11 @@ class Trainer:
             self._validate_if_due()
         return None if asked_to_stop or stop_was_called else target_tokens
 
-    def warm_up(self) -> None:
+    def precompile(self) -> None:
         """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
         saves = broadcast_object(self.checkpoints.saves, self.world)
         self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
-        warm_up(
+        precompile(
             *(self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function),
             self.step_context,
         )

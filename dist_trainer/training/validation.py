@@ -1,4 +1,4 @@
-"""Validation loss over all ranks: every row exactly once, weighted by tokens, the same number on any number of ranks."""
+"""Validation loss over all ranks: every sequence exactly once, weighted by tokens, the same number on any number of ranks."""
 
 from __future__ import annotations
 
@@ -22,49 +22,49 @@ from dist_trainer.training.precision import Precision
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """Sum of the token losses of a batch: float32 scalar."""
-LESS_THAN_A_ROW = 2**-20
-"""As a part of a step, whose global batch has fewer than 2^20 rows; far more than floats lose to rounding."""
+LESS_THAN_A_SEQUENCE = 2**-20
+"""As a fraction of a step, whose global batch has fewer than 2^20 sequences; far more than floats lose to rounding."""
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What validation found."""
+    """What a validation measured."""
 
     loss: float
     """Nats per target token."""
     tokens: int
     """Target tokens it was measured on."""
     bytes: int | None
-    """Of the UTF-8 text that these tokens stand for; None where the tokenizer does not tell."""
+    """Of the UTF-8 text that these tokens encode; None if the tokenizer does not tell."""
     seconds: float
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity where that overflows."""
+        """exp(loss); infinity if that overflows."""
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
     @property
     def bits_per_byte(self) -> float | None:
-        """loss * tokens / ln 2 / bytes; None where there are no bytes, or none are known.
+        """loss * tokens / ln 2 / bytes; None if there are no bytes, or they are not known.
 
         The measure of The Pile (Gao et al. 2020, https://arxiv.org/abs/2101.00027, section 3.1: L_T / L_B * log2(e^loss) for
         text of L_T tokens and L_B bytes), which depends on no tokenizer. Both sums are over the same tokens, those that
-        carry loss: a text's first token, where nothing comes before it to tell it from, prompts, padding and what is cut off
-        at the end of a row count neither above nor below. Ends of texts and other tokens without text count above alone: to
-        say where a text ends takes bits too. (lm-eval's bits_per_byte has each text's first token, and not its end.)
+        are trained on: a text's first token, if nothing precedes it, prompts, padding and what is cut off at the end of a
+        sequence count in neither. Ends of texts and other tokens without text count in the loss only: encoding where a text
+        ends takes bits too. (lm-eval's bits_per_byte counts each text's first token, and not its end.)
         """
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
     def metadata(self) -> dict[str, float | int | None]:
-        """What was found, by its names in metrics.jsonl and in the output of `evaluate`."""
+        """The measurements by their names in metrics.jsonl and in the output of `evaluate`."""
         measures = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
         return {**measures, "tokens": self.tokens, "bytes": self.bytes}
 
 
 def validation_is_due(config: ValidationConfig, step: int, *, max_steps: int, epoch_of: Callable[[int], float]) -> bool:
-    """Whether a validation follows `step`: by steps, by epochs, and always at the last one or past it.
+    """Whether a validation follows `step`: by steps, by epochs, and always at the last one or after it.
 
-    `epoch_of` gives the passes over the training rows after a number of steps.
+    `epoch_of` gives the passes over the training data after a number of steps.
     """
     by_steps = config.every_steps > 0 and step % config.every_steps == 0
     by_epochs = config.every_epochs > 0 and _parts_done(config, step, epoch_of) > _parts_done(config, step - 1, epoch_of)
@@ -72,13 +72,13 @@ def validation_is_due(config: ValidationConfig, step: int, *, max_steps: int, ep
 
 
 def _parts_done(config: ValidationConfig, step: int, epoch_of: Callable[[int], float]) -> int:
-    """How many times `every_epochs` has passed after `step` steps, counted in whole rows.
+    """How many times `every_epochs` has passed after `step` steps, to within a sequence.
 
-    Neither 0.1 nor most numbers of epochs are exact as floats, and 0.3 // 0.1 is 2. So what ends less than a row after the
-    step's end has passed too.
+    Neither 0.1 nor most numbers of epochs are exact as floats, and 0.3 // 0.1 is 2. So an interval that ends less than a
+    sequence after the step's end has passed too.
     """
-    less_than_a_row = epoch_of(1) * LESS_THAN_A_ROW
-    return math.floor((epoch_of(step) + less_than_a_row) / config.every_epochs)
+    less_than_a_sequence = epoch_of(1) * LESS_THAN_A_SEQUENCE
+    return math.floor((epoch_of(step) + less_than_a_sequence) / config.every_epochs)
 
 
 @torch.no_grad()
@@ -95,10 +95,10 @@ def evaluate(
 ) -> ValidationResult | None:
     """Validation loss of `model` (the module itself, not its data-parallel wrapper) on `batches`.
 
-    `batches` are this rank's blocks of rows: block i of this rank is block `rank + i * world_size` of `num_blocks`. Losses
-    are kept by block and added up in one fixed, exactly rounded order, so the sum depends neither on the number of ranks
-    nor on who computed what. `token_bytes` are those of the batches' tokenizer, if it has such a table. None, on all ranks,
-    where `interrupted` cut it short on one of them.
+    `batches` are this rank's blocks of sequences: block i of this rank is block `rank + i * world_size` of `num_blocks`.
+    Losses are kept by block and added up in one fixed, exactly rounded order, so the sum depends neither on the number of
+    ranks nor on which rank computed what. `token_bytes` are those of the batches' tokenizer, if it has such a table. Returns
+    None on all ranks if one of them was `interrupted`.
     """
     started = time.perf_counter()
     losses = torch.zeros(num_blocks, dtype=torch.float64, device=world.device)

@@ -139,7 +139,7 @@ def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(monk
             optimizer=torch.optim.SGD(model.parameters()),
             train_data=create_dataloaders(config, train_dataset=rows).train,
             loss_function=loss_function,
-        ).warm_up()
+        ).precompile()
         assert state() == before == (True, "mine")
     assert seen == [(False, "mine fp32")]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dist_trainer.training.garbage_collection import ALL_EVERY, MIDDLE_EVERY, AgreedCollections
+from dist_trainer.training.garbage_collection import ALL_EVERY, MIDDLE_EVERY, GarbageCollector
 
 
 class Cycle:
@@ -31,7 +31,7 @@ def many_objects() -> list[object]:
 
 
 def test_nothing_is_collected_between_the_calls() -> None:
-    with AgreedCollections() as garbage:
+    with GarbageCollector() as garbage:
         garbage.collect()
         cycle = weakref.ref(Cycle())
         kept = many_objects()
@@ -42,7 +42,7 @@ def test_nothing_is_collected_between_the_calls() -> None:
 
 @pytest.mark.parametrize(("survived", "every"), [(1, MIDDLE_EVERY), (MIDDLE_EVERY, ALL_EVERY)])
 def test_what_grows_old_is_collected_now_and_then(survived: int, every: int) -> None:
-    with AgreedCollections() as garbage:
+    with GarbageCollector() as garbage:
         cycle = Cycle()
         for _ in range(survived):
             garbage.collect()
@@ -56,7 +56,7 @@ def test_what_grows_old_is_collected_now_and_then(survived: int, every: int) -> 
 
 
 def test_it_runs_by_itself_between_steps() -> None:
-    with AgreedCollections() as garbage:
+    with GarbageCollector() as garbage:
         garbage.collect()
         assert not gc.isenabled()
         with garbage.automatic():
@@ -69,7 +69,7 @@ def test_the_first_collection_of_everything_looks_at_what_was_there_before_and_l
     gc.collect()  # it grows old
     before = weakref.ref(cycle)
     del cycle
-    with pytest.raises(KeyError), AgreedCollections() as garbage:  # noqa: PT012
+    with pytest.raises(KeyError), GarbageCollector() as garbage:  # noqa: PT012
         for _ in range(ALL_EVERY - 1):
             garbage.collect()
         assert before() is not None
@@ -83,7 +83,7 @@ def test_a_collector_that_the_user_has_disabled_stays_so() -> None:
     gc.disable()
     try:
         cycle = weakref.ref(Cycle())
-        with AgreedCollections() as garbage:
+        with GarbageCollector() as garbage:
             garbage.collect()
             with garbage.automatic():
                 assert not gc.isenabled()
@@ -95,6 +95,6 @@ def test_a_collector_that_the_user_has_disabled_stays_so() -> None:
 
 
 def test_outside_of_training_nothing_changes() -> None:
-    garbage = AgreedCollections()
+    garbage = GarbageCollector()
     garbage.collect()
     assert gc.isenabled()
