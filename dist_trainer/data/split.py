@@ -74,7 +74,7 @@ def _digest_of_bytes(path: Path) -> str:
 
 
 def _read_note(note: Path) -> str | None:
-    """The digest in the file; None if there is none, or if a process died while it wrote the file."""
+    """The digest in the file; None if there is none, or if the file is damaged, as after a power cut."""
     try:
         content = note.read_text() if note.is_file() else ""
     except (OSError, ValueError):
