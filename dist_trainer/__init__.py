@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from dist_trainer.optim.registry import build_optimizer
     from dist_trainer.parallel.registry import parallelize
     from dist_trainer.run.configure import load_config
+    from dist_trainer.training.callbacks import Callback
     from dist_trainer.training.trainer import Trainer
 
 _HOMES = {
     "Batch": "data.batch",
+    "Callback": "training.callbacks",
     "CheckpointManager": "checkpoint.manager",
     "DecoderLM": "models.decoder_lm",
     "Trainer": "training.trainer",
@@ -39,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "Batch",
+    "Callback",
     "CheckpointManager",
     "DecoderLM",
     "DistributedContext",

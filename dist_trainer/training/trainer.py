@@ -133,7 +133,7 @@ class Trainer:
                 self.precompile()
             except StoppedError as stopped:
                 return TrainingResult("preempted", self.progress, stopped.signal_number)
-            if self._validate_if_due() or pending_sample:  # which the run was stopped in
+            if self._validate_if_due() or pending_sample:  # a signal had interrupted it
                 self._save()
             # After precompile, which reads too: loaders with persistent workers have only one iterator.
             self.sampler.seek(self.progress.step)
@@ -165,37 +165,10 @@ class Trainer:
             return result_when_stopped(self.progress, self.world)
         return result_when_finished(self.progress, self.world, self._stop_reason)
 
-    def stop(self, reason: str) -> None:
-        """End after this step, on all ranks: validated, saved and finished, for `reason`. One rank may call it alone."""
-        self._stop_reason = reason or "stopped by a callback"
-
-    def resume(self, checkpoints: Path) -> bool:
-        """Continue from the newest valid checkpoint in the folder `checkpoints`; whether there is one. For all ranks.
-
-        Raises CheckpointError if none is valid, or if it holds another model's state.
-        """
-        found = run_on_rank0(self.world, lambda: resume_point(checkpoints, keep_last=self.config.checkpoint.keep_last))
-        if found is not None:
-            self.restore(*found)
-        return found is not None
-
-    def restore(self, checkpoint: Path, progress: Progress) -> None:
-        """Continue from `checkpoint`, saved after `progress`. For all ranks; raises CheckpointError on all of them."""
-        self.state.restore(checkpoint, self.world)
-        self.progress, self._resumed = progress, checkpoint
-        self.checkpoints.set_best(progress.best)
-        self.divergence.skipped_steps, self.divergence.skipped_in_a_row = progress.skipped_steps, progress.skipped_in_a_row
-
-    @property
-    def has_finished(self) -> bool:
-        """Whether nothing is left to do: neither a step nor the last validation, nor a sample that was broken off."""
-        validated = self.validation_data is None or self.progress.validated_step == self.progress.step
-        return self.progress.step >= self.last_step and validated and not self.progress.has_pending_sample
-
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
         step, losses = self.progress.step, []
-        weight = self.world.world_size / max(1, target_tokens)  # ranks average their gradients: so the average is the sum again
+        weight = self.world.world_size / max(1, target_tokens)  # times the ranks, as they average their gradients
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
@@ -254,18 +227,12 @@ class Trainer:
             self._validate_if_due()
         return None if asked_to_stop or stop_was_called else target_tokens
 
-    def precompile(self) -> None:
-        """Compile, and whatever else must not happen in the first step. For all ranks; raises StoppedError."""
-        saves = broadcast_object(self.checkpoints.saves, self.world)
-        self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
-        precompile(
-            *(self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function),
-            self.step_context,
-        )
-        init_optimizer_state(self.optimizer)
-
     def _at(self, phase: Phase) -> None:
         self.world.heartbeat.mark(phase, step=self.progress.step)
+
+    def stop(self, reason: str) -> None:
+        """End after this step, on all ranks: validated, saved and finished, for `reason`. One rank may call it alone."""
+        self._stop_reason = reason or "stopped by a callback"
 
     def log(self, line: dict[str, Any]) -> None:
         """Hand the tracker a line of the newest step, on rank 0: its `kind`, and numbers and texts by name."""
@@ -273,7 +240,7 @@ class Trainer:
 
     @contextmanager
     def between_steps(self) -> Generator[None]:
-        """For what takes time between steps: it does not count as theirs. All of them have been found finite, or it raises."""
+        """A context whose time does not count as that of steps. All steps so far are known to be finite, or it raises."""
         if self.throughput.is_paused:
             yield
             return
@@ -289,6 +256,39 @@ class Trainer:
         with self.between_steps(), evaluation_weights(self.optimizer), evaluation_mode(model), buffers, torch.no_grad():
             yield model
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether nothing is left to do: no step, no last validation, no sample of text that a signal has interrupted."""
+        validated = self.validation_data is None or self.progress.validated_step == self.progress.step
+        return self.progress.step >= self.last_step and validated and not self.progress.has_pending_sample
+
+    def resume(self, checkpoints: Path) -> bool:
+        """Continue from the newest valid checkpoint in the folder `checkpoints`; whether there is one. For all ranks.
+
+        Raises CheckpointError if none is valid, or if it holds another model's state.
+        """
+        found = run_on_rank0(self.world, lambda: resume_point(checkpoints, keep_last=self.config.checkpoint.keep_last))
+        if found is not None:
+            self.restore(*found)
+        return found is not None
+
+    def restore(self, checkpoint: Path, progress: Progress) -> None:
+        """Continue from `checkpoint`, saved after `progress`. For all ranks; raises CheckpointError on all of them."""
+        self.state.restore(checkpoint, self.world)
+        self.progress, self._resumed = progress, checkpoint
+        self.checkpoints.set_best(progress.best)
+        self.divergence.skipped_steps, self.divergence.skipped_in_a_row = progress.skipped_steps, progress.skipped_in_a_row
+
+    def precompile(self) -> None:
+        """Compile and allocate before the first step. For all ranks; raises StoppedError."""
+        saves = broadcast_object(self.checkpoints.saves, self.world)
+        self.first_step_check = FirstStepCheck(self.optimizer, unwrap(self.model), saves=saves, resumed=self._resumed)
+        precompile(
+            *(self.model, self.train_data, self.validation_data, self.world, self.precision, self.loss_function),
+            self.step_context,
+        )
+        init_optimizer_state(self.optimizer)
+
     def _validate_and_save(self) -> None:
         step, every = self.progress.step, self.config.checkpoint.every_steps
         saves = every > 0 and step % every == 0
@@ -296,12 +296,6 @@ class Trainer:
             with self.between_steps():
                 if (self._validate_if_due() and self.progress.is_best) or saves:
                     self._save()
-
-    def _validation_is_due(self) -> bool:
-        step, is_done = self.progress.step, self.progress.validated_step == self.progress.step
-        if self.validation_data is None or is_done:
-            return False
-        return validation_is_due(self.config.validation, step, max_steps=self.last_step, epoch_of=self.sampler.epoch_of)
 
     def _validate_if_due(self) -> bool:
         """Validate if this step asks for it and has not been validated yet; whether that was done, and not interrupted."""
@@ -327,6 +321,12 @@ class Trainer:
             self._is_saved = False
             self.callbacks.call("on_validation_end", self, result)
         return True
+
+    def _validation_is_due(self) -> bool:
+        step, is_done = self.progress.step, self.progress.validated_step == self.progress.step
+        if self.validation_data is None or is_done:
+            return False
+        return validation_is_due(self.config.validation, step, max_steps=self.last_step, epoch_of=self.sampler.epoch_of)
 
     def _best_saved(self) -> Validated | None:
         """`progress.best`, unless its save has failed, which only rank 0 knows: then the best that is saved."""
