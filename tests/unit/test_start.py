@@ -1,4 +1,4 @@
-"""What a start does not wait for: imports that a run needs not, or not yet."""
+"""Imports that a run does not need, or not yet."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 STEP = """
 import json, sys, torch
+import dist_trainer.run.lifecycle
 from dist_trainer.config.schema import ModelConfig, OptimConfig
 from dist_trainer.models.registry import ModelContext, build_model
 from dist_trainer.optim.registry import build_optimizer
@@ -24,7 +25,7 @@ print(json.dumps(sorted(sys.modules)))
 """
 
 
-def test_a_step_imports_neither_transformers_nor_datasets_nor_wandb() -> None:
+def test_the_command_s_modules_and_a_step_import_neither_transformers_nor_datasets_nor_wandb() -> None:
     found = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
     loaded = set(json.loads(found.stdout))
     assert "torch.optim.adamw" in loaded

@@ -1,4 +1,4 @@
-"""A row of several documents, kept apart, is those documents each in a row of its own."""
+"""A sequence of several documents with a document mask gives the same as one sequence per document."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -55,7 +55,7 @@ def packed(*, document_mask: bool = True) -> Batch:
 
 
 def separate() -> Batch:
-    """Each document in a row of its own; the one of a single token has nothing to say."""
+    """One sequence per document; a document of a single token has no target."""
     rows = DocumentDataset(*store(), ROW)
     return PaddingCollator(load_tokenizer("austen"))([rows[index] for index in range(len(rows))])
 
@@ -107,7 +107,7 @@ def documents_of(rows: list[list[int]]) -> Tensor:
     return torch.stack([torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)) for lengths in rows]).int()
 
 
-# More than one block of FlexAttention's 128, and no whole number of them.
+# More than one block of FlexAttention's 128, and not a multiple of it.
 LONG = [[3, 150, 47], [200], [130, 70]]
 
 
@@ -213,7 +213,7 @@ def as_a_gpu_without_flash(q, k, v, *, attn_mask, dropout_p, is_causal, enable_g
 
 
 def kept_for_backward(length: int, *, masked: bool, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Numbers that attention of `length` tokens keeps, beside the mask, which it shares with all layers."""
+    """Numbers that attention of `length` tokens keeps, not counting the mask, which all layers share."""
     with torch.device("meta"):
         q, k, v = (torch.empty(2, heads, length, 16, dtype=torch.float16, requires_grad=True) for heads in (4, 2, 2))
         mask = dense_document_mask(torch.empty(2, length, dtype=torch.int32), torch.float16) if masked else None
@@ -291,7 +291,7 @@ def test_a_model_gets_the_documents_if_it_takes_them_and_is_refused_if_it_does_n
 
 @pytest.mark.parametrize("make", [lambda given: dense_document_mask(given, torch.float32), block_mask], ids=["exact", "blocks"])
 @torch.no_grad()
-def test_a_compiler_takes_a_block_whole_with_either_mask_and_keeps_it_for_other_borders(monkeypatch, make):
+def test_a_block_compiles_to_one_graph_with_either_mask_and_is_not_recompiled_for_other_documents(monkeypatch, make):
     model, compiled, graphs = build(), build(), []
 
     def backend(graph, _):

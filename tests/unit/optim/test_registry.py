@@ -30,7 +30,7 @@ class Tied(nn.Module):
         self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
 
 
-def test_matrices_decay_vectors_do_not_and_each_parameter_stands_once():
+def test_matrices_decay_vectors_do_not_and_each_parameter_is_there_once():
     model = Tied()
     decaying, others = parameter_groups(model, 0.1)
     assert decaying["weight_decay"] == 0.1
@@ -143,7 +143,7 @@ def test_matrices_in_parts_are_updated_as_all_at_once(monkeypatch):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_an_update_of_muon_is_skipped_whole_and_its_state_kept():
+def test_a_skipped_update_of_muon_changes_neither_parameters_nor_state():
     model = small()
     optimizer = build_optimizer(OptimConfig(name="muon", learning_rate=0.1), model)
     a_step_of(model, optimizer)
@@ -164,7 +164,7 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value for state in optimizer.state.values() for value in state.values()]
 
 
-def test_muon_goes_on_from_its_state():
+def test_muon_continues_from_its_state():
     config = OptimConfig(name="muon", learning_rate=0.1)
     model, twin = small(), small()
     optimizer = build_optimizer(config, model)
@@ -180,7 +180,7 @@ def test_muon_goes_on_from_its_state():
         assert torch.equal(mine, theirs)
 
 
-def test_auto_is_muon_for_a_decoder_lm_from_nothing_with_large_steps_and_adamw_for_all_else():
+def test_auto_is_muon_for_a_decoder_lm_from_scratch_with_large_steps_and_adamw_otherwise():
     def name(**model) -> str:
         return resolve_optimizer_name(OptimConfig(), ModelConfig(**model), tokens_per_step=16 * 256).name
 

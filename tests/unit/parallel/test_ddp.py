@@ -1,4 +1,4 @@
-"""How a model is shared, as far as one process shows it."""
+"""Distributed strategies, as far as one process shows them."""
 
 import pytest
 from torch import nn
@@ -9,7 +9,7 @@ from dist_trainer.parallel.registry import parallelize
 
 
 @pytest.mark.parametrize("strategy", ["auto", "single", "ddp"])
-def test_one_process_trains_the_model_as_it_stands(strategy):
+def test_one_process_trains_the_model_itself(strategy):
     model = nn.Linear(1, 1)
     assert parallelize(model, DistributedContext.single(), strategy=strategy) is model
 

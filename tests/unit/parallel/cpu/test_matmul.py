@@ -1,4 +1,4 @@
-"""Who multiplies float32 matrices while a model is trained on a CPU; told by torch's switch, and by what comes out."""
+"""Which library multiplies float32 matrices on a CPU, by torch's switch and by the results."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def skip_where_factors_are_rounded() -> None:
         pytest.skip("this processor rounds factors to bfloat16, so MKL stays")
 
 
-def test_they_are_onednns_for_compiled_blocks_in_fp32_on_a_cpu():
+def test_onednn_is_used_for_compiled_blocks_in_fp32_on_a_cpu():
     assert choice(a_model()) == BY_ONEDNN
     assert SWITCH.fp32_precision == BY_TORCHS_CHOICE
 
 
-def test_they_are_not_where_that_would_not_pay(monkeypatch):
+def test_onednn_is_not_used_where_it_is_not_faster(monkeypatch):
     model, whole = a_model(), nn.Linear(1, 1)
     compile_model(whole)
     assert choice(a_model(compiled=False)) == choice(whole) == BY_TORCHS_CHOICE
@@ -93,7 +93,7 @@ def test_they_are_not_where_that_would_not_pay(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_what_a_user_has_chosen_for_everything_stands(precision, legacy_switch):
+def test_a_user_s_choice_for_all_devices_is_kept(precision, legacy_switch):
     torch.set_float32_matmul_precision(precision)
     chosen = SWITCH.fp32_precision
     with onednn_matmul():
@@ -101,7 +101,7 @@ def test_what_a_user_has_chosen_for_everything_stands(precision, legacy_switch):
     assert (SWITCH.fp32_precision, torch.get_float32_matmul_precision()) == (chosen, precision)
 
 
-def test_what_a_user_has_chosen_for_onednn_stands(legacy_switch):
+def test_a_user_s_choice_for_onednn_is_kept(legacy_switch):
     SWITCH.fp32_precision = "ieee"
     with onednn_matmul():
         assert SWITCH.fp32_precision == "ieee"
@@ -190,7 +190,7 @@ def test_loss_and_gradients_of_a_compiled_model_agree_with_mkls_and_are_the_same
     torch.testing.assert_close(again, onednns, rtol=0, atol=0)
 
 
-def test_steps_and_their_rehearsal_have_it_and_validation_does_not(monkeypatch, tmp_path):
+def test_steps_and_the_warm_up_are_in_the_step_context_and_validation_is_not(monkeypatch, tmp_path):
     seen: dict[str, set[str]] = {"training": set(), "backward": set(), "validation": set()}
 
     def loss_function(model: Any, batch: Any) -> Tensor:

@@ -66,6 +66,6 @@ with large_blocks_apart():
     assert int(faults) < PAGES / 1000
 
 
-def test_what_a_user_has_set_of_malloc_stands():
+def test_a_user_s_malloc_settings_are_kept():
     assert said(keeping=True, MALLOC_TRIM_THRESHOLD_="0")[0] == "False"
     assert said(keeping=True, GLIBC_TUNABLES="glibc.malloc.mmap_max=7")[0] == "False"

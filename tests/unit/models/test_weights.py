@@ -1,4 +1,4 @@
-"""Models of others are taken whole: every tensor, every end token and every generation setting is kept, or named."""
+"""Pretrained models are loaded and saved completely: every tensor, end token and generation setting is kept, or named."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ ENDS = {
 @pytest.mark.parametrize("trained", [2, 7])
 @pytest.mark.parametrize("case", ENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_names_the_end_that_was_trained_beside_its_source_s_with_all_other_settings(tmp_path, kind, case, trained):
+def test_a_checkpoint_has_the_trained_end_token_in_addition_to_its_source_s_and_all_other_settings(
+    tmp_path, kind, case, trained
+):
     config, generation, ends = ENDS[case]
     folder = saved(tmp_path / "source", kind)
     change(folder / "config.json", **config)
@@ -128,7 +130,7 @@ def test_an_untouched_end_leaves_the_files_as_they_were(tmp_path, kind):
     assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] == 2
 
 
-def test_settings_beside_a_config_json_without_weights_are_kept_too(tmp_path):
+def test_generation_settings_of_a_folder_without_weights_are_kept_too(tmp_path):
     folder = saved(tmp_path / "source", "qwen2")
     change(folder / "generation_config.json", do_sample=True, temperature=0.5, eos_token_id=[2, 5])
     (folder / "model.safetensors").unlink()
