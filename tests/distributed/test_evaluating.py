@@ -1,4 +1,4 @@
-"""What `evaluate` measures: one number on any number of ranks, and bits over the bytes of just those tokens that carry loss."""
+"""What `evaluate` measures: one number on any number of ranks, and bits over the bytes of the tokens that are trained on."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Where answers alone carry loss, each rank has its own number of targets: the curve must not depend on who had which."""
+"""If only answers are trained on, ranks have different numbers of targets, on which the loss must not depend."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which tokens carry loss where only answers are to be learnt, told by decoding exactly these."""
+"""Which tokens are trained on when only answers are, found by decoding exactly these tokens."""
 
 import json
 import logging
@@ -176,14 +176,14 @@ def stored(config: DataConfig, tokenizer) -> TokenStore:
 
 
 def learnt(store: TokenStore, tokenizer) -> list[list[str]]:
-    """Of each document the runs of tokens that carry loss, decoded."""
+    """The runs of tokens that are trained on in each document, decoded."""
     found = []
     for start, end in zip(store.offsets, store.offsets[1:], strict=False):
         runs, inside = [], False
-        for token, carries_loss in zip(store.tokens[start:end].tolist(), store.loss_mask[start:end].tolist(), strict=True):
-            if carries_loss:
+        for token, is_trained_on in zip(store.tokens[start:end].tolist(), store.loss_mask[start:end].tolist(), strict=True):
+            if is_trained_on:
                 runs = [*runs[:-1], [*runs[-1], token]] if inside else [*runs, [token]]
-            inside = carries_loss
+            inside = is_trained_on
         found.append([tokenizer.decode(run) for run in runs])
     return found
 
@@ -206,7 +206,7 @@ def test_exactly_the_answers_carry_loss_each_with_what_ends_its_turn(tmp_path, k
 
 @pytest.mark.parametrize("make", [byte_level, like_llama2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_the_whole_conversation(tmp_path, kind, make):
+def test_ids_are_those_of_the_complete_conversation(tmp_path, kind, make):
     template, end, _ = KINDS[kind]
     tokenizer = make(template, end)
     store = stored(small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages"), tokenizer)
@@ -224,7 +224,7 @@ def test_marks_of_a_template_and_growing_beginnings_give_the_same_mask(tmp_path)
             tokenizer.apply_chat_template(m, chat_template=MARKED_CHATML, return_assistant_tokens_mask=True)["assistant_masks"]
             for m in CONVERSATIONS
         ]
-        assert store.loss_mask.tolist() == [bool(carries_loss) for mask in theirs for carries_loss in mask]
+        assert store.loss_mask.tolist() == [bool(is_trained_on) for mask in theirs for is_trained_on in mask]
         masks.append(store.loss_mask.tolist())
     assert masks[0] == masks[1]
 
@@ -261,7 +261,7 @@ QUESTIONS = [
 SQUAD = "{context}\nQuestion: {question}\nAnswer:"
 
 
-def test_of_a_prompt_and_its_completion_the_completion_carries_loss_with_its_end(tmp_path):
+def test_of_a_prompt_and_its_completion_only_the_completion_and_its_end_are_trained_on(tmp_path):
     tokenizer = load_tokenizer("austen")
     config = small(write(tmp_path / "x.jsonl", QUESTIONS), tmp_path, template=SQUAD, completion_template=" {answers[text][0]}")
     store = stored(config, tokenizer)
@@ -291,7 +291,7 @@ def test_the_same_text_without_the_key_is_plain_text_in_the_store_it_always_had(
     assert sorted(json.loads(index.read_text())["digests"]) == ["offsets.npy", "tokens.bin"]
 
 
-def test_a_space_at_the_end_of_prompts_is_told(tmp_path, caplog):
+def test_a_space_at_the_end_of_prompts_gives_a_warning(tmp_path, caplog):
     path = write(tmp_path / "x.jsonl", QUESTIONS)
     config = small(path, tmp_path, template=SQUAD + " ", completion_template="{answers[text][0]}")
     store = stored(config, load_tokenizer("austen"))
@@ -419,7 +419,7 @@ def test_columns_are_read_by_their_names_only_where_nothing_says_how(tmp_path):
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["plain", "with marks"])
-def test_of_flagged_and_empty_answers_nothing_is_learnt(tmp_path, template):
+def test_flagged_and_empty_answers_are_not_trained_on(tmp_path, template):
     flags = [{"weight": 0}, {"weight": 1}, {"train": False}, {"training": True}, {"weight": None}]
     messages = [m for n, flag in enumerate(flags) for m in (user(f"Q{n}") | {"weight": 0}, assistant(f"A{n}") | flag)]
     path = chats(tmp_path / "x.jsonl", [[assistant("Hello") | {"weight": 0}, *messages, user("?"), assistant(" \n")]])
@@ -472,8 +472,8 @@ def test_a_template_that_asks_for_the_date_is_refused_and_one_with_a_date_is_not
         stored(config, byte_level(dated, "<|im_end|>"))
     tokenizer = byte_level("{% set date = '1 May 1816' %}" + dated, "<|im_end|>")
     assert tokenizer.decode(stored(config, tokenizer).tokens).startswith("1 May 1816: ")
-    asked = ChatTemplate(config, byte_level(dated, "<|im_end|>")).prompt("--chat", CONVERSATIONS[0][:1])
-    assert re.match(r"\d\d \w+ \d{4}: ", asked), "who asks now means today"
+    prompt = ChatTemplate(config, byte_level(dated, "<|im_end|>")).prompt("--chat", CONVERSATIONS[0][:1])
+    assert re.match(r"\d\d \w+ \d{4}: ", prompt), "a question is asked today"
 
 
 BAD = {
@@ -563,7 +563,7 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(tmp_path):
             configured_tokenizer(replace(config, chat_template=str(tmp_path / name)))
 
 
-def test_an_end_of_turn_at_which_generation_does_not_stop_is_told(tmp_path, caplog):
+def test_an_end_of_turn_at_which_generation_does_not_stop_gives_a_warning(tmp_path, caplog):
     config = small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages")
     stored(config, byte_level(CHATML, "<|im_end|>"))
     assert caplog.text == ""
@@ -612,7 +612,7 @@ def random_documents(seed: int, count: int = 60) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("length", [8, 39, 64, 500])
-def test_every_answer_is_learnt_exactly_once_behind_its_own_prompt(packing, length):
+def test_every_answer_is_trained_on_exactly_once_after_its_own_prompt(packing, length):
     lengths, prompts = random_documents(3)
     store, spans = marked_store(lengths, prompts)
     found = truncate_and_filter(store, spans, length)
@@ -640,7 +640,7 @@ def test_every_answer_is_learnt_exactly_once_behind_its_own_prompt(packing, leng
         assert numbers == sorted(numbers)
 
 
-def test_rows_do_not_depend_on_what_they_are_read_with():
+def test_sequences_do_not_depend_on_what_they_are_read_with():
     store, spans = marked_store(*random_documents(5))
     rows = BestFitPackedDataset(store, spans, 50, padding=0, packing=True)
     together = rows.__getitems__([3, 0, 3])
@@ -658,7 +658,7 @@ def test_a_batch_of_one_document_a_row_is_as_long_as_its_longest():
     assert rows.__getitems__([0, 2]).targets.tolist() == [[2, 3, 4, 5], [16, 17, IGNORED_TARGET, IGNORED_TARGET]]
 
 
-def test_best_fit_decreasing_fills_rows_and_overfills_none():
+def test_best_fit_decreasing_fills_sequences_and_overfills_none():
     lengths = np.random.default_rng(0).integers(2, 1025, 5000)
     rows = best_fit_decreasing(lengths, 1025)
     filled = np.bincount(rows, weights=lengths)
@@ -732,21 +732,21 @@ def test_validation_data_are_held_out_of_the_documents_that_have_an_answer(tmp_p
     tokenizer = configured_tokenizer(config)
     held_out = build_datasets(replace(config, sequence_length=32, validation_fraction=0.05), tokenizer)[1]
     targets = [t for i in range(len(held_out.dataset)) for t in held_out.dataset[i].targets[0].tolist() if t >= 0]
-    told = tokenizer.decode(targets).split("<|endoftext|>")[:-1]
-    assert sorted(told) == sorted([f"Answer {second}.", f"Answer {third}."])
+    decoded = tokenizer.decode(targets).split("<|endoftext|>")[:-1]
+    assert sorted(decoded) == sorted([f"Answer {second}.", f"Answer {third}."])
 
 
-def test_conversations_are_held_out_whole_and_validated_alone(tmp_path):
+def test_conversations_are_held_out_as_a_unit_and_validated_alone(tmp_path):
     conversations = [[user(f"Question {number}?"), assistant(f"Answer {number}.")] for number in range(40)]
     config = small(chats(tmp_path / "x.jsonl", conversations), tmp_path, messages_column="messages", chat_template=PLAIN)
     config = replace(config, validation_fraction=0.1, document_mask=True)
     tokenizer = configured_tokenizer(config)
     train, validation = build_datasets(config, tokenizer)
-    told = [
+    decoded = [
         tokenizer.decode([t for i in range(len(r.dataset)) for t in r.dataset[i].targets[0].tolist() if t >= 0])
         for r in (train, validation)
     ]
-    answers = [sorted(part.split("<|endoftext|>")[:-1]) for part in told]
+    answers = [sorted(part.split("<|endoftext|>")[:-1]) for part in decoded]
     assert len(answers[1]) == 4
     assert sorted(answers[0] + answers[1]) == sorted(f"Answer {number}." for number in range(40))
     alone = create_validation_loader(
@@ -817,7 +817,7 @@ def test_a_build_with_a_loss_mask_that_was_killed_resumes_to_the_same_bytes(tmp_
     assert built_then == len(built) - (1 if is_damaged else 2)
 
 
-def test_a_damaged_loss_mask_is_made_anew(tmp_path):
+def test_a_damaged_loss_mask_is_rebuilt(tmp_path):
     config = small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages", chat_template=PLAIN)
     mask = stored(config, configured_tokenizer(config)).loss_mask.tolist()
     [file] = (tmp_path / "cache" / "tokens").glob("*/loss.bin")

@@ -73,7 +73,7 @@ def rows_by_a_plain_loop(store: TokenStore, spans: np.ndarray, length: int, indi
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 @pytest.mark.parametrize("length", [1, 2, 7, 50, 400, 2000])
 @pytest.mark.parametrize("left_out", [0.0, 0.2, 0.8])
-def test_rows_gathered_at_once_are_those_of_a_plain_loop(dtype, length, left_out):
+def test_sequences_gathered_at_once_are_those_of_a_plain_loop(dtype, length, left_out):
     random = np.random.default_rng(7)
     offsets = np.cumsum([0, *random.integers(1, 60, 40)])
     store = TokenStore(random.integers(0, 1 << 16, offsets[-1]).astype(dtype), offsets, "key")
@@ -99,7 +99,7 @@ def test_rows_gathered_at_once_are_those_of_a_plain_loop(dtype, length, left_out
 
 
 @pytest.mark.parametrize("length", [3, 8, 100])
-def test_kept_apart_documents_have_the_targets_that_they_have_in_rows_of_their_own(length):
+def test_masked_documents_have_the_targets_that_they_have_in_separate_sequences(length):
     documents_ = documents(5, 1, 11, 7)
     rows = PackedDataset(TokenStream(*documents_), length, padding=0, fingerprint="", document_mask=True)
     _, targets = read_all(rows)
@@ -136,7 +136,7 @@ def test_padding_targets_leaves_the_tokens_of_a_single_row_alone():
     assert rows[4].targets.tolist() == [[21, 22, 23, IGNORED_TARGET, IGNORED_TARGET]]
 
 
-def test_rows_do_not_depend_on_what_they_are_read_with():
+def test_sequences_do_not_depend_on_what_they_are_read_with():
     rows = PackedDataset(TokenStream(store(50)), 7, padding=0, fingerprint="")
     alone = torch.cat([rows[index].targets for index in (5, 0, 7, 7)])
     assert torch.equal(alone, rows.__getitems__([5, 0, 7, 7]).targets)
@@ -182,7 +182,7 @@ def test_of_a_single_document_the_last_part_is_held_out():
     assert spans(0.1, 100) == ([[0, 90]], [[90, 100]])
 
 
-def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
+def test_unpacked_each_document_has_its_sequences_and_padding_is_not_trained_on():
     tokenizer = load_tokenizer("austen")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     documents = [[11, 12, 13], [21], [31, 32, 33, 34, 35, 36, 37]]
@@ -203,7 +203,7 @@ def test_unpacked_each_document_has_its_rows_and_padding_carries_no_loss():
     assert batch.input_ids[3, :3].tolist() == [35, 36, 37]
 
 
-def test_padded_rows_are_what_the_collator_makes_of_lists_of_numbers():
+def test_padded_sequences_are_those_of_the_collator_for_lists_of_numbers():
     import transformers
 
     tokenizer = load_tokenizer("austen")

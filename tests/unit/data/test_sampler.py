@@ -39,7 +39,7 @@ def global_batches(*, world_size: int, micro: int, steps: int, first: int = 0, r
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 16), (1, 4), (2, 8), (2, 2), (4, 4), (4, 1), (8, 2)])
-def test_each_step_reads_the_same_rows_on_any_number_of_ranks_and_accumulation_steps(world_size, micro):
+def test_each_step_reads_the_same_sequences_on_any_number_of_ranks_and_accumulation_steps(world_size, micro):
     expected = [sorted(ranks[0]) for ranks in global_batches(world_size=1, micro=16, steps=80)]
     found = global_batches(world_size=world_size, micro=micro, steps=80)
     assert [sorted(row for rank in ranks for row in rank) for ranks in found] == expected
@@ -52,7 +52,7 @@ def test_one_epoch_reads_every_row_exactly_once_and_the_next_in_another_order():
     assert first.tolist() != second.tolist()
 
 
-def test_seeking_goes_on_with_exactly_the_next_global_batch():
+def test_seeking_continues_with_exactly_the_next_global_batch():
     whole = global_batches(world_size=2, micro=2, steps=50)
     assert global_batches(world_size=2, micro=2, steps=17, first=33) == whole[33:]
 
@@ -76,7 +76,7 @@ def test_iterating_gives_one_epoch_as_of_any_sampler(world_size):
         assert [next(endless) for epoch in epochs for _ in epoch[rank]] == [row for epoch in epochs for row in epoch[rank]]
 
 
-def test_epochs_count_rows():
+def test_epochs_count_sequences():
     sampler = GlobalOrderSampler(range(40), batch=BatchConfig(16, 8), rank=0, world_size=1, seed=0)
     assert sampler.steps_per_epoch == 2.5
     assert sampler.epoch_of(5) == 2.0
@@ -98,7 +98,7 @@ def test_validation_reads_every_row_once_over_all_ranks(world_size, rows):
     assert sum(map(len, samplers)) == rows
 
 
-def test_validation_can_be_limited_to_some_rows_the_same_on_any_number_of_ranks():
+def test_validation_can_be_limited_to_some_sequences_the_same_on_any_number_of_ranks():
     def rows(world_size: int) -> list[int]:
         samplers = [
             ValidationSampler(range(40), micro_batch_size=4, rank=rank, world_size=world_size, max_sequences=12)

@@ -424,7 +424,7 @@ def test_tokenizers_from_folders(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_text_is_tokenised_once_per_content_and_anew_when_it_changes(tmp_path, monkeypatch):
+def test_text_is_tokenised_once_per_content_and_again_when_it_changes(tmp_path, monkeypatch):
     builds = []
     real = token_store_module._build
     monkeypatch.setattr(token_store_module, "_build", lambda *a: (builds.append(1), real(*a)))
@@ -480,9 +480,9 @@ def test_bad_records_are_skipped_up_to_a_limit_and_each_is_named(tmp_path, caplo
     expected = create_dataloaders(small(whole, tmp_path)).train.dataset
     assert torch.equal(rows[0].input_ids, expected[0].input_ids)
     assert len(rows) == len(expected)
-    told = [message for message in caplog.messages if "skipped" in message]
-    assert len(told) == 4
-    for (_, message), line in zip(BROKEN, told, strict=True):
+    skipped = [message for message in caplog.messages if "skipped" in message]
+    assert len(skipped) == 4
+    for (_, message), line in zip(BROKEN, skipped, strict=True):
         assert message in line
         assert "at most 4 records (data.bad_records)" in line
     caplog.clear()
@@ -659,7 +659,7 @@ def test_a_data_set_to_validate_on_gives_its_validation_split_or_all_of_itself(t
         assert tokenizer.decode(next(iter(validation)).input_ids[0]).split()[:2] == [word, word]
 
 
-def test_rows_of_ones_own_are_not_kept_apart_by_a_key():
+def test_document_mask_does_not_apply_to_data_sets_of_ones_own():
     config = TrainingConfig(data=DataConfig(document_mask=True), batch=BatchConfig(2, 2))
     with pytest.raises(ConfigError, match=r"data\.document_mask.*train_dataset"):
         create_dataloaders(config, train_dataset=[(np.zeros(3), 0)] * 4)

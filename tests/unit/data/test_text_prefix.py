@@ -130,18 +130,18 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
     monkeypatch.setattr("dist_trainer.generation.samples.can_generate", lambda _: True)
     monkeypatch.setattr("dist_trainer.generation.samples.context_length", lambda _: 64)
     monkeypatch.setattr("dist_trainer.generation.samples.end_tokens", lambda _: set())
-    asked = []
-    monkeypatch.setattr("dist_trainer.generation.samples.generate", lambda _, tokens, **__: asked.append(tokens) or [])
+    prompts = []
+    monkeypatch.setattr("dist_trainer.generation.samples.generate", lambda _, tokens, **__: prompts.append(tokens) or [])
     tracking = TrackingConfig(sample_prompt=prompt)
     made = build_sample(tracking, DataConfig(), tokenizer, None, [row], seed=0)
     said = made(None, lambda: False)["prompt"]
-    assert asked == [[tokenizer.bos_token_id, *bare(tokenizer, said)]]
+    assert prompts == [[tokenizer.bos_token_id, *bare(tokenizer, said)]]
     assert said == prompt if prompt is not None else said.startswith(TEXTS[1])
 
 
 @pytest.mark.parametrize("prefix", [(), ("<s>",), ("[gMASK]", "<sop>")])
 @pytest.mark.parametrize("chat", [False, True])
-def test_lm_eval_is_told_to_begin_texts_likewise(tmp_path, prefix, chat, monkeypatch):
+def test_lm_eval_begins_texts_likewise(tmp_path, prefix, chat, monkeypatch):
     monkeypatch.setattr("dist_trainer.huggingface.transformers_models.load_model", lambda _: torch.nn.Identity())
     tokenizer = beginning_with(*prefix)
     options = HarnessOptions(tasks=(), apply_chat_template=chat)
