@@ -96,6 +96,13 @@ def test_the_shortage_is_one_line_with_what_was_requested_and_what_there_is():
     )
 
 
+def test_memory_of_a_gpu_is_what_torch_and_the_driver_report(monkeypatch):
+    numbers = {"memory_allocated": 60, "memory_reserved": 70, "max_memory_allocated": 65, "mem_get_info": (5, 80)}
+    for name, number in numbers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, number=number: number)
+    assert DeviceMemory.of(GPU.device) == DeviceMemory(total=80, peak=65, in_use=60, fragmented=10, others=5)
+
+
 def test_before_there_is_a_model_the_run_is_refused(monkeypatch):
     with (
         pytest.raises(DoesNotFitError, match="out of memory before the first step") as caught,
