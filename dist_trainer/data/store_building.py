@@ -139,7 +139,7 @@ def _complete_shards(staging: Path, layout: str) -> dict[int, int]:
     Those that are damaged, or divided differently by another version, are removed.
     """
     complete = {}
-    for path in sorted(staging.glob("shard-*.npz")):
+    for path in sorted(staging.glob(f"shard-{'[0-9]' * 6}.npz")):
         try:
             shard = _read_shard(path)
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
