@@ -54,7 +54,7 @@ def should_compile(choice: bool | Literal["auto"], world: DistributedContext, fl
     if choice != "auto":
         raise ConfigError(f"precision.compile: true needs {missing}")
     if world.is_main:
-        log.info("this run is long enough to be compiled, and is not: precision.compile: auto needs %s", missing)
+        log.info("running without torch.compile although the run is long: it needs %s", missing)
     return False
 
 

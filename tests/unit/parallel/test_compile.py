@@ -68,7 +68,7 @@ def test_without_a_compiler_auto_goes_on_and_true_is_refused(
     assert not caplog.messages
     assert not should_compile("auto", world, LONG)
     (line,) = caplog.messages
-    assert re.search(f"precision.compile: auto needs {needed}", line)
+    assert re.search(f"^running without torch.compile although the run is long: it needs {needed}", line)
     with pytest.raises(ConfigError, match=rf"precision\.compile: true needs {needed}.*; install one"):
         should_compile(True, world, SHORT)
 
