@@ -9,7 +9,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -26,24 +27,29 @@ _BLOCK_BYTES = 4096
 _warned: set[tuple[str, int]] = set()
 
 
-def replace_file(path: Path, chunks: Iterable[bytes], *, durable: bool) -> None:
-    """Write `chunks` to a hidden file next to `path` and rename it, so readers see the old or the new file; `durable`: also
-    after a power cut.
+@contextmanager
+def staged_file(path: Path) -> Generator[Path]:
+    """A hidden path next to `path` to write a file to; it replaces `path` at the end, so readers see the old or the new file.
 
-    Raises OSError if the disk refuses; then `path` is unchanged.
+    Raises OSError if the disk refuses; then, and if the block raises, `path` is unchanged.
     """
     staging = path.with_name(f"{STAGING_PREFIX}{path.name}")
     remove(staging)  # what a killed process left, or a link that someone put there
     try:
-        with staging.open("xb") as file:
-            file.writelines(chunks)
-            if durable:
-                file.flush()
-                sync_file(file.fileno(), path)
+        yield staging
         os.replace(staging, path)
     except BaseException:
         staging.unlink(missing_ok=True)
         raise
+
+
+def replace_file(path: Path, chunks: Iterable[bytes], *, durable: bool) -> None:
+    """Replace `path` by a file of `chunks`, as `staged_file` does; `durable`: also after a power cut. Raises OSError."""
+    with staged_file(path) as staging, staging.open("xb") as file:
+        file.writelines(chunks)
+        if durable:
+            file.flush()
+            sync_file(file.fileno(), path)
     if durable:
         sync_folder(path.parent)
 

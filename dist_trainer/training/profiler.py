@@ -7,7 +7,6 @@ from __future__ import annotations
 import gzip
 import json
 import logging
-import os
 import re
 import tempfile
 from collections import Counter
@@ -22,7 +21,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from dist_trainer.config.values import parse_profile_steps
 from dist_trainer.distributed.collectives import gather_objects
-from dist_trainer.storage.files import replace_file
+from dist_trainer.storage.files import replace_file, staged_file
 from dist_trainer.training.result import TrainingResult
 from dist_trainer.training.step import StepResult
 
@@ -165,14 +164,12 @@ def write_memory_history(path: Path) -> None:
     """Write the history to `path`.pickle, and keep it no longer."""
     if not hasattr(torch.cuda.memory, "_dump_snapshot"):
         return
-    staging = path.with_suffix(".memory.staging")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(staging))
-        os.replace(staging, path.with_suffix(".memory.pickle"))
+        with staged_file(path.with_suffix(".memory.pickle")) as staging:
+            torch.cuda.memory._dump_snapshot(str(staging))
     finally:
         record_memory_history(None)
-        staging.unlink(missing_ok=True)
     log.info("profile: the memory's history is next to it; pytorch.org/memory_viz opens it")
 
 
