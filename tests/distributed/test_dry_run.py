@@ -1,4 +1,4 @@
-"""A dry run says what the run would be and what it takes, and leaves no trace of itself."""
+"""A dry run says what the run will do and need, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def everything_in(path: Path) -> dict[str, tuple[bytes | str, int]]:
     return found
 
 
-def test_it_says_what_a_step_takes_and_leaves_no_folder(stories, tmp_path, capfd):
+def test_it_says_what_a_run_needs_and_leaves_no_folder(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path / "two words")
     assert dry(config, 2) == [0, 0]
     assert not (tmp_path / "two words").exists()
@@ -53,7 +53,7 @@ def test_it_says_what_a_step_takes_and_leaves_no_folder(stories, tmp_path, capfd
     assert f"dry run OK; nothing written to {folder(config)}" in said
 
 
-def test_it_says_where_checkpoints_will_not_have_room(stories, tmp_path, monkeypatch, capfd):
+def test_it_says_if_the_disk_is_too_small_for_the_checkpoints(stories, tmp_path, monkeypatch, capfd):
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk._replace(free=1024))
     assert dry(small_config(stories, tmp_path)) == [0]
@@ -62,7 +62,7 @@ def test_it_says_where_checkpoints_will_not_have_room(stories, tmp_path, monkeyp
     assert re.search(r"disk +\S+ MiB per checkpoint, up to 12 kept \(\S+ MiB\); 1.00 KiB free", said)
 
 
-def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tmp_path, capfd):
+def test_a_nonfinite_first_loss_ends_it_as_it_would_end_the_run(stories, tmp_path, capfd):
     config, poison = small_config(stories, tmp_path), poison_gradient(rank=1, at_step=1)
 
     def poisoned(config) -> int:
@@ -80,14 +80,14 @@ def test_a_first_loss_that_is_not_finite_ends_it_as_it_would_the_run(stories, tm
     assert "dry run works, but the first loss is not finite; nothing written to" in said
 
 
-def test_a_first_gradient_that_is_not_finite_does_so_too(stories, tmp_path, capfd, monkeypatch):
+def test_so_does_a_nonfinite_first_gradient(stories, tmp_path, capfd, monkeypatch):
     config = small_config(stories, tmp_path)
     monkeypatch.setattr("dist_trainer.training.trainer.clip_gradients", lambda *_: torch.tensor(float("inf")))
     assert exit_codes(1, lambda: run_cli(lambda: dry_run(config))) == [3]
     assert re.search(r"step 1 has a loss of 8\.\d+ and a gradient norm of inf; check", capfd.readouterr().err)
 
 
-def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, capfd):
+def test_a_run_that_can_be_resumed_or_is_training_stays_unchanged(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path)
     run(config, 1, before=stop_after(6))
     running = RunFolder(folder(config))  # by this process; its forked child does not share the lock
@@ -102,7 +102,7 @@ def test_a_run_that_can_go_on_or_is_going_on_stays_as_it_is(stories, tmp_path, c
     assert "resumed after step 6" in said
 
 
-def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_are(stories, tmp_path, capfd):
+def test_a_finished_a_damaged_and_another_run_are_reported_and_stay_unchanged(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path, train__max_steps=1)
     run(config, 1)
     assert dry(config) == [0]
@@ -120,7 +120,7 @@ def test_a_finished_a_damaged_and_another_run_are_told_as_ever_and_stay_as_they_
     assert everything_in(folder(config)) == before
 
 
-def test_a_folder_that_could_not_be_made_is_refused(stories, tmp_path, capfd):
+def test_a_folder_that_cannot_be_created_is_refused(stories, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     assert dry(small_config(stories, tmp_path / "file" / "runs")) == [2]
     assert f"{tmp_path / 'file'} cannot be written (Not a directory)" in capfd.readouterr().err
@@ -132,7 +132,7 @@ def test_a_tracker_whose_package_is_missing_is_refused_as_by_the_run(stories, tm
     assert "tracking.trackio: true needs the package trackio" in capfd.readouterr().err
 
 
-def test_a_checkpoint_that_the_run_beside_it_replaces_meanwhile_is_looked_for_once_more(stories, tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_replaced_meanwhile_is_searched_again(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path, train__max_steps=12)
     run(config, 1, before=stop_after(2))
     gone = ResumeState(tmp_path / "gone")
@@ -147,7 +147,7 @@ def trainer_of(config):
     return build_trainer(config, DistributedContext.single(), ResumeState())
 
 
-def test_the_batch_is_as_large_as_any_can_be(stories, tmp_path):
+def test_the_batch_has_the_largest_shape(stories, tmp_path):
     trainer = trainer_of(small_config(stories, tmp_path, data__packing=False, data__sequence_length=300))
     assert max(batch.input_ids.shape[1] for batch, _ in zip(trainer.train_data, range(20), strict=False)) < 300
     batches, targets = largest_step(trainer)
@@ -176,7 +176,7 @@ def test_a_compiled_run_can_be_tried_by_the_command(tmp_path, launcher):
     assert not (tmp_path / "r").exists()
 
 
-def test_the_header_is_short_aligned_and_true(stories, tmp_path):
+def test_the_header_is_short_aligned_and_correct(stories, tmp_path):
     trainer = trainer_of(small_config(stories, tmp_path))
     warmup = trainer.config.schedule.warmup_steps
     title, *lines = format_header(trainer, tmp_path / "run").splitlines()

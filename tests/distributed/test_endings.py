@@ -1,4 +1,4 @@
-"""What a run's folder says once it has ended: also where it was killed, cut shorter, or began from another run."""
+"""What a run's folder says after the run has ended, also if it was killed, shortened, or started from another run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.distributed.small_runs import folder, metrics, run, small_config, sta
 from tests.faults.processes import Process
 
 
-def test_a_run_that_begins_from_anothers_checkpoint_counts_its_own_steps(stories, tmp_path):
+def test_a_run_that_starts_from_another_run_s_checkpoint_counts_its_own_steps(stories, tmp_path):
     first = small_config(stories, tmp_path)
     run(first, 1, before=stop_after(6))
     second = small_config(stories, tmp_path, run_name="second", checkpoint__resume=str(folder(first)))
@@ -27,7 +27,7 @@ def test_a_run_that_begins_from_anothers_checkpoint_counts_its_own_steps(stories
     assert ended["useful_seconds"] < ended["wall_seconds"]
 
 
-def test_a_finished_run_that_was_killed_before_it_could_say_so_is_finished_at_the_next_start(stories, tmp_path, monkeypatch):
+def test_a_finished_run_that_was_killed_before_it_recorded_that_is_finished_at_the_next_start(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(RunRecord, "finish", lambda *_: None)
@@ -83,11 +83,11 @@ def test_max_steps_below_the_reached_step_means_finished(stories, tmp_path, capf
     assert status(shorter) == ended
 
 
-def test_of_several_ranks_the_first_to_say_why_the_run_ends_is_not_contradicted(stories, tmp_path):
+def test_the_first_rank_to_record_why_the_run_failed_is_not_contradicted(stories, tmp_path):
     config = small_config(stories, tmp_path)
     run(config, 1, before=stop_after(6))
     write_status(folder(config), "failed", step=6, max_steps=12, reason="rank 0 hangs")
-    told = status(config)
+    recorded = status(config)
 
     def note(began: float) -> int:
         record = RunRecord(config, began=began)
@@ -95,7 +95,7 @@ def test_of_several_ranks_the_first_to_say_why_the_run_ends_is_not_contradicted(
         record.on_fatal("gone")
         return 0
 
-    assert Process(lambda: note(told["time"] - 1)).wait().code == 0
-    assert status(config) == told
-    assert Process(lambda: note(told["time"] + 1)).wait().code == 0, "of an earlier life"
+    assert Process(lambda: note(recorded["time"] - 1)).wait().code == 0
+    assert status(config) == recorded
+    assert Process(lambda: note(recorded["time"] + 1)).wait().code == 0, "of an earlier attempt"
     assert status(config)["reason"] == "gone"

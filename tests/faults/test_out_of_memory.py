@@ -63,7 +63,7 @@ def test_running_out_of_memory_ends_in_sizes_and_hints_and_the_run_resumes(run, 
     run.equals(undisturbed)
 
 
-def test_of_two_ranks_each_tells_its_numbers_in_a_line_and_the_first_the_rest(run, capfd):
+def test_each_of_two_ranks_prints_its_sizes_in_a_line_and_the_first_one_the_rest(run, capfd):
     lay = limit_memory(at_step=5)
     assert command(run.but(batch__micro_batch_size=4), 2, before=lambda _: lay()) == [1, 1]
     said = capfd.readouterr().err
@@ -74,7 +74,7 @@ def test_of_two_ranks_each_tells_its_numbers_in_a_line_and_the_first_the_rest(ru
     assert run.status()["reason"].startswith("out of memory in step 5")
 
 
-def test_where_one_rank_alone_runs_out_its_line_is_printed_and_its_log_has_the_rest(run, capfd):
+def test_if_only_one_rank_runs_out_its_line_is_printed_and_its_log_has_the_rest(run, capfd):
     lay = limit_memory(at_step=5)
     config = run.but(batch__micro_batch_size=4)
     assert command(config, 2, before=lambda trainer: lay() if trainer.world.rank == 1 else None) == [1, 1]

@@ -1,4 +1,4 @@
-"""status.json is true whatever happened: killed, refused, crashed or broken off before training, left by rank 0."""
+"""status.json is correct whatever happened: killed, refused, crashed or interrupted before training, rank 0 lost."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from tests.faults.faults import before_each_call, die, do, kill
 
 
 def saved_and_killed(run, *, at_step, **changes):
-    """The run, killed at that step, when what was to be saved before stands there."""
+    """The run, killed at that step, with the checkpoints that were due before saved."""
     saved = do(lambda trainer: trainer.checkpoints.wait(), at_step=at_step)
     assert run.start(saved, kill(at_step=at_step), config=run.but(**changes)).was_killed
 
@@ -22,7 +22,7 @@ def saved_and_killed(run, *, at_step, **changes):
 # ------------------------------------------------------------------------------------------------ killed
 
 
-def test_how_long_a_write_takes_is_known_after_a_kill_and_while_the_next_life_has_not_saved(run):
+def test_the_time_of_a_write_is_known_after_a_kill_and_before_the_next_attempt_has_saved(run):
     saved_and_killed(run, at_step=4)
     seconds = run.status()["checkpoint_seconds"]
     assert seconds > 0
@@ -43,7 +43,7 @@ def test_steps_are_lost_whether_or_not_they_were_logged(run, undisturbed):
     assert ended["best_loss"] == undisturbed.status()["best_loss"]
 
 
-def test_steps_are_lost_once_also_where_the_next_life_ends_before_its_first_step(run):
+def test_steps_are_lost_once_also_if_the_next_attempt_ends_before_its_first_step(run):
     seldom = run.but(checkpoint__every_steps=100)
     saved_and_killed(run, at_step=8, checkpoint__every_steps=100)
     assert run.start(before_each_call(die, build.Trainer, "train_step"), config=seldom).was_killed
@@ -52,7 +52,7 @@ def test_steps_are_lost_once_also_where_the_next_life_ends_before_its_first_step
     assert (run.status()["restarts"], run.status()["lost_steps"]) == (2, 2)
 
 
-def test_where_rank_0_is_killed_another_one_says_so(stories, tmp_path):
+def test_if_rank_0_is_killed_another_rank_records_it(stories, tmp_path):
     config = small_config(stories, tmp_path)
 
     def die_in_step_7(trainer):
@@ -80,7 +80,7 @@ def test_where_rank_0_is_killed_another_one_says_so(stories, tmp_path):
 # -------------------------------------------------------------------------- ended before training began
 
 
-def test_a_refusal_is_the_end_of_the_run_that_was_to_go_on(run):
+def test_a_refusal_is_the_outcome_of_the_run_to_resume(run):
     saved_and_killed(run, at_step=8)
     seconds = run.status()["checkpoint_seconds"]
     for checkpoint in run.checkpoints.glob("step-*"):
@@ -93,7 +93,7 @@ def test_a_refusal_is_the_end_of_the_run_that_was_to_go_on(run):
     assert ended["useful_seconds"] > 0
 
 
-def test_the_refusal_of_another_config_leaves_the_status_of_the_run_that_stands_there(run):
+def test_the_refusal_of_another_config_leaves_the_status_of_the_run_in_the_folder(run):
     run.finish()
     before = (run.folder / "status.json").read_bytes()
     ended = run.start(config=run.but(optim__learning_rate=0.5))
@@ -110,7 +110,7 @@ def test_but_a_run_that_was_killed_is_not_called_running_after_that(run):
     assert ended["reason"].startswith("killed without a message; a later start was refused: ")
 
 
-def test_what_was_to_replace_a_run_and_could_not_begin_leaves_its_status(run, tmp_path):
+def test_a_run_that_was_to_replace_another_and_could_not_start_leaves_its_status(run, tmp_path):
     run.finish()
     before = (run.folder / "status.json").read_bytes()
 
@@ -125,7 +125,7 @@ def test_what_was_to_replace_a_run_and_could_not_begin_leaves_its_status(run, tm
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-def test_a_crash_before_training_is_told(run, is_new):
+def test_a_crash_before_training_is_recorded(run, is_new):
     if not is_new:
         saved_and_killed(run, at_step=8)
 
@@ -197,7 +197,7 @@ def test_with_its_checkpoints_gone_a_run_refuses_and_changes_nothing(run, undist
     run.equals(undisturbed)
 
 
-def test_a_run_that_was_killed_before_its_first_save_begins_at_step_0(run, undisturbed):
+def test_a_run_that_was_killed_before_its_first_save_starts_at_step_0(run, undisturbed):
     assert run.start(kill(at_step=2)).was_killed
     shutil.rmtree(run.checkpoints)
     run.finish()

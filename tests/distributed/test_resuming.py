@@ -1,4 +1,4 @@
-"""Going on: from Python, after a launcher's restart, over changed data, and what the folder says meanwhile."""
+"""Resuming: from Python, after a launcher's restart, with moved or changed data; and the status meanwhile."""
 
 import json
 import os
@@ -45,8 +45,8 @@ def train_own_model(path: Path, max_steps: int) -> list[float]:
             train_data=train,
             checkpoints=checkpoints,
         )
-        went_on = trainer.resume(path)
-        assert went_on == (trainer.progress.step > 0)
+        is_resumed = trainer.resume(path)
+        assert is_resumed == (trainer.progress.step > 0)
         if max_steps < trainer.max_steps:
             stop_after(max_steps)(trainer)
         trainer.fit()
@@ -60,13 +60,13 @@ def test_a_module_of_ones_own_is_saved_and_resumed_exactly_on_two_ranks(tmp_path
     assert run_ranks(2, lambda: train_own_model(tmp_path / "stopped", 12)) == undisturbed
 
 
-def test_a_config_made_in_python_is_checked_before_anything_is_trained():
+def test_a_config_made_in_python_is_checked_before_training():
     config = TrainingConfig(optim=OptimConfig(betas=(2.0, 0.9)))
     with pytest.raises(ConfigError, match=r"optim\.betas"):
         Trainer(config, DistributedContext.single(), model=nn.Linear(1, 1), optimizer=None, train_data=None)  # type: ignore[arg-type]
 
 
-def test_ranks_that_torchrun_starts_again_go_on_also_with_resume_never(stories, tmp_path, monkeypatch):
+def test_ranks_that_torchrun_restarts_resume_also_with_resume_never(stories, tmp_path, monkeypatch):
     config = small_config(stories, tmp_path, checkpoint__resume="never")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
@@ -77,7 +77,7 @@ def test_ranks_that_torchrun_starts_again_go_on_also_with_resume_never(stories, 
     assert [line["step"] for line in metrics(config)] == list(range(1, 13))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "8")
     assert run(config, 1) == [0]
-    assert list(folder(config).glob("archived-*")), "another launch begins anew"
+    assert list(folder(config).glob("archived-*")), "another launch starts over"
 
 
 def test_a_launcher_is_known_by_its_run_and_process():
@@ -141,7 +141,7 @@ def test_skipped_updates_are_counted_over_a_restart_and_the_step_that_ends_a_run
     assert (last["step"], last["loss"], last["skipped"]) == (7, None, True)
 
 
-def test_resuming_anothers_finished_run_leaves_no_folder_behind(stories, tmp_path):
+def test_resuming_another_finished_run_leaves_no_folder(stories, tmp_path):
     config = small_config(stories, tmp_path)
     run(config, 1)
     another = small_config(stories, tmp_path, run_name="another", checkpoint__resume=str(folder(config)))
@@ -149,7 +149,7 @@ def test_resuming_anothers_finished_run_leaves_no_folder_behind(stories, tmp_pat
     assert not folder(another).exists()
 
 
-def test_weights_to_start_from_may_be_gone_when_the_run_goes_on(stories, tmp_path):
+def test_initial_weights_may_be_gone_when_the_run_is_resumed(stories, tmp_path):
     first = small_config(stories, tmp_path / "first")
     run(first, 1)
     weights = (folder(first) / "checkpoints" / "latest").resolve()
