@@ -61,4 +61,4 @@ def evaluate_model(path: Path, config: TrainingConfig, option_names: Mapping[str
             return None
         if result.bytes is None:
             log.info("bits per byte are null: this tokenizer's tokens do not decode to exactly the text that they encode")
-        return {"data": config.data.validation_dataset or config.data.dataset, **result.metadata()}
+        return {"data": config.data.validation_dataset or config.data.dataset, **result.metrics()}

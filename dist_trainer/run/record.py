@@ -40,7 +40,7 @@ from dist_trainer.tracking.run_reader import RunHistory, is_number, read_events,
 from dist_trainer.tracking.status import State, amend_status, write_status
 from dist_trainer.tracking.subprocess_tracker import is_wandb_behind
 from dist_trainer.tracking.tracker import RunContext, Tracker, TrackerList, build_tracker, send_to_wandb
-from dist_trainer.training.result import TrainingResult
+from dist_trainer.training.saving import TrainingResult
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
 

@@ -12,7 +12,7 @@ from dist_trainer.config.registry import build
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.collectives import barrier, gather_objects
 from dist_trainer.errors import CallbackError, ConfigError
-from dist_trainer.training.result import TrainingResult
+from dist_trainer.training.saving import TrainingResult
 from dist_trainer.training.step import StepResult, phase
 from dist_trainer.training.validation import ValidationResult
 
@@ -135,7 +135,7 @@ class MetricsLogger:
     def on_validation_end(self, trainer: Trainer, result: ValidationResult) -> None:
         """Log what was measured."""
         step, best = trainer.progress.step, trainer.progress.best_step
-        trainer.log({"kind": "validation", "step": step, **result.metadata(), "best": best == step, "seconds": result.seconds})
+        trainer.log({"kind": "validation", "step": step, **result.metrics(), "best": best == step, "seconds": result.seconds})
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
         """Log the step at which training diverged, if it was not due; all ranks have come to the same one."""
@@ -151,7 +151,7 @@ class MetricsLogger:
             trainer.log(
                 {
                     "kind": "train",
-                    **result.metadata(trainer.world),
+                    **result.metrics(trainer.world),
                     "skipped_steps": trainer.divergence.skipped_steps,
                     "epoch": trainer.sampler.epoch_of(result.step),
                     **trainer.throughput.measure(step=result.step, tokens=result.target_tokens_so_far),

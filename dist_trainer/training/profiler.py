@@ -22,7 +22,7 @@ from torch.profiler import ProfilerAction, ProfilerActivity, profile
 from dist_trainer.config.values import parse_profile_steps
 from dist_trainer.distributed.collectives import gather_objects
 from dist_trainer.storage.files import replace_file, staged_file
-from dist_trainer.training.result import TrainingResult
+from dist_trainer.training.saving import TrainingResult
 from dist_trainer.training.step import StepResult
 
 if TYPE_CHECKING:

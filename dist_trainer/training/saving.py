@@ -1,12 +1,13 @@
-"""What a checkpoint holds of training, and saves that no later one can make up for."""
+"""How training is saved and how it ends: what checkpoints hold, the last save, and the result of `Trainer.fit`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,9 +16,9 @@ from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.manager import Checkpoints
 from dist_trainer.checkpoint.state import Progress, Snapshot, restore, take_snapshot
 from dist_trainer.config.schema import CheckpointConfig
-from dist_trainer.distributed.collectives import barrier, broadcast_object, run_and_share_errors
+from dist_trainer.distributed.collectives import barrier, broadcast_object, gather_objects, run_and_share_errors
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.errors import SavingFailedError, TrainingDivergedError, counted
+from dist_trainer.errors import LauncherLostError, SavingFailedError, TrainingDivergedError, counted
 from dist_trainer.models.weights import load_weights
 from dist_trainer.optim.evaluation_weights import evaluation_weights, set_training_weights
 from dist_trainer.training.precision import Precision
@@ -50,12 +51,24 @@ class TrainingState:
         set_training_weights(self.optimizer, weights or {})
 
 
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of `Trainer.fit` ended."""
+
+    state: Literal["finished", "preempted"]
+    progress: Progress
+    signal_number: int = 0
+    """The largest signal number that any rank received; 0: none."""
+    reason: str | None = None
+    """Why `Trainer.stop` was called, if that ended training."""
+
+
 def finalize_checkpoint(checkpoints: Checkpoints, world: DistributedContext, *, save_again: Callable[[], None]) -> None:
-    """Return when the last checkpoint is on the disk. Raises, on all ranks, SavingFailedError where it cannot be saved, and
-    TrainingDivergedError where it must not be: after the last step no other one comes whose loss would tell.
+    """Return when the last checkpoint is on the disk. Raises, on all ranks, SavingFailedError if it cannot be saved, and
+    TrainingDivergedError if it must not be: after the last step there is no later one whose loss would show it.
     """
     for pause in (*SECONDS_BEFORE_SAVING_AGAIN, None):
-        checkpoints.wait()  # before the barrier: who has passed it may leave
+        checkpoints.wait()  # before the barrier: a rank that has passed it may exit
         barrier(world)
         error, diverged = broadcast_object((checkpoints.last_error(), checkpoints.diverged()), world)
         if error is None:
@@ -72,7 +85,7 @@ def finalize_checkpoint(checkpoints: Checkpoints, world: DistributedContext, *, 
 
 
 def stop_after_failed_saves(checkpoints: Checkpoints, world: DistributedContext, config: CheckpointConfig) -> NoReturn:
-    """Raise, on all ranks, why `config.max_failures` saves in a row were not made: TrainingDivergedError where numbers are not
+    """Raise, on all ranks, why `config.max_failures` consecutive saves have failed: TrainingDivergedError if numbers are not
     finite, else SavingFailedError.
     """
     error, diverged = broadcast_object((checkpoints.last_error(), checkpoints.diverged()), world)
@@ -81,3 +94,24 @@ def stop_after_failed_saves(checkpoints: Checkpoints, world: DistributedContext,
         raise TrainingDivergedError(f"{error}; {failed}. Lower optim.learning_rate")
     last = f", the last one at {error}" if error else ""
     raise SavingFailedError(f"{failed}{last}; make room on the disk and start the same command again")
+
+
+def fit_result(progress: Progress, world: DistributedContext, *, has_finished: bool, stop_reason: str) -> TrainingResult:
+    """The result of training that has ended and is saved; the same on all ranks. `stop_reason`: given by a callback of this
+    rank.
+    """
+    if not has_finished:
+        return result_when_stopped(progress, world)
+    reasons = filter(None, gather_objects(stop_reason, world))
+    return TrainingResult("finished", progress, reason=next(reasons, None))
+
+
+def result_when_stopped(progress: Progress, world: DistributedContext) -> TrainingResult:
+    """The result of a run that was asked to stop on any rank, and has saved; the same on all ranks. Raises LauncherLostError if
+    it was not a signal, but a launcher that has died.
+    """
+    requests = gather_objects((world.stop_request.signal_number, world.stop_request.lost_launcher), world)
+    if signal_number := max(number for number, _ in requests):
+        return TrainingResult("preempted", progress, signal_number)
+    lost = next(reason for _, reason in requests if reason)
+    raise LauncherLostError(f"{lost}; step {progress.step} is saved, rerun the same command to continue from there")

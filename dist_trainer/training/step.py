@@ -30,24 +30,24 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves; tensors stay on the device until someone wants to read them."""
+    """What a step gives; its tensors stay on the device until they are read."""
 
     step: int
     loss_sum: Tensor
-    """Sum of this rank's token losses, in nats; of one micro-batch, it may be the very tensor that the loss function gave."""
+    """Sum of this rank's token losses, in nats; with one micro-batch it may be the tensor that the loss function returned."""
     grad_norm: Tensor
     learning_rate: float
     target_tokens: int
     """Over all ranks."""
     target_tokens_so_far: int
-    """With those of all steps before."""
+    """Including those of all earlier steps."""
 
     def mean_loss(self, world: DistributedContext) -> float:
-        """Nats per target token over all ranks, which all must ask; the device is awaited."""
+        """Nats per target token over all ranks. For all ranks; waits for the device."""
         return float(all_reduce_sum(self.loss_sum.clone(), world)) / max(1, self.target_tokens)
 
-    def metadata(self, world: DistributedContext) -> dict[str, float | int | bool]:
-        """By their names in metrics.jsonl; all ranks must ask, and the device is awaited."""
+    def metrics(self, world: DistributedContext) -> dict[str, float | int | bool]:
+        """By their names in metrics.jsonl. For all ranks; waits for the device."""
         grad_norm = float(self.grad_norm)
         return {
             "step": self.step,
@@ -90,10 +90,10 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
 
 
 def seed_dropout(seed: int, step: int, *, block: int) -> None:
-    """Random numbers of a micro-batch follow from what it is, not from which rank computes it after what."""
+    """Make the random numbers of a micro-batch depend on its place in training, not on the rank that computes it."""
     key = hashlib.blake2b(f"{seed}/{step}/{block}".encode(), digest_size=8).digest()
     number = int.from_bytes(key, "little")
-    # What torch.manual_seed does, but for its look around for devices of all kinds, a third of a millisecond each time.
+    # torch.manual_seed does the same, and looks for devices of all kinds: a third of a millisecond each time.
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(number)

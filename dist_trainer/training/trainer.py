@@ -42,8 +42,7 @@ from dist_trainer.training.nonfinite import DivergenceWatch
 from dist_trainer.training.precision import Precision
 from dist_trainer.training.precompile import precompile
 from dist_trainer.training.profiler import Profiler
-from dist_trainer.training.result import TrainingResult, result_when_finished, result_when_stopped
-from dist_trainer.training.saving import TrainingState, finalize_checkpoint, stop_after_failed_saves
+from dist_trainer.training.saving import TrainingResult, TrainingState, finalize_checkpoint, fit_result, stop_after_failed_saves
 from dist_trainer.training.step import StepInput, StepResult, clip_gradients, fetch_step, phase, seed_dropout
 from dist_trainer.training.validation import LossFunction, evaluate, validation_is_due
 
@@ -161,9 +160,7 @@ class Trainer:
         self.progress.best = self._best_saved()
         self._report_checkpoints()
         self.callbacks.raise_error(self)
-        if not self.has_finished:
-            return result_when_stopped(self.progress, self.world)
-        return result_when_finished(self.progress, self.world, self._stop_reason)
+        return fit_result(self.progress, self.world, has_finished=self.has_finished, stop_reason=self._stop_reason)
 
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
@@ -247,6 +244,7 @@ class Trainer:
         with self.throughput.paused(), self.garbage.automatic():
             with self.throughput.waiting_for_steps():
                 self.divergence.drain()
+            self._at("in a callback")  # or what is marked within
             yield
 
     @contextmanager

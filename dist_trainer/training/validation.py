@@ -55,7 +55,7 @@ class ValidationResult:
         """
         return self.loss * self.tokens / math.log(2) / self.bytes if self.bytes else None
 
-    def metadata(self) -> dict[str, float | int | None]:
+    def metrics(self) -> dict[str, float | int | None]:
         """The measurements by their names in metrics.jsonl and in the output of `evaluate`."""
         measures = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
         return {**measures, "tokens": self.tokens, "bytes": self.bytes}

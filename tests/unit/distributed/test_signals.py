@@ -11,7 +11,7 @@ from dist_trainer.distributed import signals
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.signals import SECONDS_TO_RAISE_AGAIN, STOP_SIGNALS, StopRequest
 from dist_trainer.errors import LauncherLostError, StoppedError, signal_name
-from dist_trainer.training.result import result_when_stopped
+from dist_trainer.training.saving import result_when_stopped
 
 
 @pytest.mark.usefixtures("not_under_nohup")

@@ -10,7 +10,7 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, OutOfMemoryError, StoppedError, TrainingDivergedError
 from dist_trainer.run.record import RunOutcome, RunRecord
 from dist_trainer.tracking.run_reader import read_status
-from dist_trainer.training.result import TrainingResult
+from dist_trainer.training.saving import TrainingResult
 
 ONE, TWO = DistributedContext.single(), DistributedContext(world_size=2)
 
