@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
+from dist_trainer.config.keys import key_types
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.registry import ENTRY_NAMES, unknown_entry_message
 from dist_trainer.config.schema import (
@@ -13,42 +14,13 @@ from dist_trainer.config.schema import (
     BatchConfig,
     DataConfig,
     ModelConfig,
-    OptimConfig,
     ProfileConfig,
-    ScheduleConfig,
     TrainingConfig,
 )
 from dist_trainer.config.values import ALPACA, parse_profile_steps, parse_template
 from dist_trainer.errors import ConfigError
 
 _OWN_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_POSITIVE = (
-    "model.hidden_size",
-    "model.intermediate_size",
-    "model.num_hidden_layers",
-    "model.num_attention_heads",
-    "model.num_key_value_heads",
-    "model.rms_norm_eps",
-    "model.rope_theta",
-    "model.head_dim",
-    "model.rope_factor",
-    "model.rope_low_freq_factor",
-    "model.rope_high_freq_factor",
-    "model.rope_original_max_position_embeddings",
-    "data.sequence_length",
-    "batch.global_batch_size",
-    "batch.micro_batch_size",
-    "optim.learning_rate",
-    "optim.eps",
-    "train.max_steps",
-    "train.epochs",
-    "train.max_skipped_steps",
-    "validation.max_global_batches",
-    "checkpoint.keep_last",
-    "checkpoint.max_failures",
-    "tracking.log_every_steps",
-    "distributed.hang_timeout_minutes",
-)
 _NOT_NEGATIVE = (
     "seed",
     "data.num_workers",
@@ -61,6 +33,9 @@ _NOT_NEGATIVE = (
     "tracking.sample_tokens",
     "tracking.sample_every_steps",
 )
+"""Numbers that may be 0."""
+_FRACTIONS = ("model.dropout", "data.validation_fraction")
+"""Numbers from 0 up to 1, which itself is too much."""
 
 
 def check_config(config: TrainingConfig) -> None:
@@ -86,23 +61,31 @@ def rule_violations(config: TrainingConfig, *, world_size: int | None = None) ->
         *_model(config.model),
         *_data(config.data),
         *_batch(config.batch, world_size),
-        *_optim(config.optim),
-        *_schedule(config.schedule),
         *_profile(config.profile),
     ]
 
 
 def _ranges(config: TrainingConfig) -> Iterator[str]:
-    for key in _POSITIVE:
-        value = _value(config, key)
-        if value is not None and not (value > 0 and math.isfinite(value)):
+    """All other numbers must be more than 0, so that nobody forgets a new key."""
+    for key in key_types():
+        section, _, name = key.rpartition(".")
+        value = getattr(getattr(config, section) if section else config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or key == "schedule.min_lr_ratio":
+            continue
+        if key in _FRACTIONS:
+            if not 0 <= value < 1:
+                yield f"{key}: {value} must be 0 or more, and less than 1"
+        elif key in _NOT_NEGATIVE:
+            if not 0 <= value < math.inf:
+                yield f"{key}: {value} must be 0 or more"
+        elif not 0 < value < math.inf:
             yield f"{key}: {value} must be more than 0"
-    for key in _NOT_NEGATIVE:
-        value = _value(config, key)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            yield f"{key}: {value} must be 0 or more"
     if config.seed >= 1 << 63:
         yield f"seed: {config.seed} must be less than 2^63"
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        yield f"optim.betas: {list(config.optim.betas)} must each be 0 or more, and less than 1"
+    if not 0 <= config.schedule.min_lr_ratio <= 1:
+        yield f"schedule.min_lr_ratio: {config.schedule.min_lr_ratio} must be from 0 to 1"
 
 
 def _names(config: TrainingConfig) -> Iterator[str]:
@@ -134,8 +117,6 @@ def _entries(config: TrainingConfig) -> Iterator[str]:
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
-    if not 0 <= model.dropout < 1:
-        yield f"model.dropout: {model.dropout} must be 0 or more, and less than 1"
     if model.name == TRANSFORMERS:  # which ignores the other keys
         if model.init_from is None:
             yield "model.init_from: must name a folder with a config.json, or a model on the Hub, if model.name is hf"
@@ -158,8 +139,6 @@ def _model(model: ModelConfig) -> Iterator[str]:
 
 
 def _data(data: DataConfig) -> Iterator[str]:
-    if not 0 <= data.validation_fraction < 1:
-        yield f"data.validation_fraction: {data.validation_fraction} must be 0 or more, and less than 1"
     for key in ("dataset", "tokenizer", "text_column"):
         if not getattr(data, key):
             yield f"data.{key}: must not be empty"
@@ -170,12 +149,6 @@ def _data(data: DataConfig) -> Iterator[str]:
                 parse_template(template, key=f"data.{key}")
             except ConfigError as error:
                 yield str(error)
-    if data.bad_records != "stop" and data.bad_records < 1:
-        yield f"data.bad_records: {data.bad_records} must be more than 0, or stop"
-    yield from _conversations(data)
-
-
-def _conversations(data: DataConfig) -> Iterator[str]:
     for key in ("messages_column", "chat_template", "validation_split"):
         if getattr(data, key) == "":
             yield f"data.{key}: must not be empty; use null for none"
@@ -203,24 +176,9 @@ def _batch(batch: BatchConfig, world_size: int | None) -> Iterator[str]:
         yield f"batch.global_batch_size: {batch.global_batch_size} must be a multiple of {together}"
 
 
-def _optim(optim: OptimConfig) -> Iterator[str]:
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        yield f"optim.betas: {list(optim.betas)} must each be 0 or more, and less than 1"
-
-
-def _schedule(schedule: ScheduleConfig) -> Iterator[str]:
-    if not 0 <= schedule.min_lr_ratio <= 1:
-        yield f"schedule.min_lr_ratio: {schedule.min_lr_ratio} must be from 0 to 1"
-
-
 def _profile(profile: ProfileConfig) -> Iterator[str]:
     if profile.steps is not None:
         try:
             parse_profile_steps(profile.steps)
         except ConfigError as error:
             yield str(error)
-
-
-def _value(config: TrainingConfig, key: str) -> float | None:
-    section, _, name = key.rpartition(".")
-    return getattr(getattr(config, section) if section else config, name)

@@ -78,7 +78,7 @@ class Chart:
 
 def charts(runs: Sequence[RunHistory], labels: Sequence[str]) -> Iterator[Chart]:
     """The charts of `runs`, the loss first; some may have no points."""
-    marks = [mark for _, mark in numbered_marks(runs)]
+    marks = numbered_marks(runs)
     losses = [line for number, run in enumerate(runs) for line in _loss_lines(run, labels[number], number, len(runs))]
     skips = [(step, number) for number, run in enumerate(runs) for step in skipped_steps(run)]
     (time_unit, time_factor), (wait_unit, wait_factor) = (unit_of_time(runs, of) for of in ("step_seconds", "data_seconds"))

@@ -8,9 +8,10 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from dist_trainer.config.keys import flatten
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import counted
@@ -68,7 +69,7 @@ def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[G
 
 def describe_training(run: RunHistory, *, command: bool = True) -> str:
     """Model, data, device and, with `command`, the command; what is unknown is left out."""
-    config, environment = dict(flat(run.config)), run.environment
+    config, environment = flatten(run.config), run.environment
     layers, width = config.get("model.num_hidden_layers"), config.get("model.hidden_size")
     batch_size, length = config.get("batch.global_batch_size"), config.get("data.sequence_length")
     ranks, dtype = environment.get("world_size"), config.get("precision.dtype")
@@ -138,8 +139,8 @@ def _median(values: Sequence[float]) -> float:
 def stops_and_restarts(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
     """The list of the marks in the charts, by number."""
     items = []
-    for number, mark in numbered_marks(runs):
-        name = f"<b>{html.escape(labels[number])}</b>, " if len(labels) > 1 else ""
+    for mark in numbered_marks(runs):
+        name = f"<b>{html.escape(labels[mark.run])}</b>, " if len(labels) > 1 else ""
         items.append(f'<li value="{mark.number}">{name}step {mark.x:.0f}: {html.escape(mark.text)}</li>')
     if not items:
         return ""
@@ -217,7 +218,7 @@ def differences(runs: Sequence[RunHistory], labels: Sequence[str]) -> str:
     """Config keys and parts of the environment that differ between several runs, side by side."""
     if len(runs) < 2:
         return ""
-    configs = [dict(flat(run.config)) for run in runs]
+    configs = [flatten(run.config) for run in runs]
     keys = [key for key in dict.fromkeys(key for config in configs for key in config) if key not in UNCOMPARED_KEYS]
     rows = [[key, *(as_yaml(config.get(key, "")) for config in configs)] for key in keys]
     rows += [[name, *(as_yaml(run.environment.get(name, "")) for run in runs)] for name in COMPARED_ENVIRONMENT]
@@ -231,9 +232,9 @@ def config(run: RunHistory, title: str) -> str:
     """The config: settings other than the defaults, then the rest on demand."""
     if not run.config:
         return ""
-    defaults = dict(flat(as_dict(TrainingConfig())))
+    defaults = flatten(as_dict(TrainingConfig()))
     changed, unchanged = [], []
-    for key, value in flat(run.config):
+    for key, value in flatten(run.config).items():
         if key in defaults and defaults[key] == value:
             unchanged.append([key, as_yaml(value)])
         else:
@@ -251,15 +252,6 @@ def environment(run: RunHistory, title: str) -> str:
         return ""
     rows = [[name, as_yaml(value)] for name, value in run.environment.items()]
     return section(title, folded("versions, machine, command", table("Environment", [], rows)))
-
-
-def flat(nested: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values."""
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def as_yaml(value: Any) -> str:

@@ -25,11 +25,10 @@ class Mark:
     text: str
 
 
-def numbered_marks(runs: Sequence[RunHistory]) -> Iterator[tuple[int, Mark]]:
-    """(run's number, mark) of each restart and each end by a signal or an error, numbered from 1 through all runs."""
-    entries = [(number, step, text) for number, run in enumerate(runs) for step, text in timeline(run.events)]
-    for count, (number, step, text) in enumerate(entries[:MAX_MARKS], start=1):
-        yield number, Mark(float(step), count, number, text)
+def numbered_marks(runs: Sequence[RunHistory]) -> list[Mark]:
+    """A mark for each restart and each end by a signal or an error, numbered from 1 through all runs."""
+    entries = [(run, step, text) for run, history in enumerate(runs) for step, text in timeline(history.events)]
+    return [Mark(float(step), count, run, text) for count, (run, step, text) in enumerate(entries[:MAX_MARKS], start=1)]
 
 
 def timeline(events: Sequence[dict[str, Any]]) -> Iterator[tuple[int, str]]:

@@ -50,7 +50,7 @@ def test_restarts_and_signals_are_marked_and_described(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     texts = ["stopped by SIGTERM at step 15, saved; restarted 0.5 s later from step 15"]
     texts.append("killed without a message; restarted from step 25, 2 steps repeated")
-    assert [(mark.x, mark.number, mark.text) for _, mark in numbered_marks([run])] == [
+    assert [(mark.x, mark.number, mark.text) for mark in numbered_marks([run])] == [
         (15.0, 1, texts[0]),
         (25.0, 2, texts[1]),
     ]
