@@ -160,7 +160,7 @@ def rotate(folder: Path, *, latest: Path, best: Validated | None, keep_last: int
     """Point the links `latest` and `best` of `folder` at these checkpoints (None: there is no best one), and delete all but the
     `keep_last` newest, the best, and those that the links name. What the disk refuses is left to the next save.
     """
-    # Each by itself: on a full disk, where no link can be moved, deleting makes room.
+    # Each by itself: on a full disk no link can be set, but deleting makes room.
     with _retried_by_next_save(latest, "the links `latest` and `best` could not be set"):
         _set_links(folder, latest=latest, best=best)
     with _retried_by_next_save(latest, "older checkpoints could not be deleted"):

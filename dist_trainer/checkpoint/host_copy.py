@@ -50,7 +50,7 @@ class PinnedMemory:
 def to_host(tensors: Mapping[str, Tensor], *, copies: bool, pinned: PinnedMemory | None) -> tuple[dict[str, Tensor], bool]:
     """`tensors` in host memory, contiguous, each in its own storage; and whether they are in `pinned`.
 
-    Without `copies`, what is in host memory is taken as it is, if possible. Copies from a GPU run concurrently and are awaited
+    Without `copies`, tensors in host memory are not copied, if possible. Copies from a GPU run concurrently and are awaited
     once; nothing reads or copies them before that.
     """
     taken: dict[str, Tensor] = {}

@@ -107,7 +107,7 @@ def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
         size = path.stat().st_size
         if size != entry.get("bytes"):
             raise CheckpointError(
-                f"{path} is damaged: it has {counted(size, 'byte')} where the manifest says {entry.get('bytes')!r}"
+                f"{path} is damaged: it has {counted(size, 'byte')} and the manifest says {entry.get('bytes')!r}"
             )
         if digest_of_file(path) != entry.get(DIGEST):
             raise CheckpointError(f"{path} is damaged: its {DIGEST} is not the manifest's")
@@ -126,7 +126,7 @@ def _check_file_inside(folder: Path, name: str) -> None:
     except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST} names {name!r}, which cannot be a file") from error
     if not inside:
-        raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder, or behind a link out of it: {name!r}")
+        raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder, or through a link out of it: {name!r}")
     if not is_file:
         raise CheckpointError(f"{_shown(folder / name)} is not a file")
 

@@ -74,7 +74,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_back_one_and_says_so(run,
 
 
 @pytest.mark.parametrize("damage", [flip_bit, empty, delete])
-def test_with_no_checkpoint_intact_the_run_refuses_changes_nothing_and_never_starts_over(run, damage):
+def test_with_no_valid_checkpoint_the_run_refuses_changes_nothing_and_never_starts_over(run, damage):
     for checkpoint in run.checkpoints.glob("step-*"):
         damage(checkpoint / "model.safetensors")
     before = contents(run.checkpoints), (run.folder / "metrics.jsonl").read_bytes()
@@ -159,7 +159,7 @@ def become_a_folder(path):
     [delete, lead("step-00000006"), lead("step-99999999"), lead("latest"), lead("../../elsewhere"), lead("/"), become_a_folder],
     ids=["deleted", "to another", "to nothing", "to itself", "to elsewhere", "to the root", "a folder"],
 )
-def test_pointers_are_hints_and_are_made_anew(run, damage):
+def test_pointers_are_hints_and_are_repaired(run, damage):
     for name in ("latest", "best"):
         damage(run.checkpoints / name)
     checkpoint, progress = resume_point(run.checkpoints, keep_last=3)
@@ -194,14 +194,14 @@ def add_noise(path):
 
 
 @pytest.mark.parametrize("damage", [double, add_half_a_line, add_noise])
-def test_each_step_stands_once_in_the_metrics_whatever_was_added_to_them(run, undisturbed, damage):
+def test_each_step_is_once_in_the_metrics_whatever_was_added_to_them(run, undisturbed, damage):
     damage(run.folder / "metrics.jsonl")
     run.finish()
     run.equals(undisturbed)
 
 
 @pytest.mark.parametrize("damage", [flip_bit, empty, delete])
-def test_damaged_metrics_do_not_keep_a_run_from_going_on(run, undisturbed, damage):
+def test_damaged_metrics_do_not_keep_a_run_from_resuming(run, undisturbed, damage):
     damage(run.folder / "metrics.jsonl")
     run.finish()
     assert run.lines()[-1]["loss"] == undisturbed.lines()[-1]["loss"]

@@ -1,4 +1,4 @@
-"""A disk that is really full: training goes on, what was saved is untouched, and the truth is told."""
+"""A disk that is really full: training continues, what was saved is untouched, and the status is true."""
 
 import os
 
@@ -43,7 +43,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_save_tries_again(run, undistur
     run.equals(undisturbed)
 
 
-def test_after_max_failures_in_a_row_it_stops_with_the_truth_and_goes_on_once_there_is_room(run, undisturbed, small_disk):
+def test_after_max_failures_in_a_row_it_stops_with_the_reason_and_resumes_once_there_is_room(run, undisturbed, small_disk):
     config = run.but(checkpoint__max_failures=2)
     ended = run.start(fill_disk(small_disk, at_step=4), config=config)
     assert ended.code == 1
@@ -58,7 +58,7 @@ def test_after_max_failures_in_a_row_it_stops_with_the_truth_and_goes_on_once_th
     run.equals(undisturbed)
 
 
-def test_a_failure_that_is_made_up_for_counts_no_more(run, undisturbed, small_disk):
+def test_a_failure_before_a_successful_save_counts_no_more(run, undisturbed, small_disk):
     faults = [fill_disk(small_disk, at_step=2), free_disk(small_disk, at_step=4)]
     faults += [fill_disk(small_disk, at_step=8), free_disk(small_disk, at_step=10)]
     ended = run.start(*faults, config=run.but(checkpoint__max_failures=2))
@@ -107,7 +107,7 @@ def test_a_run_cannot_begin_on_a_full_disk(run, small_disk):
     assert "Traceback" not in ended.said
 
 
-def test_a_run_that_finds_the_disk_full_at_its_start_goes_on_from_what_it_has(run, undisturbed, small_disk):
+def test_a_run_that_finds_the_disk_full_at_its_start_resumes_from_what_it_has(run, undisturbed, small_disk):
     assert run.start(do(lambda _: os._exit(77), at_step=8)).code == 77
     fill(small_disk)
     ended = run.start(free_disk(small_disk, at_step=8))

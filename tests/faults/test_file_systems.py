@@ -116,7 +116,7 @@ def saver(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["damaged", "gone"])
-def test_a_whole_copy_stands_in_for_a_checkpoint_that_is(saver, what):
+def test_a_complete_copy_replaces_a_checkpoint_that_is(saver, what):
     newest = saver.checkpoints / "step-00000006"
     if what == "damaged":
         flip_bit(newest / "model.safetensors")

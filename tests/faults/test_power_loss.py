@@ -1,4 +1,4 @@
-"""Power loss: what is visible is whole, whatever the disk has not yet been told to keep."""
+"""Power loss: what is visible is complete, whatever was not synced yet."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def in_a_process(act, tmp_path):
 
 
 @pytest.mark.parametrize("step", [9, 6], ids=["of a new step", "of a step that is there already"])
-def test_a_power_cut_before_any_operation_of_a_save_leaves_only_whole_checkpoints(saved, tmp_path, step):
+def test_a_power_cut_before_any_operation_of_a_save_leaves_only_complete_checkpoints(saved, tmp_path, step):
     cuts, complaints = in_a_process(lambda: cut_power_during_a_save(saved.at(tmp_path / "run"), step), tmp_path)
     assert complaints == []
     assert cuts > 40

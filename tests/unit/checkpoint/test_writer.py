@@ -1,4 +1,4 @@
-"""What is written behind the training's back, in which order, and what gives way."""
+"""Which snapshots are written in the background, in which order, and which are dropped."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ from dist_trainer.checkpoint.writer import BackgroundWriter
 
 
 class SlowDisk:
-    """Writes for as long as it is told to; notes what was written, and whether two writes ever overlapped."""
+    """Each write lasts until `is_quick` is set; records what was written, and whether two writes ever overlapped."""
 
     def __init__(self):
         self.steps, self.in_flight, self.most_in_flight = [], 0, 0

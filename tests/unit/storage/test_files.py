@@ -1,4 +1,4 @@
-"""Files are replaced whole, also where the disk refuses, and through no link."""
+"""A file is replaced completely or not at all, also if the disk refuses, and no link is followed."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path, durable):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_where_the_disk_refuses_the_old_file_stands(tmp_path, monkeypatch):
+def test_if_the_disk_refuses_the_old_file_is_unchanged(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     no_room_for(".staging-file", monkeypatch)

@@ -1,4 +1,4 @@
-"""A folder exists whole or not at all, whatever operation the process dies at."""
+"""A folder is complete or absent, whatever operation the process dies at."""
 
 import contextlib
 import errno
@@ -26,7 +26,7 @@ def published(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_published_folder_is_intact_and_carries_its_facts(tmp_path):
+def test_a_published_folder_is_valid_and_has_its_metadata(tmp_path):
     folder = published(tmp_path)
     manifest = verify(folder)
     assert manifest["step"] == 1
@@ -83,8 +83,8 @@ class DiedError(BaseException):
 
 
 @pytest.mark.parametrize("replacing", [False, True])
-def test_dying_at_any_single_operation_leaves_an_intact_folder_or_none(tmp_path, monkeypatch, replacing):
-    """Counts the operations of a whole save, then dies before each of them in turn."""
+def test_dying_at_any_single_operation_leaves_a_valid_folder_or_none(tmp_path, monkeypatch, replacing):
+    """Counts the operations of a complete save, then dies before each of them in turn."""
     operations = ["sync", "os.rename", "write", "remove"]
 
     def save_in(parent: Path, *, die_at: int) -> int:
@@ -144,7 +144,7 @@ def test_pointers_are_replaced_and_relative(tmp_path):
     assert os.readlink(tmp_path / "latest") == "step-00000001"
 
 
-def test_discarding_removes_the_folder(tmp_path):
+def test_a_deleted_folder_leaves_nothing(tmp_path):
     delete_folder(published(tmp_path))
     assert list(tmp_path.iterdir()) == []
 

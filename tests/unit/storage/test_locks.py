@@ -1,4 +1,4 @@
-"""One job a run folder: who holds it is named, and a dead one holds nothing."""
+"""One job per run folder: the owner is named, and a dead one holds nothing."""
 
 import errno
 import fcntl
@@ -61,20 +61,20 @@ def test_the_lock_of_a_killed_process_does_not_block(tmp_path):
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_hold_the_lock(tmp_path):
-    told, tell = os.pipe()
+    reader, writer = os.pipe()
 
     def take_it_fork_and_die() -> None:
         RunLock(tmp_path)
         if os.fork() == 0:
-            os.read(told, 1)  # lives until the test is done
+            os.read(reader, 1)  # lives until the test is done
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
     in_a_child(take_it_fork_and_die)
     RunLock(tmp_path).release()
-    os.write(tell, b"x")
-    os.close(tell)
-    os.close(told)
+    os.write(writer, b"x")
+    os.close(writer)
+    os.close(reader)
 
 
 def test_a_program_that_the_job_has_started_does_not_hold_the_lock(tmp_path):
@@ -92,7 +92,7 @@ def test_a_child_may_let_go_without_taking_the_lock_from_its_parent(tmp_path, im
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\0", b"host x, pid 99999999999999999999, since y\n", b"x" * 10_000])
-def test_what_stands_in_the_file_does_not_matter(tmp_path, content):
+def test_the_content_of_the_file_does_not_matter(tmp_path, content):
     (tmp_path / LOCK_FILE).write_bytes(content)
     RunLock(tmp_path).release()
     assert re.fullmatch(rf"host .*, pid {os.getpid()}, since .*\n", (tmp_path / LOCK_FILE).read_text())

@@ -55,7 +55,7 @@ def test_nothing_can_be_appended_to_a_manifest(folder, change):
         read_manifest(folder)
 
 
-def test_only_the_files_that_are_asked_for_are_compared(folder):
+def test_only_the_named_files_are_compared(folder):
     (folder / "weights").write_bytes(b"")
     verify(folder, only=["more/state"])
     with pytest.raises(CheckpointError, match="weights is damaged: it has 0 bytes"):
@@ -68,7 +68,7 @@ def test_files_outside_are_not_looked_for(folder, name):
     (folder / "link").symlink_to(folder.parent / "outside")
     (folder / "linked").symlink_to(folder.parent)
     sealed_by_a_stranger(folder, [name])
-    with pytest.raises(CheckpointError, match="outside its folder, or behind a link"):
+    with pytest.raises(CheckpointError, match="outside its folder, or through a link"):
         verify(folder)
 
 
