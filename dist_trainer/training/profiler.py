@@ -122,7 +122,7 @@ class Profiler:
                 trainer.log({"kind": "profile", "step": steps[-1], **cost_of_step})
 
     def _write(self, trainer: Trainer, steps: range) -> tuple[float, float] | None:
-        """Stop, and write the files; what `exchange_cost` finds, None if that cannot be known."""
+        """Stop, and write the files. Returns what `exchange_cost` does, None also if a file cannot be written."""
         recorded, self._profile = self._profile, None
         assert recorded is not None, "it has just been asked"
         try:
