@@ -74,6 +74,9 @@ def test_values_keep_their_meaning():
     assert load_config(["--data.template", "null"]).data.template is None
     assert load_config(["--profile.steps", "5-8"]).profile.steps == "5-8"
     assert load_config(["--tracking.sample_prompt", ""]).tracking.sample_prompt == ""
+    assert load_config(["--train.callbacks", "a.b:c"]).train.callbacks == ("a.b:c",)
+    assert load_config(["--train.callbacks", "[a.b:c, d:e]"]).train.callbacks == ("a.b:c", "d:e")
+    assert load_config(["--train.callbacks", "[]"]).train.callbacks == ()
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
@@ -125,6 +128,8 @@ REFUSED = {
     "--model.num_key_value_heads 4": "model.num_key_value_heads: 4 does not divide model.num_attention_heads (6)",
     "--model.hidden_size 18 --model.num_key_value_heads 6": "rotary positions need an even number",
     "--precision.dtype fp8": "precision.dtype: 'fp8' is not one of auto, fp32, bf16, fp16",
+    "--train.callbacks [a.b:c,early_stopping]": "train.callbacks: 'early_stopping' is not of the form package.module:function",
+    "--train.callbacks [1]": "train.callbacks: '[1]' is not a list of texts",
     "--precision.compile maybe": "precision.compile: 'maybe' is not true or false or auto",
     "--tracking.wandb yes": "tracking.wandb: 'yes' is not one of offline, online, disabled",
     "--data.packing maybe": "data.packing: 'maybe' is not true or false",
