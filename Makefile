@@ -1,5 +1,6 @@
 # make train [ARGS="--train.max_steps 50"]    set-up, then the default run, on all GPUs of this machine or on its CPU
 # make test  [ARGS="-k sampler"]              set-up, then the tests
+# make test-slow                              those that take too long for each change; once a week
 # make bench [ARGS="--ranks 2"]               compared with HF Trainer, Lightning and a bare loop (see benchmarks/README.md)
 # make lint | format | check                  style and types | fix the style | lint and test, as CI does
 # make setup [PYTHON=python3.12] [TORCH=gpu]  set-up only, into .venv/ (see launch/setup.sh; TORCH=cu126: a build by name)
@@ -18,13 +19,16 @@ STAMP := .venv/.set-up
 export PYTHONDONTWRITEBYTECODE =
 export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.venv/bytecode
 
-.PHONY: train test bench lint format check setup clean again
+.PHONY: train test test-slow bench lint format check setup clean again
 
 train: setup
 	PYTHON=$(VENV) launch/local.sh $(ARGS)
 
 test: setup
 	$(VENV) -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: setup
+	$(VENV) -m pytest --numprocesses $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 bench: $(STAMP)-bench
 	$(VENV) -m benchmarks.compare $(ARGS)

@@ -6,6 +6,7 @@ numbers) is skipped, never raised.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from array import array
@@ -91,7 +92,7 @@ class RunHistory:
             self._read_bytes = end
             self._add_line(line)
         self.events = list(read_events(self.folder))
-        self.config = self.config or _read_config(self.folder / "config.yaml")
+        self.config = self.config or _config_from(text_of(self.folder / "config.yaml"))
         self.status = read_status(self.folder)
         environments = [e["environment"] for e in self.events if isinstance(e.get("environment"), dict)]
         self.environment = environments[-1] if environments else {}
@@ -225,9 +226,10 @@ def text_of(path: Path) -> str:
         return ""
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+@functools.lru_cache(maxsize=4)  # a run reads its own several times, and YAML takes 50 ms
+def _config_from(text: str) -> dict[str, Any]:
     try:
-        config = load_yaml(text_of(path), str(path))
+        config = load_yaml(text, "config.yaml")
     except ConfigError:
         return {}
     return config if isinstance(config, dict) else {}

@@ -4,7 +4,10 @@ import pytest
 import torch._dynamo  # noqa: F401  optimizers and DistributedDataParallel import it: seconds in each worker otherwise
 import transformers  # noqa: F401
 
+from dist_trainer.data.tokenizers import load_tokenizer
 from tests.distributed.small_runs import write_conversations, write_stories
+
+load_tokenizer("austen")  # imports more of transformers
 
 
 @pytest.fixture

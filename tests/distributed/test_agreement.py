@@ -14,6 +14,7 @@ from dist_trainer.run import lifecycle
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import (
     at_each_validation_batch,
+    command,
     folder,
     losses,
     metrics,
@@ -212,6 +213,12 @@ def test_more_ranks_than_the_batch_divides_by_are_refused_on_all_of_them(stories
     with pytest.raises(AssertionError, match=r"ConfigError: batch\.global_batch_size \(8\)"):
         run(config, 4)
     assert not folder(config).exists()
+
+
+def test_what_all_ranks_refuse_is_said_once(tmp_path, capfd):
+    config = small_config(tmp_path / "nowhere.jsonl", tmp_path / "runs")
+    assert command(config, 2) == [2, 2]
+    assert capfd.readouterr().err.count("nowhere.jsonl does not exist") == 1
 
 
 def test_a_stop_during_the_last_validation_is_made_up_for(stories, tmp_path):

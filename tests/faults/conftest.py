@@ -8,6 +8,7 @@ import torch._dynamo  # noqa: F401  seconds in each forked process otherwise
 import transformers  # noqa: F401
 
 from dist_trainer.data.tokenizers import load_tokenizer
+from tests.distributed import small_runs
 from tests.distributed.conftest import stories
 from tests.distributed.small_runs import small_config, write_stories
 from tests.faults.faults import Run
@@ -29,6 +30,14 @@ def undisturbed(text, tmp_path_factory):
     run = a_run(text, tmp_path_factory.mktemp("undisturbed"))
     run.finish()
     return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed_by_two(text, tmp_path_factory):
+    """The config of a run by two ranks that nothing happens to."""
+    config = small_config(text, tmp_path_factory.mktemp("undisturbed"))
+    assert small_runs.run(config, 2) == [0, 0]
+    return config
 
 
 @pytest.fixture

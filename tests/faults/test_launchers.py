@@ -118,8 +118,12 @@ def a_killed_torchrun_leaves_no_orphans(output, ranks):
         processes = ranks_of(launcher)
         launcher.kill()
         wait_until(lambda: not any(process.is_alive() for process in processes), seconds=SECONDS_TO_LEAVE)
-    assert status(folder)["state"] == "failed"
-    assert "the launcher (pid" in status(folder)["reason"]
+    step = lines(folder)[-1]["step"]
+    assert (status(folder)["state"], status(folder)["step"]) == ("failed", step)
+    reason = f"the launcher (pid {launcher.pid}) is gone; step {step} is saved"
+    assert status(folder)["reason"].startswith(reason)
+    assert (output / "said.txt").read_text().count(f"dist_trainer: {reason}") == 1
+    assert os.readlink(folder / "checkpoints" / "latest") == f"step-{step:08d}"
 
 
 def a_killed_rank_is_started_again_by_torchrun(output, ranks):
@@ -135,9 +139,10 @@ def is_training_again(folder, resumed_from):
     return status(folder)["state"] == "running" and logged(folder) > resumed_from
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_ranks_whose_torchrun_dies_of_a_signal_save_and_leave(tmp_path, number):
+@pytest.mark.slow  # above, one that is killed while they train
+def test_ranks_whose_torchrun_dies_of_a_signal_save_and_leave(tmp_path):
     """Without the launch file's option torchrun does not take SIGUSR1, which ends it at once."""
+    number = signal.SIGUSR1
     folder = tmp_path / "debug"
     with launched(tmp_path, "--train.max_steps", "100000", "--checkpoint.every_steps", "50000", by=BARE) as launcher:
         wait_until(lambda: logged(folder) >= 5, seconds=90, of=launcher)
@@ -165,7 +170,8 @@ def test_ranks_whose_torchrun_dies_while_they_start_do_not_train_without_it(tmp_
     assert (tmp_path / "said.txt").read_text().count(f"the launcher (pid {launcher.pid}) is gone") == 1
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow  # tests/distributed/test_rendezvous.py has ranks that do not join
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, victim):
     with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
         processes = ranks_that_have_just_been_started(launcher)

@@ -15,7 +15,6 @@ from tests.distributed.small_runs import (
     folder,
     losses,
     on_rank,
-    run,
     same_weights,
     small_config,
     status,
@@ -92,16 +91,14 @@ def said(config) -> str:
     return "".join(path.read_text() for path in Path(folder(config), "logs").glob("rank-*.log"))
 
 
-def goes_on_as_if_nothing_had_happened(config, stories, tmp_path) -> None:
-    undisturbed = small_config(stories, tmp_path / "undisturbed")
-    run(undisturbed, 2)
+def goes_on_as_if_nothing_had_happened(config, undisturbed) -> None:
     assert command(config, 2) == [0, 0]
     assert losses(config) == losses(undisturbed)
     assert same_weights(config, undisturbed)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_takes_the_others_with_it_within_seconds(stories, tmp_path, rank):
+def test_a_rank_that_is_killed_takes_the_others_with_it_within_seconds(stories, undisturbed_by_two, tmp_path, rank):
     config = small_config(stories, tmp_path / "run")
     codes = command(config, 2, before=kill(rank=rank, at=7))
     assert seconds_since_the_fault(config) < allowed(SECONDS_TO_LEAVE)
@@ -111,7 +108,7 @@ def test_a_rank_that_is_killed_takes_the_others_with_it_within_seconds(stories, 
         assert status(config)["exit_code"] == 1
         assert "rank 1 on " in status(config)["reason"]
         assert "is gone (last seen in step" in status(config)["reason"]
-    goes_on_as_if_nothing_had_happened(config, stories, tmp_path)
+    goes_on_as_if_nothing_had_happened(config, undisturbed_by_two)
 
 
 def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp_path, capfd):
@@ -124,7 +121,7 @@ def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp_path, rank):
+def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, undisturbed_by_two, tmp_path, rank):
     config = small_config(stories, tmp_path / "run", distributed__hang_timeout_minutes=0.1)
     codes = command(config, 2, before=freeze(rank=rank, at=7))
     assert 6 - 1 < seconds_since_the_fault(config) < 6 + allowed(SECONDS_TO_LEAVE_A_HANGING_RANK)
@@ -135,7 +132,7 @@ def test_a_rank_that_hangs_is_named_and_all_leave_after_the_timeout(stories, tmp
     assert "(last seen in step 7, training)" in lines[0]
     assert status(config)["state"] == "failed"
     assert "stopped responding" in status(config)["reason"]
-    goes_on_as_if_nothing_had_happened(config, stories, tmp_path)
+    goes_on_as_if_nothing_had_happened(config, undisturbed_by_two)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 3])

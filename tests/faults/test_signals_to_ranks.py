@@ -62,11 +62,11 @@ def during_compilation(number, note):
     return lay
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(("when", "rank"), [(during_validation, 1), (during_a_save, 0)])
-def test_a_signal_during(when, rank, number, stories, tmp_path):
-    undisturbed = small_config(stories, tmp_path / "undisturbed")
-    assert run(undisturbed, 2) == [0, 0]
+@pytest.mark.parametrize(
+    ("when", "rank", "number"), [(during_validation, 1, signal.SIGTERM), (during_a_save, 0, signal.SIGINT)]
+)
+def test_a_signal_during(when, rank, number, stories, undisturbed_by_two, tmp_path):
+    undisturbed = undisturbed_by_two
     config, note = small_config(stories, tmp_path), tmp_path / "when.json"
     assert command(config, 2, before=on_rank(rank, when(number, note))) == [0, 0]
     assert time.time() - json.loads(note.read_text()) < allowed(SECONDS_TO_LEAVE)
@@ -81,6 +81,7 @@ def test_a_signal_during(when, rank, number, stories, tmp_path):
     assert status(config)["lost_steps"] == 0
 
 
+@pytest.mark.slow  # by the real compiler; below, by one that takes no time
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU by g++, which is not here")
 def test_a_signal_during_compilation_breaks_it_off(stories, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import socket
 import sys
 import time
@@ -27,19 +28,19 @@ SECONDS_TO_REFUSE = 10.0
 # ------------------------------------------------------------------------------------------------ two jobs
 
 
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_second_job_is_refused_by_host_pid_and_start_of_the_first_which_is_unharmed(run, undisturbed, resume):
+def test_a_second_job_is_refused_by_host_pid_and_start_of_the_first_which_is_unharmed(run, undisturbed):
     waiting, go_on = os.pipe()
     first = run.begin(do(lambda _: os.read(waiting, 1), at_step=7))
     wait_until(lambda: run.logged_steps() >= 6, of=first)
-    began = time.monotonic()
-    second = run.start(config=run.but(checkpoint__resume=resume))
-    assert time.monotonic() - began < allowed(SECONDS_TO_REFUSE)
-    assert second.code == 2
     owner = (
         rf"in use by another job \(host {re.escape(socket.gethostname())}, pid {first.pid}, since \d{{4}}-\d\d-\d\d [\d:]+\)"
     )
-    assert re.search(owner, second.said), second.said
+    for resume in ("auto", "never"):
+        began = time.monotonic()
+        second = run.start(config=run.but(checkpoint__resume=resume))
+        assert time.monotonic() - began < allowed(SECONDS_TO_REFUSE)
+        assert second.code == 2
+        assert re.search(owner, second.said), second.said
     os.write(go_on, b"!")
     assert first.wait().code == 0
     run.equals(undisturbed)
@@ -77,10 +78,15 @@ def seal(checkpoint):
     (checkpoint / MANIFEST).write_text(describe_files(checkpoint, metadata))
 
 
+@pytest.fixture
+def checkpoint(undisturbed, tmp_path):
+    """A copy of one that is intact."""
+    return shutil.copytree(undisturbed.checkpoints / "step-00000010", tmp_path / "strangers" / "checkpoint")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json"])
-def test_a_pickle_in_a_checkpoint_is_not_opened(run, text, tmp_path, name):
-    assert run.start(kill(at_step=10)).was_killed
-    checkpoint, harm = run.checkpoints / "step-00000006", tmp_path / "harm"
+def test_a_pickle_in_a_checkpoint_is_not_opened(checkpoint, text, tmp_path, name):
+    harm = tmp_path / "harm"
     (checkpoint / name).write_bytes(pickle.dumps(Touch(harm)))
     (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(harm)))
     seal(checkpoint)
@@ -95,9 +101,8 @@ def test_a_pickle_in_a_checkpoint_is_not_opened(run, text, tmp_path, name):
         assert not harm.exists()
 
 
-def test_code_that_comes_with_a_tokenizer_or_a_model_is_not_run(run, text, tmp_path):
-    assert run.start(kill(at_step=10)).was_killed
-    checkpoint, harm = run.checkpoints / "step-00000006", tmp_path / "harm"
+def test_code_that_comes_with_a_tokenizer_or_a_model_is_not_run(checkpoint, text, tmp_path):
+    harm = tmp_path / "harm"
     (checkpoint / "evil.py").write_text(f"open({str(harm)!r}, 'w')\nclass Evil: pass\n")
     for name, key in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
         path = checkpoint / name

@@ -12,7 +12,7 @@ from dist_trainer.config.yaml_files import load_yaml
 from dist_trainer.errors import ConfigError, RefusedError
 from dist_trainer.huggingface.llama_config import read_hf_config
 from dist_trainer.run.configure import load_config
-from dist_trainer.tracking.run_reader import _read_config
+from dist_trainer.tracking.run_reader import read_run
 
 ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
@@ -59,7 +59,7 @@ def test_an_alias_that_is_none_of_these_is_read(tmp_path):
 
 def test_the_config_of_another_s_run_and_a_section_on_the_command_line_are_read_likewise(tmp_path):
     (tmp_path / "config.yaml").write_text(f"{ALIASES}seed: *j\n")
-    assert _read_config(tmp_path / "config.yaml") == {}
+    assert read_run(tmp_path).config == {}
     with pytest.raises(ConfigError, match="is nested too deeply"):
         load_yaml("[" * 1000 + "]" * 1000, "command line")
     with pytest.raises(ConfigError, match=r"command line: optim: is a section; set its keys"):
