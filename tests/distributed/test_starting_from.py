@@ -337,16 +337,8 @@ def test_what_is_no_whole_model_ends_in_a_sentence_and_runs_no_code(stories, tmp
 
 
 def test_training_decoder_lm_imports_no_model_code_of_transformers(stories, tmp_path, llama):
-    """Some seconds of every start, which nobody would notice in a test that passes."""
-    script = (
-        "import sys\nfrom dist_trainer.run.lifecycle import run\nfrom dist_trainer.run.configure import load_config\n"
-        "assert run(load_config(sys.argv[1:])) == 0\n"
-        "assert not [name for name in sys.modules if name.startswith('transformers.models.llama.modeling')]\n"
-        "assert 'transformers.modeling_utils' not in sys.modules\n"
-    )
-    (tmp_path / "script_of_this_test.py").write_text(script)
     words = arguments(stories, tmp_path, llama, "--train.max_steps", "1")
-    done = quick_command(*words, module="script_of_this_test", cwd=tmp_path)
+    done = quick_command(*words, module="tests.distributed.run_without_model_code")
     assert done.returncode == 0, done.stderr
     assert losses(load_config(words))
 
