@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dist_trainer.checkpoint.manager import CheckpointManager
     from dist_trainer.config.schema import TrainingConfig
     from dist_trainer.data.batch import Batch
-    from dist_trainer.data.build_loaders import create_dataloaders
+    from dist_trainer.data.loader import create_dataloaders
     from dist_trainer.data.tokenizers import load_tokenizer
     from dist_trainer.distributed.context import DistributedContext, init_distributed
     from dist_trainer.models.decoder_lm import DecoderLM
@@ -31,7 +31,7 @@ _HOMES = {
     "TrainingConfig": "config.schema",
     "DistributedContext": "distributed.context",
     "build_optimizer": "optim.registry",
-    "create_dataloaders": "data.build_loaders",
+    "create_dataloaders": "data.loader",
     "init_distributed": "distributed.context",
     "load_config": "run.configure",
     "load_tokenizer": "data.tokenizers",

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import DataConfig
+from dist_trainer.data.batch import Batch
 from dist_trainer.data.best_fit_packing import BestFitPackedDataset, TruncatedDocuments, truncate_and_filter
+from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.datasets import Source, open_source
-from dist_trainer.data.documents import record_formatter
-from dist_trainer.data.loader import TokenDataset
+from dist_trainer.data.messages import read_messages
 from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCollator, TokenStream, identity_collate
 from dist_trainer.data.sampler import FeistelPermutation
 from dist_trainer.data.split import Split
-from dist_trainer.data.templates import infer_layout
+from dist_trainer.data.templates import (
+    LossMaskedText,
+    RecordFormatter,
+    RecordToText,
+    completion_template_of,
+    infer_layout,
+    template_formatter,
+    text_formatter,
+)
 from dist_trainer.data.token_store import TokenStore, store_key, token_store
 from dist_trainer.data.tokenizers import Tokenizer
-from dist_trainer.errors import DataError, counted
+from dist_trainer.errors import ConfigError, DataError, counted
 from dist_trainer.storage.cache_dir import default_cache_dir
 
 log = logging.getLogger(__name__)
@@ -41,6 +53,15 @@ class Documents(NamedTuple):
     def num_tokens(self) -> int:
         """Tokens of these documents, including EOS."""
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+
+class TokenDataset(NamedTuple):
+    """A map-style data set of sequences, not yet divided among ranks, and how sequences become a batch."""
+
+    dataset: Dataset
+    collate: Callable[[Any], Batch]
+    warning: str = ""
+    """What was truncated or skipped, if anything."""
 
 
 def build_datasets(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
@@ -232,3 +253,46 @@ def _format_warning(kept: TruncatedDocuments, num_documents: int, sequence_lengt
         f"of {total} skipped: no answer": kept.without_answer,
     }
     return "; ".join(f"{count} {what}" for what, count in parts.items() if count)
+
+
+def record_formatter(config: DataConfig, tokenizer: Tokenizer) -> RecordFormatter:
+    """The formatter that `config` describes. Raises DataError, ConfigError."""
+    if config.messages_column is not None:
+        return _of_conversations(config, config.messages_column, tokenizer)
+    if config.chat_template is not None:
+        raise ConfigError(
+            f"data.chat_template: {config.chat_template!r} is set, but {config.dataset} has no column named messages or "
+            "conversations; name its column by data.messages_column, or set data.chat_template to null"
+        )
+    text = text_formatter(config.text_column, config.template)
+    if (completion_template := completion_template_of(config)) is not None:
+        return _of_completions(config, completion_template, text)
+    return RecordFormatter(text, json.dumps([config.text_column, config.template]))
+
+
+def _of_conversations(config: DataConfig, column: str, tokenizer: Tokenizer) -> RecordFormatter:
+    template = ChatTemplate(config, tokenizer)
+
+    def make(where: str, record: dict[str, Any]) -> LossMaskedText:
+        return template(where, read_messages(where, record, column))
+
+    parts = [
+        "messages, with their flags",
+        column,
+        template.text,
+        sorted((k, str(v)) for k, v in tokenizer.special_tokens_map.items()),
+    ]
+    return RecordFormatter(make, json.dumps(parts), has_loss_mask=True)
+
+
+def _of_completions(config: DataConfig, completion_template: str, prompt: RecordToText) -> RecordFormatter:
+    completion = template_formatter(completion_template, key="data.completion_template")
+
+    def make(where: str, record: dict[str, Any]) -> LossMaskedText:
+        before, after = str(prompt(where, record)), completion(where, record)
+        text = before + after
+        # An empty completion would train the model to answer nothing.
+        return LossMaskedText(text, [(len(before), len(text))] if after.strip() else [], is_complete=False)
+
+    parts = ["completion, not an empty one", config.text_column, config.template, completion_template]
+    return RecordFormatter(make, json.dumps(parts), has_loss_mask=True)

@@ -1,53 +1,45 @@
-"""Conversations: their messages in records, and their text by a chat template, with the positions of the answers.
+"""`ChatTemplate`: the text of conversations, with the positions of the answers.
 
 A template may mark the answers itself, with {% generation %} around the assistant's text. With any other template, an answer
 is the difference between two renderings: of the turns before it, with the generation prompt, and of those up to the answer.
 Each rendering must begin with the one before: a template that renders earlier turns differently later on is refused.
+
+Templates are programs and may come from a stranger, so there are limits on what they do.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import re
-from typing import Any
+import resource
+import signal
+import threading
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, TypeVar
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.templates import (
-    BESIDE_MESSAGES,
-    LossMaskedText,
-    check_length,
-    check_template,
-    describe_type,
-    missing_column,
-    within_limits,
-)
+from dist_trainer.data.messages import ASSISTANT, CONTENT_KEYS, Message, is_trained_on
+from dist_trainer.data.templates import LossMaskedText
 from dist_trainer.data.tokenizers import Tokenizer, read_chat_template, text_prefix
-from dist_trainer.errors import DataError
+from dist_trainer.errors import DataError, type_named
 
 log = logging.getLogger(__name__)
 
+MAX_SECONDS = 5.0
+"""CPU time for rendering a conversation, which takes milliseconds."""
+MAX_BYTES = 1 << 30
+"""Memory that rendering may add to that of the process."""
+MAX_CHARACTERS = 1 << 26
+"""Length of the rendered text."""
+_MEMORY_IN_USE = Path("/proc/self/statm")
+Result = TypeVar("Result")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKS_FOR_DATE = "asks for today's date"
 _WITHOUT_DATE = f'{{% macro strftime_now(_) %}}{{{{ raise_exception("{_ASKS_FOR_DATE}") }}}}{{% endmacro %}}\n'
 """Put before a template, to replace transformers' function for the date. Like that of any tag, its line end is not rendered."""
 _MARKS = "{% generation %} and {% endgeneration %} around the assistant's text"
-
-Message = dict[str, Any]
-ASSISTANT = "assistant"
-FLAGS = ("weight", "train", "training")
-"""Keys of a message that say whether it is trained on: 1 or true, 0 or false."""
-CONTENT_KEYS = (
-    *("tool_calls", "function_call", "tools", "functions"),
-    *("reasoning_content", "reasoning", "thinking", "refusal", "images", "audio", "videos"),
-)
-"""Keys of a message with further content. The chat template must render them, or they would be lost silently."""
-SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot"), ASSISTANT),
-    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
-    "system": "system",
-}
 
 
 class ChatTemplate:
@@ -233,76 +225,76 @@ def _required_template(config: DataConfig, tokenizer: Tokenizer) -> str:
     return template
 
 
-def read_messages(where: str, record: dict[str, Any], column: str) -> list[Message]:
-    """The messages of a record. Raises DataError naming `where` and the problem."""
-    if column not in record:
-        raise missing_column(column, list(record), where)
-    messages = record[column]
-    if isinstance(messages, dict) and messages and all(isinstance(part, list) for part in messages.values()):
-        # `datasets` stores lists of records declared as a Sequence as a list per field.
-        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
-    if not isinstance(messages, list):
-        raise DataError(
-            f'{where}: the column {column!r} holds {describe_type(messages)}, not a list of {{"role", "content"}} messages'
-        )
-    if not messages:
-        raise DataError(f"{where}: the conversation in {column!r} has no message; remove the record")
-    for other in BESIDE_MESSAGES:
-        if other != column and record.get(other) not in (None, "", "[]", []):
-            raise DataError(
-                f"{where}: the column {other!r} has content that would not be part of the conversation; write it into a "
-                "system message, and remove the column"
-            )
-    return [_message(where, f"message {number} in {column!r}", message) for number, message in enumerate(messages, start=1)]
+class TemplateLimitError(DataError):
+    """A chat template exceeds the limits on time, memory or length."""
 
 
-def is_trained_on(message: Message) -> bool:
-    """Whether it is an answer of the assistant that is neither excluded by a flag nor empty."""
-    has_content = message["content"].strip() or any(message.get(key) for key in CONTENT_KEYS)
-    return message["role"] == ASSISTANT and bool(has_content) and all(message.get(flag, True) for flag in FLAGS)
+def check_template(template: object, name: str) -> None:
+    """Raises DataError if the chat template `name` is not text, or raises numbers to powers, which cannot be interrupted.
+
+    Syntax errors are left to rendering.
+    """
+    import jinja2
+
+    if not isinstance(template, str):
+        raise DataError(f"{name} is {type_named(template)}, not the text of a Jinja template")
+    before = ""
+    with contextlib.suppress(jinja2.TemplateSyntaxError):
+        for _, kind, value in jinja2.Environment().lex(template):
+            if kind == "operator" and value == "**" and before not in ("(", ","):  # after these it unpacks arguments
+                raise DataError(f"{name} raises a number to a power (**), which can take without end; use a template without")
+            before = before if kind == "whitespace" else value
 
 
-def _message(where: str, name: str, message: Any) -> Message:
-    """The message with "role" and "content" as text and valid flags. Raises DataError naming place and message."""
-    if not isinstance(message, dict):
-        raise DataError(f'{where}: {name} is {describe_type(message)}, not an object with "role" and "content"')
-    # In tables each message has the fields of all messages.
-    message = {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
-    if "role" not in message and "from" in message:
-        message = _from_sharegpt(where, name, message)
-    if message.get("content") is None and (message.get("tool_calls") or message.get("function_call")):
-        message["content"] = ""
-    if isinstance(message.get("tool_calls"), list):
-        message["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
-    for key in ("role", "content"):
-        if not isinstance(message.get(key), str):
-            what = f"holds {describe_type(message[key])}, not text" if key in message else f"is missing ({', '.join(message)})"
-            raise DataError(f'{where}: "{key}" of {name} {what}; each message needs "role" and "content"')
-    for flag in FLAGS:
-        if message.get(flag, 0) not in (0, 1):
-            raise DataError(
-                f'{where}: "{flag}" of {name} is {message[flag]!r}; it must be 1 or true (trained on), or 0 or false (not)'
-            )
-        if message.get(flag) and message["role"] != ASSISTANT:
-            raise DataError(
-                f'{where}: "{flag}" of {name} asks to train on a message of the {message["role"]}, but only messages of '
-                f"the {ASSISTANT} are trained on; remove it, or set it to 0"
-            )
-    return message
+def within_limits(render: Callable[[], Result]) -> Result:
+    """The result of `render`. Raises TemplateLimitError if it takes more than MAX_SECONDS or MAX_BYTES.
 
-
-def _from_sharegpt(where: str, name: str, message: Message) -> Message:
-    speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise DataError(f'{where}: {name} is "from" {speaker!r}; known are {", ".join(SHAREGPT_ROLES)}')
-    others = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {"role": SHAREGPT_ROLES[speaker], "content": message.get("value"), **others}
-
-
-def _with_parsed_arguments(call: Any) -> Any:
-    """A tool call with its arguments as an object: OpenAI's are JSON, which templates write themselves."""
+    Time is limited in the main thread only, memory only on Linux.
+    """
     try:
-        arguments = json.loads(call["function"]["arguments"])
-    except (TypeError, KeyError, ValueError, RecursionError):
-        return call
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+        with _limited_memory(), _limited_time():
+            return render()
+    except MemoryError:
+        raise TemplateLimitError(f"it takes more than {MAX_BYTES >> 20:,} MiB of memory") from None
+
+
+def check_length(text: str) -> str:
+    """Returns the rendered `text`. Raises TemplateLimitError if it has more than MAX_CHARACTERS."""
+    if len(text) > MAX_CHARACTERS:
+        raise TemplateLimitError(f"it writes {len(text):,} characters, more than {MAX_CHARACTERS:,}")
+    return text
+
+
+@contextlib.contextmanager
+def _limited_time() -> Generator[None]:
+    """By CPU time, which does not depend on the load of the machine."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TemplateLimitError(f"it takes more than {MAX_SECONDS:g} s")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Generator[None]:
+    """By the size of the address space: any allocation beyond it fails."""
+    if not _MEMORY_IN_USE.exists():
+        yield
+        return
+    in_use = int(_MEMORY_IN_USE.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, hard, in_use + MAX_BYTES) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

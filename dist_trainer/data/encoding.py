@@ -19,8 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from dist_trainer.data.text_pieces import PieceBatch, TextPiece
-from dist_trainer.data.tokenizer_check import probe_texts
-from dist_trainer.data.tokenizers import Tokenizer, text_prefix, tokenizer_description, with_prefix
+from dist_trainer.data.tokenizers import Tokenizer, probe_texts, text_prefix, tokenizer_description, with_prefix
 from dist_trainer.distributed.machine import usable_cpus
 from dist_trainer.errors import DataError, StoppedError, counted
 
@@ -182,32 +181,17 @@ def _result(
     return EncodedPieces(batch.shard, batch.pieces, all_ids)
 
 
-class LossMaskEncoder:
-    """Encodes documents with loss masks. Each is tokenised as one text, so its ids are those that it has anywhere else."""
+def encode_with_loss_masks(batches: Iterable[PieceBatch], tokenizer: Tokenizer) -> Generator[EncodedPieces, None, None]:
+    """The batches in order with their ids, including each document's BOS and EOS if there are to be any, and loss masks.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises DataError if the tokenizer does not give the offsets of its tokens."""
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError(
-                f"data.tokenizer: {type(tokenizer).__name__} does not say which characters a token stands for, so the tokens "
-                "of the answers are unknown; give a tokenizer with a tokenizer.json"
-            )
-        self._prefix, self._eos = text_prefix(tokenizer), tokenizer.eos_token_id
-        self._backend = copy.deepcopy(backend)
-        # It would add no special tokens here, but exclude white space from the offsets.
-        self._backend.post_processor = None
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
-        self.texts = self.texts_with_token_over_border = 0
-
-    def __call__(self, batch: PieceBatch) -> EncodedPieces:
-        """Ids, with each document's BOS and EOS if there are to be any, and loss masks. The first token of a document is never
-        trained on: nothing comes before it.
-        """
+    Each document is tokenised as one text, so its ids are those that it has anywhere else. Its first token is never trained
+    on: nothing comes before it. Raises DataError if the tokenizer does not give the offsets of its tokens.
+    """
+    backend, prefix = _backend_with_offsets(tokenizer), text_prefix(tokenizer)
+    num_texts = num_over_border = 0
+    for batch in batches:
         all_ids, masks = [], []
-        encodings = self._backend.encode_batch([piece.text for piece in batch.pieces], add_special_tokens=False)
+        encodings = backend.encode_batch([piece.text for piece in batch.pieces], add_special_tokens=False)
         for piece, encoding in zip(batch.pieces, encodings, strict=True):
             document = piece.loss_masked
             assert document is not None, "other pieces are encoded by `encode`"
@@ -215,29 +199,40 @@ class LossMaskEncoder:
             offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             mask = tokens_in_spans(offsets, document.loss_spans)
             if not document.is_complete:  # else the chat template has written BOS and EOS
-                prefixed = np.array(with_prefix(ids.tolist(), self._prefix), dtype=np.int64)
+                prefixed = np.array(with_prefix(ids.tolist(), prefix), dtype=np.int64)
                 mask = np.append(np.zeros(len(prefixed) - len(ids), dtype=bool), mask)
-                ids, mask = np.append(prefixed, self._eos), np.append(mask, bool(document.loss_spans))
+                ids, mask = np.append(prefixed, tokenizer.eos_token_id), np.append(mask, bool(document.loss_spans))
             mask[:1] = False
             all_ids.append(ids)
             masks.append(mask)
-            self.texts_with_token_over_border += has_token_over_border(offsets, document.loss_spans)
-        self.texts += len(batch.pieces)
-        return EncodedPieces(batch.shard, batch.pieces, all_ids, masks)
-
-
-def encode_with_loss_masks(batches: Iterable[PieceBatch], tokenizer: Tokenizer) -> Generator[EncodedPieces, None, None]:
-    """The batches in order with their ids and loss masks. Raises DataError."""
-    encoder = LossMaskEncoder(tokenizer)
-    for batch in batches:
-        yield encoder(batch)
-    if encoder.texts_with_token_over_border:
+            num_over_border += any(
+                bool(((offsets[:, 0] < start) & (offsets[:, 1] > start)).any()) for start, _ in document.loss_spans
+            )
+        num_texts += len(batch.pieces)
+        yield EncodedPieces(batch.shard, batch.pieces, all_ids, masks)
+    if num_over_border:
         log.warning(
             "in %d of %s one token spans the end of the prompt and the beginning of the answer (it is trained on), as when a "
             "prompt ends with a space: the prompt alone would be tokenised differently. Move the space to the beginning of the "
             "answer (data.completion_template, data.chat_template)",
-            *(encoder.texts_with_token_over_border, counted(encoder.texts, "document")),
+            *(num_over_border, counted(num_texts, "document")),
         )
+
+
+def _backend_with_offsets(tokenizer: Tokenizer) -> Any:
+    """A copy of the Rust tokenizer of `tokenizer` that adds nothing to a text. Raises DataError if there is none."""
+    backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
+    if backend is None:
+        raise DataError(
+            f"data.tokenizer: {type(tokenizer).__name__} does not say which characters a token stands for, so the tokens "
+            "of the answers are unknown; give a tokenizer with a tokenizer.json"
+        )
+    # It would add no special tokens here, but exclude white space from the offsets.
+    backend.post_processor = None
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+    return backend
 
 
 def tokens_in_spans(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -251,8 +246,3 @@ def tokens_in_spans(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> np
     for start, end in spans:
         inside |= (ends > start) & (starts < end)
     return inside
-
-
-def has_token_over_border(offsets: np.ndarray, spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether a token has characters both before and inside one of `spans`."""
-    return any(bool(((offsets[:, 0] < start) & (offsets[:, 1] > start)).any()) for start, _ in spans)

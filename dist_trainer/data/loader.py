@@ -1,10 +1,11 @@
-"""DataLoaders of micro-batches: how samples become a Batch, and reading several micro-batches at once."""
+"""`create_dataloaders`: from the config to loaders of this rank's micro-batches, which may read several at once."""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,22 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dist_trainer.config.rules import check_config
+from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
+from dist_trainer.data.build_datasets import VALIDATION_KEY, TokenDataset, build_datasets, build_validation_dataset
 from dist_trainer.data.packing import identity_collate
-from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler
-from dist_trainer.errors import type_named
+from dist_trainer.data.sampler import GlobalOrderSampler, ValidationSampler, sequences_per_validation_block
+from dist_trainer.data.tokenizers import Tokenizer, configured_tokenizer
+from dist_trainer.distributed.collectives import local_rank0_first
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.errors import ConfigError, DataError, counted, type_named
+
+log = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 2**15
 """If micro-batches have fewer, several are read at once."""
-
-
-class TokenDataset(NamedTuple):
-    """A map-style data set of sequences, not yet divided among ranks, and how sequences become a batch."""
-
-    dataset: Dataset
-    collate: Callable[[Any], Batch]
-    warning: str = ""
-    """What was truncated or skipped, if anything."""
 
 
 def varies_in_length(dataset: Dataset) -> bool:
@@ -38,6 +38,131 @@ def varies_in_length(dataset: Dataset) -> bool:
 def are_conversations(dataset: Dataset) -> bool:
     """Whether the sequences are conversations. The config does not say it if they were found by the name of their column."""
     return getattr(dataset, "are_conversations", False)
+
+
+class Dataloaders(NamedTuple):
+    """This rank's share of the data."""
+
+    train: DataLoader
+    """One epoch, that of its sampler's `set_epoch`; the trainer has its sampler continue without end."""
+    validation: DataLoader | None
+
+
+def create_dataloaders(
+    config: TrainingConfig,
+    world: DistributedContext | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    train_dataset: Dataset | None = None,
+    validation_dataset: Dataset | None = None,
+) -> Dataloaders:
+    """Loaders of micro-batches (`Batch`) for this rank of `world` (default: a single process).
+
+    Loads, tokenises (once per content, whatever the number of ranks), splits and packs the data that `config.data` names; or
+    takes your own map-style `train_dataset` and `validation_dataset`. Their items are (inputs, targets) pairs, or dictionaries
+    with these two keys. Inputs are tensors, arrays or numbers, or dictionaries of these; targets are one of these, and a target
+    of -100 is not trained on. Raises DataError, ConfigError; the same on every rank.
+    """
+    check_config(config)
+    world = world or DistributedContext.single()
+    if train_dataset is not None:
+        if config.data.document_mask:
+            raise ConfigError(
+                "data.document_mask: is true, but nothing says where documents end in a train_dataset of your own; set it to "
+                "false, and give Batches with `document_ids` to block attention across documents"
+            )
+        train = _own_dataset(train_dataset, "train_dataset")
+        validation = None if validation_dataset is None else _own_dataset(validation_dataset, "validation_dataset")
+    else:
+        tokenizer = tokenizer or local_rank0_first(world, lambda: configured_tokenizer(config.data))
+        train, validation = local_rank0_first(world, lambda: build_datasets(config.data, tokenizer))
+    if world.is_main:
+        for name, data in (("training data", train), ("validation data", validation)):
+            if data is not None and data.warning:
+                log.warning("%s: %s", name, data.warning)
+    validation_loader = None if validation is None else _validation_loader(validation, config, world)
+    origin = f"data.dataset: {config.data.dataset}" if train_dataset is None else "train_dataset"
+    return Dataloaders(_train_loader(train, config, world, origin=origin), validation_loader)
+
+
+def create_validation_loader(
+    config: TrainingConfig, world: DistributedContext, *, tokenizer: Tokenizer, key: str = VALIDATION_KEY
+) -> DataLoader:
+    """The validation loader alone, to evaluate a model. Messages use `key` for the data set to validate on.
+
+    Raises DataError if the config names no validation data.
+    """
+    data = local_rank0_first(world, lambda: build_validation_dataset(config.data, tokenizer, key=key))
+    if data is None:
+        raise DataError(f"data.validation_fraction: is 0, so there is nothing to validate on; name {key}")
+    if world.is_main and data.warning:
+        log.warning("validation data: %s", data.warning)
+    return _validation_loader(data, config, world, key=key)
+
+
+def _own_dataset(dataset: Dataset, name: str) -> TokenDataset:
+    """A user's own data set. Raises DataError if it cannot be trained on, judging by its first item."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(f"{name}: {type_named(dataset)} has no __len__ or no __getitem__; give a map-style data set")
+    if len(dataset) > 0:  # type: ignore[arg-type]
+        try:
+            collate_pairs([dataset[0]])
+        except ValueError as error:
+            raise DataError(f"{name}: {error}") from error
+    return TokenDataset(dataset, collate_pairs)
+
+
+def _train_loader(data: TokenDataset, config: TrainingConfig, world: DistributedContext, *, origin: str) -> DataLoader:
+    available, needed = len(data.dataset), config.batch.global_batch_size  # type: ignore[arg-type]
+    if available < needed:
+        raise DataError(
+            f"{origin} gives {counted(available, 'training sequence')} of {counted(config.data.sequence_length, 'token')}, "
+            f"fewer than one global batch ({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
+        )
+    sampler = GlobalOrderSampler(
+        data.dataset, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed
+    )
+    return _loader(data, sampler, config, world)
+
+
+def _validation_loader(
+    data: TokenDataset, config: TrainingConfig, world: DistributedContext, *, key: str = VALIDATION_KEY
+) -> DataLoader:
+    if len(data.dataset) == 0:  # type: ignore[arg-type]
+        raise DataError(f"the validation data give no sequence; give more of them, or name {key}")
+    batch, max_batches = config.batch, config.validation.max_global_batches
+    sampler = ValidationSampler(
+        data.dataset,
+        micro_batch_size=sequences_per_validation_block(batch),
+        rank=world.rank,
+        world_size=world.world_size,
+        # Independent of the number of ranks and of accumulation.
+        max_sequences=None if max_batches is None else max_batches * batch.global_batch_size,
+    )
+    return _loader(data, sampler, config, world)
+
+
+def _loader(
+    data: TokenDataset, sampler: GlobalOrderSampler | ValidationSampler, config: TrainingConfig, world: DistributedContext
+) -> DataLoader:
+    num_workers, micro_batch_size = config.data.num_workers, sampler.micro_batch_size
+    if num_workers:
+        # Tokenising is over; forked workers would otherwise warn of the tokenizer's threads.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    at_once = TOKENS_AT_ONCE // (micro_batch_size * config.data.sequence_length)
+    is_chunked = at_once > 1 and not num_workers and data.collate is identity_collate and not varies_in_length(data.dataset)
+    loader_class = partial(ChunkedDataLoader, sequences_at_once=at_once * micro_batch_size) if is_chunked else DataLoader
+    return loader_class(
+        data.dataset,
+        batch_size=micro_batch_size,
+        sampler=sampler,
+        collate_fn=data.collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=world.device.type == "cuda",
+        # Its own generator, so that making an iterator draws nothing from the model's random numbers.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
 
 
 class ChunkedDataLoader(DataLoader):
@@ -52,38 +177,6 @@ class ChunkedDataLoader(DataLoader):
         while several := list(itertools.islice(indices, self._sequences_at_once)):
             read: Batch = self.dataset.__getitems__(several)  # type: ignore[attr-defined]
             yield from (read.pin_memory() if self.pin_memory else read).split(self.batch_size)  # type: ignore[arg-type]
-
-
-def make_loader(
-    data: TokenDataset,
-    sampler: GlobalOrderSampler | ValidationSampler,
-    *,
-    sequence_length: int,
-    num_workers: int,
-    pin_memory: bool,
-    seed: int,
-) -> DataLoader:
-    """A loader of the micro-batches that `sampler` names. `seed` is that of its workers."""
-    if num_workers:
-        # Tokenising is over; forked workers would otherwise warn of the tokenizer's threads.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    micro_batches = TOKENS_AT_ONCE // (sampler.micro_batch_size * sequence_length)
-    is_chunked = (
-        micro_batches > 1 and not num_workers and data.collate is identity_collate and not varies_in_length(data.dataset)
-    )
-    at_once = micro_batches * sampler.micro_batch_size
-    loader_class = partial(ChunkedDataLoader, sequences_at_once=at_once) if is_chunked else DataLoader
-    return loader_class(
-        data.dataset,
-        batch_size=sampler.micro_batch_size,
-        sampler=sampler,
-        collate_fn=data.collate,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=pin_memory,
-        # Its own generator, so that making an iterator draws nothing from the model's random numbers.
-        generator=torch.Generator().manual_seed(seed),
-    )
 
 
 def collate_pairs(items: Sequence[Any]) -> Batch:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from dist_trainer.data.records import OTHER_FORMATS, READERS, Record, format_suffix, read_file, read_jsonl, read_text
+from dist_trainer.data.records import OTHER_FORMATS, READERS, Record, Records, format_suffix, read_file, read_jsonl, read_text
 from dist_trainer.data.text_file import text_parts
 from dist_trainer.errors import DataError
 
@@ -21,10 +19,11 @@ def read_prompts(path: Path) -> list[tuple[str, Record]]:
     """
     prompts, problems = [], []
     for place, record in _records(path):
-        problem = str(record) if isinstance(record, DataError) else _problem(place, record)
-        if problem:
-            problems.append(problem)
-        elif not isinstance(record, DataError):
+        if isinstance(record, DataError):
+            problems.append(str(record))
+        elif problem := _problem(record):
+            problems.append(f"{place}: {problem}")
+        else:
             prompts.append((place, record))
     if problems:
         raise DataError("\n  ".join(problems))
@@ -33,52 +32,29 @@ def read_prompts(path: Path) -> list[tuple[str, Record]]:
     return prompts
 
 
-def _records(path: Path) -> Iterator[tuple[str, Record | DataError]]:
+def _records(path: Path) -> Records:
     suffix = format_suffix(path)
     reader = READERS.get(suffix, read_text)
     if reader is read_jsonl:
-        yield from _json_values(path)
-    elif reader is not read_text or suffix in (".parquet", *OTHER_FORMATS):
-        yield from read_file(path, [PROMPT])
-    else:
-        yield from ((f"{path}:{number}", {PROMPT: line}) for number, line in _lines(path))
+        return read_jsonl(path, text_column=PROMPT)
+    if reader is read_text and suffix not in (".parquet", *OTHER_FORMATS):
+        return _lines(path)
+    return read_file(path, [PROMPT])
 
 
-def _json_values(path: Path) -> Iterator[tuple[str, Record | DataError]]:
-    """Objects, or plain texts: one per line, or all in one array."""
-    lines = list(_lines(path))
-    if lines and lines[0][1].lstrip().startswith("["):
-        try:
-            values = json.loads("\n".join(line for _, line in lines))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: is not JSON ({error})") from error
-        yield from ((f"{path} element {number}", _as_record(value)) for number, value in enumerate(values, start=1))
-        return
-    for number, line in lines:
-        try:
-            yield f"{path}:{number}", _as_record(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            yield f"{path}:{number}", DataError(f"{path}:{number}: is not JSON ({error})")
-
-
-def _as_record(value: Any) -> Record:
-    return value if isinstance(value, dict) else {PROMPT: value}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers; without byte order mark and line ends (\\n or \\r\\n)."""
-    text = "".join(text_parts(path))
-    for number, line in enumerate(text.split("\n"), start=1):
+def _lines(path: Path) -> Records:
+    """The lines that are not blank, without line ends (\\n or \\r\\n)."""
+    for number, line in enumerate("".join(text_parts(path)).split("\n"), start=1):
         if line.strip():
-            yield number, line.rstrip("\r")
+            yield f"{path}:{number}", {PROMPT: line.rstrip("\r")}
 
 
-def _problem(place: str, record: Record) -> str:
+def _problem(record: Record) -> str:
     """What is wrong with the record; empty if it is valid."""
     if not isinstance(record.get(PROMPT), str):
-        return f'{place}: has no text under "{PROMPT}"'
+        return f'has no text under "{PROMPT}"'
     try:  # it is written with the answer
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return f"{place}: half of a character (a lone surrogate, {error.object[error.start]!a}); remove it"
+        return f"half of a character (a lone surrogate, {error.object[error.start]!a}); remove it"
     return ""

@@ -40,49 +40,51 @@ def read_text(path: Path) -> Records:
         yield str(path), {"text": text}
 
 
-def read_jsonl(path: Path) -> Records:
-    """One record per line; a .json file may also be an array of records."""
+def read_jsonl(path: Path, text_column: str | None = None) -> Records:
+    """One record per line; a .json file may also be an array of records. Plain texts are records with a `text_column`."""
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if number == 1 and line.lstrip().startswith(b"["):
-                    yield from _json_array(path, line + file.read())
+                    yield from _json_array(path, line + file.read(), text_column)
                     return
                 if line.strip():
                     place = f"{path}:{number}"
-                    yield place, _json_record(place, line)
+                    yield place, _json_record(place, line, text_column)
     except READING_ERRORS as error:
         raise unreadable(path, error) from error
 
 
-def _json_record(place: str, line: bytes) -> Record | DataError:
+def _json_record(place: str, line: bytes, text_column: str | None) -> Record | DataError:
     try:
-        record = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return _not_utf8(place, error)
     except (ValueError, RecursionError) as error:
         return DataError(f"{place}: not a JSON object ({error}); JSONL has one object a line")
-    if not isinstance(record, dict):
-        return DataError(f"{place}: a JSON {type(record).__name__}, not an object; JSONL has one object a line")
-    return record
+    return _as_record(place, value, text_column)
+
+
+def _as_record(place: str, value: Any, text_column: str | None) -> Record | DataError:
+    if isinstance(value, str) and text_column is not None:
+        return {text_column: value}
+    return value if isinstance(value, dict) else DataError(f"{place}: a JSON {type(value).__name__}, not an object")
 
 
 def _not_utf8(place: str, error: UnicodeDecodeError) -> DataError:
     return DataError(f"{place}: not UTF-8 (byte {error.object[error.start]:#04x})")
 
 
-def _json_array(path: Path, content: bytes) -> Records:
+def _json_array(path: Path, content: bytes, text_column: str | None) -> Records:
     try:
-        records = json.loads(content)
+        values = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON array of objects ({error})") from error
-    for number, record in enumerate(records, start=1):
+    for number, value in enumerate(values, start=1):
         place = f"{path} element {number}"
-        is_object = isinstance(record, dict)
-        problem = f"{path}: element {number} is a JSON {type(record).__name__}, not an object"
-        yield place, record if is_object else DataError(problem)
+        yield place, _as_record(place, value, text_column)
 
 
 class _Lines:

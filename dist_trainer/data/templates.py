@@ -1,34 +1,21 @@
-"""The text of a record: one column, or a template of several, such as "{context}\\n{answers[text][0]}".
-
-And limits on chat templates, which are programs, and may come from a stranger.
-"""
+"""The text of a record: one column, or a template of several, such as "{context}\\n{answers[text][0]}"."""
 
 from __future__ import annotations
 
-import contextlib
 import re
-import signal
-import threading
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.config.values import ALPACA, parse_template
 from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError, type_named
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 BESIDE_MESSAGES = ("tools", "functions", "system")
 """Columns that some data sets of conversations have next to the messages; their content would be lost."""
 PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
 COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
-
 
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -43,15 +30,6 @@ ALPACA_COLUMNS = {"instruction", "output"}
 NOT_IN_ALPACA_PROMPT = ("system", "history")
 """Columns that some data sets with Alpaca's columns have too."""
 CONVERSATION_COLUMNS = ("messages", "conversations")
-
-MAX_SECONDS = 5.0
-"""CPU time for rendering a conversation, which takes milliseconds."""
-MAX_BYTES = 1 << 30
-"""Memory that rendering may add to that of the process."""
-MAX_CHARACTERS = 1 << 26
-"""Length of the rendered text."""
-_MEMORY_IN_USE = Path("/proc/self/statm")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -99,12 +77,7 @@ def text_formatter(column: str, template: str | None) -> RecordToText:
     """The function that makes a record's text, by data.text_column or data.template."""
     if template == ALPACA:
         return _alpaca_prompt
-    return _column(column) if template is None else _template(template)
-
-
-def completion_formatter(template: str) -> Callable[[str, dict[str, Any]], str]:
-    """The function that makes a record's completion, by data.completion_template."""
-    return _template(template, key="data.completion_template")
+    return _column(column) if template is None else template_formatter(template)
 
 
 def completion_template_of(config: DataConfig) -> str | None:
@@ -120,7 +93,7 @@ def _alpaca_prompt(where: str, record: dict[str, Any]) -> str:
                 "instruction, or set data.template and data.completion_template"
             )
     template = ALPACA_PROMPT_WITH_INPUT if record.get("input") else ALPACA_PROMPT
-    return _template(template)(where, record)
+    return template_formatter(template)(where, record)
 
 
 def required_columns(config: DataConfig) -> list[str]:
@@ -175,7 +148,8 @@ def _column(column: str) -> RecordToText:
     return read
 
 
-def _template(template: str, *, key: str = "data.template") -> Callable[[str, dict[str, Any]], str]:
+def template_formatter(template: str, *, key: str = "data.template") -> Callable[[str, dict[str, Any]], str]:
+    """The function that fills in `template`, which is in the config under `key`."""
     parts = parse_template(template, key=key)
 
     def fill(where: str, record: dict[str, Any]) -> str:
@@ -206,78 +180,3 @@ def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str
 def describe_type(value: Any) -> str:
     """The type of a record's value, for messages."""
     return "nothing (null)" if value is None else type_named(value)
-
-
-class TemplateLimitError(DataError):
-    """A chat template exceeds the limits on time, memory or length."""
-
-
-def check_template(template: object, name: str) -> None:
-    """Raises DataError if the chat template `name` is not text, or raises numbers to powers, which cannot be interrupted.
-
-    Syntax errors are left to rendering.
-    """
-    import jinja2
-
-    if not isinstance(template, str):
-        raise DataError(f"{name} is {type_named(template)}, not the text of a Jinja template")
-    before = ""
-    with contextlib.suppress(jinja2.TemplateSyntaxError):
-        for _, kind, value in jinja2.Environment().lex(template):
-            if kind == "operator" and value == "**" and before not in ("(", ","):  # after these it unpacks arguments
-                raise DataError(f"{name} raises a number to a power (**), which can take without end; use a template without")
-            before = before if kind == "whitespace" else value
-
-
-def within_limits(render: Callable[[], Result]) -> Result:
-    """The result of `render`. Raises TemplateLimitError if it takes more than MAX_SECONDS or MAX_BYTES.
-
-    Time is limited in the main thread only, memory only on Linux.
-    """
-    try:
-        with _limited_memory(), _limited_time():
-            return render()
-    except MemoryError:
-        raise TemplateLimitError(f"it takes more than {MAX_BYTES >> 20:,} MiB of memory") from None
-
-
-def check_length(text: str) -> str:
-    """Returns the rendered `text`. Raises TemplateLimitError if it has more than MAX_CHARACTERS."""
-    if len(text) > MAX_CHARACTERS:
-        raise TemplateLimitError(f"it writes {len(text):,} characters, more than {MAX_CHARACTERS:,}")
-    return text
-
-
-@contextlib.contextmanager
-def _limited_time() -> Generator[None]:
-    """By CPU time, which does not depend on the load of the machine."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise TemplateLimitError(f"it takes more than {MAX_SECONDS:g} s")
-
-    before = signal.signal(signal.SIGPROF, stop)
-    try:
-        signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0.0)
-        signal.signal(signal.SIGPROF, before)
-
-
-@contextlib.contextmanager
-def _limited_memory() -> Generator[None]:
-    """By the size of the address space: any allocation beyond it fails."""
-    if resource is None or not _MEMORY_IN_USE.exists():
-        yield
-        return
-    in_use = int(_MEMORY_IN_USE.read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [limit for limit in (soft, hard, in_use + MAX_BYTES) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
-from dist_trainer.data.tokenizer_check import PROBE
-from dist_trainer.data.tokenizers import Tokenizer, text_prefix, vocabulary_size
+from dist_trainer.data.tokenizers import PROBE, Tokenizer, text_prefix, vocabulary_size
 
 SPACE = "▁"
 """A space in SentencePiece."""

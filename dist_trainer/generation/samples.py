@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dist_trainer.config.schema import DataConfig, TrackingConfig
 from dist_trainer.data.batch import IGNORED_TARGET
-from dist_trainer.data.chat import ChatTemplate, read_messages
+from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.loader import are_conversations
+from dist_trainer.data.messages import read_messages
 from dist_trainer.data.tokenizers import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.errors import ConfigError, counted

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data.chat import ChatTemplate, Message, default_chat_template
+from dist_trainer.data.chat import ChatTemplate, default_chat_template
+from dist_trainer.data.messages import Message
 from dist_trainer.data.tokenizers import Tokenizer, prompt_ids
 from dist_trainer.errors import ConfigError, counted
 from dist_trainer.generation.decoding import DecodingOptions, context_length, end_tokens, generate

@@ -16,8 +16,7 @@ from dist_trainer.config.paths import user_path
 from dist_trainer.config.registry import resolve
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.build_datasets import fingerprints
-from dist_trainer.data.build_loaders import Dataloaders, create_dataloaders
-from dist_trainer.data.loader import varies_in_length
+from dist_trainer.data.loader import Dataloaders, create_dataloaders, varies_in_length
 from dist_trainer.data.sampler import accumulation_steps
 from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.data.build_loaders import create_validation_loader
+from dist_trainer.data.loader import create_validation_loader
 from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
 from dist_trainer.distributed.collectives import local_rank0_first

@@ -20,8 +20,7 @@ import torch
 from dist_trainer.config.command_line import command_path
 from dist_trainer.config.schema import PrecisionConfig
 from dist_trainer.config.secrets import masked_within
-from dist_trainer.data.chat import default_chat_template
-from dist_trainer.data.templates import TemplateLimitError, check_length, check_template, within_limits
+from dist_trainer.data.chat import TemplateLimitError, check_length, check_template, default_chat_template, within_limits
 from dist_trainer.data.tokenizers import Tokenizer, load_tokenizer, text_prefix
 from dist_trainer.errors import ConfigError
 from dist_trainer.huggingface import transformers_models

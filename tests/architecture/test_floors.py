@@ -32,7 +32,7 @@ DOORS = {
     "transformers": {"huggingface/tokenizer_files.py", "data/packing.py", "data/chat.py", "huggingface/transformers_models.py"},
     "tokenizers": {"data/tokenizers.py"},
     "gigatoken": {"data/encoding.py"},
-    "jinja2": {"data/templates.py"},
+    "jinja2": {"data/chat.py"},
     "lm_eval": {"run/harness.py"},
     "shtab": {"config/help.py"},
     "torch.cuda": {"distributed/machine.py"},

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.build_loaders import create_dataloaders
+from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.models.decoder_lm import DecoderLM
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import metrics, run, small_config, weights

@@ -192,7 +192,7 @@ def test_lines_that_hold_no_prompt_are_all_named(trained, tmp_path, capsys):
     assert generate.main([str(trained), "--prompts_file", str(lines)]) == 2
     complaint = capsys.readouterr().err
     assert f'--prompts_file: {lines}:2: has no text under "prompt"' in complaint
-    assert f"{lines}:3: is not JSON" in complaint
+    assert f"{lines}:3: not a JSON object" in complaint
     (tmp_path / "empty.txt").write_text("\n \n")
     assert generate.main([str(trained), "--prompts_file", str(tmp_path / "empty.txt")]) == 2
     assert generate.main([str(trained), "--prompts_file", str(lines), "--prompt", "x"]) == 2
@@ -204,7 +204,7 @@ def test_lines_that_hold_no_prompt_are_all_named(trained, tmp_path, capsys):
     )
     lines.write_bytes("café".encode("latin-1"))
     assert generate.main([str(trained), "--prompts_file", str(lines)]) == 2
-    assert f"--prompts_file: {lines}:1: not UTF-8 text" in capsys.readouterr().err
+    assert f"--prompts_file: {lines}:1: not UTF-8 (byte" in capsys.readouterr().err
 
 
 def test_a_file_of_prompts_is_read_as_data_sets_are(trained, tmp_path, capsys):

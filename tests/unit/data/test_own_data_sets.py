@@ -11,8 +11,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 
 from dist_trainer.config.schema import BatchConfig, TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.build_loaders import create_dataloaders
-from dist_trainer.data.loader import collate_pairs
+from dist_trainer.data.loader import collate_pairs, create_dataloaders
 from dist_trainer.errors import DataError
 from dist_trainer.models.loss import model_loss
 

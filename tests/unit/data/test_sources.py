@@ -26,8 +26,8 @@ from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import build_datasets as rows
 from dist_trainer.data import text_pieces as text_pieces_module
 from dist_trainer.data import token_store as token_store_module
-from dist_trainer.data.build_loaders import create_dataloaders, create_validation_loader
 from dist_trainer.data.datasets import open_source
+from dist_trainer.data.loader import create_dataloaders, create_validation_loader
 from dist_trainer.data.templates import text_formatter
 from dist_trainer.data.tokenizers import load_tokenizer, tokenizer_digest, vocabulary_size
 from dist_trainer.distributed.context import DistributedContext
@@ -257,7 +257,7 @@ BAD = {
         r"x\.jsonl:2: half of a character .* position 1",
     ),
     "nested without end": ("x.jsonl", "[" * 200_000, r"x\.jsonl: not a JSON array"),
-    "an array after a BOM": ("x.json", b"\xef\xbb\xbf[1]", r"x\.json: element 1 is a JSON int"),
+    "an array after a BOM": ("x.json", b"\xef\xbb\xbf[1]", r"x\.json element 1: a JSON int"),
     "empty": ("x.jsonl", "", r"x\.jsonl: there is no text"),
     "only blanks": ("x.txt", " \n ", r"x\.txt: there is no text"),
     "not Parquet": ("x.parquet", "text", r"x\.parquet: cannot be read"),

@@ -12,8 +12,7 @@ import pytest
 
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data import templates as template_limits
-from dist_trainer.data.chat import ChatTemplate
-from dist_trainer.data.templates import within_limits
+from dist_trainer.data.chat import ChatTemplate, within_limits
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import DataError
 from dist_trainer.run.harness import limit_chat_template

@@ -14,8 +14,8 @@ from tokenizers import processors
 
 from dist_trainer.config.schema import DataConfig, PrecisionConfig, TrackingConfig
 from dist_trainer.data import text_pieces
+from dist_trainer.data.build_datasets import record_formatter
 from dist_trainer.data.datasets import open_source
-from dist_trainer.data.documents import record_formatter
 from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, prompt_ids, text_prefix, tokenizer_digest

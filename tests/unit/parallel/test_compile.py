@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from dist_trainer.config.schema import BatchConfig, ModelConfig, TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.build_loaders import create_dataloaders
+from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError
 from dist_trainer.models.decoder_lm import Attention

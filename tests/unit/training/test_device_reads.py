@@ -18,7 +18,7 @@ from dist_trainer.config.schema import (
     TrainingConfig,
     ValidationConfig,
 )
-from dist_trainer.data.build_loaders import create_dataloaders
+from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss

@@ -7,7 +7,7 @@ import torch
 
 from dist_trainer.config.schema import BatchConfig, TrainingConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.build_loaders import create_dataloaders
+from dist_trainer.data.loader import create_dataloaders
 from dist_trainer.training.precompile import compiles_in_a_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
