@@ -3,7 +3,7 @@
     DistTrainerError
     ├── RefusedError           exit code 2: refused before the first step, nothing was changed
     │   ├── ConfigError        a key, a value, a combination of keys
-    │   ├── DataError          a data set, a file in it, a tokenizer
+    │   ├── DataError          a dataset, a file in it, a tokenizer
     │   ├── MissingPackageError    a package that is not installed
     │   ├── CheckpointError    a run folder or a checkpoint in it
     │   │   └── AnotherRunError    the run folder belongs to a run of another config or other data
@@ -46,7 +46,7 @@ class ConfigError(RefusedError):
 
 
 class DataError(RefusedError):
-    """A data set, one of its files, or a tokenizer cannot be used."""
+    """A dataset, one of its files, or a tokenizer cannot be used."""
 
 
 class MissingPackageError(RefusedError):

@@ -78,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationRequest:
             "null",
         ]
     if arguments.data == "":
-        raise ConfigError("--data: must not be empty; name a data set, or leave it out for the run's validation data")
+        raise ConfigError("--data: must not be empty; name a dataset, or leave it out for the run's validation data")
     if any(word.partition("=")[0] == "--preset" for word in key_words):
         raise ConfigError("--preset: applies to training only; an existing model already has a size")
     # The tokenizer saved with the model has the chat template of its training.
@@ -107,7 +107,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         metavar="NAME",
-        help="another data set, as in data.dataset: its validation split, or all of it if it has none",
+        help="another dataset, as in data.dataset: its validation split, or all of it if it has none",
     )
     harness = parser.add_argument_group("EleutherAI's lm_eval (the extra `harness`; one process)")
     harness.add_argument(

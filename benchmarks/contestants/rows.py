@@ -1,4 +1,4 @@
-"""The rows as the trainers that take a data set want them: one at a time, in the order in which all contestants read."""
+"""The rows as the trainers that take a dataset want them: one at a time, in the order in which all contestants read."""
 
 from __future__ import annotations
 

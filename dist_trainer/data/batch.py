@@ -20,9 +20,9 @@ class Batch:
     """Sequences of tokens, and the token that follows each of them."""
 
     input_ids: Any
-    """int64, B x T. From a user's own data set any inputs: a tensor, or tensors in dictionaries and lists, B first."""
+    """int64, B x T. From a user's own dataset any inputs: a tensor, or tensors in dictionaries and lists, B first."""
     targets: Tensor
-    """int64, B x T: the token that follows, or IGNORED_TARGET. From a user's own data set of any shape, B first."""
+    """int64, B x T: the token that follows, or IGNORED_TARGET. From a user's own dataset of any shape, B first."""
 
     document_ids: Tensor | None = None
     """int32, B x T: the number of each token's document in its sequence, ascending, if documents must not attend to each

@@ -1,4 +1,4 @@
-"""From the config's data section to data sets of sequences: opened, tokenised, split by document, packed or padded."""
+"""From the config's data section to datasets of sequences: opened, tokenised, split by document, packed or padded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Documents(NamedTuple):
 
 
 class TokenDataset(NamedTuple):
-    """A map-style data set of sequences, not yet divided among ranks, and how sequences become a batch."""
+    """A map-style dataset of sequences, not yet divided among ranks, and how sequences become a batch."""
 
     dataset: Dataset
     collate: Callable[[Any], Batch]
@@ -65,7 +65,7 @@ class TokenDataset(NamedTuple):
 
 
 def build_datasets(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training data set, and the validation data set if there is any. Raises DataError, ConfigError."""
+    """The training dataset, and the validation dataset if there is any. Raises DataError, ConfigError."""
     split, layout, held_out, held_out_layout = _splits(config)
     train = _all_documents(split, layout, tokenizer)
     if held_out is not None:
@@ -83,7 +83,7 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenDatas
 
 
 def build_validation_dataset(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALIDATION_KEY) -> TokenDataset | None:
-    """The validation data set, if there is any. If it is a data set of its own, called `key` in messages, the training data
+    """The validation dataset, if there is any. If it is a dataset of its own, called `key` in messages, the training data
     are not tokenised.
     """
     if config.validation_dataset is not None:
@@ -99,7 +99,7 @@ def build_validation_dataset(config: DataConfig, tokenizer: Tokenizer, *, key: s
 
 
 def fingerprints(config: DataConfig, tokenizer: Tokenizer) -> dict[str, str]:
-    """The fingerprints that the data sets of `build_datasets` will have, without tokenising anything. Raises DataError."""
+    """The fingerprints that the datasets of `build_datasets` will have, without tokenising anything. Raises DataError."""
     split, layout, held_out, held_out_layout = _splits(config)
 
     def fingerprint(split: Split, layout: DataConfig) -> str:
@@ -120,7 +120,7 @@ def _splits(config: DataConfig) -> tuple[Split, DataConfig, Split | None, DataCo
 
 
 def _validation_split(name: str, config: DataConfig, key: str) -> tuple[Split, DataConfig]:
-    """The split to validate on of the data set `name`: that of data.validation_split, else its validation split, or all of it;
+    """The split to validate on of the dataset `name`: that of data.validation_split, else its validation split, or all of it;
     and how it is read.
     """
     source, layout = _open(name, config, key)

@@ -44,7 +44,7 @@ NAMES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Source:
-    """The splits of a data set."""
+    """The splits of a dataset."""
 
     name: str
     train: Split
@@ -74,9 +74,9 @@ DATASETS: dict[str, Callable[[DataConfig], Source]] = {"austen": austen}
 
 
 def open_source(name: str, config: DataConfig, *, key: str = "data.dataset") -> Source:
-    """The source called `name`: an entry of DATASETS, "package.module:function", a local path, or a Hub data set.
+    """The source called `name`: an entry of DATASETS, "package.module:function", a local path, or a Hub dataset.
 
-    Raises DataError that names the config key `key`, the path or data set, and the remedy.
+    Raises DataError that names the config key `key`, the path or dataset, and the remedy.
     """
     if name in DATASETS or (":" in name and not user_path(name).exists()):
         return build(DATASETS, name, key, config, kind=Source)
@@ -92,7 +92,7 @@ def _path_or_hub_source(name: str, config: DataConfig, key: str) -> Source:
         if not path.exists():
             raise DataError(f"{name} does not exist; give a file, a folder, a Hub name, or austen")
         if not _is_path(name) and not path.suffix:
-            log.warning("%s: %s is taken as the local path ./%s, not as a Hub data set", key, name, name)
+            log.warning("%s: %s is taken as the local path ./%s, not as a Hub dataset", key, name, name)
         return _local_source(path, config)
     return _from_splits(name, hub_splits(name, config))
 
@@ -116,7 +116,7 @@ def _local_source(path: Path, config: DataConfig) -> Source:
 
 
 def _check_config_name(name: str, config: DataConfig) -> None:
-    """Raises ConfigError if data.dataset_config is set and none of the data sets in the config has configurations."""
+    """Raises ConfigError if data.dataset_config is set and none of the datasets in the config has configurations."""
     others = {config.dataset, config.validation_dataset or name} - {name}
     if config.dataset_config is not None and all(user_path(other).exists() for other in others):
         raise ConfigError(
@@ -231,7 +231,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _declares_configs(folder: Path) -> bool:
-    """Whether README.md declares the files of each split, as data sets on the Hub do."""
+    """Whether README.md declares the files of each split, as datasets on the Hub do."""
     readme = folder / "README.md"
     if not readme.is_file():
         return False

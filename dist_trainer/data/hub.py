@@ -24,7 +24,7 @@ BATCH_ROWS = 1000
 
 
 def hub_splits(name: str, config: DataConfig) -> dict[str, Split]:
-    """The splits of the Hub data set `name`, from the local cache if the Hub is unreachable."""
+    """The splits of the Hub dataset `name`, from the local cache if the Hub is unreachable."""
     reachable = is_hub_reachable()
     import datasets
 
@@ -73,7 +73,7 @@ def _load_inside(root: str, name: str, config: DataConfig) -> Any:
 
 
 def _check_inside(root: str, files: Iterable[str]) -> None:
-    """Raises DataError if the description of a data set, which may come from a stranger, names files outside `root`."""
+    """Raises DataError if the description of a dataset, which may come from a stranger, names files outside `root`."""
     for file in files:
         path = file if "://" in file else os.path.abspath(file)
         if not path.startswith(f"{root}/"):

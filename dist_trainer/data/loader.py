@@ -88,7 +88,7 @@ def create_dataloaders(
 def create_validation_loader(
     config: TrainingConfig, world: DistributedContext, *, tokenizer: Tokenizer, key: str = VALIDATION_KEY
 ) -> DataLoader:
-    """The validation loader alone, to evaluate a model. Messages use `key` for the data set to validate on.
+    """The validation loader alone, to evaluate a model. Messages use `key` for the dataset to validate on.
 
     Raises DataError if the config names no validation data.
     """
@@ -101,9 +101,9 @@ def create_validation_loader(
 
 
 def _own_dataset(dataset: Dataset, name: str) -> TokenDataset:
-    """A user's own data set. Raises DataError if it cannot be trained on, judging by its first item."""
+    """A user's own dataset. Raises DataError if it cannot be trained on, judging by its first item."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise DataError(f"{name}: {type_named(dataset)} has no __len__ or no __getitem__; give a map-style data set")
+        raise DataError(f"{name}: {type_named(dataset)} has no __len__ or no __getitem__; give a map-style dataset")
     if len(dataset) > 0:  # type: ignore[arg-type]
         try:
             collate_pairs([dataset[0]])

@@ -125,7 +125,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def identity_collate(batch: Batch) -> Batch:
-    """The collate function of data sets that read a micro-batch at once."""
+    """The collate function of datasets that read a micro-batch at once."""
     return batch
 
 

@@ -1,4 +1,4 @@
-"""Files of prompts: a text file with one per line, or records with a text under `prompt`, in any format of data sets."""
+"""Files of prompts: a text file with one per line, or records with a text under `prompt`, in any format of datasets."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError, type_named
 
 BESIDE_MESSAGES = ("tools", "functions", "system")
-"""Columns that some data sets of conversations have next to the messages; their content would be lost."""
+"""Columns that some datasets of conversations have next to the messages; their content would be lost."""
 PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
 COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
 
@@ -28,7 +28,7 @@ ALPACA_PROMPT_WITH_INPUT = (
 ALPACA_COMPLETION = "{output}"
 ALPACA_COLUMNS = {"instruction", "output"}
 NOT_IN_ALPACA_PROMPT = ("system", "history")
-"""Columns that some data sets with Alpaca's columns have too."""
+"""Columns that some datasets with Alpaca's columns have too."""
 CONVERSATION_COLUMNS = ("messages", "conversations")
 
 

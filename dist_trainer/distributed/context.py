@@ -24,7 +24,7 @@ from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError, counted
 
 CPU_GROUP_TIMEOUT = timedelta(days=7)
-"""Of the CPU group: a rank may wait in it for hours while others prepare a data set."""
+"""Of the CPU group: a rank may wait in it for hours while others prepare a dataset."""
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
 """Of collectives on the device, at least; the heartbeat notices sooner, and knows which waits are legitimate."""
 MOST_COMPILE_THREADS = 32

@@ -91,7 +91,7 @@ class Trainer:
         self.buffers, self.garbage = Buffers(unwrap(model), world), GarbageCollector()
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
         if not isinstance(train_data.sampler, GlobalOrderSampler):
-            raise ConfigError("train_data: only loaders that create_dataloaders made; it takes a data set of your own")
+            raise ConfigError("train_data must come from create_dataloaders, which accepts any dataset")
         self.sampler = train_data.sampler
         self.device_copy = DeviceCopy(world.device)
         self.max_steps = self.last_step = total_steps(config.train, self.sampler.steps_per_epoch)

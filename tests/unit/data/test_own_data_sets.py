@@ -1,4 +1,4 @@
-"""Data sets of a user's own: pairs, dictionaries, and what is refused before training starts."""
+"""Datasets of a user's own: pairs, dictionaries, and what is refused before training starts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Stream(IterableDataset):
         ([X] * 4, r"train_dataset: its items are a Tensor; give \(inputs, targets\) pairs"),
         ([(X[0], {"y": 1})] * 4, r"train_dataset: targets are a dict; give one tensor, array or number"),
         ([(X[0], "yes")] * 4, r"train_dataset: targets are a str; give one tensor"),
-        (Stream(), r"train_dataset: a Stream has no __len__ or no __getitem__; give a map-style data set"),
+        (Stream(), r"train_dataset: a Stream has no __len__ or no __getitem__; give a map-style dataset"),
     ],
     ids=["Hugging Face's", "other keys", "triples", "tensors", "dictionary of targets", "text as target", "iterable"],
 )

@@ -1,4 +1,4 @@
-"""Every kind of data set, and every way in which one can be wrong."""
+"""Every kind of dataset, and every way in which one can be wrong."""
 
 import bz2
 import csv
@@ -124,7 +124,7 @@ def test_folders_with_splits_in_their_file_names_lose_no_file(tmp_path):
         "data/test-00000-of-00001.jsonl": STORIES[10:],
     }.items():
         write(tmp_path / "hub" / name, jsonl(part))
-    write(tmp_path / "hub" / "README.md", "A data set")
+    write(tmp_path / "hub" / "README.md", "A dataset")
     assert texts(tmp_path / "hub") == (STORIES[:8], STORIES[8:10])
     for number, story in enumerate(STORIES):
         write(tmp_path / "plain" / f"chapter{number:02}.txt", story)
