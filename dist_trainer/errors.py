@@ -129,6 +129,11 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, at most 400 characters; its errors may be pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:400]
+
+
 def counted(number: int, thing: str, ending: str = "s") -> str:
     """`1 row`, `2 rows`, `0 batches`."""
     return f"{number} {thing}{'' if number == 1 else ending}"

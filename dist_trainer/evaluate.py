@@ -69,14 +69,8 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationRequest:
         context = None if "data.sequence_length" in keys else model_context(folder)
         words = [] if context is None else ["--data.sequence_length", str(context)]
     if arguments.data is not None:
-        words += [
-            "--validation.max_global_batches",
-            "null",
-            "--data.dataset_config",
-            "null",
-            "--data.validation_split",
-            "null",
-        ]
+        for key in ("validation.max_global_batches", "data.dataset_config", "data.validation_split"):
+            words += [f"--{key}", "null"]
     if arguments.data == "":
         raise ConfigError("--data: must not be empty; name a dataset, or leave it out for the run's validation data")
     if any(word.partition("=")[0] == "--preset" for word in key_words):

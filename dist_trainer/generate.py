@@ -90,24 +90,15 @@ def generate_text(arguments: argparse.Namespace) -> int:
 
     from dist_trainer.data.tokenizers import load_tokenizer
     from dist_trainer.distributed.context import keep_threads_within_quota
-    from dist_trainer.generation.console import (
-        Prompt,
-        check_encoding,
-        check_prompts,
-        print_texts,
-        prompts_of_file,
-        prompts_of_stdin,
-        typed_prompts,
-        write_json_lines,
-    )
+    from dist_trainer.generation import console
     from dist_trainer.generation.decoding import DecodingOptions
     from dist_trainer.generation.text import TextGenerator, chat_template
     from dist_trainer.huggingface.model_files import find_model, model_folder
     from dist_trainer.models.weights import open_model
 
     for name in ("prompt", "system"):
-        check_encoding(f"--{name}", getattr(arguments, name) or "")
-    in_file = None if arguments.prompts_file is None else prompts_of_file(arguments.prompts_file)
+        console.check_encoding(f"--{name}", getattr(arguments, name) or "")
+    in_file = None if arguments.prompts_file is None else console.prompts_of_file(arguments.prompts_file)
     folder = model_folder(arguments.path, weights=True, key="RUN")
     find_model(folder)  # a wrong folder is reported before the tokenizer that it lacks
     tokenizer = load_tokenizer(str(folder), key="RUN")
@@ -124,20 +115,20 @@ def generate_text(arguments: argparse.Namespace) -> int:
     generator = TextGenerator(model, tokenizer, options, chat=chat, system=arguments.system)
     is_interactive = arguments.prompt is None and in_file is None and sys.stdin.isatty()
     if in_file is not None:
-        check_prompts(generator, in_file)
+        console.check_prompts(generator, in_file)
         prompts = in_file
     elif arguments.prompt is not None:
-        prompts = [Prompt(arguments.prompt)]
+        prompts = [console.Prompt(arguments.prompt)]
     else:
-        prompts = typed_prompts() if is_interactive else prompts_of_stdin()
+        prompts = console.typed_prompts() if is_interactive else console.prompts_of_stdin()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for characters that the terminal's encoding lacks
     with ExitStack() as open_files:
         if in_file is None and arguments.output is None:
-            print_texts(generator, prompts, is_interactive=is_interactive)
+            console.print_texts(generator, prompts, is_interactive=is_interactive)
         else:
             to = sys.stdout if arguments.output is None else open_files.enter_context(_opened(arguments.output))
-            write_json_lines(generator, prompts, to)
+            console.write_json_lines(generator, prompts, to)
     return EXIT_FINISHED
 
 

@@ -96,7 +96,6 @@ def unknown_key_message(key: str) -> str:
         (elsewhere if "." not in key else [])
         or [known_key for known_key in known if known_key.rsplit(".", 1)[-1] == name]
         or elsewhere
-        or [known_key for known_key in known if _initials(known_key) == name]
         or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     )
@@ -110,8 +109,3 @@ def suggest_value(value: Any, kind: Any) -> str:
     near = [choice for choice in values if written in OTHER_VALUES.get(choice, "").split()]
     near = near or difflib.get_close_matches(written, values, n=1)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def _initials(key: str) -> str:
-    """The letters by which people abbreviate a key: "lr" for optim.learning_rate."""
-    return "".join(word[0] for word in key.rsplit(".", 1)[-1].split("_"))

@@ -10,9 +10,8 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, get_type_hints
 
-import yaml
-
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.values import as_yaml
 
 PATH_KEYS = ("data.dataset", "data.validation_dataset", "data.tokenizer", "data.chat_template", "data.cache_dir")
 PATH_KEYS += ("model.init_from", "output_dir", "checkpoint.resume")
@@ -63,9 +62,8 @@ def descriptions() -> dict[str, str]:
 
 def format_default(key: str) -> str:
     """The default of a dotted key, as YAML."""
-    default = getattr(section_classes()[key.rpartition(".")[0]](), key.rpartition(".")[2])
-    plain = list(default) if isinstance(default, tuple) else default
-    return yaml.safe_dump(plain, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    section, _, name = key.rpartition(".")
+    return as_yaml(getattr(section_classes()[section](), name))
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dist_trainer.config.keys import PATH_KEYS, flatten, key_types, keys_of, sec
 from dist_trainer.config.paths import sweep_run_name, user_path
 from dist_trainer.config.presets import format_presets, preset_keys
 from dist_trainer.config.rules import raise_problems, rule_violations
-from dist_trainer.config.schema import SHAPE_FIELDS, TrainingConfig, keys_in_use
+from dist_trainer.config.schema import SHAPE_FIELDS, TRANSFORMERS, TrainingConfig
 from dist_trainer.config.values import format_type, is_nullable, parse_value
 from dist_trainer.config.yaml_files import Assignment, read_assignments
 from dist_trainer.errors import ConfigError, RefusedError
@@ -80,7 +80,8 @@ def dump_config(config: TrainingConfig) -> str:
 def as_dict(config: TrainingConfig) -> dict[str, Any]:
     """Nested dictionaries of plain values, without the keys of the model section that this kind of model ignores."""
     plain = dataclasses.asdict(config)
-    plain["model"] = {name: value for name, value in plain["model"].items() if name in keys_in_use(config.model)}
+    if config.model.name == TRANSFORMERS:
+        plain["model"] = {"name": TRANSFORMERS, "init_from": config.model.init_from}
     plain["optim"]["betas"], plain["train"]["callbacks"] = list(config.optim.betas), list(config.train.callbacks)
     return plain
 

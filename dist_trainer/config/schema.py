@@ -306,10 +306,3 @@ LLAMA, TRANSFORMERS = "decoder_lm", "hf"
 """Values of model.name: DecoderLM, a Llama; and any causal language model of transformers."""
 SHAPE_FIELDS = tuple(field.name for field in fields(ModelConfig) if field.name not in ("name", "init_from", "dropout"))
 """Keys of the model section that a model's config.json determines."""
-
-
-def keys_in_use(model: ModelConfig) -> frozenset[str]:
-    """The fields of the model section that this kind of model reads."""
-    if model.name == TRANSFORMERS:
-        return frozenset(("name", "init_from"))
-    return frozenset(field.name for field in fields(ModelConfig))

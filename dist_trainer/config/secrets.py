@@ -39,7 +39,7 @@ def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
         for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1]):
             text = text.replace(form, MASK)
     text = _USER_IN_URL.sub(rf"\1{MASK}@", text)
-    text = _QUERY.sub(lambda match: f"{match[1]}{MASK}" if _is_secret_parameter(match[2]) else match[0], text)
+    text = _QUERY.sub(lambda match: f"{match[1]}{MASK}" if _sounds_secret(match[2]) else match[0], text)
     return _KNOWN_FORM.sub(MASK, text)
 
 
@@ -95,11 +95,9 @@ def masked_command(words: list[str], environment: Mapping[str, str] = os.environ
     return shown
 
 
-def _is_secret_parameter(name: str) -> bool:
-    return _sounds_secret(name) or name.lower() in _SIGNATURES
-
-
 @lru_cache(maxsize=1024)
 def _sounds_secret(name: str) -> bool:
-    """Cached, since each logged line calls it for each variable."""
-    return _SECRET_NAME.fullmatch(name) is not None
+    """Whether a variable, option or URL parameter of this name holds a secret. Cached, as each logged line asks for each
+    variable.
+    """
+    return _SECRET_NAME.fullmatch(name) is not None or name.lower() in _SIGNATURES

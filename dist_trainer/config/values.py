@@ -74,9 +74,14 @@ def format_type(kind: Any) -> str:
     return " or ".join([*words, "null"] if is_nullable(kind) else words)
 
 
+def as_yaml(value: Any) -> str:
+    """A value as a config file has it, on one line: null, true, [0.9, 0.95]; text without quotes."""
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+
+
 def format_value(value: Any) -> str:
-    """A value as a config file has it: null, true, [0.9, 0.95]; text in quotes."""
-    return repr(value) if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+    """The same with text in quotes, for messages."""
+    return repr(value) if isinstance(value, str) else as_yaml(value)
 
 
 def choices_of(kind: Any) -> list[str]:

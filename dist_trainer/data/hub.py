@@ -15,8 +15,8 @@ from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.records import Record
 from dist_trainer.data.split import Split
 from dist_trainer.data.templates import missing_column, optional_columns, required_columns
-from dist_trainer.errors import DataError
-from dist_trainer.huggingface.hub import first_line, is_hub_reachable, not_loaded_message
+from dist_trainer.errors import DataError, first_line
+from dist_trainer.huggingface.hub import is_hub_reachable, not_loaded_message
 
 log = logging.getLogger(__name__)
 

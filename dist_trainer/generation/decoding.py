@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dist_trainer.errors import ConfigError, counted
 from dist_trainer.huggingface import transformers_models
+from dist_trainer.huggingface.llama_config import token_id_set
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.evaluation_mode import evaluation_mode
 
@@ -42,8 +43,12 @@ def end_tokens(model: nn.Module) -> set[int]:
     """The end-of-sequence ids in the model's config."""
     if not isinstance(model, DecoderLM):
         return transformers_models.eos_token_ids(model)
-    ids = model.token_ids["eos_token_id"]
-    return set(ids) if isinstance(ids, list) else set() if ids is None else {ids}
+    return token_id_set(model.token_ids["eos_token_id"])
+
+
+def prompt_too_long(length: int, context: int | None) -> str:
+    """The message for a prompt of `length` tokens that leaves no room in the model's context."""
+    return f"the prompt has {counted(length, 'token')}; the model's context is {context}: shorten it"
 
 
 def generate(
@@ -68,9 +73,7 @@ def generate(
     context = context_length(model)
     room = max_new_tokens if context is None else context - len(prompt_tokens)
     if room <= 0 < max_new_tokens:
-        raise ConfigError(
-            f"the prompt has {counted(len(prompt_tokens), 'token')}; the model's context is {context}: shorten it"
-        )
+        raise ConfigError(prompt_too_long(len(prompt_tokens), context))
     ends = eos_token_id if isinstance(eos_token_id, Collection) else {eos_token_id}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

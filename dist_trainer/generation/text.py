@@ -11,8 +11,8 @@ from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.chat import ChatTemplate, default_chat_template
 from dist_trainer.data.messages import Message
 from dist_trainer.data.tokenizers import Tokenizer, prompt_ids
-from dist_trainer.errors import ConfigError, counted
-from dist_trainer.generation.decoding import DecodingOptions, context_length, end_tokens, generate
+from dist_trainer.errors import ConfigError
+from dist_trainer.generation.decoding import DecodingOptions, context_length, end_tokens, generate, prompt_too_long
 
 REPLACEMENT = "\ufffd"
 """What a tokenizer decodes incomplete UTF-8 to."""
@@ -51,9 +51,8 @@ class TextGenerator:
     def length_problem(self, text: str) -> str | None:
         """Why the prompt `text` leaves no room for a continuation; None if it does."""
         length = len(self.prompt_tokens(text))
-        if self.context_length is None or length < self.context_length:
-            return None
-        return f"the prompt has {counted(length, 'token')}; the model's context is {self.context_length}: shorten it"
+        has_room = self.context_length is None or length < self.context_length
+        return None if has_room else prompt_too_long(length, self.context_length)
 
     def remember(self, question: str, answer: str) -> None:
         """Put these before the chat's next prompt."""

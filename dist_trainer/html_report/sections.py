@@ -9,11 +9,11 @@ import html
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from dist_trainer.config.keys import flatten
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.values import as_yaml
 from dist_trainer.errors import counted
 from dist_trainer.html_report.charts import legend_key, skipped_steps, style_of
 from dist_trainer.html_report.timeline import numbered_marks
@@ -252,11 +252,6 @@ def environment(run: RunHistory, title: str) -> str:
         return ""
     rows = [[name, as_yaml(value)] for name, value in run.environment.items()]
     return section(title, folded("versions, machine, command", table("Environment", [], rows)))
-
-
-def as_yaml(value: Any) -> str:
-    """A scalar as YAML writes it."""
-    return {None: "null", True: "true", False: "false"}[value] if isinstance(value, bool | None) else str(value)
 
 
 # ------------------------------------------------------------------------------------------ pieces of HTML

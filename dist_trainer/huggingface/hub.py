@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from dist_trainer.errors import ConfigError
+from dist_trainer.errors import ConfigError, first_line
 
 PROBE_SECONDS = 2.5
 DESCRIPTION_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -83,8 +83,3 @@ def not_loaded_message(name: str, reason: str, *, remedy: str) -> str:
     if not is_hub_reachable():
         return f"{name!r} is not a local path, and it is neither on disk in the Hub cache nor reachable on the Hub; {remedy}"
     return f"{name!r} is not a local path, and cannot be loaded from the Hub: {reason}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what a library says, at most 400 characters; its errors may be pages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:400]

@@ -54,10 +54,14 @@ def merge_token_ids(*places: TokenIds) -> TokenIds:
     return ids if len(ids) > 1 else next(iter(ids), None)
 
 
+def token_id_set(ids: TokenIds) -> set[int]:
+    """`ids`, one, several or none, as a set."""
+    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
+
+
 def add_eos_token(ends: TokenIds, trained: int | None) -> TokenIds:
     """`ends` with the token that a run's texts end with; first, unless it is one of them."""
-    known = ends if isinstance(ends, list) else [ends]
-    return ends if trained in known else merge_token_ids(trained, ends)
+    return ends if trained in token_id_set(ends) else merge_token_ids(trained, ends)
 
 
 def hf_config(model: HFModel) -> dict[str, Any]:

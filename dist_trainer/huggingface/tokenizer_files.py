@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.errors import DataError, StoppedError
-from dist_trainer.huggingface.hub import first_line, is_hub_reachable, not_loaded_message
+from dist_trainer.errors import DataError, StoppedError, first_line
+from dist_trainer.huggingface.hub import is_hub_reachable, not_loaded_message
 from dist_trainer.huggingface.model_files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, check_tokenizer_folder
 from dist_trainer.storage.manifest import read_json
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_trainer.errors import CheckpointError, ConfigError, counted
-from dist_trainer.huggingface.hub import first_line
-from dist_trainer.huggingface.llama_config import TokenIds, add_eos_token, merge_token_ids
-from dist_trainer.huggingface.model_files import check_model_folder
+from dist_trainer.errors import CheckpointError, ConfigError, counted, first_line
+from dist_trainer.huggingface.llama_config import TokenIds, add_eos_token, merge_token_ids, token_id_set
+from dist_trainer.huggingface.model_files import GENERATION_FILE, check_model_folder
 from dist_trainer.huggingface.weights import SkipInit, check_tied_head
 
 log = logging.getLogger(__name__)
@@ -110,7 +109,7 @@ def _from_config(folder: Path) -> Any:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds; each ends in one message
             raise _not_built(folder, error) from error
-    settings = folder / transformers.utils.GENERATION_CONFIG_NAME
+    settings = folder / GENERATION_FILE
     if settings.is_file():
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
@@ -177,7 +176,7 @@ def _max_positions(config: Any) -> int | None:
 
 def eos_token_ids(model: Any) -> set[int]:
     """Ids with which the model ends a text."""
-    return _as_set(_eos_token_id(model))
+    return token_id_set(_eos_token_id(model))
 
 
 def add_eos_token_to_model(model: Any, trained: int | None) -> None:
@@ -186,7 +185,7 @@ def add_eos_token_to_model(model: Any, trained: int | None) -> None:
     settings, config = getattr(model, "generation_config", None), model.config.get_text_config()
     if settings is not None:
         settings.eos_token_id = ends
-    if trained not in _as_set(getattr(config, "eos_token_id", None)):
+    if trained not in token_id_set(getattr(config, "eos_token_id", None)):
         config.eos_token_id = trained  # some kinds of models take no list here
 
 
@@ -194,10 +193,6 @@ def _eos_token_id(model: Any) -> TokenIds:
     """Those of generation_config.json and config.json."""
     places = (getattr(model, "generation_config", None), model.config.get_text_config())
     return merge_token_ids(*(getattr(place, "eos_token_id", None) for place in places))
-
-
-def _as_set(ids: TokenIds) -> set[int]:
-    return set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
 
 
 def next_logits(model: Any) -> Callable[[Tensor], Tensor]:

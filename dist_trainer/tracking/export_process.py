@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import queue
 import signal
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.config.secrets import MaskedStream
+from dist_trainer.errors import first_line
 from dist_trainer.storage.locks import NO_LOCKS, try_lock
-from dist_trainer.tracking.run_reader import METRICS_FILE, complete_lines, parse_object
-from dist_trainer.tracking.sink import SECONDS_ALONE, LogFn, Sink, one_line
+from dist_trainer.tracking.run_reader import METRICS_FILE, complete_lines, parse_line
+from dist_trainer.tracking.sink import SECONDS_ALONE, LogFn, Sink
 from dist_trainer.tracking.tensorboard_sink import TensorBoardSink
 from dist_trainer.tracking.trackio_sink import TrackioSink
 from dist_trainer.tracking.wandb_sink import WandbSink
@@ -40,18 +40,9 @@ def send_lines(sink: Sink, path: Path, start: int) -> int:
     """Give `sink` the lines of `path` from byte `start` on; the position after the last one."""
     for text, end in complete_lines(path, start=start):
         start = end
-        line = read_line(text)
-        if line is not None:
+        if (line := parse_line(text)) is not None:
             sink.take(line)
     return start
-
-
-def read_line(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, however long its sample is; None if it is not one."""
-    line = parse_object(text, max_length=math.inf)
-    if line is None or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
-        return None
-    return line if line["step"] >= 0 else None
 
 
 def _open_log() -> LogFn:
@@ -147,7 +138,7 @@ def main() -> None:
             if ending is not None:
                 sink.finish(ending.get("state") or "killed")
     except Exception as error:
-        log(f"{label} has stopped ({one_line(error)}); training continues without it", logging.WARNING, last=True)
+        log(f"{label} has stopped ({first_line(error)}); training continues without it", logging.WARNING, last=True)
         raise
     log(f"{label}: {sink.summary()}", last=True)
 

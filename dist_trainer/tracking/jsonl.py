@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.storage.files import open_for_writing, replace_file, sync_file, sync_folder, truncate_file
-from dist_trainer.tracking.run_reader import METRICS_FILE
+from dist_trainer.tracking.run_reader import METRICS_FILE, parse_line
 
 log = logging.getLogger(__name__)
 
@@ -134,20 +134,9 @@ def _lines_to_keep(path: Path, start_step: int, seen: set[tuple[str, int]]) -> I
     """Each line; None for one that is to be dropped. The kind and step of each are added to `seen`."""
     with path.open("rb") as file:
         for line in file:
-            identity = _kind_and_step(line)
+            fields = parse_line(line) if line.endswith(b"\n") else None
+            identity = (fields["kind"], fields["step"]) if fields else None
             drop = identity is None or identity[1] > start_step or identity in seen
             if identity is not None:
                 seen.add(identity)
             yield None if drop else line
-
-
-def _kind_and_step(line: bytes) -> tuple[str, int] | None:
-    """Of a complete line; None for anything else."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        fields = json.loads(line)
-        kind, step = fields["kind"], fields["step"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return (kind, step) if isinstance(kind, str) and type(step) is int and step > 0 else None

@@ -19,12 +19,11 @@ PROGRESS_LOGGER = "dist_trainer.progress"
 """For what the progress bar shows: goes to the file, and to the console unless that is a terminal."""
 
 
-def configure_logging(log_folder: Path | None, *, rank: int, is_terminal: bool | None = None) -> None:
+def configure_logging(log_folder: Path | None, *, rank: int) -> None:
     """Send this package's messages to `log_folder`/rank-N.log and to stderr; without a folder to stderr alone.
 
     On the console, rank 0 has all messages, other ranks only warnings, prefixed with the rank. Another call replaces the
-    handlers of the last one; other libraries' loggers are left alone. `is_terminal` None: whether stderr is one. If the file
-    cannot be written, there is one warning.
+    handlers of the last one; other libraries' loggers are left alone. If the file cannot be written, there is one warning.
     """
     logger = logging.getLogger(PACKAGE_LOGGER)
     logger.setLevel(logging.INFO)
@@ -33,7 +32,7 @@ def configure_logging(log_folder: Path | None, *, rank: int, is_terminal: bool |
         logger.removeHandler(handler)
         with contextlib.suppress(OSError):  # the last lines may not fit on the disk
             handler.close()
-    logger.addHandler(ConsoleHandler(rank, sys.stderr.isatty() if is_terminal is None else is_terminal))
+    logger.addHandler(ConsoleHandler(rank, is_terminal=sys.stderr.isatty()))
     if log_folder is not None:
         try:
             log_folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +44,7 @@ def configure_logging(log_folder: Path | None, *, rank: int, is_terminal: bool |
 class ConsoleHandler(logging.Handler):
     """Writes to stderr, above the progress bar if there is one."""
 
-    def __init__(self, rank: int, is_terminal: bool) -> None:
+    def __init__(self, rank: int, *, is_terminal: bool) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
         # tqdm's own lock is shared with forked processes: one that is killed while it writes would hold it forever.
         tqdm.set_lock(threading.RLock())

@@ -202,6 +202,14 @@ def parse_object(text: bytes | str, *, max_length: float = _MAX_LINE_LENGTH) -> 
     return value if isinstance(value, dict) else None
 
 
+def parse_line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, however long its sample is; None if it is not one."""
+    line = parse_object(text, max_length=math.inf)
+    if line is None or not isinstance(line.get("kind"), str) or type(line.get("step")) is not int:
+        return None
+    return line if line["step"] > 0 else None
+
+
 def number(value: Any) -> float:
     """`value` as a finite float; NaN if it is anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dist_trainer.storage.files import replace_file
+from dist_trainer.tracking.run_reader import parse_object, text_of
 
 NOT_METRICS = {"kind", "step", "time", "non_finite", "prompt", "text"}
 
@@ -53,12 +54,10 @@ class LogCursor:
     def read(folder: Path, sink: str) -> LogCursor:
         """The cursor of `sink` in the run in `folder`; before the first line if there is none."""
         for name in (CURSOR_FILE, OLD_CURSOR_FILE):
-            try:
-                saved = json.loads((folder / sink / name).read_text(encoding="utf-8"))
-                is_synced = saved.get("is_synced", saved.get("has_arrived")) is True
-                return LogCursor(int(saved["step"]), [str(kind) for kind in saved["kinds"]], is_synced)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                continue
+            saved = parse_object(text_of(folder / sink / name)) or {}
+            step, kinds = saved.get("step"), saved.get("kinds")
+            if type(step) is int and isinstance(kinds, list):
+                return LogCursor(step, kinds, saved.get("is_synced", saved.get("has_arrived")) is True)
         return LogCursor()
 
     def has_passed(self, line: dict[str, Any]) -> bool:
@@ -99,9 +98,3 @@ def _as_number(value: Any) -> Any:
     if isinstance(value, bool):
         return int(value)
     return float(value) if value in ("nan", "inf", "-inf") else value
-
-
-def one_line(error: BaseException) -> str:
-    """The error's message on one line, shortened, for the log."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) < 200 else f"{words[:200]}..."

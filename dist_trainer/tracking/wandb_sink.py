@@ -15,9 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_trainer.config.command_line import command_path
+from dist_trainer.errors import first_line
 from dist_trainer.storage.files import replace_file
-from dist_trainer.tracking.run_reader import number
-from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of, one_line
+from dist_trainer.tracking.run_reader import number, text_of
+from dist_trainer.tracking.sink import LogCursor, LogFn, metrics_of
 
 FOLDER = "wandb"
 INIT_TIMEOUT_SECONDS = 30.0
@@ -107,12 +108,9 @@ class WandbSink:
 def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
     """The W&B id of the run in `folder`: at first WANDB_RUN_ID, which sweeps set, or a random one; then always the same."""
     path = folder / FOLDER / "run_id"
-    try:
-        saved = path.read_text(encoding="utf-8").strip()
-        if _GOOD_ID.fullmatch(saved):  # W&B names folders by it
-            return saved
-    except (OSError, ValueError):
-        pass
+    saved = text_of(path).strip()
+    if _GOOD_ID.fullmatch(saved):  # W&B names folders by it
+        return saved
     chosen = environment.get("WANDB_RUN_ID", "")
     if not _GOOD_ID.fullmatch(chosen):
         chosen = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
@@ -175,7 +173,7 @@ def _open_run(description: dict[str, Any], identity: str, log: LogFn) -> tuple[A
             log(f"W&B: {run.url}")
             return run, True
         except Exception as error:
-            log(f"W&B cannot be used online ({one_line(error)}); recording offline instead", logging.WARNING)
+            log(f"W&B cannot be used online ({first_line(error)}); recording offline instead", logging.WARNING)
             wandb.teardown()
     return init("offline"), False
 

@@ -16,7 +16,8 @@ import pytest
 import dist_trainer
 from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.tracking.export_process import SINKS, read_line
+from dist_trainer.tracking.export_process import SINKS
+from dist_trainer.tracking.run_reader import parse_line
 from dist_trainer.tracking.sink import LogCursor
 from dist_trainer.tracking.subprocess_tracker import (
     EXPORTS,
@@ -192,10 +193,10 @@ def test_every_entry_has_a_key_and_a_sink():
 
 def test_a_line_counts_however_long_its_sample_is_and_what_is_none_does_not():
     line = {"kind": "sample", "step": 3, "text": "x" * (2 << 20)}
-    assert read_line(json.dumps(line).encode()) == line
+    assert parse_line(json.dumps(line).encode()) == line
     for other in ({**line, "step": -1}, {**line, "step": 1.5}, {"step": 3}, [line]):
-        assert read_line(json.dumps(other).encode()) is None
-    assert read_line(b'{"kind": "train"') is None
+        assert parse_line(json.dumps(other).encode()) is None
+    assert parse_line(b'{"kind": "train"') is None
 
 
 def test_what_the_config_leaves_open_comes_from_wandb_s_own_variables(tmp_path, monkeypatch):
