@@ -232,7 +232,7 @@ def test_a_file_of_prompts_is_read_as_data_sets_are(trained, tmp_path, capsys):
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": "x", "id": "\\ud83d"}\n', ":2: half of a character (a lone surrogate"),
         ("a.txt", b"x\nx\n\xff\n", ":3: not UTF-8 text (byte 0xff)"),
         ("a.csv", b"prompt\nx\nx,y\n", ":3: 2 values, but line 1 names 1 column"),
-        ("a.json", b'["x", 1]', ' element 2: has no text under "prompt"'),
+        ("a.json", b'["x", 1]', " element 2: a JSON int, not an object"),
         ("a.pdf", b"x", ": files of type .pdf are not read"),
     ],
 )

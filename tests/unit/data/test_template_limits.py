@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_trainer.config.schema import DataConfig
-from dist_trainer.data import templates as template_limits
+from dist_trainer.data import chat as template_limits
 from dist_trainer.data.chat import ChatTemplate, within_limits
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import DataError
