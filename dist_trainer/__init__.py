@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 from dist_trainer.version import __version__
 
 if TYPE_CHECKING:
-    from dist_trainer.checkpoint.manager import CheckpointManager
-    from dist_trainer.config.schema import TrainingConfig
-    from dist_trainer.data.batch import Batch
-    from dist_trainer.data.loader import create_dataloaders
-    from dist_trainer.data.tokenizers import load_tokenizer
-    from dist_trainer.distributed.context import DistributedContext, init_distributed
-    from dist_trainer.models.decoder_lm import DecoderLM
-    from dist_trainer.models.weights import make_weight_saver
-    from dist_trainer.optim.registry import build_optimizer
-    from dist_trainer.parallel.registry import parallelize
-    from dist_trainer.run.configure import load_config
-    from dist_trainer.training.callbacks import Callback
-    from dist_trainer.training.trainer import Trainer
+    from dist_trainer.checkpoint.manager import CheckpointManager as CheckpointManager
+    from dist_trainer.config.schema import TrainingConfig as TrainingConfig
+    from dist_trainer.data.batch import Batch as Batch
+    from dist_trainer.data.loader import create_dataloaders as create_dataloaders
+    from dist_trainer.data.tokenizers import load_tokenizer as load_tokenizer
+    from dist_trainer.distributed.context import DistributedContext as DistributedContext
+    from dist_trainer.distributed.context import init_distributed as init_distributed
+    from dist_trainer.models.decoder_lm import DecoderLM as DecoderLM
+    from dist_trainer.models.weights import make_weight_saver as make_weight_saver
+    from dist_trainer.optim.registry import build_optimizer as build_optimizer
+    from dist_trainer.parallel.registry import parallelize as parallelize
+    from dist_trainer.run.configure import load_config as load_config
+    from dist_trainer.training.callbacks import Callback as Callback
+    from dist_trainer.training.trainer import Trainer as Trainer
 
 _HOMES = {
     "Batch": "data.batch",
@@ -39,23 +40,7 @@ _HOMES = {
     "make_weight_saver": "models.weights",
 }
 
-__all__ = [
-    "Batch",
-    "Callback",
-    "CheckpointManager",
-    "DecoderLM",
-    "DistributedContext",
-    "Trainer",
-    "TrainingConfig",
-    "__version__",
-    "build_optimizer",
-    "create_dataloaders",
-    "init_distributed",
-    "load_config",
-    "load_tokenizer",
-    "make_weight_saver",
-    "parallelize",
-]
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

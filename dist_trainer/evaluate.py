@@ -14,9 +14,8 @@ from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.launch_env import rank_info
 from dist_trainer.errors import EXIT_FINISHED, ConfigError
-from dist_trainer.huggingface.model_files import CONFIG_FILE, find_config
+from dist_trainer.huggingface.model_files import CONFIG_FILE, find_config, read_description
 from dist_trainer.run.cli import end_process, run_cli
-from dist_trainer.storage.manifest import read_json
 from dist_trainer.version import VERSION_LINE
 
 DESCRIPTION = "Loss, perplexity and bits per byte of a model on its run's validation data or on other data."
@@ -171,7 +170,7 @@ def model_context(path: Path) -> int | None:
     folder = find_config(path)
     if folder is None:
         return None
-    length = read_json((folder / CONFIG_FILE).resolve()).get("max_position_embeddings")
+    length = read_description(folder / CONFIG_FILE).get("max_position_embeddings")
     if length is None:  # transformers knows the other names that models have for it
         from dist_trainer.huggingface.transformers_models import context_length_of_folder
 

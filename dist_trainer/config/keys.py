@@ -49,15 +49,15 @@ def keys_of(section: str) -> list[str]:
 @cache
 def descriptions() -> dict[str, str]:
     """What the string under each field in config/schema.py says, by dotted key."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for section, kind in section_classes().items():
         [definition] = ast.parse(inspect.getsource(kind)).body
         assert isinstance(definition, ast.ClassDef)
         for field, text in pairwise(definition.body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 name = ast.unparse(field.target)
-                found[f"{section}.{name}" if section else name] = " ".join(ast.literal_eval(text.value).split())
-    return found
+                texts[f"{section}.{name}" if section else name] = " ".join(ast.literal_eval(text.value).split())
+    return texts
 
 
 def format_default(key: str) -> str:

@@ -37,14 +37,14 @@ def resolve(registry: Mapping[str, T], name: str, key: str) -> T:
         raise ConfigError(unknown_entry_message(registry, name, key))
     module_name, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
+        function = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         is_missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(error.name or "-")
         remedy = f"; {_where_modules_are_found()}" if is_missing else ""
         raise ConfigError(f"{key}: {name!r} cannot be imported ({error}){remedy}") from error
-    if not callable(found):
-        raise ConfigError(f"{key}: {name!r} is {type_named(found)}, not a function")
-    return cast(T, found)
+    if not callable(function):
+        raise ConfigError(f"{key}: {name!r} is {type_named(function)}, not a function")
+    return cast(T, function)
 
 
 def _where_modules_are_found() -> str:

@@ -59,7 +59,7 @@ class TextSamples:
             self._log_sample(trainer)
 
     def _log_sample(self, trainer: Any) -> None:
-        """To be called on all ranks. An error in generation, for which a user's model may not be made, is only a warning."""
+        """Called on all ranks. An error is only a warning: a user's model may not support generation."""
         world, step = trainer.world, trainer.progress.step
 
         def interrupted() -> bool:

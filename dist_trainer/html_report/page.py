@@ -116,9 +116,6 @@ class ReportTracker:
             write_report(self._history)
             self._not_before = self._clock() + (self._clock() - began) / SHARE_OF_TIME
 
-    def sync(self) -> None:
-        """Nothing: the page can be rebuilt from metrics.jsonl."""
-
     def close(self, *, state: str, reason: str | None) -> None:
         """Write the last page."""
         write_report(self._history)

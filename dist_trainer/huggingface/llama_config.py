@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, cast
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.huggingface.model_files import CONFIG_FILE, GENERATION_FILE, TOKEN_IDS, check_model_folder
+from dist_trainer.huggingface.model_files import CONFIG_FILE, GENERATION_FILE, TOKEN_IDS, check_model_folder, read_description
 from dist_trainer.storage.manifest import read_json
 
 REPRESENTED_TYPES = ("llama", "mistral")
@@ -110,8 +110,7 @@ def read_hf_config(folder: Path) -> HFModel:
     raw = read_json(path.resolve())  # in the Hub's cache it is a link
     _check_representable(raw, path)
     _check_types(raw, path)
-    settings = folder / GENERATION_FILE
-    generation = read_json(settings.resolve()) if settings.is_file() else {}
+    generation = read_description(folder / GENERATION_FILE)
     try:
         size, heads = raw["hidden_size"], raw["num_attention_heads"]
         head_dim = raw.get("head_dim")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,12 +63,16 @@ def model_folders(path: Path) -> Iterator[Path]:
 
 def _best_by_status(run: Path) -> str:
     """The name of the best checkpoint in status.json of the run folder `run`; `best` if it names none."""
-    status = run / "status.json"
     try:
-        step = json.loads(status.read_bytes())["best_step"] if status.is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        step = read_json(run / "status.json").get("best_step")
+    except CheckpointError:
         step = None
     return f"step-{step:08d}" if type(step) is int else "best"
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that describes a model; empty if there is no such file. Raises CheckpointError."""
+    return read_json(path.resolve()) if path.is_file() else {}  # in the Hub's cache it is a link
 
 
 def find_config(path: Path) -> Path | None:
@@ -138,18 +141,6 @@ def check_links(folder: Path) -> None:
             raise CheckpointError(f"{path} is a link out of its folder, which is not followed; put the file there")
 
 
-def check_tokenizer_folder(folder: Path) -> None:
-    """Raises CheckpointError if reading a tokenizer from `folder` would read files other than its usual ones."""
-    check_links(folder)
-    path = folder / TOKENIZER_CONFIG_FILE
-    raw = read_json(path.resolve()) if path.is_file() else {}
-    files = raw.get("fast_tokenizer_files") or []
-    are_inside = isinstance(files, list) and all(Path(str(file)).name == file for file in files)
-    for name in ("gguf_file", *([] if are_inside else ["fast_tokenizer_files"])):
-        if raw.get(name):
-            raise CheckpointError(f"{path}: {name} names {raw[name]!r:.80}, which is not read; remove the field")
-
-
 def check_model_folder(folder: Path) -> None:
     """Raises CheckpointError if reading a model from `folder`, by any library, would read files outside it, open a pickle, or
     run code that comes with it: its files may come from a stranger.
@@ -161,10 +152,9 @@ def check_model_folder(folder: Path) -> None:
             "merge_and_unload) and save the result with save_pretrained"
         )
     for path in (folder / CONFIG_FILE, folder / GENERATION_FILE):
-        if path.is_file():
-            raw = read_json(path.resolve())  # in the Hub's cache it is a link
-            _check_config(raw, path)
-            _check_token_ids(raw, path)
+        raw = read_description(path)
+        _check_config(raw, path)
+        _check_token_ids(raw, path)
     _shards(folder)
 
 
@@ -210,7 +200,7 @@ def _shards(folder: Path) -> list[str]:
     index = folder / INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file() or not index.is_file():
         return []
-    shards = read_json(index.resolve()).get("weight_map")  # in the Hub's cache it is a link
+    shards = read_description(index).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index} names no files: it has no weight_map")
     names = sorted({str(name) for name in shards.values()})

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.errors import DataError, StoppedError, first_line
+from dist_trainer.errors import CheckpointError, DataError, StoppedError, first_line
 from dist_trainer.huggingface.hub import is_hub_reachable, not_loaded_message
-from dist_trainer.huggingface.model_files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, check_tokenizer_folder
-from dist_trainer.storage.manifest import read_json
+from dist_trainer.huggingface.model_files import (
+    CONFIG_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    check_links,
+    read_description,
+)
 
 
 def tokenizer_from_folder(folder: Path, key: str) -> Any:
@@ -16,7 +21,7 @@ def tokenizer_from_folder(folder: Path, key: str) -> Any:
     import transformers
 
     try:
-        check_tokenizer_folder(folder)
+        _check_folder(folder)
         if not (folder / TOKENIZER_CONFIG_FILE).is_file() and (folder / TOKENIZER_FILE).is_file():
             return transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_FILE))
         if _is_plain(folder):
@@ -40,12 +45,23 @@ def tokenizer_from_hub(name: str, key: str) -> Any:
         raise DataError(f"{key}: {not_loaded_message(name, first_line(error), remedy=remedy)}") from error
 
 
+def _check_folder(folder: Path) -> None:
+    """Raises CheckpointError if reading a tokenizer from `folder` would read files other than its usual ones."""
+    check_links(folder)
+    path = folder / TOKENIZER_CONFIG_FILE
+    raw = read_description(path)
+    files = raw.get("fast_tokenizer_files") or []
+    are_inside = isinstance(files, list) and all(Path(str(file)).name == file for file in files)
+    for name in ("gguf_file", *([] if are_inside else ["fast_tokenizer_files"])):
+        if raw.get(name):
+            raise CheckpointError(f"{path}: {name} names {raw[name]!r:.80}, which is not read; remove the field")
+
+
 def _is_plain(folder: Path) -> bool:
     """Whether AutoTokenizer would build just the tokenizer of tokenizer.json, as for all our checkpoints. To find out, it
     imports the model's code, which takes two seconds.
     """
-    model_config = folder / CONFIG_FILE
-    config = read_json((folder / TOKENIZER_CONFIG_FILE).resolve())  # in the Hub's cache it is a link
-    model_type = read_json(model_config.resolve()).get("model_type") if model_config.is_file() else None
+    config = read_description(folder / TOKENIZER_CONFIG_FILE)
+    model_type = read_description(folder / CONFIG_FILE).get("model_type")
     is_fast = config.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast") and "auto_map" not in config
     return is_fast and model_type in (None, "llama") and (folder / TOKENIZER_FILE).is_file()

@@ -34,12 +34,11 @@ from dist_trainer.models.weights import can_open
 from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.summary import format_header
 from dist_trainer.tracking.environment import describe_environment
-from dist_trainer.tracking.events import FIRST_CHECKPOINT, StepCounter, append_event
 from dist_trainer.tracking.goodput import Goodput, goodput, restarts_of, steps_to_redo
 from dist_trainer.tracking.run_reader import RunHistory, is_number, read_events, read_run, read_status
-from dist_trainer.tracking.status import State, amend_status, write_status
+from dist_trainer.tracking.status import FIRST_CHECKPOINT, State, StepCounter, amend_status, append_event, write_status
 from dist_trainer.tracking.subprocess_tracker import is_wandb_behind
-from dist_trainer.tracking.tracker import RunContext, Tracker, TrackerList, build_tracker, send_to_wandb
+from dist_trainer.tracking.tracker import RunContext, TrackerList, build_tracker, send_to_wandb
 from dist_trainer.training.saving import TrainingResult
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
@@ -96,7 +95,7 @@ class RunRecord:
         self._trainer: Trainer | None = None
         """None: training has not started."""
         self._counter: StepCounter | None = None
-        self._tracker: Tracker = TrackerList()
+        self._tracker = TrackerList()
         self._has_saved = False
 
     @contextmanager

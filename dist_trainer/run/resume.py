@@ -25,8 +25,8 @@ from dist_trainer.config.values import format_value
 from dist_trainer.distributed.launch_env import is_restarted_by
 from dist_trainer.errors import AnotherRunError, CheckpointError, counted
 from dist_trainer.run.folder import CHECKPOINTS, RunFolder
-from dist_trainer.tracking.events import FIRST_CHECKPOINT
 from dist_trainer.tracking.run_reader import is_number, read_events, read_status
+from dist_trainer.tracking.status import FIRST_CHECKPOINT
 
 log = logging.getLogger(__name__)
 

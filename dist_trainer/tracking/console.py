@@ -61,9 +61,6 @@ class ConsoleTracker:
         elif kind == "sample":
             self._show_sample(line)
 
-    def sync(self) -> None:
-        """Nothing to make durable."""
-
     def close(self, *, state: str, reason: str | None) -> None:
         """Remove the bar; log how the run ended, its best checkpoint, and which commands come next."""
         self._bar.close()

@@ -154,9 +154,6 @@ class SubprocessTracker:
         """Tell the process that metrics.jsonl has grown."""
         self._send(b"\n")
 
-    def sync(self) -> None:
-        """Nothing: metrics.jsonl is what must be durable."""
-
     def ask_to_finish(self, state: str) -> None:
         """Tell the process how the run ended, without waiting: `close` waits, when all processes have been told."""
         if self._process is None or self._process.stdin is None or self._deadline is not None:

@@ -20,15 +20,14 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Takes the lines of metrics.jsonl."""
+    """Takes the lines of metrics.jsonl.
+
+    May also have `sync()`, which returns when what was logged survives a power cut. It is called before a checkpoint becomes
+    visible, by the thread that writes it, while more lines may be logged.
+    """
 
     def log(self, line: dict[str, Any]) -> None:
         """Take a line: {"kind": "train" | "validation" | "sample" | "profile", "step": ..., ...}. Costs microseconds."""
-
-    def sync(self) -> None:
-        """Return when what was logged survives a power cut. Called before a checkpoint becomes visible, by the thread that
-        writes it, while more lines may be logged.
-        """
 
     def close(self, *, state: str, reason: str | None) -> None:
         """The run ends: finished, preempted or failed, and why."""
@@ -93,9 +92,10 @@ class TrackerList:
             self._try(name, partial(tracker.log, line))
 
     def sync(self) -> None:
-        """Sync every tracker."""
+        """Sync every tracker that can be synced."""
         for name, tracker in self._trackers.items():
-            self._try(name, tracker.sync)
+            if (sync := getattr(tracker, "sync", None)) is not None:
+                self._try(name, sync)
 
     def close(self, *, state: str, reason: str | None) -> None:
         """Close every tracker, once."""

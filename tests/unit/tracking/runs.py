@@ -11,8 +11,8 @@ import yaml
 
 from dist_trainer.config.loading import as_dict
 from dist_trainer.config.schema import TrackingConfig, TrainingConfig
-from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.jsonl import encode_line
+from dist_trainer.tracking.status import append_event
 from dist_trainer.tracking.tracker import RunContext
 
 

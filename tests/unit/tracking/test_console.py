@@ -21,9 +21,8 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, hf_config
 from dist_trainer.models.weights import can_open
 from dist_trainer.tracking.console import ConsoleTracker, next_steps
-from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_log import PACKAGE_LOGGER, configure_logging
-from dist_trainer.tracking.status import write_status
+from dist_trainer.tracking.status import append_event, write_status
 from tests.unit.tracking.runs import train_line, validation_line
 
 

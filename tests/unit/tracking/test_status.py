@@ -7,8 +7,8 @@ import os
 import time
 from pathlib import Path
 
-from dist_trainer.tracking.events import StepCounter
 from dist_trainer.tracking.run_reader import complete_lines, read_progress
+from dist_trainer.tracking.status import StepCounter
 from tests.pace import allowed
 
 
