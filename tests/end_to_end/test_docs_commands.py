@@ -58,7 +58,7 @@ def test_the_commands_of_the_page_run_one_after_the_other(page: str, origin: Pat
 
 
 def test_what_library_md_takes_back_from_a_run(origin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    back = (ROOT / "docs" / "library.md").read_text("utf-8").partition("## Back from a run")[2]
+    back = (ROOT / "docs" / "library.md").read_text("utf-8").partition("## Loading a trained model")[2]
     [example] = re.findall(r"```python\n(.*?)```", back, re.DOTALL)
     monkeypatch.chdir(origin.parents[1])
     found: dict[str, Any] = {}
