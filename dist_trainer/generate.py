@@ -80,7 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not -(2**63) <= arguments.seed < 2**64:
         raise ConfigError(f"--seed: {arguments.seed} must fit in 64 bits")
     if not 0 < arguments.top_p <= 1:
-        raise ConfigError(f"--top_p: {arguments.top_p} must be more than 0, and 1 at most")
+        raise ConfigError(f"--top_p: {arguments.top_p} must be more than 0 and at most 1")
     return arguments
 
 

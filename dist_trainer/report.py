@@ -41,7 +41,7 @@ def run(argv: Sequence[str] | None) -> int:
     runs = list({folder.resolve(): folder for folder in map(_run_of, arguments.runs)}.values())
     if len(runs) > MAX_RUNS:
         raise ConfigError(
-            f"{len(runs)} runs: one page shows at most {MAX_RUNS}, since nobody can tell more lines apart; name fewer"
+            f"{len(runs)} runs: one page shows at most {MAX_RUNS}, since more lines cannot be told apart; give fewer"
         )
     # Not over the first run's own report.
     output = arguments.output or runs[0] / (REPORT_FILE if len(runs) == 1 else "compared.html")
@@ -60,7 +60,7 @@ def _run_of(path: Path) -> Path:
     folder = run_folder_of(path)
     if folder is None:
         raise ConfigError(
-            f"{path} is not a run's folder: it has no metrics.jsonl; name one such as runs/default, or a checkpoint inside it"
+            f"{path} is not a run's folder: it has no metrics.jsonl; give one such as runs/default, or a checkpoint in it"
         )
     return folder
 

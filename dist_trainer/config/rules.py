@@ -97,7 +97,7 @@ def _names(config: TrainingConfig) -> Iterator[str]:
     # A run with checkpoints resumes from these: the one that it started from may be gone.
     own = (config.run_folder / "checkpoints").glob("step-*")
     if resume not in ("auto", "never") and not user_path(resume).is_dir() and not any(own):
-        yield f"checkpoint.resume: {resume!r} is neither auto nor never nor a folder that exists"
+        yield f"checkpoint.resume: {resume!r} is neither auto, never, nor an existing folder"
 
 
 def _entries(config: TrainingConfig) -> Iterator[str]:

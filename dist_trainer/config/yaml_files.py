@@ -63,9 +63,9 @@ def _composed(text: str, name: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{name}{line}: is not YAML ({error.problem or error.context})") from error
+        raise ConfigError(f"{name}{line}: is not valid YAML ({error.problem or error.context})") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: is not YAML ({error})") from error
+        raise ConfigError(f"{name}: is not valid YAML ({error})") from error
     except RecursionError as error:
         raise ConfigError(f"{name}: is nested too deeply; a config has only sections, keys and values") from error
     if root is not None and _size(root, {}) > MAX_NODES:

@@ -219,8 +219,8 @@ def _required_template(config: DataConfig, tokenizer: Tokenizer) -> str:
         which = "default " if getattr(tokenizer, "chat_template", None) else ""
         raise DataError(
             f"data.messages_column: {config.messages_column!r} is set, but the tokenizer {config.tokenizer} has no {which}"
-            "chat template to write conversations with; name a file with one by data.chat_template (such as "
-            "configs/plain_chat.jinja), or the tokenizer of a chat model"
+            "chat template to format conversations with; set data.chat_template to a file with one (such as "
+            "configs/plain_chat.jinja), or use the tokenizer of a chat model"
         )
     return template
 
@@ -242,7 +242,7 @@ def check_template(template: object, name: str) -> None:
     with contextlib.suppress(jinja2.TemplateSyntaxError):
         for _, kind, value in jinja2.Environment().lex(template):
             if kind == "operator" and value == "**" and before not in ("(", ","):  # after these it unpacks arguments
-                raise DataError(f"{name} raises a number to a power (**), which can take without end; use a template without")
+                raise DataError(f"{name} raises a number to a power (**), which may never finish; use a template without it")
             before = before if kind == "whitespace" else value
 
 

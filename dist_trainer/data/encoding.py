@@ -104,7 +104,7 @@ def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
         fast = FastEncoder(tokenizer)
         difference = first_difference(fast, HuggingFaceEncoder(tokenizer), probe_texts(tokenizer))
     except ImportError:
-        log.info("gigatoken is not installed: tokenising with Hugging Face's tokenizers, some ten times as slow")
+        log.info("gigatoken is not installed: tokenising with Hugging Face's tokenizers, about ten times slower")
         return None
     except (KeyboardInterrupt, SystemExit, StoppedError):
         raise
@@ -112,7 +112,7 @@ def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
         log.info("gigatoken is not used: it does not support this tokenizer (%s)", error)
         return None
     if difference is not None:
-        log.info("gigatoken is not used: it gives other ids than this tokenizer, such as for %.60r", difference)
+        log.info("gigatoken is not used: its ids differ from this tokenizer's, such as for %.60r", difference)
         return None
     return fast
 

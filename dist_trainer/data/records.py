@@ -63,7 +63,7 @@ def _json_record(place: str, line: bytes, text_column: str | None) -> Record | D
     except UnicodeDecodeError as error:
         return _not_utf8(place, error)
     except (ValueError, RecursionError) as error:
-        return DataError(f"{place}: not a JSON object ({error}); JSONL has one object a line")
+        return DataError(f"{place}: not a JSON object ({error}); JSONL has one object per line")
     return _as_record(place, value, text_column)
 
 

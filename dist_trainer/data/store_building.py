@@ -124,7 +124,7 @@ def _write_store(
             replace_file(_shard_path(staging, number), [content.getvalue()], durable=True)
             numbers.append(number)
     if not numbers:
-        raise DataError(f"{split.description}: there is no text in it to train on or to validate on; name other data")
+        raise DataError(f"{split.description}: contains no text to train or validate on; choose other data")
     paths = [_shard_path(staging, number) for number in sorted(numbers)]
     return _join(paths, staging / JOINED, dtype, split.description, bad_records.skipped, has_loss_mask=encoder is None)
 

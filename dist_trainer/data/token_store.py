@@ -85,7 +85,7 @@ def token_store(
     except OSError as error:
         reason = error.strerror or error
         raise DataError(
-            f"data.cache_dir: {cache_dir} cannot be used ({reason}); make room there, or name another folder with "
+            f"data.cache_dir: {cache_dir} cannot be used ({reason}); free some space, or choose another folder with "
             "--data.cache_dir or DIST_TRAINER_CACHE"
         ) from error
     if store is None:

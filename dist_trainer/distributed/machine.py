@@ -101,7 +101,7 @@ def missing_compiler(device: torch.device) -> str | None:
     if _find_program([os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]):
         return None
     return (
-        "a C++ compiler on a CPU, and neither g++ nor clang++ is here; install one, name it by the variable CXX, "
+        "a C++ compiler on a CPU, and there is neither g++ nor clang++; install one, set CXX to one, "
         "or set precision.compile to false"
     )
 
@@ -112,13 +112,13 @@ def _missing_on_gpu() -> str | None:
     # As Triton chooses the one that builds its launcher.
     if _find_program([os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]) is None:
         return (
-            "a C compiler on a GPU, by which Triton builds its launcher, and neither gcc nor clang is here; install one, name "
-            "it by the variable CC, or set precision.compile to false"
+            "a C compiler on a GPU, with which Triton builds its launcher, and there is neither gcc nor clang; install one, set "
+            "CC to one, or set precision.compile to false"
         )
     if not _has_triton():
         return (
-            "the package triton and a GPU that it has code for (compute capability 7.0 or more), and torch finds none here; "
-            "install a torch that brings triton, or set precision.compile to false"
+            "the package triton and a GPU that it supports (compute capability 7.0 or higher), and torch finds none; "
+            "install a torch build that includes triton, or set precision.compile to false"
         )
     return None
 

@@ -102,7 +102,7 @@ def chat_template(tokenizer: Tokenizer, folder: Path) -> ChatTemplate:
     """The template of the tokenizer in `folder`. Raises ConfigError if it has none."""
     if default_chat_template(tokenizer) is None:
         raise ConfigError(
-            f"--chat: the tokenizer in {folder} has no chat template; leave --chat out, or put a template next to the "
+            f"--chat: the tokenizer in {folder} has no chat template; leave out --chat, or put a template next to the "
             "tokenizer as chat_template.jinja"
         )
     return ChatTemplate(DataConfig(tokenizer=str(folder)), tokenizer)

@@ -200,7 +200,7 @@ def check_model_takes_document_ids(model: nn.Module) -> None:
             f"data.document_mask: the forward of {name} takes `documents`; rename the parameter to `document_ids`"
         )
     raise ConfigError(
-        f"data.document_mask: is true, but the forward of {name} takes no `document_ids`, by which to keep documents apart; "
+        f"data.document_mask: is true, but the forward of {name} takes no `document_ids`, which keeps documents apart; "
         "set it to false, or data.packing to false for one document per sequence"
     )
 

@@ -53,8 +53,8 @@ def warn_of_default_learning_rate(config: OptimConfig, *, parameters: int, init_
     """
     if config.learning_rate == OptimConfig.learning_rate:
         log.warning(
-            "optim.learning_rate: %g is the default, made for small models with random weights; for the trained one of %s "
-            "try %s (docs/fine_tuning.md)",
+            "optim.learning_rate: %g is the default, meant for small models with random weights; for the pretrained model "
+            "%s try %s (docs/fine_tuning.md)",
             *(config.learning_rate, init_from, "2e-5" if parameters >= LARGE_MODEL else f"{config.learning_rate / 10:g}"),
         )
 

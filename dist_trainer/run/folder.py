@@ -77,7 +77,7 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Write the resolved config. Raises ConfigError if the disk refuses."""
         path = self.path / CONFIG_FILE
-        with self._writing("make room, or choose another --output_dir"):
+        with self._writing("free some space, or choose another --output_dir"):
             if not path.is_file() or path.read_bytes() != text.encode():
                 replace_file(path, [text.encode()], durable=True)
 
@@ -87,7 +87,7 @@ class RunFolder:
         It is collected under a hidden name first: if this process is killed meanwhile, the next start finishes the move, or
         half of that run could be taken for the new one.
         """
-        with self._writing("make room, or choose another --run_name"):
+        with self._writing("free some space, or choose another --run_name"):
             if any(not path.is_dir() or any(path.iterdir()) for path in self._entries()):
                 (self.path / _MOVING).mkdir()
                 self._finish_archiving()

@@ -179,7 +179,7 @@ def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:
         to.mkdir(exist_ok=True)
         replace_file(file, [json.dumps(masked_within(results), indent=2, ensure_ascii=False).encode(), b"\n"], durable=False)
     except OSError as error:
-        raise ConfigError(f"{file} cannot be written ({error.strerror}); make room there") from error
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); free some space") from error
     return file
 
 

@@ -68,7 +68,7 @@ def format_cost(cost: Cost, trainer: Trainer, folder: Path) -> str:
     size, present = state["weights"] + state["optimizer"], len(step_folders(folder / CHECKPOINTS))
     free = shutil.disk_usage(nearest_existing(folder)).free
     problems = [] if math.isfinite(cost.first_loss) else ["the first loss is not finite"]
-    problems += [] if (kept - min(kept, present)) * size <= free else ["the disk has too little room for its checkpoints"]
+    problems += [] if (kept - min(kept, present)) * size <= free else ["the disk has too little space for its checkpoints"]
     verdict = f"works, but {' and '.join(problems)}" if problems else "OK"
     there = f", {present} present" if present else ""
     lines = {

@@ -53,7 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if OWN_DIGEST not in manifest:
         raise CheckpointError(f"{path} is damaged, or older than version 0.1: it has no digest of itself")
     if _bytes_of(path) != _encode_with_digest(body).encode():
-        raise CheckpointError(f"{path} is damaged: its {DIGEST} is not the one that it names")
+        raise CheckpointError(f"{path} is damaged: its {DIGEST} does not match the one in it")
     if not isinstance(manifest.get("files"), dict) or not manifest["files"]:
         raise CheckpointError(f"{path} lists no files")
     return manifest
@@ -107,10 +107,10 @@ def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
         size = path.stat().st_size
         if size != entry.get("bytes"):
             raise CheckpointError(
-                f"{path} is damaged: it has {counted(size, 'byte')} and the manifest says {entry.get('bytes')!r}"
+                f"{path} is damaged: it has {counted(size, 'byte')} but the manifest says {entry.get('bytes')!r}"
             )
         if digest_of_file(path) != entry.get(DIGEST):
-            raise CheckpointError(f"{path} is damaged: its {DIGEST} is not the manifest's")
+            raise CheckpointError(f"{path} is damaged: its {DIGEST} does not match the manifest")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
 

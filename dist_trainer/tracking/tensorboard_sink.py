@@ -54,7 +54,7 @@ class TensorBoardSink:
 
     def summary(self) -> str:
         """The command that shows it."""
-        return f"`{command_path('tensorboard')} --logdir {shlex.quote(str(self._folder.parent.parent))}` shows it"
+        return f"view it with `{command_path('tensorboard')} --logdir {shlex.quote(str(self._folder.parent.parent))}`"
 
     def _write_text(self, tag: str, text: str, step: int, when: float) -> None:
         from tensorboard.plugins.text.summary import text_pb

@@ -50,7 +50,7 @@ class TrackioSink:
 
     def summary(self) -> str:
         """The command that shows it."""
-        return f"`{command_path('trackio')} show --project {shlex.quote(self._project)}` shows it"
+        return f"view it with `{command_path('trackio')} show --project {shlex.quote(self._project)}`"
 
     @staticmethod
     def _open(description: dict[str, Any], *, resume: str) -> Any:

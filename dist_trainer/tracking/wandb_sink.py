@@ -76,7 +76,8 @@ class WandbSink:
             return f"its server refused part of {self._run.url} (see {self._log}); the same command sends what is missing"
         if self._is_online:
             return f"complete at {self._run.url}"
-        return f"recorded offline; `{command_path('wandb')} sync {shlex.quote(str(self._folder))}/wandb/offline-run-*` sends it"
+        folders = f"{shlex.quote(str(self._folder))}/wandb/offline-run-*"
+        return f"recorded offline; upload it with `{command_path('wandb')} sync {folders}`"
 
     def _gave_up(self) -> bool:
         """Whether W&B stopped sending. Its `finish` returns normally then, and only what it prints for its user says so."""

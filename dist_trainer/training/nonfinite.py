@@ -90,8 +90,8 @@ class DivergenceWatch:
             self.diverged_at = result
         if self.policy == "stop":
             raise TrainingDivergedError(
-                f"step {step}: the loss or its gradients are not finite (gradient norm {norm}); the weights were left as "
-                "they were. Lower optim.learning_rate, or set --train.on_non_finite skip"
+                f"step {step}: the loss or its gradients are not finite (gradient norm {norm}); the weights were not "
+                "updated. Lower optim.learning_rate, or set --train.on_non_finite skip"
             )
         if self.skipped_in_a_row > self.max_skipped_steps:
             raise TrainingDivergedError(

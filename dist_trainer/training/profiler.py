@@ -53,7 +53,7 @@ class Profiler:
         if trainer.world.is_main and len(self._steps) < len(requested):
             recorded = f"only {_format_steps(self._steps)} will be" if self._steps else "nothing is"
             log.warning(
-                "profile.steps: %s, but the run goes from step %d to %d; %s recorded", self._text, done + 1, last, recorded
+                "profile.steps: %s, but the run covers steps %d to %d; %s recorded", self._text, done + 1, last, recorded
             )
         self._start_if_due(trainer)
 
@@ -114,8 +114,8 @@ class Profiler:
             if costs and trainer.world.world_size > 1 and trainer.world.is_main:
                 comm_ms, exposed_ms = (sum(values) / len(costs) for values in zip(*costs, strict=True))
                 log.info(
-                    "profile: exchanging gradients takes comm_ms %.2f a step, of which the backward pass does not hide "
-                    "comm_exposed_ms %.2f (mean of %d ranks, %s)",
+                    "profile: exchanging gradients takes comm_ms %.2f per step, of which comm_exposed_ms %.2f is "
+                    "not hidden by computation (mean of %d ranks, %s)",
                     *(comm_ms, exposed_ms, len(costs), _format_steps(steps)),
                 )
                 cost_of_step = {"first_step": steps.start, "comm_ms": comm_ms, "comm_exposed_ms": exposed_ms}
@@ -135,7 +135,7 @@ class Profiler:
             path = self._path(trainer, steps, "json.gz")
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, [gzip.compress(trace, compresslevel=4)], durable=False)
-            log.info("profile: %s are recorded in %s; ui.perfetto.dev opens it", _format_steps(steps), path)
+            log.info("profile: %s are recorded in %s; open it at ui.perfetto.dev", _format_steps(steps), path)
             return exchange_cost(json.loads(trace)["traceEvents"])
         except (OSError, RuntimeError, ValueError) as error:
             log.warning("profile: %s could not be recorded: %s", _format_steps(steps), error)
@@ -170,7 +170,7 @@ def write_memory_history(path: Path) -> None:
             torch.cuda.memory._dump_snapshot(str(staging))
     finally:
         record_memory_history(None)
-    log.info("profile: the memory's history is next to it; pytorch.org/memory_viz opens it")
+    log.info("profile: the memory history is next to it; open it at pytorch.org/memory_viz")
 
 
 # ------------------------------------------------------------------------------------------------ the exchange's cost

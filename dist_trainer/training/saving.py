@@ -80,7 +80,7 @@ def finalize_checkpoint(checkpoints: Checkpoints, world: DistributedContext, *, 
             save_again()
     raise SavingFailedError(
         f"{error}, nor {len(SECONDS_BEFORE_SAVING_AGAIN)} times after that; the steps since the last checkpoint are not "
-        "saved. Make room on the disk and start the same command again: it repeats them"
+        "saved. Free some disk space and rerun the same command: it repeats them"
     )
 
 
@@ -93,7 +93,7 @@ def stop_after_failed_saves(checkpoints: Checkpoints, world: DistributedContext,
     if diverged:
         raise TrainingDivergedError(f"{error}; {failed}. Lower optim.learning_rate")
     last = f", the last one at {error}" if error else ""
-    raise SavingFailedError(f"{failed}{last}; make room on the disk and start the same command again")
+    raise SavingFailedError(f"{failed}{last}; free some disk space and rerun the same command")
 
 
 def fit_result(progress: Progress, world: DistributedContext, *, has_finished: bool, stop_reason: str) -> TrainingResult:

@@ -58,7 +58,7 @@ def test_it_says_if_the_disk_is_too_small_for_the_checkpoints(stories, tmp_path,
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk._replace(free=1024))
     assert dry(small_config(stories, tmp_path)) == [0]
     said = capfd.readouterr().err
-    assert "the disk has too little room for its checkpoints" in said
+    assert "the disk has too little space for its checkpoints" in said
     assert re.search(r"disk +\S+ MiB per checkpoint, up to 12 kept \(\S+ MiB\); 1.00 KiB free", said)
 
 

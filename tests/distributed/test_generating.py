@@ -382,7 +382,7 @@ def test_a_conversation_that_fills_the_context_begins_anew_and_a_question_that_d
 def test_a_chat_without_a_template_is_refused_before_the_model_is_read(trained, capsys, monkeypatch):
     monkeypatch.setattr("dist_trainer.models.weights.open_model", None)
     assert generate.main([str(trained), "--chat", "--prompt", "Who?"]) == 2
-    assert "has no chat template; leave --chat out, or put a template" in capsys.readouterr().err
+    assert "has no chat template; leave out --chat, or put a template" in capsys.readouterr().err
 
 
 def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):

@@ -72,11 +72,11 @@ def test_one_rank_exchanges_nothing_and_says_nothing_of_it(stories, tmp_path):
 def test_steps_outside_of_the_run_are_said_in_a_sentence(stories, tmp_path):
     past = small_config(stories, tmp_path / "past", profile__steps="50-60")
     assert run(past, 1) == [0]
-    assert "profile.steps: 50-60, but the run goes from step 1 to 12; nothing is recorded" in said(past)
+    assert "profile.steps: 50-60, but the run covers steps 1 to 12; nothing is recorded" in said(past)
     assert files(past) == []
     part = small_config(stories, tmp_path / "part", profile__steps="11-15")
     assert run(part, 1) == [0]
-    assert "profile.steps: 11-15, but the run goes from step 1 to 12; only steps 11 to 12 will be recorded" in said(part)
+    assert "profile.steps: 11-15, but the run covers steps 1 to 12; only steps 11 to 12 will be recorded" in said(part)
     assert files(part) == ["steps-11-12-rank0.json.gz"]
 
 

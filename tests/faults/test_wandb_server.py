@@ -188,7 +188,7 @@ def test_a_server_that_is_down_or_refuses_the_key_makes_it_an_offline_run(run, s
     assert ended.code == 0, ended.said
     assert "warning: W&B cannot be used online (" in ended.said
     assert "recording offline instead" in ended.said
-    assert re.search(rf"recorded offline; `(\S*/)?wandb sync {run.folder}/wandb/offline-run-\*` sends it", ended.said)
+    assert re.search(rf"recorded offline; upload it with `(\S*/)?wandb sync {run.folder}/wandb/offline-run-\*`", ended.said)
     assert server.runs == {}
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
     server.status_of = lambda path: 200

@@ -12,7 +12,7 @@ def test_the_default_rate_for_a_model_that_was_trained_before_is_warned_of(caplo
     warn_of_default_learning_rate(OptimConfig(), parameters=parameters, init_from="a/model")
     warn_of_default_learning_rate(OptimConfig(learning_rate=2e-5), parameters=parameters, init_from="a/model")
     (line,) = caplog.messages
-    assert line.startswith("optim.learning_rate: 0.005 is the default, made for small models with random weights; ")
+    assert line.startswith("optim.learning_rate: 0.005 is the default, meant for small models with random weights; ")
     assert fitting in line
     assert "a/model" in line
 

@@ -51,6 +51,6 @@ def test_weights_that_are_not_finite_are_no_disks_fault_and_are_not_saved_again(
 
 def test_after_several_failures_the_truth_is_said_and_what_to_do(world):
     checkpoints = Failing(100)
-    with pytest.raises(SavingFailedError, match=r"step 9: .*ENOSPC.* nor 3 times after that.*start the same command again"):
+    with pytest.raises(SavingFailedError, match=r"step 9: .*ENOSPC.* nor 3 times after that.*rerun the same command"):
         finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
     assert checkpoints.attempts == 4
