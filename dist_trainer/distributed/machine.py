@@ -112,8 +112,8 @@ def _missing_on_gpu() -> str | None:
     # As Triton chooses the one that builds its launcher.
     if _find_program([os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]) is None:
         return (
-            "a C compiler on a GPU, with which Triton builds its launcher, and there is neither gcc nor clang; install one, set "
-            "CC to one, or set precision.compile to false"
+            "a C compiler on a GPU, with which Triton builds its launcher, and there is neither gcc nor clang; install one, "
+            "set CC to one, or set precision.compile to false"
         )
     if not _has_triton():
         return (
