@@ -1,11 +1,23 @@
 """What makes the trainer trustworthy: one loss curve, however the work is shared out, stopped and gone on with."""
 
 import hashlib
+import json
 
 import pytest
 
 from dist_trainer.distributed.collectives import gather_objects
-from tests.distributed.small_runs import changed, command, losses, metrics, run, same_weights, small_config, status, stop_after
+from tests.distributed.small_runs import (
+    changed,
+    command,
+    folder,
+    losses,
+    metrics,
+    run,
+    same_weights,
+    small_config,
+    status,
+    stop_after,
+)
 
 SAME_CURVE = {
     "dropout and padding": ((1, 2, 4), {"model__dropout": 0.2, "data__packing": False}),
@@ -108,7 +120,13 @@ def test_a_run_that_is_stopped_and_continued_is_bitwise_the_undisturbed_one(stor
     assert losses(config, "validation") == losses(undisturbed, "validation")
     assert [line["step"] for line in metrics(config)] == list(range(1, 13))
     assert same_weights(config, undisturbed)
+    assert scaler_state(config) == scaler_state(undisturbed)
     assert status(config)["state"] == "finished"
+
+
+def scaler_state(config):
+    """Of fp16, which the losses do not show: a scale is a power of two."""
+    return json.loads((folder(config) / "checkpoints" / "latest" / "trainer_state.json").read_text())["scaler"]
 
 
 def test_a_run_goes_on_with_the_same_global_batches_on_other_numbers_of_ranks(stories, tmp_path):
