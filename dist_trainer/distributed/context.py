@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 
@@ -82,12 +82,11 @@ def init_distributed(
     if is_launched():
         heartbeat.watch_launcher(living_launcher(), stop_request.note_lost_launcher)
     try:
-        if info.world_size == 1:
-            yield DistributedContext(device=device, stop_request=stop_request, heartbeat=heartbeat)
-        else:
-            with _process_groups(info, device, heartbeat, stop_request) as cpu_group:
-                world = {"device": device, "cpu_group": cpu_group, "stop_request": stop_request, "heartbeat": heartbeat}
-                yield DistributedContext(**asdict(info), **world)
+        groups = nullcontext() if info.world_size == 1 else _process_groups(info, device, heartbeat, stop_request)
+        with groups as cpu_group:
+            yield DistributedContext(
+                **asdict(info), device=device, cpu_group=cpu_group, stop_request=stop_request, heartbeat=heartbeat
+            )
     finally:
         heartbeat.stop()
 

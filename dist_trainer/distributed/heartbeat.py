@@ -1,8 +1,8 @@
 """The heartbeat: notices in time that a rank or the launcher is dead, or that a rank hangs. No collective does.
 
 The main thread marks its progress here, and may wait in a collective forever. Two more threads of each rank look after that:
-the messenger (messenger.py) sends the rank's progress to rank 0 several times a second and reads rank 0's judgement of all
-ranks (beats.py); the watcher (watcher.py) looks whether the launcher and this machine's ranks are alive. A run whose launcher
+one (peers.py) sends the rank's progress to rank 0 several times a second and reads rank 0's judgement of all
+ranks (beats.py); the other (watcher.py) looks whether the launcher and this machine's ranks are alive. A run whose launcher
 is gone saves and exits. If the run cannot continue without a rank, this process is ended, after one line in the log that names
 the rank, its machine, and where it was last seen.
 """
@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from dist_trainer.distributed.beats import FIRST_STEP_MINUTES, LATER_MINUTES, STEPPING, WAITING, Beat, Phase
-from dist_trainer.distributed.messenger import Messenger, fill_store
 from dist_trainer.distributed.peers import Peers, RunningClock
 from dist_trainer.distributed.watcher import LOG_SECONDS, WATCH_SECONDS, Watcher
 from dist_trainer.storage.processes import ProcessId
@@ -53,11 +52,10 @@ class Heartbeat:
         self._steps_done = 0
         self._first_step_is_done = self._has_begun_to_train = False
         self._stopped = threading.Event()
-        self._peers = Peers(self._clock)
-        self._messenger = Messenger(rank, self._peers, self.beat, self._stopped)
+        self.peers = Peers(rank, self.beat, self._clock, self._stopped)
         self._watcher = Watcher(
             rank,
-            self._peers,
+            self.peers,
             self._clock,
             self._stopped,
             can_stop_in_order=self._can_stop_in_order,
@@ -120,35 +118,26 @@ class Heartbeat:
         """
         self._watcher.watch_launcher(parent, on_lost_launcher)
 
-    def prepare_store(self, store: dist.Store, num_ranks: int) -> None:
-        """On rank 0, before others know the store."""
-        fill_store(store, num_ranks, patience_seconds=self.patience_seconds())
-
     def watch_peers(self, processes: Sequence[ProcessId], store: dist.Store) -> None:
         """Watch all ranks, over `store`, which rank 0 keeps and all have reached."""
-        self._peers.join(processes, patience_seconds=self.patience_seconds())
+        self.peers.join(processes, patience_seconds=self.patience_seconds())
         self._watcher.start()
-        self._messenger.start(store)
-
-    @property
-    def last_sent(self) -> Beat:
-        """The last beat of this rank that the others can know."""
-        return self._messenger.last_sent
+        self.peers.exchange(store)
 
     def lost_peers(self) -> str | None:
         """Which ranks are gone, if any, in a sentence. Waits a moment, as the failure of this rank may come from theirs."""
         end = time.monotonic() + LOST_PEERS_SECONDS
-        while self._peers.processes and not self._stopped.is_set() and time.monotonic() < end:
-            if self._peers.hanging():
+        while self.peers.processes and not self._stopped.is_set() and time.monotonic() < end:
+            if self.peers.hanging():
                 end = time.monotonic() + 2 * LOG_SECONDS  # the watcher is about to name it and to end this process
-            elif self._peers.gone_since:
-                return self._peers.describe(self._peers.gone())
+            elif self.peers.gone_since:
+                return self.peers.describe(self.peers.gone())
             time.sleep(WATCH_SECONDS)
         return None
 
     def is_acting_rank0(self) -> bool:
         """Whether rank 0 is known to be gone, and this is the first rank that is not."""
-        gone = self._peers.gone_since
+        gone = self.peers.gone_since
         return 0 in gone and all(rank in gone for rank in range(self.rank))
 
     # ------------------------------------------------------------------------------------------------- leaving
@@ -160,4 +149,4 @@ class Heartbeat:
     def stop(self) -> None:
         """Send no more beats, and watch no more."""
         self._stopped.set()
-        self._messenger.join()
+        self.peers.join_thread()

@@ -133,4 +133,4 @@ def _has_triton() -> bool:
 
 
 def _find_program(names: list[str]) -> str | None:
-    return next((found for name in names if (found := shutil.which(name))), None)
+    return next(filter(None, map(shutil.which, names)), None)

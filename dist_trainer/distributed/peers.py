@@ -1,14 +1,36 @@
-"""What a rank knows of all ranks: their processes, their last beats, and which of them have failed."""
+"""What a rank knows of all ranks (their processes, their last beats, which of them have failed), and the thread that exchanges
+it over a TCPStore that rank 0 keeps.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from dist_trainer.distributed.beats import IS_GONE, Beat, FailedRank
+import torch.distributed as dist
+
+from dist_trainer.distributed.beats import (
+    IS_GONE,
+    Beat,
+    FailedRank,
+    decode_beat,
+    decode_failed_ranks,
+    encode_beat,
+    encode_failed_ranks,
+    find_failed_ranks,
+)
 from dist_trainer.storage.processes import ProcessId
 
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 0.2
+"""Between two beats of a rank, for up to RANKS_READ_AT_ONCE ranks; rank 0 reads all of them, so more ranks send less often."""
+RANKS_READ_AT_ONCE = 64
+STOPPING_SECONDS = 5.0
+FAILED_RANKS_KEY = "failed ranks"
 SUSPENDED_SECONDS = 2.0
 """If a clock that is read several times a second was not read for this long, its process was suspended."""
 
@@ -39,10 +61,10 @@ class RunningClock:
 class Peers:
     """All ranks, this one included. Empty until `join`.
 
-    The messenger's thread writes `beats` and `failed`, it and the watcher's thread write `gone_since`; any thread reads.
+    The thread of `exchange` writes `beats` and `failed`, it and the watcher's thread write `gone_since`; any thread reads.
     """
 
-    def __init__(self, clock: RunningClock) -> None:
+    def __init__(self, rank: int, own_beat: Callable[[], Beat], clock: RunningClock, stopped: threading.Event) -> None:
         self.processes: list[ProcessId] = []
         """By rank."""
         self.beats: dict[int, Beat] = {}
@@ -51,20 +73,17 @@ class Peers:
         """As rank 0 judges."""
         self.gone_since: dict[int, float] = {}
         """When this rank learned that the process of another one has ended, by rank, in time.monotonic()."""
-        self._clock = clock
+        self.last_sent = Beat()
+        """The last beat of this rank that the others can know."""
+        self._rank, self._own_beat, self._clock, self._stopped = rank, own_beat, clock, stopped
         self._received: dict[int, float] = {}
+        self._thread: threading.Thread | None = None
 
     def join(self, processes: Sequence[ProcessId], *, patience_seconds: float) -> None:
         """Start with these ranks, of which nothing is known yet."""
         self.beats = {rank: Beat(patience_seconds=patience_seconds) for rank in range(len(processes))}
         self._received = {rank: self._clock.now() for rank in range(len(processes))}
         self.processes = list(processes)
-
-    def receive(self, rank: int, beat: Beat) -> None:
-        """Note a beat that was read; it may be the last one again."""
-        if beat.number != self.beats[rank].number:
-            self._received[rank] = self._clock.now()
-        self.beats[rank] = beat
 
     def silent_seconds(self, rank: int) -> float:
         """Time since the last new beat of `rank`."""
@@ -89,3 +108,60 @@ class Peers:
             f"(last seen in step {one.beat.step + 1}, {one.beat.phase})"
             for one in failed
         )
+
+    def exchange(self, store: dist.Store) -> None:
+        """From now on send this rank's beats and read what others sent, in a thread: rank 0 all beats, the others rank 0's beat
+        and which ranks have failed according to it. The thread ends if the store cannot be reached.
+        """
+        self._thread = threading.Thread(target=self._exchange, args=(store,), name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def join_thread(self) -> None:
+        """Wait for the thread: if it is inside the store's C++ code when the interpreter ends, that aborts the process."""
+        if self._thread is not None:
+            self._thread.join(STOPPING_SECONDS)
+
+    def _exchange(self, store: dist.Store) -> None:
+        num_ranks = len(self.processes)
+        senders = range(num_ranks) if self._rank == 0 else (0,)
+        pause_seconds = BEAT_SECONDS * max(1.0, num_ranks / RANKS_READ_AT_ONCE)
+        try:
+            while not self._stopped.wait(pause_seconds):
+                self._send(store)
+                for rank, text in zip(senders, store.multi_get([beat_key(rank) for rank in senders]), strict=True):
+                    beat = decode_beat(text)
+                    if beat.number != self.beats[rank].number:
+                        self._received[rank] = self._clock.now()
+                    self.beats[rank] = beat
+                self._share_failed_ranks(store)
+        except (dist.DistError, RuntimeError) as error:
+            log.debug("the heartbeat's store on rank 0 is unreachable: %s", error)
+
+    def _send(self, store: dist.Store) -> None:
+        beat = replace(self._own_beat(), gone=tuple(self.gone_since), number=self.last_sent.number + 1)
+        store.set(beat_key(self._rank), encode_beat(beat))
+        self.last_sent = beat
+
+    def _share_failed_ranks(self, store: dist.Store) -> None:
+        if self.hanging():
+            return  # they are the cause: ranks that are gone by now have left because of them
+        if self._rank == 0:
+            self.failed = find_failed_ranks(list(self.beats.values()), [self.silent_seconds(rank) for rank in self.beats])
+            store.set(FAILED_RANKS_KEY, encode_failed_ranks(self.failed))
+        else:
+            self.failed = decode_failed_ranks(store.get(FAILED_RANKS_KEY))
+        for failed in self.failed:
+            if failed.is_gone:
+                self.mark_gone(failed.rank)
+
+
+def beat_key(rank: int) -> str:
+    """The store's key for the beats of `rank`."""
+    return f"beat/{rank}"
+
+
+def fill_store(store: dist.Store, num_ranks: int, *, patience_seconds: float) -> None:
+    """On rank 0: create all keys, so that no rank waits for one that was not sent yet."""
+    for rank in range(num_ranks):
+        store.set(beat_key(rank), encode_beat(Beat(patience_seconds=patience_seconds)))
+    store.set(FAILED_RANKS_KEY, encode_failed_ranks([]))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from dist_trainer.distributed.addresses import address_among, own_address
 from dist_trainer.distributed.heartbeat import Heartbeat
 from dist_trainer.distributed.launch_env import RankInfo, launcher_id, rank_info
+from dist_trainer.distributed.peers import fill_store
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from dist_trainer.storage.processes import ProcessId, environment_of
@@ -95,7 +96,7 @@ class _Rendezvous:
         heartbeat_store, port = None, 0
         if info.rank == 0:
             heartbeat_store = self._open_store(address, _port() + 1 if PORT in os.environ else 0)
-            self.heartbeat.prepare_store(heartbeat_store, info.world_size)
+            fill_store(heartbeat_store, info.world_size, patience_seconds=self.heartbeat.patience_seconds())
             port = heartbeat_store.port
         process = asdict(ProcessId.of(os.getpid()))
         joined.set(str(info.rank), json.dumps({"process": process, "port": port, "address": own_address(address)}))

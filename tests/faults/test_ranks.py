@@ -46,10 +46,10 @@ def at_step(step, *, rank, act):
 def wait_until_sent(trainer) -> None:
     """Some beats more: the others have read the first of them by then."""
     heartbeat = trainer.world.heartbeat
-    while heartbeat.last_sent.step != trainer.progress.step:
+    while heartbeat.peers.last_sent.step != trainer.progress.step:
         time.sleep(0.01)
-    first = heartbeat.last_sent.number
-    while heartbeat.last_sent.number < first + 6:
+    first = heartbeat.peers.last_sent.number
+    while heartbeat.peers.last_sent.number < first + 6:
         time.sleep(0.01)
 
 

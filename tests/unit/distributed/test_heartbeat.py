@@ -91,11 +91,11 @@ def test_time_in_which_the_whole_job_was_suspended_is_nobody_s_silence(clock: li
     heartbeat = Heartbeat()
     steps(heartbeat, clock, start=0, seconds=[3.0, 3.0])
     heartbeat.mark("training", step=2)
-    heartbeat._peers.join([ProcessId.of(os.getpid())], patience_seconds=60.0)
+    heartbeat.peers.join([ProcessId.of(os.getpid())], patience_seconds=60.0)
     for seconds in (0.5, 9000.0, 0.5):
         heartbeat._clock.tick()
         clock[0] += seconds
-    assert heartbeat._peers.silent_seconds(0) == 1.0
+    assert heartbeat.peers.silent_seconds(0) == 1.0
     assert heartbeat.beat().idle_seconds == 1.0
     heartbeat.mark("reading data", step=3)
     assert heartbeat.beat().longest_step_seconds == 3.0
