@@ -1,4 +1,4 @@
-"""`make bench`: ours beside what one would use instead, in turn, several times over; one table of ratios to a bare loop.
+"""`make bench`: ours and what one would use instead, in turn, several times; one table of ratios to a bare loop.
 
     make bench                                           7M parameters, one process, fp32
     make bench ARGS="--size overhead --dtype bf16"       see SIZES in workloads.py
@@ -37,7 +37,7 @@ from dist_trainer.distributed.machine import usable_cpus
 
 @dataclass(frozen=True)
 class Contestant:
-    """A module of contestants/ and what it is told."""
+    """A module of contestants/ and its arguments."""
 
     module: str
     arguments: tuple[str, ...]
@@ -177,7 +177,7 @@ def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
 
 
 def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Ours beside each other trainer, round by round: the bare loop's noise is in neither."""
+    """Ours and each other trainer, round by round: the bare loop's noise is in neither."""
     ours = [name for name in results if name.startswith(OURS)]
     others = [name for name in results if not name.startswith((OURS, BASE))]
     if not ours or not others:
@@ -227,8 +227,8 @@ def measure(
 ) -> dict[str, list[dict[str, Any]]]:
     """Results by contestant, one a round; `rehearses`: a round ahead that is not counted, in which caches fill.
 
-    `limit`: asked before each run for how many seconds it may take. The first failure ends all; with `failures`, it is told
-    there by the contestant's name, and the others go on.
+    `limit`: called before each run: how many seconds it may take. The first failure ends all; with `failures`, it is put
+    there by the name of the contestant, and the others continue.
     """
     prepare(workload)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
@@ -240,7 +240,7 @@ def measure(
                 result = run(contestant, workload, threads, limit=limit())
                 if number:
                     results[name].append(result)
-                _refuse_other_work(name, result, results)
+                _check_same_work(name, result, results)
             except (Exception, SystemExit) as error:
                 if failures is None:
                     raise
@@ -251,11 +251,11 @@ def measure(
     return {name: found for name, found in results.items() if found}
 
 
-def _refuse_other_work(name: str, result: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
-    """Where a contestant tells its last loss, it must be the others': the same weights, rows, and updates."""
-    told = [other["loss"] for rounds in results.values() for other in rounds if other["loss"] is not None]
-    if told and result["loss"] is not None and abs(result["loss"] - told[0]) > SAME_LOSS * told[0]:
-        raise SystemExit(f"{name} ends with a loss of {result['loss']}, others with {told[0]}: they do not do the same work")
+def _check_same_work(name: str, result: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
+    """If a contestant reports its last loss, it must be that of the others: the same weights, sequences and updates."""
+    losses = [other["loss"] for rounds in results.values() for other in rounds if other["loss"] is not None]
+    if losses and result["loss"] is not None and abs(result["loss"] - losses[0]) > SAME_LOSS * losses[0]:
+        raise SystemExit(f"{name} ends with a loss of {result['loss']}, others with {losses[0]}: they do not do the same work")
 
 
 def chosen(only: str | None) -> list[str]:
@@ -277,23 +277,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps that are timed, instead of the size's own number")
     parser.add_argument("--only", help=f"some of: {'; '.join(CONTESTANTS)} (with semicolons between; '{BASE}' always runs)")
-    parser.add_argument("--save", action="store_true", help="write a checkpoint midway, and tell how long training stood still")
+    parser.add_argument(
+        "--save", action="store_true", help="write a checkpoint midway, and report how long training stood still"
+    )
     parser.add_argument("--out", type=Path, help="append the table to this file")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        names = chosen(given.only)
+        names = chosen(arguments.only)
     except ValueError as error:
         parser.error(str(error))
-    size = dataclasses.replace(SIZES[given.size], steps=given.steps) if given.steps else SIZES[given.size]
-    threads = max(1, usable_cpus() // given.ranks)
+    size = dataclasses.replace(SIZES[arguments.size], steps=arguments.steps) if arguments.steps else SIZES[arguments.size]
+    threads = max(1, usable_cpus() // arguments.ranks)
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
-        workload = Workload(size, Path(folder), ranks=given.ranks, dtype=given.dtype, save=given.save)
+        workload = Workload(size, Path(folder), ranks=arguments.ranks, dtype=arguments.dtype, save=arguments.save)
         contestants = {name: CONTESTANTS[name] for name in names}
-        results = measure(contestants, workload, rounds=given.rounds, threads=threads)
-    text = f"{header(workload, given.size, threads)}\n\n{table(results, workload)}\n"
+        results = measure(contestants, workload, rounds=arguments.rounds, threads=threads)
+    text = f"{header(workload, arguments.size, threads)}\n\n{table(results, workload)}\n"
     print(text)
-    if given.out:
-        with given.out.open("a") as file:
+    if arguments.out:
+        with arguments.out.open("a") as file:
             file.write(text + "\n")
 
 

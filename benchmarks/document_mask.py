@@ -36,13 +36,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {vars(arguments)}, {ROUNDS} rounds")
-    print("| model | heads | row length | rows | CPU s a step without | with over without, median (min to max) |")
+    print("| model | heads | sequence length | sequences | CPU s a step without | with over without, median (min to max) |")
     print("|---|---|---|---|---|---|")
     for name, (model, vocabulary) in MODELS.items():
-        for length, rows in SHAPES:
+        for length, sequences in SHAPES:
             without, masked = (
                 stepper(
-                    *(model, vocabulary, length, rows, getattr(torch, arguments.dtype)),
+                    *(model, vocabulary, length, sequences, getattr(torch, arguments.dtype)),
                     document_mask=document_mask,
                     compiles=arguments.compile,
                 )
@@ -54,20 +54,20 @@ def main() -> None:
                 ratios.append(seconds_of(masked) / seconds[-1])
             heads = f"{model.num_attention_heads} on {model.num_key_value_heads}"
             ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-            print(f"| {name} | {heads} | {length} | {rows} | {statistics.median(seconds):.3f} | {ratio} |", flush=True)
+            print(f"| {name} | {heads} | {length} | {sequences} | {statistics.median(seconds):.3f} | {ratio} |", flush=True)
 
 
 def stepper(
     config: ModelConfig,
     vocabulary: int,
     length: int,
-    rows: int,
+    sequences: int,
     dtype: torch.dtype,
     *,
     document_mask: bool,
     compiles: bool,
 ) -> Callable[[], None]:
-    """A whole step: reading its rows, forward and backward pass, clipping, update. Has been called once already."""
+    """A whole step: reading its sequences, forward and backward pass, clipping, update. Has been called once already."""
     random = np.random.default_rng(0)
     ends = random.integers(1, 2 * DOCUMENT_TOKENS, TOKENS // DOCUMENT_TOKENS).cumsum()
     store = TokenStore(random.integers(0, vocabulary, ends[-1], dtype=np.uint16), np.append(0, ends), "key")
@@ -80,7 +80,7 @@ def stepper(
     optimizer = build_optimizer(OptimConfig(), model)
 
     def step() -> None:
-        batch = data.__getitems__(random.integers(0, len(data) - 1, rows).tolist())
+        batch = data.__getitems__(random.integers(0, len(data) - 1, sequences).tolist())
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
             loss = model_loss(model, batch)
         (loss / batch.num_targets()).backward()

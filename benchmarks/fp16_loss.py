@@ -1,4 +1,4 @@
-"""How exact the output head's gradient is in fp16: the loss in chunks, beside plain AMP, by how frequent a word is.
+"""How exact the output head's gradient is in fp16: the loss in chunks against plain AMP, by how frequent a token is.
 
 python -m benchmarks.fp16_loss [--vocabulary 50257] [--hidden_size 64] [--tokens 512] [--scale 65536]
 

@@ -1,9 +1,9 @@
-"""One GPU in one go, under 8 minutes: where the project says it stands, beside what it compares itself with.
+"""One GPU in one go, under 8 minutes: the project compared with others.
 
 python -m benchmarks.gpu [--wheels FOLDER] [--out FILE] [--smallest]
 
-Each table is printed, and appended to --out, as soon as it is there. What fails or takes too long is told in a line, the rest
-goes on, and the exit code is 1. --wheels: installs what is missing from a folder of wheels, for machines without a network.
+Each table is printed, and appended to --out, as soon as it is there. What fails or takes too long is one line, the rest
+continues, and the exit code is 1. --wheels: installs what is missing from a folder of wheels, for machines without a network.
 --smallest: a tiny model and a few steps on whatever is here, a CPU too, to see that the script works; its figures mean nothing.
 """
 
@@ -36,45 +36,45 @@ LONGEST_RUN = 120.0
 
 
 @dataclass(frozen=True)
-class Row:
+class Measurement:
     """What is measured in turn, in bf16 but for who says otherwise."""
 
     size: str
     contestants: dict[str, Contestant]
     rounds: int
     ends: float
-    """Seconds after the script's start at which no run of the row may go on."""
+    """Seconds after the script's start at which no run of it may continue."""
 
 
-def rows() -> list[Row]:
+def measurements() -> list[Measurement]:
     compared = {name: CONTESTANTS[name] for name in chosen(f"{BEST_LOOP}; {HF}; {OURS}")}
     ours = CONTESTANTS[OURS]
     fp16 = dataclasses.replace(ours, arguments=(*ours.arguments, "--precision.dtype", "fp16"))
     return [
-        Row("124m-gpu", {**compared, FP16: fp16}, rounds=2, ends=320),
-        Row("1b-gpu", {OURS: ours}, rounds=1, ends=460),
+        Measurement("124m-gpu", {**compared, FP16: fp16}, rounds=2, ends=320),
+        Measurement("1b-gpu", {OURS: ours}, rounds=1, ends=460),
     ]
 
 
-def measured(row: Row, started: float, *, smallest: bool) -> tuple[str, bool]:
-    """The row's table and figures, with a line for each contestant that failed; whether none did."""
-    shape = dataclasses.replace(SIZES["overhead"], steps=4) if smallest else SIZES[row.size]
+def measured(measurement: Measurement, started: float, *, smallest: bool) -> tuple[str, bool]:
+    """The table and figures, with a line for each contestant that failed; whether none did."""
+    shape = dataclasses.replace(SIZES["overhead"], steps=4) if smallest else SIZES[measurement.size]
     threads = min(8, usable_cpus())
     failures: dict[str, str] = {}
     # What a run that was killed may still be writing there is no reason to lose the others.
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-", ignore_cleanup_errors=True) as folder:
         workload = Workload(shape, Path(folder), dtype="bf16")
         results = measure(
-            row.contestants,
+            measurement.contestants,
             workload,
-            rounds=1 if smallest else row.rounds,
+            rounds=1 if smallest else measurement.rounds,
             threads=threads,
             rehearses=False,
-            limit=lambda: None if smallest else min(LONGEST_RUN, max(0.0, started + row.ends - time.monotonic())),
+            limit=lambda: None if smallest else min(LONGEST_RUN, max(0.0, started + measurement.ends - time.monotonic())),
             failures=failures,
         )
     lines = [*figures(results, workload.tokens_per_step), *(f"- {name}: {in_a_line(why)}" for name, why in failures.items())]
-    parts = [header(workload, row.size, threads), "\n".join(lines)]
+    parts = [header(workload, measurement.size, threads), "\n".join(lines)]
     if BASE in results:
         parts.insert(1, table(results, workload))
     return "\n\n".join(parts), not failures
@@ -113,20 +113,20 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--smallest", action="store_true")
-    given = parser.parse_args(words)
-    if given.wheels:
-        install(given.wheels)
+    arguments = parser.parse_args(words)
+    if arguments.wheels:
+        install(arguments.wheels)
     all_well = True
-    for row in rows():
+    for measurement in measurements():
         try:
-            text, well = measured(row, started, smallest=given.smallest)
+            text, well = measured(measurement, started, smallest=arguments.smallest)
         except (Exception, SystemExit) as error:
             traceback.print_exc()
-            text, well = f"{row.size}: {in_a_line(f'{type(error).__name__}: {error}')}", False
+            text, well = f"{measurement.size}: {in_a_line(f'{type(error).__name__}: {error}')}", False
         all_well &= well
         print(text + "\n", flush=True)
-        if given.out:
-            with given.out.open("a") as file:
+        if arguments.out:
+            with arguments.out.open("a") as file:
                 file.write(text + "\n\n")
     return 0 if all_well else 1
 

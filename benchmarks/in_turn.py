@@ -20,7 +20,7 @@ class BareStepsInTurn:
         device = torch.device("cpu")
         model = build(workload, device)
         self.loop = BareLoop(model, adamw(model), device, workload.dtype, lean=True)
-        self.rows = workload.rows(rank=0)
+        self.sequences = workload.sequences(rank=0)
         self.left = 0.0
         self.seconds: list[tuple[float, float]] = []
         """Of each pair of steps: the contestant's, the bare loop's."""
@@ -28,7 +28,7 @@ class BareStepsInTurn:
     def step(self) -> None:
         """Make the bare loop's step."""
         came = time.perf_counter()
-        self.loop.step(self.rows[len(self.seconds)])
+        self.loop.step(self.sequences[len(self.seconds)])
         left = time.perf_counter()
         # The first one tells from the start of the process on; it is none of the timed ones.
         self.seconds.append((came - self.left, left - came))

@@ -1,4 +1,4 @@
-"""How fast rows are read: tokens a second of CPU time of whole micro-batches on one core, alone and through the loader.
+"""How fast sequences are read: tokens a second of CPU time of whole micro-batches on one core, alone and through the loader.
 
 python benchmarks/input_speed.py
 """
@@ -40,7 +40,7 @@ def main() -> None:
         np.random.default_rng(0).integers(0, 4000, TOKENS, dtype=np.uint16).tofile(path)
         tokens = np.memmap(path, dtype=np.uint16, mode="r")
         print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {TOKENS:,} tokens, {ROUNDS} rounds")
-        print("| rows | row length | rows a batch | alone, Mtok/s (min to max) | through DataLoader, Mtok/s (min to max) |")
+        print("| sequences | length | a batch | alone, Mtok/s (min to max) | through DataLoader, Mtok/s (min to max) |")
         print("|---|---|---|---|---|")
         for name, spans, apart in (
             ("packed", None, False),
@@ -48,24 +48,24 @@ def main() -> None:
             ("the same, with data.document_mask", some_documents(), True),
         ):
             stream = TokenStream(TokenStore(tokens, np.array([0, TOKENS]), "key"), spans)
-            for length, rows in PACKED:
+            for length, sequences in PACKED:
                 dataset = PackedDataset(stream, length, padding=0, fingerprint="", document_mask=apart)
-                measure(name, dataset, length, rows, identity_collate)
+                measure(name, dataset, length, sequences, identity_collate)
         spans = documents_of_about(UNPACKED_TOKENS)
         collate = PaddingCollator(load_tokenizer("austen"))
-        for length, rows in UNPACKED:
+        for length, sequences in UNPACKED:
             dataset = DocumentDataset(TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key"), spans, length)
-            measure(f"a document of about {UNPACKED_TOKENS} tokens each", dataset, length, rows, collate)
+            measure(f"a document of about {UNPACKED_TOKENS} tokens each", dataset, length, sequences, collate)
         store = TokenStore(tokens, np.append(spans[:, 0], spans[-1, 1]), "key", all_but_first_tokens(spans))
         for name, packing, apart, sizes in (
             ("whole documents with a loss mask, packed", True, False, PACKED),
             ("the same, with data.document_mask", True, True, PACKED),
-            ("the same, one a row", False, False, UNPACKED),
+            ("the same, one a sequence", False, False, UNPACKED),
         ):
-            for length, rows in sizes:
+            for length, sequences in sizes:
                 kept = truncate_and_filter(store, spans, length).spans
                 dataset = BestFitPackedDataset(store, kept, length, padding=0, packing=packing, document_mask=apart)
-                measure(name, dataset, length, rows, identity_collate)
+                measure(name, dataset, length, sequences, identity_collate)
 
 
 def some_documents() -> np.ndarray:
@@ -75,7 +75,7 @@ def some_documents() -> np.ndarray:
 
 
 def all_but_first_tokens(spans: np.ndarray) -> np.ndarray:
-    """A loss mask by which as many tokens count as with one document a row and no mask."""
+    """A loss mask by which as many tokens count as with one document a sequence and no mask."""
     mask = np.ones(TOKENS, dtype=bool)
     mask[spans[:, 0]] = False
     return mask
@@ -88,19 +88,19 @@ def documents_of_about(tokens: int) -> np.ndarray:
     return np.stack([ends - lengths[: len(ends)], ends], axis=1)
 
 
-def measure(name: str, dataset: Dataset, length: int, rows: int, collate: Callable[[Any], Batch]) -> None:
+def measure(name: str, dataset: Dataset, length: int, sequences: int, collate: Callable[[Any], Batch]) -> None:
     """Print a line of the table. Tokens that are padding do not count."""
-    sampler = GlobalOrderSampler(dataset, batch=BatchConfig(rows, rows), rank=0, world_size=1, seed=0)
-    loader = DataLoader(dataset, batch_size=rows, sampler=sampler, collate_fn=collate)
-    order = list(itertools.islice(iter(sampler), rows * BATCHES))
-    indices = [order[start : start + rows] for start in range(0, len(order), rows)]
+    sampler = GlobalOrderSampler(dataset, batch=BatchConfig(sequences, sequences), rank=0, world_size=1, seed=0)
+    loader = DataLoader(dataset, batch_size=sequences, sampler=sampler, collate_fn=collate)
+    order = list(itertools.islice(iter(sampler), sequences * BATCHES))
+    indices = [order[start : start + sequences] for start in range(0, len(order), sequences)]
     counted = sum(int((batch.targets != IGNORED_TARGET).sum()) for batch in itertools.islice(iter(loader), BATCHES))
     alone, whole = [], []
     for _ in range(ROUNDS):
         alone.append(counted / seconds_of(batches(dataset, indices, collate)) / 1e6)
         whole.append(counted / seconds_of(itertools.islice(iter(loader), BATCHES)) / 1e6)
     cells = (f"{statistics.median(m):.3g} ({min(m):.3g} to {max(m):.3g})" for m in (alone, whole))
-    print(f"| {name} | {length} | {rows} | {' | '.join(cells)} |", flush=True)
+    print(f"| {name} | {length} | {sequences} | {' | '.join(cells)} |", flush=True)
 
 
 def batches(dataset: Any, indices: list[list[int]], collate: Callable[[Any], Batch]) -> Iterator[Batch]:

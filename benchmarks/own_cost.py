@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps that are timed, instead of the size's own number")
     parser.add_argument("--only", default=TRAINERS, help=f"with semicolons between (default: {TRAINERS})")
-    given = parser.parse_args()
-    size = dataclasses.replace(SIZES[SIZE], steps=given.steps) if given.steps else SIZES[SIZE]
+    arguments = parser.parse_args()
+    size = dataclasses.replace(SIZES[SIZE], steps=arguments.steps) if arguments.steps else SIZES[SIZE]
     threads = usable_cpus()
     try:
-        names = [name for name in chosen(given.only) if name != BASE]
+        names = [name for name in chosen(arguments.only) if name != BASE]
     except ValueError as error:
         parser.error(str(error))
     if not names or any("compiled" in name or "Llama" in name for name in names):
@@ -51,9 +51,9 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     bare: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
-        workload = Workload(size, Path(folder), dtype=given.dtype, in_turn=True)
+        workload = Workload(size, Path(folder), dtype=arguments.dtype, in_turn=True)
         prepare(workload)
-        for number in range(given.rounds):
+        for number in range(arguments.rounds):
             for name in names:
                 pairs = run(CONTESTANTS[name], workload, threads)["in_turn"]
                 found[name].append(differences(pairs))
@@ -64,7 +64,7 @@ def main() -> None:
     for name, rounds in found.items():
         medians, means = ([value * 1000 for value in values] for values in zip(*rounds, strict=True))
         print(f"| {name} | {spread(medians, sign='+')} | {spread(means, sign='+')} | {statistics.median(bare[name]):.2f} |")
-    print(f"\nMedian (smallest to largest) of {given.rounds} rounds.")
+    print(f"\nMedian (smallest to largest) of {arguments.rounds} rounds.")
 
 
 if __name__ == "__main__":

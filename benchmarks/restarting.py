@@ -1,4 +1,4 @@
-"""From the command to the next step of a run that was saved: ours beside a script that loads what torch.save wrote.
+"""From the command to the next step of a run that was saved: ours against a script that loads what torch.save wrote.
 
 python -m benchmarks.restarting [--size 124m] [--dtype bf16] [--compile] [--rounds 5]
 
@@ -24,7 +24,7 @@ def seconds_to_next_step(workload: Workload, threads: int, *, compiled: bool) ->
     """Of each, in turn: a run that saves, and the same run once more, which goes on."""
     script = CONTESTANTS["bare, per block, lean" if compiled else BASE]
     run(script, workload, threads)
-    script = dataclasses.replace(script, arguments=(",".join(["goes-on", *script.arguments]),))
+    script = dataclasses.replace(script, arguments=(",".join(["resumes", *script.arguments]),))
     found = {SCRIPT: run(script, workload, threads)}
     ours = CONTESTANTS["ours, compiled" if compiled else OURS]
     run(ours, workload, threads)
@@ -39,17 +39,17 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true", help="each block of both, which find compiled code of the run before")
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     threads = usable_cpus()
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-") as folder:
-        size = dataclasses.replace(SIZES[given.size], steps=2)
-        workload = Workload(size, Path(folder), dtype=given.dtype, warmup_steps=2, save=True)
+        size = dataclasses.replace(SIZES[arguments.size], steps=2)
+        workload = Workload(size, Path(folder), dtype=arguments.dtype, warmup_steps=2, save=True)
         prepare(workload)
-        rounds = [seconds_to_next_step(workload, threads, compiled=given.compile) for _ in range(given.rounds + 1)][1:]
+        rounds = [seconds_to_next_step(workload, threads, compiled=arguments.compile) for _ in range(arguments.rounds + 1)][1:]
     ratios = [seconds[OURS] / seconds[SCRIPT] for seconds in rounds]
-    against = "the script with our loss, blocks compiled" if given.compile else "the script"
+    against = "the script with our loss, blocks compiled" if arguments.compile else "the script"
     print(
-        f"{header(workload, given.size, threads)}\n\nFrom the command to the next step, ours against {against}: "
+        f"{header(workload, arguments.size, threads)}\n\nFrom the command to the next step, ours against {against}: "
         f"{spread(ratios)} in {len(rounds)} rounds; the script: "
         f"{statistics.median(seconds[SCRIPT] for seconds in rounds):.1f} s."
     )

@@ -1,10 +1,10 @@
-"""How long training stands still for a checkpoint, and how long loading one takes, beside torch.save and torch.load.
+"""How long training stands still for a checkpoint, and how long loading one takes, against torch.save and torch.load.
 
 python -m benchmarks.saving_speed [--size 124m] [--rounds 5]
 
 The same state (weights, and AdamW's two averages, in float32) is saved in turn by torch.save, by torch.save with the file
 synced to disk, and by the checkpoint manager, whose stall is what `save` takes before it returns; the rest it does meanwhile,
-every file synced. Nothing computes beside it here.
+every file synced. Nothing computes meanwhile.
 """
 
 from __future__ import annotations
@@ -113,14 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="124m")
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     keep_freed_memory()  # as a run on a CPU does
     folder = Path(tempfile.mkdtemp(prefix="dist-trainer-saving-"))
     try:
-        found = measure(State(given.size, folder), given.rounds)
+        found = measure(State(arguments.size, folder), arguments.rounds)
     finally:
         shutil.rmtree(folder)
-    print(f"{machine_and_versions()}\nSize {given.size}, {given.rounds} rounds.\n\n{table(found)}")
+    print(f"{machine_and_versions()}\nSize {arguments.size}, {arguments.rounds} rounds.\n\n{table(found)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text to token ids on disk, from a cold start: the token store beside `datasets.map` with a fast Hugging Face tokenizer.
+"""Text to token ids on disk, from a cold start: the token store against `datasets.map` with a fast Hugging Face tokenizer.
 
 python benchmarks/tokenizing_speed.py [--text FILE.jsonl ...] [--tokenizer FOLDER] [--rounds 5]
 

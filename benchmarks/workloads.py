@@ -1,9 +1,9 @@
-"""What all contestants train on: the shape of a model, and rows of tokens in the order in which our own loader gives them.
+"""What all contestants train on: the shape of a model, and sequences of tokens in the order in which our own loader gives them.
 
 A workload is a folder, made once per comparison, so that every contestant reads the same bytes:
 
     workload.json        shape, batch, steps, number format
-    rows.npy             int32 [steps, global batch, T + 1]: what each step learns from
+    sequences.npy             int32 [steps, global batch, T + 1]: what each step learns from
     config.yaml          the same for `python -m dist_trainer.train`
     text.jsonl, tokenizer/   a text that becomes those tokens, since ours is timed as the command that users type
 """
@@ -88,14 +88,14 @@ class Workload:
     def tokens_per_step(self) -> int:
         return self.global_batch_size * self.size.sequence_length
 
-    def all_rows(self) -> np.ndarray:
+    def all_sequences(self) -> np.ndarray:
         """int32 [steps, global batch, T + 1]."""
-        return np.load(self.folder / "rows.npy")
+        return np.load(self.folder / "sequences.npy")
 
-    def rows(self, rank: int) -> np.ndarray:
-        """int32 [steps, rows of this rank, T + 1]."""
+    def sequences(self, rank: int) -> np.ndarray:
+        """int32 [steps, sequences of this rank, T + 1]."""
         share = self.size.rows_per_rank
-        return self.all_rows()[:, rank * share : (rank + 1) * share]
+        return self.all_sequences()[:, rank * share : (rank + 1) * share]
 
     def dump(self) -> None:
         """Write the conditions, for the contestants' own processes."""
@@ -136,7 +136,7 @@ def config_of(workload: Workload) -> dict[str, Any]:
         "train": {"max_steps": workload.total_steps},
         "precision": {"dtype": workload.dtype},
         "checkpoint": {"every_steps": workload.save_at},
-        # The other trainers send their lines nowhere either; importing wandb beside the first steps takes a core for seconds.
+        # The other trainers send their lines nowhere either; importing wandb during the first steps takes a core for seconds.
         "tracking": {"wandb": "disabled"},
     }
 
@@ -145,11 +145,11 @@ SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 
 
 def prepare(workload: Workload) -> None:
-    """Write the folder: a random text of V words, and the rows that our loader makes of it, in its order."""
+    """Write the folder: a random text of V words, and the sequences that our loader makes of it, in its order."""
     _write_text(workload)
     workload.dump()
-    rows = _rows_in_order(workload)
-    np.save(workload.folder / "rows.npy", rows)
+    sequences = _sequences_in_order(workload)
+    np.save(workload.folder / "sequences.npy", sequences)
 
 
 def _write_text(workload: Workload) -> None:
@@ -172,15 +172,15 @@ def _write_text(workload: Workload) -> None:
             file.write(json.dumps({"text": " ".join(words[number] for number in document)}) + "\n")
 
 
-def _rows_in_order(workload: Workload) -> np.ndarray:
+def _sequences_in_order(workload: Workload) -> np.ndarray:
     from dist_trainer import create_dataloaders, init_distributed
     from dist_trainer.run.configure import load_config
 
     config = load_config(["--config", str(workload.folder / "config.yaml")])
     with init_distributed(config.distributed) as world:
         batches = iter(create_dataloaders(config, world).train)
-        rows = []
+        sequences = []
         for _ in range(workload.total_steps):
             batch = next(batches)
-            rows.append(np.concatenate([batch.input_ids.numpy(), batch.targets.numpy()[:, -1:]], axis=1))
-    return np.stack(rows).astype(np.int32)
+            sequences.append(np.concatenate([batch.input_ids.numpy(), batch.targets.numpy()[:, -1:]], axis=1))
+    return np.stack(sequences).astype(np.int32)

@@ -43,7 +43,12 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
+_RENAMED = {"World": "DistributedContext and init_distributed", "weights_writer": "make_weight_saver"}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        raise ImportError(f"{__name__}.{name} was renamed to {_RENAMED[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

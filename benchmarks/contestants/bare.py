@@ -1,7 +1,7 @@
 """A training loop as one writes it by hand, with nothing around it.
 
 Flags, joined by commas: `compiled` (torch.compile of the whole model), `per-block` (of each block), `lean` (the loss of
-DecoderLM itself, which never holds all logits; without it F.cross_entropy of float32 logits), `goes-on` (from what it saved).
+DecoderLM itself, which never holds all logits; without it F.cross_entropy of float32 logits), `resumes` (from what it saved).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(flags: set[str]) -> None:
         model = DistributedDataParallel(raw, gradient_as_bucket_view=True)
     optimizer = adamw(raw)
     saved = workload.folder / f"bare-{rank}.pt"
-    if "goes-on" in flags:
+    if "resumes" in flags:
         state = torch.load(saved, map_location=device)
         raw.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -41,8 +41,8 @@ def main(flags: set[str]) -> None:
     stopwatch.watch(optimizer)
     loop = BareLoop(model, optimizer, device, workload.dtype, lean="lean" in flags)
     loss = torch.zeros(())
-    for step, rows in enumerate(workload.rows(rank), start=1):
-        loss = loop.step(rows)
+    for step, sequences in enumerate(workload.sequences(rank), start=1):
+        loss = loop.step(sequences)
         if step == workload.save_at:
             torch.save({"model": raw.state_dict(), "optimizer": optimizer.state_dict()}, saved)
     write_result(stopwatch, float(loss.detach()))

@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BareLoop:
-    """From rows to updated weights, and nothing around it."""
+    """From sequences to updated weights, and nothing around it."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device, dtype: str, *, lean: bool) -> None:
         """`model` is DecoderLM, wrapped or not; `lean`: its own loss, which never holds all logits, not F.cross_entropy of
@@ -31,9 +31,9 @@ class BareLoop:
         if dtype in DTYPES:
             self.autocast = lambda: torch.autocast(device.type, dtype=DTYPES[dtype])
 
-    def step(self, rows: np.ndarray) -> Tensor:
-        """Learn from `rows`, integers [B, T + 1]; the loss, a scalar."""
-        ids = torch.from_numpy(rows.astype("int64"))
+    def step(self, sequences: np.ndarray) -> Tensor:
+        """Learn from `sequences`, integers [B, T + 1]; the loss, a scalar."""
+        ids = torch.from_numpy(sequences.astype("int64"))
         if self.device.type == "cuda":
             ids = ids.pin_memory()  # or its copy would wait for all that is queued
         ids = ids.to(self.device, non_blocking=True)

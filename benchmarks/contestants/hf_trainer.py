@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from benchmarks import workloads
 from benchmarks.contestants.model import adamw, build
-from benchmarks.contestants.rows import TokenDataset
+from benchmarks.contestants.token_dataset import TokenDataset
 from benchmarks.stopwatch import Stopwatch, workload_here, write_result
 from benchmarks.workloads import Workload
 
@@ -45,15 +45,15 @@ def llama(workload: Workload) -> nn.Module:
 
 
 class InOrder(Trainer):
-    """Without shuffling: the rows lie in the order in which all contestants take them. It remembers the last loss."""
+    """Without shuffling: the sequences lie in the order in which all contestants take them. It remembers the last loss."""
 
     last_loss: Tensor
 
     def _get_train_sampler(self, *_: object) -> Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
 
-    def compute_loss(self, *given: Any, **options: Any) -> Tensor:
-        loss = super().compute_loss(*given, **options)
+    def compute_loss(self, *inputs: Any, **options: Any) -> Tensor:
+        loss = super().compute_loss(*inputs, **options)
         self.last_loss = loss.detach()
         return loss
 
@@ -82,8 +82,8 @@ def main(flags: set[str]) -> None:
     stopwatch = Stopwatch(workload)
     stopwatch.watch(optimizer)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    rows = TokenDataset(workload, shifted="llama" in flags)
-    trainer = InOrder(model, arguments, train_dataset=rows, optimizers=(optimizer, constant))
+    sequences = TokenDataset(workload, shifted="llama" in flags)
+    trainer = InOrder(model, arguments, train_dataset=sequences, optimizers=(optimizer, constant))
     trainer.train()
     write_result(stopwatch, float(trainer.last_loss))
 

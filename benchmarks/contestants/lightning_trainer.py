@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from benchmarks import workloads
 from benchmarks.contestants.model import adamw, build
-from benchmarks.contestants.rows import TokenDataset
+from benchmarks.contestants.token_dataset import TokenDataset
 from benchmarks.stopwatch import Stopwatch, workload_here, write_result
 from benchmarks.workloads import Workload
 
@@ -29,9 +29,9 @@ class Module(lightning.LightningModule):
             self.model.compile(dynamic=False)
         self.workload, self.stopwatch = workload, stopwatch
 
-    def training_step(self, rows: dict[str, Tensor], _: int) -> Tensor:
-        logits = self.model(rows["input_ids"])
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows["labels"].flatten())
+    def training_step(self, sequences: dict[str, Tensor], _: int) -> Tensor:
+        logits = self.model(sequences["input_ids"])
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sequences["labels"].flatten())
 
     def configure_optimizers(self) -> Optimizer:
         # Under mixed precision Lightning refuses to clip what a fused optimizer is to apply.

@@ -18,7 +18,7 @@ STOPWATCHES: list[Stopwatch] = []
 
 
 def timed_adamw(config: OptimConfig, model: nn.Module) -> Optimizer:
-    """The row that the workload's config names."""
+    """The entry that the workload's config names."""
     optimizer = adamw(config, model)
     STOPWATCHES.append(Stopwatch(workload_here()))
     STOPWATCHES[-1].watch(optimizer)
@@ -27,7 +27,7 @@ def timed_adamw(config: OptimConfig, model: nn.Module) -> Optimizer:
 
 def last_loss(workload: Workload) -> float | None:
     lines = (workload.folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
-    return [row["loss"] for row in map(json.loads, lines) if row["kind"] == "train"][-1]
+    return [line["loss"] for line in map(json.loads, lines) if line["kind"] == "train"][-1]
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ def train_own_model(path: Path, max_steps: int) -> list[float]:
         checkpoint=CheckpointConfig(every_steps=2),
     )
     inputs = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
-    pairs = [(row, (row.sum() > 0).long()) for row in inputs]
+    pairs = [(x, (x.sum() > 0).long()) for x in inputs]
     with init_distributed(config.distributed) as world:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 2))

@@ -6,6 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+import dist_trainer
+
 STEP = """
 import json, sys, torch
 import dist_trainer.run.lifecycle
@@ -30,3 +34,10 @@ def test_the_command_s_modules_and_a_step_import_neither_transformers_nor_datase
     loaded = set(json.loads(found.stdout))
     assert "torch.optim.adamw" in loaded
     assert not {"transformers", "datasets", "wandb"} & loaded
+
+
+@pytest.mark.parametrize(("old", "new"), [("World", "init_distributed"), ("weights_writer", "make_weight_saver")])
+def test_a_renamed_name_ends_in_an_error_that_gives_the_new_one(old: str, new: str) -> None:
+    with pytest.raises(ImportError, match=rf"dist_trainer\.{old} was renamed to .*{new}"):
+        exec(f"from dist_trainer import {old}")
+    assert new in dist_trainer.__all__

@@ -1,4 +1,4 @@
-"""The rows as the trainers that take a dataset want them: one at a time, in the order in which all contestants read."""
+"""The sequences as the trainers that take a dataset want them: one at a time, in the order in which all contestants read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class TokenDataset(Dataset):
 
     def __init__(self, workload: Workload, *, shifted: bool = False) -> None:
         self.shifted = shifted
-        self.rows = workload.all_rows().reshape(-1, workload.size.sequence_length + 1)
+        self.sequences = workload.all_sequences().reshape(-1, workload.size.sequence_length + 1)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sequences)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = torch.from_numpy(self.rows[index].astype("int64"))
-        labels = {"labels": row[1:], "shift_labels": row[1:]} if self.shifted else {"labels": row[1:]}
-        return {"input_ids": row[:-1], **labels}
+        sequence = torch.from_numpy(self.sequences[index].astype("int64"))
+        labels = {"labels": sequence[1:], "shift_labels": sequence[1:]} if self.shifted else {"labels": sequence[1:]}
+        return {"input_ids": sequence[:-1], **labels}
