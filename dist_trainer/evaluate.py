@@ -198,7 +198,7 @@ def run(request: EvaluationRequest) -> int:
 
 def evaluate_tasks(request: EvaluationRequest) -> dict[str, Any]:
     """lm_eval's results by task and metric; everything it reports is kept in the run's folder."""
-    from dist_trainer.huggingface.model_files import find_intact_model, model_folder
+    from dist_trainer.huggingface.model_files import find_valid_model, model_folder
     from dist_trainer.run.harness import HarnessOptions, run_harness, write_results
     from dist_trainer.tracking.run_log import configure_logging
     from dist_trainer.tracking.run_reader import run_folder_of
@@ -206,7 +206,7 @@ def evaluate_tasks(request: EvaluationRequest) -> dict[str, Any]:
     configure_logging(None, rank=0)
     path = model_folder(str(request.path), weights=True, key="RUN")
     results = run_harness(path, HarnessOptions(**(request.harness or {})), request.config.precision)
-    folder = find_intact_model(path).resolve()
+    folder = find_valid_model(path).resolve()
     run = run_folder_of(path, is_run=_is_run)
     file = None if run is None else str(write_results(run, folder, results))
     return {"model": str(folder), "results": results["results"], "file": file}

@@ -102,7 +102,7 @@ def find_model(path: Path) -> Path:
     raise CheckpointError(f"{path} is neither a run folder with checkpoints, nor a checkpoint, nor a Hugging Face model folder")
 
 
-def find_intact_model(path: Path, *, weights: bool = True) -> Path:
+def find_valid_model(path: Path, *, weights: bool = True) -> Path:
     """`find_model`, and raises CheckpointError if it is a checkpoint whose model's files are not as they were written."""
     folder = find_model(path)
     is_ours = is_checkpoint(folder) and (folder / "trainer_state.json").is_file()

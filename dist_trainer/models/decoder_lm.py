@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, TokenIds, hf_config, read_hf_config
-from dist_trainer.huggingface.model_files import find_intact_model
+from dist_trainer.huggingface.model_files import find_valid_model
 from dist_trainer.huggingface.weights import check_tied_head, matched_weights, materialize, meta_init, write_hf
 from dist_trainer.models.attention import DocumentMask, attention, document_mask
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
@@ -283,7 +283,7 @@ class DecoderLM(nn.Module):
         In float32 whatever the files' format, read tensor by tensor onto `device`. Raises ConfigError naming the field if
         DecoderLM cannot represent the folder's model, CheckpointError if files are missing or damaged.
         """
-        folder = find_intact_model(Path(path))
+        folder = find_valid_model(Path(path))
         return cls.from_hf_model(read_hf_config(folder), weights=folder, device=device).eval()
 
     @classmethod

@@ -17,7 +17,7 @@ from dist_trainer.errors import CheckpointError, ConfigError, counted
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.initial_model import contradictions
 from dist_trainer.huggingface.llama_config import add_eos_token, read_hf_config
-from dist_trainer.huggingface.model_files import WEIGHTS_FILE, find_intact_model, find_model, has_weights, model_folder
+from dist_trainer.huggingface.model_files import WEIGHTS_FILE, find_model, find_valid_model, has_weights, model_folder
 from dist_trainer.huggingface.weights import materialize, meta_init
 from dist_trainer.models.decoder_lm import DecoderLM
 
@@ -79,8 +79,8 @@ def _decoder_lm_from_folder(init_from: str, config: ModelConfig, context: ModelC
 def _initial_folder(init_from: str, context: ModelContext) -> Path:
     """The folder whose config.json defines the shape: the checkpoint to resume from, else the model to start from."""
     if context.resumed_from is not None:
-        return find_intact_model(context.resumed_from, weights=False)
-    return find_intact_model(model_folder(init_from, weights=True))
+        return find_valid_model(context.resumed_from, weights=False)
+    return find_valid_model(model_folder(init_from, weights=True))
 
 
 def hf(config: ModelConfig, context: ModelContext) -> nn.Module:

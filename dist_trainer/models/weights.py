@@ -13,7 +13,7 @@ from dist_trainer.config.paths import user_path
 from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.llama_config import read_hf_config
-from dist_trainer.huggingface.model_files import CONFIG_FILE, WEIGHTS_FILE, find_intact_model, find_model, has_weights
+from dist_trainer.huggingface.model_files import CONFIG_FILE, WEIGHTS_FILE, find_model, find_valid_model, has_weights
 from dist_trainer.huggingface.weights import write_hf
 from dist_trainer.models.decoder_lm import DecoderLM
 
@@ -24,7 +24,7 @@ def open_model(path: str | Path, *, device: torch.device | str = "cpu") -> nn.Mo
 
     Raises ConfigError, CheckpointError.
     """
-    folder = find_intact_model(user_path(str(path)))
+    folder = find_valid_model(user_path(str(path)))
     try:
         hf_model = read_hf_config(folder)
     except ConfigError as error:

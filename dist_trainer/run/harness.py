@@ -25,7 +25,7 @@ from dist_trainer.data.tokenizers import Tokenizer, load_tokenizer, text_prefix
 from dist_trainer.errors import ConfigError
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.hub import is_hub_reachable
-from dist_trainer.huggingface.model_files import find_intact_model
+from dist_trainer.huggingface.model_files import find_valid_model
 from dist_trainer.storage.files import replace_file
 from dist_trainer.training.precision import build_precision
 
@@ -63,7 +63,7 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
 
     Raises ConfigError if lm_eval is not installed or does not accept a task or the model; CheckpointError, DataError.
     """
-    folder = find_intact_model(path)
+    folder = find_valid_model(path)
     tokenizer = load_tokenizer(str(path), key="RUN")
     if options.apply_chat_template:
         if not tokenizer.chat_template:

@@ -17,7 +17,7 @@ from dist_trainer import evaluate, generate
 from dist_trainer.config.loading import as_dict, dump_config
 from dist_trainer.data.datasets import CORPUS
 from dist_trainer.errors import ConfigError
-from dist_trainer.huggingface.model_files import find_intact_model
+from dist_trainer.huggingface.model_files import find_valid_model
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.run.configure import load_config
 from tests.distributed.small_runs import (
@@ -131,9 +131,9 @@ def test_a_run_that_goes_on_reads_weights_once_and_those_of_its_checkpoint_alone
 
     def only_the_shape(path, *, weights=True):
         assert not weights, f"{path} is opened to be built"
-        return find_intact_model(path, weights=False)
+        return find_valid_model(path, weights=False)
 
-    monkeypatch.setattr("dist_trainer.models.registry.find_intact_model", only_the_shape)
+    monkeypatch.setattr("dist_trainer.models.registry.find_valid_model", only_the_shape)
     assert run(load_config(words), 1) == [0]
     assert len(losses(load_config(words))) == 6
 
