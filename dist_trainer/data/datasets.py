@@ -154,20 +154,25 @@ def _files_by_split(folder: Path, *, reads_test: bool) -> tuple[dict[str, list[P
     Logs how many files are read (including the test split if `reads_test`), and what is skipped.
     """
     all_files, unreadable = _files_under(folder)
-    found = [path for path in all_files if not _is_hidden(path.relative_to(folder))]
-    files = [path for path in found if format_suffix(path) in DATA_SUFFIXES and not _is_about_data(path.name)]
+    visible = [path for path in all_files if not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)]
+    files = [
+        path
+        for path in visible
+        if format_suffix(path) in DATA_SUFFIXES and path.name not in METADATA and not path.name.lower().startswith(BESIDE_DATA)
+    ]
     if not files:
-        seen = f"; it holds {', '.join(path.name for path in found[:4])}" if found else "; it is empty"
+        seen = f"; it holds {', '.join(path.name for path in visible[:4])}" if visible else "; it is empty"
         raise DataError(f"{folder} has no file of type {ALL_SUFFIXES}{seen}")
     by_split: dict[str, list[Path]] = {}
     for path in files:
         by_split.setdefault(_split_word(path.relative_to(folder)), []).append(path)
     test_files = by_split.pop("test") if "test" in by_split and len(by_split) > 1 else []
-    ignored = sorted(set(found) - set(files))
+    ignored = sorted(set(visible) - set(files))
+    num_hidden = len(all_files) - len(visible)
     skipped = {
         "not data": _format_names(ignored, folder),
         "test split": "" if reads_test else _format_names(test_files, folder),
-        "hidden": counted(len(all_files) - len(found), "file") if len(all_files) > len(found) else "",
+        "hidden": counted(num_hidden, "file") if num_hidden else "",
         "no permission": _format_names(unreadable, folder),
     }
     is_suspicious = unreadable or any(format_suffix(path) in OTHER_FORMATS for path in ignored)
@@ -220,14 +225,6 @@ def _split_word(path: Path) -> str:
             if words & set(synonyms):
                 return name
     return "train"
-
-
-def _is_about_data(name: str) -> bool:
-    return name in METADATA or name.lower().startswith(BESIDE_DATA)
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.parts)
 
 
 def _declares_configs(folder: Path) -> bool:

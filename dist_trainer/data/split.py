@@ -42,35 +42,26 @@ class Split:
             if not self.files:
                 return self.content_digest()
             return _cached(self.files, memory, self.content_digest, what=self.content_name)
-        parts = (f"{format_of(path)} {_cached([path], memory, partial(_digest_of_bytes, path))}" for path in self.files)
+        parts = (f"{format_of(path)} {_cached([path], memory, partial(digest_of_file, path))}" for path in self.files)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _cached(files: list[Path], memory: Path, compute: Callable[[], str], *, what: str = "bytes") -> str:
-    """The result of `compute` for the current state of `files`, from the cache if it is there."""
-    identity = hashlib.sha256(json.dumps([what, *(_identity(path) for path in files)]).encode())
-    note = memory / f"{identity.hexdigest()[:32]}.txt"
-    if (cached := _read_note(note)) is not None:
-        return cached
-    digest = compute()
+    """The result of `compute` for the current state of `files`, from the cache if it is there. Raises DataError."""
+    try:
+        stats = [(path.resolve(), path.stat()) for path in files]
+        states = [[str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats]
+        identity = hashlib.sha256(json.dumps([what, *states]).encode())
+        note = memory / f"{identity.hexdigest()[:32]}.txt"
+        if (cached := _read_note(note)) is not None:
+            return cached
+        digest = compute()
+    except OSError as error:
+        raise unreadable(Path(error.filename or files[0]), error) from error
     with contextlib.suppress(OSError):  # such as a full disk: it is computed again the next time
-        _write_note(note, digest)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(note, [_with_checksum(note, digest).encode()], durable=False)
     return digest
-
-
-def _identity(path: Path) -> list[str | int]:
-    try:
-        stat = path.stat()
-        return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def _digest_of_bytes(path: Path) -> str:
-    try:
-        return digest_of_file(path)
-    except OSError as error:
-        raise unreadable(path, error) from error
 
 
 def _read_note(note: Path) -> str | None:
@@ -81,11 +72,6 @@ def _read_note(note: Path) -> str | None:
         return None
     digest = content.partition(" ")[0]
     return digest if content and content == _with_checksum(note, digest) else None
-
-
-def _write_note(note: Path, digest: str) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(note, [_with_checksum(note, digest).encode()], durable=False)
 
 
 def _with_checksum(note: Path, digest: str) -> str:

@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dist_trainer.data.prompts import read_prompts
+from dist_trainer.data.records import OTHER_FORMATS, READERS, Record, Records, format_suffix, read_file, read_jsonl, read_text
+from dist_trainer.data.text_file import text_parts
 from dist_trainer.errors import ConfigError, DataError, counted
 from dist_trainer.generation.text import TextGenerator
 from dist_trainer.tracking.formatting import printable
+
+PROMPT = "prompt"
+"""The column of the text."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +114,54 @@ def prompts_of_stdin() -> Iterator[Prompt]:
 
 
 def prompts_of_file(path: Path) -> list[Prompt]:
-    """Raises ConfigError if the file cannot be read, naming every line without a prompt."""
+    """The prompts in a text file, one per line, or in records with a text under `prompt`, in any format of datasets.
+
+    Raises ConfigError if the file cannot be read, or with a line for each record without a prompt.
+    """
+    prompts, problems = [], []
     try:
-        return [Prompt(record["prompt"], record, place) for place, record in read_prompts(path)]
+        for place, record in _records(path):
+            if isinstance(record, DataError):
+                problems.append(str(record))
+            elif problem := _problem(record):
+                problems.append(f"{place}: {problem}")
+            else:
+                prompts.append(Prompt(record[PROMPT], record, place))
     except DataError as error:
-        raise ConfigError(f"--prompts_file: {error}") from error
+        problems = [str(error)]
+    if not prompts and not problems:
+        problems = [f"{path}: there is no prompt in it"]
+    if problems:
+        raise ConfigError("--prompts_file: " + "\n  ".join(problems))
+    return prompts
+
+
+def _records(path: Path) -> Records:
+    suffix = format_suffix(path)
+    reader = READERS.get(suffix, read_text)
+    if reader is read_jsonl:
+        return read_jsonl(path, text_column=PROMPT)
+    if reader is read_text and suffix not in (".parquet", *OTHER_FORMATS):
+        return _lines(path)
+    return read_file(path, [PROMPT])
+
+
+def _lines(path: Path) -> Records:
+    """The lines that are not blank, without line ends (\\n or \\r\\n)."""
+    for number, line in enumerate("".join(text_parts(path)).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", {PROMPT: line.rstrip("\r")}
+
+
+def _problem(record: Record) -> str:
+    """What is wrong with the record; empty if it is valid."""
+    if not isinstance(record.get(PROMPT), str):
+        return f'has no text under "{PROMPT}"'
+    try:  # it is written with the answer
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"half of a character (a lone surrogate, {error.object[error.start]!a}); remove it"
+    return ""
 
 
 def check_encoding(name: str, text: str) -> None:
