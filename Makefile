@@ -1,8 +1,8 @@
 # make train [ARGS="--train.max_steps 50"]    set-up, then the default run, on all GPUs of this machine or on its CPU
 # make test  [ARGS="-k sampler"]              set-up, then the tests
-# make test-slow                              those that take too long for each change; once a week
-# make bench [ARGS="--ranks 2"]               compared with HF Trainer, Lightning and a bare loop (see benchmarks/README.md)
-# make lint | format | check                  style and types | fix the style | lint and test, as CI does
+# make test-slow                              set-up, then the slow tests (once a week)
+# make bench [ARGS="--ranks 2"]               comparison with HF Trainer, Lightning and a bare loop (see benchmarks/README.md)
+# make lint | format | check                  check style and types | fix the style | lint and test, as CI does
 # make setup [PYTHON=python3.12] [TORCH=gpu]  set-up only, into .venv/ (see launch/setup.sh; TORCH=cu126: a build by name)
 # make clean                                  removes .venv/ and caches, never runs/
 
