@@ -45,6 +45,15 @@ def test_each_step_reads_the_same_sequences_on_any_number_of_ranks_and_accumulat
     assert [sorted(row for rank in ranks for row in rank) for ranks in found] == expected
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_block_j_of_a_global_batch_is_a_micro_batch_of_rank_j_modulo_the_number_of_ranks(world_size):
+    """Dropout masks belong to blocks: their micro-batches must hold the same sequences on any number of ranks."""
+    [[whole]] = global_batches(world_size=1, micro=16, steps=1)
+    [ranks] = global_batches(world_size=world_size, micro=2, steps=1)
+    micro_batches = [[rank[start : start + 2] for start in range(0, len(rank), 2)] for rank in ranks]
+    assert [micro_batches[j % world_size][j // world_size] for j in range(8)] == [whole[2 * j : 2 * j + 2] for j in range(8)]
+
+
 def test_one_epoch_reads_every_row_exactly_once_and_the_next_in_another_order():
     sampler = GlobalOrderSampler(range(37), batch=BatchConfig(16, 8), rank=0, world_size=1, seed=0)
     first, second = sampler.sequences_at(np.arange(37)), sampler.sequences_at(np.arange(37, 74))

@@ -374,6 +374,16 @@ def test_shards_of_text_divided_differently_are_built_again(tmp_path, monkeypatc
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "at once")
 
 
+def test_a_store_and_its_shards_are_synced_before_they_get_their_names(tmp_path, trail):
+    path = written(tmp_path / "x.jsonl", ["a text"])
+    key = stored(path, load_tokenizer("austen"), tmp_path).key
+    shard = trail.index("rename shard-000000.npz")
+    assert trail[shard - 1] == "fsync .staging-shard-000000.npz"
+    named = trail.index(f"rename {key}")
+    assert {f"fsync {name}" for name in ("tokens.bin", "offsets.npy", "index.json", "store")} <= set(trail[shard:named])
+    assert "fsync tokens" in trail[named:]
+
+
 def test_a_store_does_not_depend_on_the_size_of_its_shards(tmp_path, novels, small_shards, monkeypatch):
     path = written(tmp_path / "x.jsonl", [novels[0], "a short one", *novels[1:3]])
     stored(path, load_tokenizer("austen"), tmp_path / "small")

@@ -17,6 +17,7 @@ from dist_trainer.html_report.charts import (
     Chart,
     Line,
     axes_of,
+    charts,
     clipped_top,
     figure,
     skipped_steps,
@@ -69,6 +70,36 @@ def test_an_end_without_a_restart_is_described_too():
         (0, "failed at step 7: diverged: <x>; restarted from step 0")
     ]
     assert list(timeline([{"event": "resume", "step": 9, "time": 1.0}])) == [(9, "started from step 9 of another run")]
+
+
+ONE_RUN = {
+    "Loss": ["training", "smoothed", "validation"],
+    "Learning rate": ["learning rate"],
+    "Peak memory": ["peak memory"],
+    **{title: ["measured", "smoothed"] for title in ("Gradient norm", "Throughput", "MFU", "Step time", "Waiting for data")},
+}
+"""The lines of each chart."""
+
+
+def test_each_measurement_has_a_chart_with_its_values(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    found = {chart.title: chart.lines for chart in charts([run], ["run"])}
+    assert {title: [line.label for line in lines] for title, lines in found.items()} == ONE_RUN
+    assert list(found["Loss"][2].y) == list(run.validation["loss"])
+    assert list(found["Gradient norm"][0].y) == list(run.train["grad_norm"])
+    several = {chart.title: [line.label for line in chart.lines] for chart in charts([run, run], ["one", "two"])}
+    assert several["Loss"] == [
+        f"{label}: {kind}" for label in ("one", "two") for kind in ("training", "smoothed", "validation")
+    ]
+    assert all(several[title] == ["one", "two"] for title in ONE_RUN if title != "Loss")
+
+
+def test_a_skipped_update_is_marked_as_such_also_if_its_loss_is_finite(tmp_path):
+    """As in fp16, where only scaled gradients overflow."""
+    write_metrics(tmp_path, [train_line(1), train_line(2) | {"skipped": True}, train_line(3)])
+    run = read_run(tmp_path)
+    assert skipped_steps(run) == [2.0]
+    assert numbered_marks([run]) == []
 
 
 def test_steps_that_were_not_finite_are_marked(tmp_path):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from dist_trainer.storage import files
-from dist_trainer.storage.files import replace_file, replace_or_overwrite
+from dist_trainer.storage.files import replace_file, replace_or_overwrite, truncate_file
 
 
 def no_room_for(name, monkeypatch, code=errno.ENOSPC):
@@ -29,6 +29,24 @@ def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path, durable):
     replace_file(path, [b"new", b"er"], durable=durable)
     assert path.read_bytes() == b"newer"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_durable_file_is_synced_before_it_is_renamed_and_its_folder_after_that(tmp_path, trail):
+    replace_file(tmp_path / "file", [b"new"], durable=True)
+    assert trail == ["fsync .staging-file", "rename file", f"fsync {tmp_path.name}"]
+    trail.clear()
+    replace_file(tmp_path / "file", [b"newer"], durable=False)
+    assert trail == ["rename file"]
+
+
+def test_a_file_that_is_truncated_or_overwritten_is_synced(tmp_path, monkeypatch, trail):
+    (tmp_path / "file").write_bytes(b"a line\nhalf a l")
+    truncate_file(tmp_path / "file", 7)
+    assert trail == ["truncate file", "fsync file"]
+    trail.clear()
+    no_room_for(".staging-file", monkeypatch)
+    replace_or_overwrite(tmp_path / "file", b"new", durable=True)
+    assert trail == ["fsync file"]
 
 
 def test_if_the_disk_refuses_the_old_file_is_unchanged(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from dist_trainer.errors import CheckpointError
 from dist_trainer.storage import files, folders
 from dist_trainer.storage.files import REFUSED
-from dist_trainer.storage.folders import delete_folder, publish, remove_stale, update_symlink
+from dist_trainer.storage.folders import delete_folder, make_folder, publish, remove_stale, update_symlink
 from dist_trainer.storage.manifest import verify
 
 
@@ -147,6 +147,19 @@ def test_pointers_are_replaced_and_relative(tmp_path):
 def test_a_deleted_folder_leaves_nothing(tmp_path):
     delete_folder(published(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_deletions_and_new_folders_are_synced(tmp_path, trail):
+    folder = published(tmp_path)
+    trail.clear()
+    update_symlink(tmp_path / "latest", folder)
+    assert trail == ["rename latest", f"fsync {tmp_path.name}"]
+    trail.clear()
+    delete_folder(folder)
+    assert trail == [f"rename .trash-{folder.name}", f"fsync {tmp_path.name}", f"delete .trash-{folder.name}"]
+    trail.clear()
+    make_folder(tmp_path / "runs" / "run")
+    assert trail == ["make runs", f"fsync {tmp_path.name}", "make run", "fsync runs"]
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, *sorted(REFUSED)])
