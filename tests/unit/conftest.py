@@ -19,7 +19,8 @@ def trail(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def recorded(*arguments: Any, **named: Any) -> Any:
             target = arguments[argument]
             path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
-            operations.append(f"{word} {path.name}")
+            if word != "delete" or path.exists():
+                operations.append(f"{word} {path.name}")
             return real(*arguments, **named)
 
         monkeypatch.setattr(module, function, recorded)

@@ -12,9 +12,8 @@ import pytest
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.html_report.page import html_report
 from dist_trainer.tracking.environment import describe_environment
-from dist_trainer.tracking.events import append_event
 from dist_trainer.tracking.run_reader import RunHistory, SampleText, read_run
-from dist_trainer.tracking.status import amend_status, write_status
+from dist_trainer.tracking.status import amend_status, append_event, write_status
 from dist_trainer.tracking.tracker import TrackerList
 from tests.unit.tracking.runs import sample_line
 
