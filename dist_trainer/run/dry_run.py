@@ -21,13 +21,13 @@ from dist_trainer.distributed.collectives import PendingSum, broadcast_object, g
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import EXIT_FINISHED, ConfigError, TrainingDivergedError
-from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.build import build_trainer
 from dist_trainer.run.lifecycle import build_where_found, format_finished, on_all_ranks
 from dist_trainer.run.memory import explain_out_of_memory
 from dist_trainer.run.resume import preview_resume
 from dist_trainer.run.summary import Cost, format_cost, format_header, nearest_existing
 from dist_trainer.tracking.throughput import peak_memory_bytes
+from dist_trainer.training.precompile import precompile
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
 from dist_trainer.training.validation import evaluate, validation_is_due
@@ -85,7 +85,7 @@ def measure(trainer: Trainer) -> Cost:
     """
     world, (steps, validations) = trainer.world, left_to_do(trainer)
     world.heartbeat.mark("warming up", step=trainer.progress.step)
-    trainer.precompile()
+    precompile(trainer)
     micro_batches, target_tokens = largest_step(trainer)
     first, result = _time_steps(trainer, micro_batches, target_tokens, count=1)
     first_loss = result.mean_loss(world)
@@ -161,15 +161,15 @@ def _time_validation(trainer: Trainer) -> float:
     first = [batch.widened(length) for batch in itertools.islice(trainer.validation_data, 1)]
     seconds = 0.0
     for _ in range(2):
-        world.heartbeat.mark("validating", step=trainer.progress.step)
-        result = evaluate(
-            unwrap(trainer.model),
-            first,
-            num_blocks=sampler.num_blocks,
-            world=world,
-            precision=trainer.precision,
-            loss_function=trainer.loss_function,
-        )
+        with trainer.evaluating() as model:
+            result = evaluate(
+                model,
+                first,
+                num_blocks=sampler.num_blocks,
+                world=world,
+                precision=trainer.precision,
+                loss_function=trainer.loss_function,
+            )
         assert result is not None, "nothing interrupts it"
         seconds = result.seconds
     return seconds * -(-sampler.num_blocks // world.world_size)

@@ -49,7 +49,7 @@ def evaluate_model(path: Path, config: TrainingConfig, option_names: Mapping[str
         if world.is_main:
             warn_of_emulated_bf16(precision, world.device)
         result = evaluate(
-            model,
+            model.eval(),
             loader,
             num_blocks=loader.sampler.num_blocks,  # type: ignore[attr-defined]
             world=world,

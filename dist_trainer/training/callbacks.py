@@ -13,7 +13,7 @@ from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.collectives import barrier, gather_objects
 from dist_trainer.errors import CallbackError, ConfigError
 from dist_trainer.training.saving import TrainingResult
-from dist_trainer.training.step import StepResult, phase
+from dist_trainer.training.step import StepResult, trace_range
 from dist_trainer.training.validation import ValidationResult
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class MetricsLogger:
         """The only place where a step waits for the device."""
         trainer.world.heartbeat.mark("logging", step=trainer.progress.step)
         self._logged_step = result.step
-        with phase("log"):
+        with trace_range("log"):
             trainer.log(
                 {
                     "kind": "train",

@@ -38,8 +38,8 @@ MEMORY_HISTORY_ENTRIES = 200_000
 class Profiler:
     """A callback that records steps. What cannot be written costs a warning."""
 
-    def __init__(self, steps: str) -> None:
-        """`steps`: as profile.steps has them."""
+    def __init__(self, steps: str | None) -> None:
+        """`steps`: the value of profile.steps."""
         self._text = steps
         self._steps = range(0)
         self._first_step = 0
@@ -48,7 +48,8 @@ class Profiler:
 
     def on_fit_start(self, trainer: Trainer) -> None:
         """Find out which of the steps the run is going to do; log which it is not."""
-        requested, done, last = parse_profile_steps(self._text), trainer.progress.step, trainer.max_steps
+        requested = range(0) if self._text is None else parse_profile_steps(self._text)
+        done, last = trainer.progress.step, trainer.max_steps
         self._steps = range(max(requested.start, done + 1), min(requested.stop, last + 1))
         if trainer.world.is_main and len(self._steps) < len(requested):
             recorded = f"only {_format_steps(self._steps)} will be" if self._steps else "nothing is"

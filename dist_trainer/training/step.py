@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.profiler import record_function
 
-from dist_trainer.data.batch import Batch, DeviceCopy
+from dist_trainer.data.batch import Batch
 from dist_trainer.distributed.collectives import all_reduce_sum
 from dist_trainer.distributed.context import DistributedContext
 
 
 @dataclass(frozen=True)
 class StepInput:
-    """One step's share of this rank, fetched ahead."""
+    """This rank's share of a step, read ahead of it."""
 
     micro_batches: list[Batch]
     target_tokens: int
@@ -30,7 +30,7 @@ class StepInput:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gives; its tensors stay on the device until they are read."""
+    """What a step returns; its tensors stay on the device until they are read."""
 
     step: int
     loss_sum: Tensor
@@ -47,7 +47,7 @@ class StepResult:
         return float(all_reduce_sum(self.loss_sum.clone(), world)) / max(1, self.target_tokens)
 
     def metrics(self, world: DistributedContext) -> dict[str, float | int | bool]:
-        """By their names in metrics.jsonl. For all ranks; waits for the device."""
+        """Metrics by their names in metrics.jsonl. For all ranks; waits for the device."""
         grad_norm = float(self.grad_norm)
         return {
             "step": self.step,
@@ -59,30 +59,19 @@ class StepResult:
         }
 
 
-def phase(name: str) -> AbstractContextManager[Any]:
-    """A range of this name in the trace of steps that are being recorded (profile.steps)."""
+def trace_range(name: str) -> AbstractContextManager[Any]:
+    """A named range in the profiler's trace, while it records (profile.steps)."""
     return record_function(name) if is_profiling() else nullcontext()
 
 
 def is_profiling() -> bool:
-    """Whether torch's profiler records; asked without a public API, as a range costs some microseconds even if it does not."""
+    """Whether torch's profiler is recording. There is no public API; an unrecorded range costs microseconds."""
     is_enabled = getattr(torch.autograd, "_profiler_enabled", None)
     return is_enabled is None or is_enabled()
 
 
-def fetch_step(
-    batches: Iterator[Batch], accumulation_steps: int, device_copy: DeviceCopy, on_batch: Callable[[], None]
-) -> StepInput:
-    """The next step's micro-batches, on their way to the device; `on_batch` is called before each is read."""
-    fetched = []
-    while len(fetched) < accumulation_steps:
-        on_batch()
-        fetched.append(next(batches))
-    return StepInput(device_copy.start(fetched), sum(batch.num_targets() for batch in fetched))
-
-
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients down to `max_norm` (0: never); their norm before, over all parameters: a float32 scalar."""
+    """Scale gradients down to a norm of `max_norm` (0: never); returns the norm before, a float32 scalar."""
     grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_norm > 0:
         clip_grads_with_norm_(parameters, max_norm, grad_norm)
@@ -90,10 +79,10 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
 
 
 def seed_dropout(seed: int, step: int, *, block: int) -> None:
-    """Make the random numbers of a micro-batch depend on its place in training, not on the rank that computes it."""
+    """Seed dropout for a micro-batch by its position in training, so that it does not depend on the rank that computes it."""
     key = hashlib.blake2b(f"{seed}/{step}/{block}".encode(), digest_size=8).digest()
     number = int.from_bytes(key, "little")
-    # torch.manual_seed does the same, and looks for devices of all kinds: a third of a millisecond each time.
+    # torch.manual_seed would also check for devices of all kinds, which takes a third of a millisecond.
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(number)

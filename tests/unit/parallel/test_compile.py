@@ -31,6 +31,7 @@ from dist_trainer.parallel.compile import (
     should_compile,
 )
 from dist_trainer.parallel.cpu.attention import causal_attention, install_cpu_attention
+from dist_trainer.training.precompile import precompile
 from dist_trainer.training.trainer import Trainer
 
 CPU, LONG, SHORT = DistributedContext.single(), 1e18, 1e12
@@ -132,14 +133,15 @@ def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(monk
     rows = [(torch.arange(8), torch.arange(8))] * 4
     with torch.compiler.config.patch(cache_key_tag="mine"):
         before = state()
-        Trainer(
+        trainer = Trainer(
             config,
             DistributedContext.single(),
             model=model,
             optimizer=torch.optim.SGD(model.parameters()),
             train_data=create_dataloaders(config, train_dataset=rows).train,
             loss_function=loss_function,
-        ).precompile()
+        )
+        precompile(trainer)
         assert state() == before == (True, "mine")
     assert seen == [(False, "mine fp32")]
 
