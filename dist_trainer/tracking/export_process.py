@@ -86,7 +86,7 @@ class TrainerMessages:
 
 
 def _read_messages(stdin: int) -> Iterator[dict[str, Any] | None]:
-    """None for each piece of news; last the state in which the run ended, {} if it was killed."""
+    """None for each message that there are new lines; last the state in which the run ended, {} if it was killed."""
     buffer = b""
     while block := os.read(stdin, 1 << 16):
         *lines, buffer = (buffer + block).split(b"\n")
@@ -100,7 +100,7 @@ def _read_messages(stdin: int) -> Iterator[dict[str, Any] | None]:
 
 def _wait_for_earlier_process(path: Path, messages: TrainerMessages) -> None:
     """Take a lock on `path` until this process ends, so that the export process of an earlier start that was killed has sent
-    what it had: two at the same time would overwrite one another's rows. No lock if the file system has none, or after a while.
+    what it had: two at the same time would overwrite each other's lines. No lock if the file system has none, or after a while.
 
     Exits if training is killed meanwhile: whoever has the lock, or comes next, reads its lines too.
     """

@@ -1,4 +1,4 @@
-"""What a run's time was spent on, over all its attempts: steps that count, validation, and what kept it from them.
+"""What a run's time was spent on, over all its attempts: steps, validation, and everything else.
 
 An attempt is one execution of the command, from its start to its end; a run has another one after each stop or crash.
 """

@@ -144,7 +144,7 @@ class SubprocessTracker:
         assert self._process.stdin is not None
         self._pipe = self._process.stdin.fileno()
         self._send(json.dumps(description).encode() + b"\n")
-        # From here on a process that is slow to read never blocks training: a full pipe holds news enough.
+        # From here on a slow process never blocks training: a full pipe has more than enough to wake it up.
         os.set_blocking(self._pipe, False)
         arguments = (self._process, self._label, output)
         self._reader_thread = threading.Thread(target=_log_messages, args=arguments, name=f"{name} messages", daemon=True)
@@ -189,7 +189,7 @@ class SubprocessTracker:
     def _send(self, message: bytes) -> None:
         if self._process is None or self._process.stdin is None or self._process.stdin.closed:
             return
-        # If this fails, the process has news enough to read already, or it has ended and the reader thread logs why.
+        # If this fails, the pipe is full, which wakes the process anyway, or it has ended and the reader thread logs why.
         with contextlib.suppress(OSError):
             os.write(self._pipe, message)
 

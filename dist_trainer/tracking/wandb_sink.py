@@ -56,7 +56,7 @@ class WandbSink:
         if self._cursor.has_passed(line):
             return
         self._cursor.advance(line, self._folder, FOLDER)
-        # The step is given twice: as W&B's own counter it keeps a resumed run in order and joins the lines of a step in a row;
+        # The step is given twice: as W&B's own counter it keeps a resumed run in order and puts all lines of a step together;
         # as a metric it is the axis of every chart.
         self._run.log(self._row(line), step=line["step"])
 
@@ -121,7 +121,7 @@ def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _mark_offline_files_synced(folder: Path, identity: str) -> None:
-    """Let `wandb sync` skip what was recorded offline: the server has it by now."""
+    """Make `wandb sync` skip what was recorded offline: the server has it now."""
     for recorded in folder.glob(f"offline-run-*/run-{identity}.wandb"):
         recorded.with_suffix(".wandb.synced").touch()
 
@@ -157,7 +157,7 @@ def _open_run(description: dict[str, Any], identity: str, log: LogFn) -> tuple[A
             id=identity,
             project=description["project"],
             entity=description["entity"],
-            # What is None here W&B takes from its variables (WANDB_NOTES and WANDB_JOB_TYPE among them).
+            # W&B fills in what is None from its environment variables.
             name=None if os.environ.get("WANDB_NAME") else description["name"],
             group=description["group"],
             tags=description["tags"],

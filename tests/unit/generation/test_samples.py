@@ -1,4 +1,4 @@
-"""Where samples of text begin, when nobody said where."""
+"""The prompts of text samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tokenizer():
 
 
 def sample(tokenizer, tokens: list[int], *, sequence_length: int, prompt: str | None = None):
-    """What `build_sample` makes of a row of `tokens`, and the model that it is for."""
+    """What `build_sample` returns for a sequence of `tokens`, and the model that it is for."""
     tracking = TrackingConfig(sample_prompt=prompt, sample_tokens=4)
     model = DecoderLM(SMALL, vocabulary_size(tokenizer), sequence_length)
     model.init_weights(0)
