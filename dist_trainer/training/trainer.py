@@ -148,6 +148,7 @@ class Trainer:
                 self._is_saved = False
                 first_step_check.after_step()
                 self.divergence.observe(result)
+                self._mark("reading data")
                 upcoming = self._fetch(batches)  # while the device still computes the step
                 self.callbacks.call("on_step_end", self, result)
                 is_best = self._validate_if_due() and self.progress.is_best
