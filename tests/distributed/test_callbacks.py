@@ -156,3 +156,17 @@ def test_what_has_no_hook_is_refused_before_the_first_step(stories, tmp_path, mo
         run(nowhere, 1)
     with pytest.raises(ConfigError, match="none of the methods"):
         CallbackList([logging])
+
+
+def test_callbacks_are_called_in_the_order_of_the_list() -> None:
+    calls: list[int] = []
+
+    class Numbered:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def on_step_end(self, trainer: Any, result: Any) -> None:
+            calls.append(self.number)
+
+    CallbackList([Numbered(1), Numbered(2), Numbered(3)]).call("on_step_end", None, None)  # type: ignore[arg-type]
+    assert calls == [1, 2, 3]

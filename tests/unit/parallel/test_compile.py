@@ -56,6 +56,18 @@ def test_auto_compiles_long_runs_and_no_short_ones(gpu: DistributedContext, monk
     assert not should_compile(False, gpu, LONG)
 
 
+@pytest.mark.parametrize("has_units", [True, False])
+def test_the_units_of_a_model_are_compiled_or_the_model_itself(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
+    monkeypatch.setattr(compile, "enable_compile_cache", lambda: None)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    if has_units:
+        model.compile_units = list(model)  # type: ignore[assignment]
+    compile.compile_model(model)
+    assert compiled == (list(model) if has_units else [model])
+
+
 @pytest.mark.parametrize(("device", "needed"), [("cpu", r"a C\+\+ compiler on a CPU"), ("cuda", "a C compiler on a GPU")])
 def test_without_a_compiler_auto_goes_on_and_true_is_refused(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, needed: str
