@@ -17,7 +17,14 @@ import torch.distributed as dist
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed.addresses import interface_of
 from dist_trainer.distributed.heartbeat import Heartbeat
-from dist_trainer.distributed.launch_env import RankInfo, begin_as_rank, is_launched, living_launcher, rank_info
+from dist_trainer.distributed.launch_env import (
+    RankInfo,
+    begin_as_rank,
+    is_launched,
+    living_launcher,
+    may_see_one_gpu_each,
+    rank_info,
+)
 from dist_trainer.distributed.machine import usable_cpus
 from dist_trainer.distributed.rendezvous import rendezvous
 from dist_trainer.distributed.signals import StopRequest
@@ -109,8 +116,7 @@ def _device_of(info: RankInfo, backend: str) -> torch.device:
     available = torch.cuda.device_count()
     if available == 0:
         raise ConfigError("distributed.backend: nccl needs a CUDA GPU, and there is none here; use auto or gloo")
-    # srun may show each rank only its own GPU, which then is number 0 for each of them.
-    one_gpu_each = available == 1 and info.local_world_size > 1 and "SLURM_LOCALID" in os.environ
+    one_gpu_each = available == 1 and info.local_world_size > 1 and may_see_one_gpu_each()
     index = 0 if one_gpu_each else info.local_rank
     if index >= available:
         raise ConfigError(

@@ -14,6 +14,9 @@ from dist_trainer.storage.processes import ProcessId, command_of
 
 LAUNCHER_PID = "DIST_TRAINER_LAUNCHER_PID"
 """The variable with the pid of torchrun: set by the launch files, which exec torchrun, otherwise by the ranks themselves."""
+PORT = "DIST_TRAINER_PORT"
+"""The variable with which launch files choose the ports of rank 0's two stores, this one and the next, which firewalls must let
+through. Without it the rendezvous is at MASTER_PORT, and the second store gets any free port."""
 MOST_OPEN_FILES = 65_536
 """More than any number of ranks needs, and few enough for programs that close all descriptors one by one."""
 
@@ -93,6 +96,43 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 def _is_started_by_srun(environment: Mapping[str, str]) -> bool:
     """Whether srun started the ranks, and not just a shell or torchrun: only then is MASTER_ADDR set for it."""
     return "SLURM_PROCID" in environment and "MASTER_ADDR" in environment
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the ranks of a launch meet."""
+
+    address: str
+    port: int
+    heartbeat_port: int
+    """Of rank 0's second store; 0: any free one."""
+    launcher_keeps_store: bool
+    """Whether torchrun keeps the store at `port`, as for torch's own env://, and not rank 0."""
+    run_id: str
+    """Distinguishes runs that use the same port; empty if the launcher gives none."""
+
+    def __str__(self) -> str:
+        """`node1:29500`, or `[fd00::1]:29500`."""
+        return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
+
+
+def rendezvous_endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
+    """From the variables of the launcher and of the launch files; for several ranks, after `rank_info` has checked them."""
+    launcher_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    own_port = environment.get(PORT)
+    port = environment["MASTER_PORT"] if launcher_keeps_store or not own_port else own_port
+    return Endpoint(
+        environment["MASTER_ADDR"],
+        int(port),
+        int(port) + 1 if PORT in environment else 0,
+        launcher_keeps_store,
+        environment.get("TORCHELASTIC_RUN_ID", ""),
+    )
+
+
+def may_see_one_gpu_each(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether srun started the tasks: it may show each of them only its own GPU, which then is number 0 for each."""
+    return "SLURM_LOCALID" in environment
 
 
 # ---------------------------------------------------------------------------------------------- the launcher

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dist_trainer.distributed.addresses import address_among, own_address
 from dist_trainer.distributed.heartbeat import Heartbeat
-from dist_trainer.distributed.launch_env import RankInfo, launcher_id, rank_info
+from dist_trainer.distributed.launch_env import Endpoint, RankInfo, launcher_id, rank_info, rendezvous_endpoint
 from dist_trainer.distributed.peers import fill_store
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
@@ -29,9 +29,6 @@ STUCK_SECONDS = 1.0
 LINGER_SECONDS = 1.0
 """Rank 0, which keeps the store, stays this long after the missing ranks were found, so that the others can read their
 numbers. The others stay twice as long: once a rank exits the launcher ends all, and the rank that prints must exit first."""
-PORT = "DIST_TRAINER_PORT"
-"""The variable with which launch files choose the ports of rank 0's two stores, this one and the next, which firewalls must let
-through. Without it the rendezvous is at MASTER_PORT, and the second store gets any free port."""
 PORT_SECONDS = 10.0
 """How long rank 0 waits for a port that is in use: a rank 0 that has just been killed may still hold it."""
 _ALL_JOINED, _MISSING = "all joined", "missing"
@@ -57,10 +54,10 @@ def rendezvous(info: RankInfo, heartbeat: Heartbeat, stop_request: StopRequest) 
         if info.rank == 0:
             raise attempt.error
         raise PeerLostError(
-            f"the rendezvous store on rank 0 ({_endpoint()}) is unreachable: {attempt.error}", printed_by=1
+            f"the rendezvous store on rank 0 ({attempt.endpoint}) is unreachable: {attempt.error}", printed_by=1
         ) from attempt.error
     if not attempt.is_complete:
-        _leave_without(attempt.missing or [0], info, heartbeat.patience_seconds())
+        _leave_without(attempt.missing or [0], info, attempt.endpoint, heartbeat.patience_seconds())
     if info.local_world_size == info.world_size and len(attempt.hosts) > 1:
         raise ConfigError(
             f"the ranks are on several machines, such as {attempt.hosts[0]} and {attempt.hosts[1]}, but LOCAL_WORLD_SIZE is "
@@ -73,7 +70,7 @@ class _Rendezvous:
     """One rank's part, for a separate thread: report that this rank has joined, and read which others have."""
 
     def __init__(self, info: RankInfo, heartbeat: Heartbeat) -> None:
-        self.info, self.heartbeat = info, heartbeat
+        self.info, self.heartbeat, self.endpoint = info, heartbeat, rendezvous_endpoint()
         self.end = time.monotonic() + heartbeat.patience_seconds()
         self.store: dist.Store
         self.address: str | None = None
@@ -89,13 +86,13 @@ class _Rendezvous:
             self.error = error
 
     def _join(self) -> None:
-        info, address = self.info, os.environ["MASTER_ADDR"]
-        self.store = self._launch_store(address)
+        info, address = self.info, self.endpoint.address
+        self.store = self._launch_store()
         # Named after the run: another one may have found the same port.
-        joined = dist.PrefixStore(f"rendezvous {os.environ.get('TORCHELASTIC_RUN_ID', '')}", self.store)
+        joined = dist.PrefixStore(f"rendezvous {self.endpoint.run_id}", self.store)
         heartbeat_store, port = None, 0
         if info.rank == 0:
-            heartbeat_store = self._open_store(address, _port() + 1 if PORT in os.environ else 0)
+            heartbeat_store = self._open_store(self.endpoint.heartbeat_port)
             fill_store(heartbeat_store, info.world_size, patience_seconds=self.heartbeat.patience_seconds())
             port = heartbeat_store.port
         process = asdict(ProcessId.of(os.getpid()))
@@ -118,18 +115,17 @@ class _Rendezvous:
         self.heartbeat.watch_peers(processes, heartbeat_store)
         self.is_complete = True
 
-    def _launch_store(self, address: str) -> dist.Store:
-        """Kept by torchrun if it says so, as for torch's own env://, otherwise by rank 0."""
-        if self.info.rank == 0 and not _launcher_keeps_store():
-            return self._open_store(address, _port())
-        return _connect(address, _port())
+    def _launch_store(self) -> dist.Store:
+        if self.info.rank == 0 and not self.endpoint.launcher_keeps_store:
+            return self._open_store(self.endpoint.port)
+        return _connect(self.endpoint.address, self.endpoint.port)
 
-    def _open_store(self, address: str, port: int) -> dist.TCPStore:
+    def _open_store(self, port: int) -> dist.TCPStore:
         """A store of this process on `port` (0: any). Raises ConfigError if the port stays in use."""
         end = time.monotonic() + PORT_SECONDS
         while True:
             try:
-                return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
+                return dist.TCPStore(self.endpoint.address, port, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT)
             except dist.DistNetworkError as error:
                 if "EADDRINUSE" not in str(error):
                     raise
@@ -145,22 +141,7 @@ def _connect(address: str, port: int) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
 
 
-def _launcher_keeps_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _port() -> int:
-    """Of the rendezvous."""
-    own = None if _launcher_keeps_store() else os.environ.get(PORT)
-    return int(own or os.environ["MASTER_PORT"])
-
-
-def _endpoint() -> str:
-    address = os.environ["MASTER_ADDR"]
-    return f"[{address}]:{_port()}" if ":" in address else f"{address}:{_port()}"
-
-
-def _leave_without(missing: list[int], info: RankInfo, patience_seconds: float) -> None:
+def _leave_without(missing: list[int], info: RankInfo, endpoint: Endpoint, patience_seconds: float) -> None:
     printed_by = next((rank for rank in range(info.world_size) if rank not in missing), None)
     if info.rank != printed_by:
         time.sleep(2 * LINGER_SECONDS)
@@ -171,7 +152,7 @@ def _leave_without(missing: list[int], info: RankInfo, patience_seconds: float) 
             ProcessId.of(pid).kill()
     ranks = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}"
     raise PeerLostError(
-        f"{ranks} did not join the rendezvous at {_endpoint()} within {patience_seconds:.0f} s "
+        f"{ranks} did not join the rendezvous at {endpoint} within {patience_seconds:.0f} s "
         "(distributed.hang_timeout_minutes); rerun the same command",
         printed_by=printed_by,
     )

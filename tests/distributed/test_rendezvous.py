@@ -17,6 +17,7 @@ from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed import context as world
 from dist_trainer.distributed import rendezvous
 from dist_trainer.distributed.context import init_distributed
+from dist_trainer.distributed.launch_env import PORT
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from tests.distributed.ranks import run_ranks
@@ -110,7 +111,7 @@ def free_ports(number):
 def test_rank_0_keeps_its_stores_at_the_ports_that_launch_files_document(monkeypatch):
     """MASTER_PORT is what torchrun says, which it chooses by chance."""
     first = free_ports(2)
-    monkeypatch.setenv(rendezvous.PORT, str(first))
+    monkeypatch.setenv(PORT, str(first))
 
     def listening():
         with init_distributed(SHORT) as world:
@@ -141,7 +142,7 @@ def test_gloo_takes_the_interface_that_leads_to_the_other_machines_unless_the_us
 @pytest.mark.parametrize("taken", [0, 1])
 def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_free_is_waited_for(taken, monkeypatch):
     first = free_ports(2)
-    monkeypatch.setenv(rendezvous.PORT, str(first))
+    monkeypatch.setenv(PORT, str(first))
     monkeypatch.setattr(rendezvous, "PORT_SECONDS", 0.3)
 
     def join():
