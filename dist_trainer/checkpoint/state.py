@@ -88,17 +88,19 @@ class Progress:
         is_known = self.validated_step == self.step and loss is not None and math.isfinite(loss)
         return Validated(loss, self.step) if is_known and loss is not None else None
 
-    def note_step(self, target_tokens: int) -> None:
+    def record_step(self, target_tokens: int) -> None:
         """Count one more finished step, which trained on `target_tokens`."""
         self.step += 1
         self.target_tokens += target_tokens
 
-    def note_validation(self, loss: float) -> bool:
-        """Record the validation loss of the current step; returns whether it is the lowest so far."""
+    def record_validation(self, loss: float) -> None:
+        """The validation loss of the current step; it is the best one if it is lower than all before."""
         self.validated_step, self.validation_loss = self.step, loss
-        before, found = self.best, self.validated
-        self.best = min((entry for entry in (before, found) if entry is not None), default=None)
-        return self.best != before
+        self.best = min((entry for entry in (self.best, self.validated) if entry is not None), default=None)
+
+    def record_sample(self, *, was_interrupted: bool) -> None:
+        """Whether a signal interrupted the text sample of the current step, which then is still to be made."""
+        self.pending_sample_step = self.step if was_interrupted else 0
 
 
 @dataclass(frozen=True)

@@ -54,16 +54,12 @@ def prompt_too_long(length: int, context: int | None) -> str:
 def generate(
     model: nn.Module,
     prompt_tokens: Sequence[int],
+    options: DecodingOptions,
     *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    eos_token_id: int | Collection[int] | None = None,
+    end_token_ids: Collection[int | None] = (),
 ) -> Iterator[int]:
-    """Yield tokens that continue `prompt_tokens`, until `eos_token_id` (or one of them), `max_new_tokens`, or the end of the
-    model's context. `model` is a DecoderLM or a causal LM of transformers; see DecodingOptions.
+    """Yield tokens that continue `prompt_tokens`, until one of `end_token_ids`, `options.max_new_tokens`, or the end of the
+    model's context. `model` is a DecoderLM or a causal LM of transformers.
 
     Uses its own random generator and restores the model's mode, so it does not affect training. Raises ConfigError if the
     prompt is empty or too long.
@@ -71,20 +67,19 @@ def generate(
     if not prompt_tokens:
         raise ConfigError("the prompt is empty: give it at least one token")
     context = context_length(model)
-    room = max_new_tokens if context is None else context - len(prompt_tokens)
-    if room <= 0 < max_new_tokens:
+    room = options.max_new_tokens if context is None else context - len(prompt_tokens)
+    if room <= 0 < options.max_new_tokens:
         raise ConfigError(prompt_too_long(len(prompt_tokens), context))
-    ends = eos_token_id if isinstance(eos_token_id, Collection) else {eos_token_id}
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     with evaluation_mode(model):
         next_logits = _next_logits(model)
         new_tokens = torch.tensor([list(prompt_tokens)], device=device)
-        for _ in range(min(max_new_tokens, room)):
+        for _ in range(min(options.max_new_tokens, room)):
             with torch.no_grad():  # not inference_mode: training may reuse the rotary tables made here
                 logits_V = next_logits(new_tokens).float().cpu()
-            token = draw(logits_V, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            if token in ends:
+            token = draw(logits_V, options, generator)
+            if token in end_token_ids:
                 return
             yield token
             new_tokens = torch.tensor([[token]], device=device)
@@ -98,12 +93,13 @@ def _next_logits(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda new_tokens: model(new_tokens, cache=cache)[0, -1]
 
 
-def draw(logits_V: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> int:
+def draw(logits_V: Tensor, options: DecodingOptions, generator: torch.Generator) -> int:
     """One token drawn from softmax(logits / temperature), restricted to the `top_k` most likely and to a total of `top_p`."""
-    if temperature == 0:
+    top_k, top_p = options.top_k, options.top_p
+    if options.temperature == 0:
         return int(logits_V.argmax())
     # Largest logit 0, in double precision: no temperature above 0 overflows.
-    logits_V = (logits_V - logits_V.max()).double() / temperature
+    logits_V = (logits_V - logits_V.max()).double() / options.temperature
     if top_k is not None and top_k < logits_V.numel():
         logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], -torch.inf)
     probabilities_V, order_V = logits_V.softmax(-1).sort(descending=True)

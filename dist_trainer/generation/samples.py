@@ -19,7 +19,7 @@ from dist_trainer.data.messages import read_messages
 from dist_trainer.data.tokenizers import prompt_ids, text_prefix, with_prefix
 from dist_trainer.distributed.collectives import PendingSum
 from dist_trainer.errors import ConfigError, counted
-from dist_trainer.generation.decoding import can_generate, context_length, end_tokens, generate
+from dist_trainer.generation.decoding import DecodingOptions, can_generate, context_length, end_tokens, generate
 from dist_trainer.generation.text import REPLACEMENT
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class TextSamples:
                     if text is not None:
                         trainer.log({"kind": "sample", "step": step, **text, "seconds": time.perf_counter() - start})
             [ranks_interrupted] = PendingSum([int(was_interrupted)], world).wait()
-        trainer.progress.pending_sample_step = step if ranks_interrupted else 0
+        trainer.progress.record_sample(was_interrupted=bool(ranks_interrupted))
 
 
 def build_sample(
@@ -108,19 +108,13 @@ def build_sample(
             log.info("no text samples: the first sequence of the data has no text to continue; set tracking.sample_prompt")
             return None
 
+    options = DecodingOptions(tracking.sample_tokens, temperature=SAMPLE_TEMPERATURE, top_p=SAMPLE_TOP_P, seed=seed)
+
     def sample(model: nn.Module, interrupted: Callable[[], bool]) -> dict[str, Any] | None:
         new_tokens: list[int] = []
         if interrupted():
             return None
-        for token in generate(
-            model,
-            tokens,
-            max_new_tokens=tracking.sample_tokens,
-            temperature=SAMPLE_TEMPERATURE,
-            top_p=SAMPLE_TOP_P,
-            seed=seed,
-            eos_token_id={tokenizer.eos_token_id, *end_tokens(model)},
-        ):
+        for token in generate(model, tokens, options, end_token_ids={tokenizer.eos_token_id, *end_tokens(model)}):
             new_tokens.append(token)
             if interrupted():
                 return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +75,8 @@ class TextStream:
         ids = list(self.prompt_tokens)
         # Only tokens from `start` on are decoded. Those before `known` were printed; they decide about spaces in between.
         start, known = max(0, len(ids) - CONTEXT_TOKENS), len(ids)
-        options = asdict(self.generator.options)
-        for token in generate(self.generator.model, self.prompt_tokens, eos_token_id=self.generator.end_tokens, **options):
+        generator = self.generator
+        for token in generate(generator.model, self.prompt_tokens, generator.options, end_token_ids=generator.end_tokens):
             self.new_tokens.append(token)
             ids.append(token)
             before, now = self._decode(ids[start:known]), self._decode(ids[start:])

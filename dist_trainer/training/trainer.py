@@ -186,7 +186,7 @@ class Trainer:
         for parameter in self.parameters:  # some may not be in the optimizer; their gradients would accumulate over steps
             parameter.grad = None
         self._buffers.share()
-        self.progress.note_step(target_tokens)
+        self.progress.record_step(target_tokens)
         loss_sum = sum(losses[1:], losses[0])
         return StepResult(step + 1, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
@@ -260,7 +260,7 @@ class Trainer:
             if result is None:
                 return False
             self.progress.best = self._best_saved()  # a save may have failed meanwhile
-            self.progress.note_validation(result.loss)
+            self.progress.record_validation(result.loss)
             self._is_saved = False
             self.callbacks.call("on_validation_end", self, result)
         return True

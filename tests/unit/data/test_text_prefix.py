@@ -131,7 +131,7 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
     monkeypatch.setattr("dist_trainer.generation.samples.context_length", lambda _: 64)
     monkeypatch.setattr("dist_trainer.generation.samples.end_tokens", lambda _: set())
     prompts = []
-    monkeypatch.setattr("dist_trainer.generation.samples.generate", lambda _, tokens, **__: prompts.append(tokens) or [])
+    monkeypatch.setattr("dist_trainer.generation.samples.generate", lambda _, tokens, *__, **___: prompts.append(tokens) or [])
     tracking = TrackingConfig(sample_prompt=prompt)
     made = build_sample(tracking, DataConfig(), tokenizer, None, [row], seed=0)
     said = made(None, lambda: False)["prompt"]

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dist_trainer.generation.decoding import draw
+from dist_trainer.generation.decoding import DecodingOptions, draw
 
 PROBABILITIES = {3: 0.5, 0: 0.3, 2: 0.15, 1: 0.05}
 """Of token ids."""
@@ -30,8 +30,8 @@ DRAWS = 400
 def test_top_k_and_top_p_leave_the_most_likely_tokens_in_proportion(options, expected):
     logits_V = torch.tensor([PROBABILITIES[token] for token in range(4)]).log() + 2.0
     generator = torch.Generator().manual_seed(0)
-    settings = {"temperature": 1.0, "top_k": None, "top_p": None, **options}
-    counts = Counter(draw(logits_V, **settings, generator=generator) for _ in range(DRAWS))
+    settings = DecodingOptions(max_new_tokens=1, **options)
+    counts = Counter(draw(logits_V, settings, generator) for _ in range(DRAWS))
     assert counts.keys() <= expected.keys()
     for token, probability in expected.items():
         assert counts[token] / DRAWS == pytest.approx(probability, abs=0.08), token

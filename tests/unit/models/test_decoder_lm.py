@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, ConfigError
-from dist_trainer.generation.decoding import generate
+from dist_trainer.generation.decoding import DecodingOptions, generate
 from dist_trainer.models import loss
 from dist_trainer.models.decoder_lm import DecoderLM, KeyValueCache
 from dist_trainer.models.loss import LogitLoss, cross_entropy_sum, linear_cross_entropy_sum, takes
@@ -86,7 +86,7 @@ def test_greedy_generation_equals_that_of_transformers(tmp_path):
     theirs = LlamaForCausalLM.from_pretrained(tmp_path)
     prompt = [3, 14, 15, 9]
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert list(generate(model, prompt, max_new_tokens=20, temperature=0)) == expected[0, 4:].tolist()
+    assert list(generate(model, prompt, DecodingOptions(max_new_tokens=20, temperature=0))) == expected[0, 4:].tolist()
 
 
 def test_the_cache_changes_no_logits():
@@ -101,20 +101,20 @@ def test_sampling_follows_its_own_seed_and_leaves_training_alone():
     model = build().train()
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first = list(generate(model, [1], max_new_tokens=8, seed=3, top_k=20, top_p=0.9))
-    assert first == list(generate(model, [1], max_new_tokens=8, seed=3, top_k=20, top_p=0.9))
-    assert first != list(generate(model, [1], max_new_tokens=8, seed=4, top_k=20, top_p=0.9))
+    first = list(generate(model, [1], DecodingOptions(max_new_tokens=8, seed=3, top_k=20, top_p=0.9)))
+    assert first == list(generate(model, [1], DecodingOptions(max_new_tokens=8, seed=3, top_k=20, top_p=0.9)))
+    assert first != list(generate(model, [1], DecodingOptions(max_new_tokens=8, seed=4, top_k=20, top_p=0.9)))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
 
 
 def test_generation_ends_with_the_context_and_refuses_what_does_not_fit():
     model = build()
-    assert len(list(generate(model, [1] * 60, max_new_tokens=20))) == 4
+    assert len(list(generate(model, [1] * 60, DecodingOptions(max_new_tokens=20)))) == 4
     with pytest.raises(ConfigError, match="64"):
-        next(generate(model, [1] * 64, max_new_tokens=1))
+        next(generate(model, [1] * 64, DecodingOptions(max_new_tokens=1)))
     with pytest.raises(ConfigError, match="empty"):
-        next(generate(model, [], max_new_tokens=1))
+        next(generate(model, [], DecodingOptions(max_new_tokens=1)))
 
 
 def test_with_targets_the_forward_pass_gives_the_sum_of_token_losses():

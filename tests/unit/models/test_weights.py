@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError, RefusedError
-from dist_trainer.generation.decoding import end_tokens, generate
+from dist_trainer.generation.decoding import DecodingOptions, end_tokens, generate
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.initial_model import derived_keys
 from dist_trainer.models.registry import ModelContext, build_model
@@ -118,7 +118,8 @@ def test_generate_stops_where_transformers_stops(tmp_path, kind):
     checkpoint = written(built(kind, folder, CONTEXT), tmp_path / "checkpoint")
     for path in (folder, checkpoint):
         model = open_model(path)
-        ours = list(generate(model, prompt, max_new_tokens=20, temperature=0, eos_token_id=end_tokens(model)))
+        greedy = DecodingOptions(max_new_tokens=20, temperature=0)
+        ours = list(generate(model, prompt, greedy, end_token_ids=end_tokens(model)))
         assert [*ours, end] == stopped == theirs(path)
 
 
