@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dist_trainer.checkpoint.folders import step_folders
@@ -35,8 +34,16 @@ from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.summary import format_header
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.goodput import Goodput, goodput, restarts_of, steps_to_redo
-from dist_trainer.tracking.run_reader import RunHistory, is_number, read_events, read_run, read_status
-from dist_trainer.tracking.status import FIRST_CHECKPOINT, State, StepCounter, amend_status, append_event, write_status
+from dist_trainer.tracking.run_reader import RunHistory, is_number, read_run, read_status
+from dist_trainer.tracking.status import (
+    FIRST_CHECKPOINT,
+    State,
+    StepCounter,
+    amend_status,
+    append_event,
+    has_saved,
+    write_status,
+)
 from dist_trainer.tracking.subprocess_tracker import is_wandb_behind
 from dist_trainer.tracking.tracker import RunContext, TrackerList, build_tracker, send_to_wandb
 from dist_trainer.training.saving import TrainingResult
@@ -142,7 +149,7 @@ class RunRecord:
         lost_steps = steps_to_redo(path, start_step=step)
         metadata = {"lost_steps": lost_steps, "environment": run.environment, "parameters": run.parameters}
         append_event(path, "resume" if step else "start", step=step, began=self._began, **metadata)
-        self._has_saved = _has_saved(path)
+        self._has_saved = has_saved(path)
         self._counter = StepCounter(path)
         self._counter.record(step)  # or the lost steps would be counted again if this attempt ends before its first step
         restarts, lost_steps = restarts_of(path)
@@ -277,10 +284,6 @@ class RunRecord:
             trains_on_conversations=are_conversations(trainer.train_data.dataset),
             can_open=can_open,
         )
-
-
-def _has_saved(folder: Path) -> bool:
-    return any(event["event"] == FIRST_CHECKPOINT for event in read_events(folder))
 
 
 def _best(best: Validated | None) -> dict[str, Any]:

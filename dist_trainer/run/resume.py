@@ -25,8 +25,8 @@ from dist_trainer.config.values import format_value
 from dist_trainer.distributed.launch_env import is_restarted_by
 from dist_trainer.errors import AnotherRunError, CheckpointError, counted
 from dist_trainer.run.folder import CHECKPOINTS, RunFolder
-from dist_trainer.tracking.run_reader import is_number, read_events, read_status
-from dist_trainer.tracking.status import FIRST_CHECKPOINT
+from dist_trainer.tracking.run_reader import is_number, read_status
+from dist_trainer.tracking.status import has_saved
 
 log = logging.getLogger(__name__)
 
@@ -168,9 +168,7 @@ def _refused_access(folder: Path) -> Generator[None]:
 
 def _check_nothing_saved(folder: Path) -> None:
     """Raises CheckpointError if a folder without checkpoints has had some."""
-    if is_number(read_status(folder).get("checkpoint_seconds")) or any(
-        event["event"] == FIRST_CHECKPOINT for event in read_events(folder)
-    ):
+    if is_number(read_status(folder).get("checkpoint_seconds")) or has_saved(folder):
         raise CheckpointError(
             f"{folder / CHECKPOINTS} contains no checkpoint, but this run has saved some; restore them, or start over with "
             "--checkpoint.resume never, which moves this run aside"

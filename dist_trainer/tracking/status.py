@@ -21,6 +21,7 @@ from dist_trainer.tracking.run_reader import (
     PROGRESS_FILE,
     STATUS_FILE,
     is_number,
+    read_events,
     read_status,
 )
 
@@ -92,6 +93,11 @@ class StatusTracker:
 
     def close(self, *, state: str, reason: str | None) -> None:
         """Nothing."""
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether the run in `folder` has ever saved a checkpoint, by its events."""
+    return any(event["event"] == FIRST_CHECKPOINT for event in read_events(folder))
 
 
 def append_event(folder: Path, event: str, *, step: int, durable: bool = False, **metadata: Any) -> None:
