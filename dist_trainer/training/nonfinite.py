@@ -86,15 +86,15 @@ class DivergenceWatch:
             return
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        if self.policy == "stop" or self.skipped_in_a_row > self.max_skipped_steps:
-            self.diverged_at = result
+        if self.policy == "skip" and self.skipped_in_a_row <= self.max_skipped_steps:
+            return
+        self.diverged_at = result
         if self.policy == "stop":
             raise TrainingDivergedError(
                 f"step {step}: the loss or its gradients are not finite (gradient norm {norm}); the weights were not "
                 "updated. Lower optim.learning_rate, or set --train.on_non_finite skip"
             )
-        if self.skipped_in_a_row > self.max_skipped_steps:
-            raise TrainingDivergedError(
-                f"step {step}: gradients were not finite {counted(self.skipped_in_a_row, 'step')} in a row "
-                f"(train.max_skipped_steps is {self.max_skipped_steps})"
-            )
+        raise TrainingDivergedError(
+            f"step {step}: gradients were not finite {counted(self.skipped_in_a_row, 'step')} in a row "
+            f"(train.max_skipped_steps is {self.max_skipped_steps})"
+        )
