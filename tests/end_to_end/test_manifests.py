@@ -42,7 +42,7 @@ def bash(words: list[str], stand_in: Path, **environment: str) -> str:
 
 def pod(runtime: dict[str, Any] = RUNTIME) -> dict[str, Any]:
     (job,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    assert job["template"]["spec"]["backoffLimit"] == 0, "a pod that begins anew alone would wait for the others in vain"
+    assert job["template"]["spec"]["backoffLimit"] == 0, "a pod that restarts alone would wait for the others in vain"
     return job["template"]["spec"]["template"]["spec"]
 
 

@@ -69,7 +69,7 @@ def seconds_of(start: Callable[[], Process | subprocess.Popen[bytes]]) -> float:
 
 
 def begin_command(run: Run) -> subprocess.Popen[bytes]:
-    """`run` by the command itself, which imports all anew."""
+    """`run` by the command itself, which imports everything again."""
     config = run.folder.parent / "config.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(dump_config(run.config))

@@ -17,9 +17,9 @@ _LARGE = 2**18
 def keep_freed_memory() -> bool:
     """Have glibc keep freed memory for later allocations; returns whether it does.
 
-    Otherwise glibc maps each large tensor anew and unmaps it when it is freed, and the kernel fills every page with zeros: a
-    tenth of a step on a CPU, or more (docs/decisions/speed.md). The process's peak memory stays about the same, but memory is
-    not given back in between. Does nothing if the user has configured malloc, or with another C library.
+    Otherwise glibc maps new memory for each large tensor and unmaps it when it is freed, and the kernel fills every page with
+    zeros: a tenth of a step on a CPU, or more (docs/decisions/speed.md). The process's peak memory stays about the same, but
+    memory is not given back in between. Does nothing if the user has configured malloc, or with another C library.
     """
     return _set({_M_TRIM_THRESHOLD: -1, _M_MMAP_MAX: 0})
 

@@ -157,7 +157,7 @@ def test_parts_of_what_is_read_at_once_are_what_is_read_apart_and_know_their_tar
         assert alone.counted_targets is None
         assert part.num_targets() == part.counted_targets == alone.num_targets()
         assert part.first_sequences(1).num_targets() == alone.first_sequences(1).num_targets(), (
-            "of fewer rows it is to be counted anew"
+            "of fewer rows it has to be counted again"
         )
         masked = replace(part, targets=torch.full_like(part.targets, IGNORED_TARGET))
         assert masked.num_targets() == 0, "and so it is of other targets"

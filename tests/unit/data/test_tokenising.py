@@ -450,7 +450,7 @@ def test_without_a_terminal_the_log_tells_how_far_it_is(tmp_path, monkeypatch, c
 
 
 def test_the_bundled_tokenizer_keeps_its_digest():
-    """Stores are named after it: another one would have every user tokenise anew."""
+    """Stores are named after it: another one would make every user tokenise again."""
     assert tokenizer_digest(load_tokenizer("austen")).startswith("38b2d3e0e8497a8d")
 
 
