@@ -27,8 +27,6 @@ class Checkpoints:
     """What the trainer needs to save; this one saves nothing, for ranks and runs without checkpoints."""
 
     saves = False
-    write_seconds: float | None = None
-    """How long the slowest write of this process took; None before the first."""
 
     def set_best(self, best: Validated | None) -> None:
         """On resume: the best checkpoint that exists."""
@@ -85,7 +83,7 @@ class CheckpointManager(Checkpoints):
         self.max_failures = config.max_failures
         self.save_model_fn = save_model_fn
         self.on_saved = on_saved or (lambda step, seconds, best: None)
-        self.write_seconds = None
+        self._slowest_write_seconds = 0.0
         self._writer = BackgroundWriter(self._write)
         self._failures_in_a_row = 0
         self._last_error: str | None = None
@@ -158,9 +156,9 @@ class CheckpointManager(Checkpoints):
             self._fail(message)
             return
         self._failures_in_a_row, self._last_error = 0, None
-        self.write_seconds = max(self.write_seconds or 0.0, time.perf_counter() - started)
+        self._slowest_write_seconds = max(self._slowest_write_seconds, time.perf_counter() - started)
         self._update_best(folder, snapshot.progress.validated)
-        self.on_saved(step, self.write_seconds, self._best)
+        self.on_saved(step, self._slowest_write_seconds, self._best)
         rotate(self.folder, latest=folder, best=self._best, keep_last=self.keep_last)
         self._published.append((step, folder))
 
