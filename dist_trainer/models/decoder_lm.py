@@ -18,9 +18,8 @@ from dist_trainer.config.schema import ModelConfig
 from dist_trainer.huggingface.llama_config import HFModel, TokenIds, hf_config, read_hf_config
 from dist_trainer.huggingface.model_files import find_valid_model
 from dist_trainer.huggingface.weights import check_tied_head, matched_weights, materialize, meta_init, write_hf
-from dist_trainer.models.attention import DocumentMask, attention, document_mask
+from dist_trainer.models.attention import DocumentMask, attention, document_mask, rotary_tables, rotate
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
-from dist_trainer.models.rotary import rotary_tables, rotate
 
 INIT_STD = 0.02
 

@@ -1,13 +1,16 @@
-"""Distributed data parallelism: every rank holds the full model and averages its gradients with the others'."""
+"""Distributed data parallelism: every rank holds the full model, and ranks average their gradients. Also the model's buffers,
+such as BatchNorm's statistics, which a forward pass changes without gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,15 +28,15 @@ def ddp(model: nn.Module, world: DistributedContext) -> nn.Module:
         return model
     # Unless a model promises to use all parameters, some batches may leave some out, even on some ranks only.
     may_be_unused = not getattr(model, "uses_all_parameters", False)
-    has_compiled_units = is_compiled(model) and hasattr(model, "compile_units")
     with _one_unused_parameter(model) if may_be_unused else nullcontext():
-        wrapped = (DDPNoGraphSplit if has_compiled_units else LossDDP)(
+        wrapped = LossDDP(
             model,
             find_unused_parameters=may_be_unused,
             device_ids=[world.device] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
     wrapped.broadcast_buffers = False  # not before each forward pass: the trainer shares them at the end of each step
+    wrapped.splits_graphs = not (is_compiled(model) and hasattr(model, "compile_units"))
     return wrapped
 
 
@@ -66,28 +69,70 @@ class LossDDP(DistributedDataParallel):
     the module more than once, or call its other methods, on several ranks as on one.
     """
 
+    splits_graphs = True
+    """Whether torch's compiler splits graphs where buckets end, so that the exchange of the last layers' gradients can start
+    early. `compile_units`, which are compiled one by one, need no split; and splitting them, on several ranks only, would give
+    other code with other last bits.
+    """
+
     def compute_loss(self, loss_function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """`loss_function(module, batch)`; its backward pass exchanges gradients."""
         return self(_Loss(loss_function, batch))
 
     def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
-        # torch's method, except for the loss. In the context, torch's compiler splits graphs where DDP's buckets end.
-        with self._graph_splitting():
+        # torch's method, except for the loss; it always splits.
+        with getattr(self, "_inside_ddp_forward", nullcontext)() if self.splits_graphs else nullcontext():
             if inputs and isinstance(inputs[0], _Loss):
                 return inputs[0].function(self.module, inputs[0].batch)
             return self.module(*inputs, **named)
 
-    def _graph_splitting(self) -> AbstractContextManager[None]:
-        return getattr(self, "_inside_ddp_forward", nullcontext)()
+
+class Buffers:
+    """The buffers that `model` has when this is created, also if its modules replace their tensors later."""
+
+    def __init__(self, model: nn.Module, world: DistributedContext) -> None:
+        self._world = world
+        modules = list(model.modules())
+        self._slots = [(module, name, first) for module in modules for name, first in module.named_buffers(recurse=False)]
+
+    def share(self) -> None:
+        """Copy rank 0's values to all ranks, as DistributedDataParallel does; each rank's batches have changed its own.
+
+        One broadcast per dtype and device.
+        """
+        if self._world.world_size == 1:
+            return
+        groups: dict[Any, list[Tensor]] = {}
+        for tensor in self._tensors():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for tensors in groups.values():
+            values = torch.cat([tensor.detach().flatten() for tensor in tensors])
+            dist.broadcast(values, src=0)
+            if not self._world.is_main:
+                for tensor, value in zip(tensors, values.split([tensor.numel() for tensor in tensors]), strict=True):
+                    tensor.detach().copy_(value.view_as(tensor))
+
+    @contextmanager
+    def unchanged(self) -> Generator[None]:
+        """Inside, buffers may change; afterwards they have their previous tensors and values again."""
+        before = [getattr(module, name) for module, name, _ in self._slots]
+        copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in before]
+        try:
+            yield
+        finally:
+            for (module, name, _), value, copy in zip(self._slots, before, copies, strict=True):
+                if isinstance(value, Tensor) and not _is_expanded(value):
+                    value.detach().copy_(copy)
+                setattr(module, name, value)
+
+    def _tensors(self) -> list[Tensor]:
+        """The buffers as all ranks can exchange them, with equal sizes: in place of one whose size has changed, such as a table
+        that grows with the longest sequence so far, its first tensor.
+        """
+        pairs = [(getattr(module, name), first) for module, name, first in self._slots]
+        return [now if isinstance(now, Tensor) and now.shape == first.shape else first for now, first in pairs]
 
 
-class DDPNoGraphSplit(LossDDP):
-    """DistributedDataParallel for a model with `compile_units`, each of which is compiled by itself.
-
-    torch's compiler splits a data-parallel model's graphs where buckets end, so that the exchange of the last layers' gradients
-    can start early. Units that are compiled by themselves need no split; and splitting them, on several ranks only, would give
-    other code with other last bits.
-    """
-
-    def _graph_splitting(self) -> AbstractContextManager[None]:
-        return nullcontext()
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements share memory: torch does not write to such a tensor in place."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -14,8 +14,8 @@ from dist_trainer.data.sampler import ValidationSampler
 from dist_trainer.distributed.collectives import run_and_share_errors
 from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.optim.registry import init_optimizer_state
-from dist_trainer.parallel.buffers import Buffers
 from dist_trainer.parallel.compile import compile_settings, is_compiled
+from dist_trainer.parallel.ddp import Buffers
 from dist_trainer.parallel.registry import compute_loss, first_sync_differs, gradient_sync, unwrap
 from dist_trainer.training.step import seed_dropout
 

@@ -31,7 +31,7 @@ from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.evaluation_weights import evaluation_weights, training_weights
 from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
-from dist_trainer.parallel.buffers import Buffers
+from dist_trainer.parallel.ddp import Buffers
 from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import TrackerList

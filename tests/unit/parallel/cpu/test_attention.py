@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_trainer.config.schema import ModelConfig
-from dist_trainer.models.attention import attention
+from dist_trainer.models.attention import attention, rotary_tables
 from dist_trainer.models.decoder_lm import Block
-from dist_trainer.models.rotary import rotary_tables
 from dist_trainer.parallel.compile import compile_model
 from dist_trainer.parallel.cpu.attention import LENGTHS, causal_attention, has_cpu_attention, install_cpu_attention
 
