@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from dist_trainer.checkpoint.folders import FORMAT_VERSION, best_checkpoint, folder_name, rotate
 from dist_trainer.checkpoint.state import Snapshot, Validated, write_training_state
-from dist_trainer.checkpoint.writer import BackgroundWriter, Save
 from dist_trainer.config.schema import CheckpointConfig
 from dist_trainer.storage.files import format_disk_error
 from dist_trainer.storage.folders import make_folder, publish
@@ -20,13 +21,26 @@ from dist_trainer.storage.folders import make_folder, publish
 log = logging.getLogger(__name__)
 
 SaveModel = Callable[[Mapping[str, Tensor], Path], None]
-"""Writes weights by name, and what else makes a model usable, into a folder; `make_weight_saver(model)` returns one."""
+"""Writes weights by name, and what else makes a model usable, into a folder."""
+QUICK_SECONDS = 0.25
+"""How long a new save waits for the write before it. If steps take milliseconds, several saves are due within one write that is
+quick all the same, and dropping one would lose steps for nothing."""
 
 
 class Checkpoints:
     """What the trainer needs to save; this one saves nothing, for ranks and runs without checkpoints."""
 
     saves = False
+
+    def __init__(self) -> None:
+        self.published: deque[tuple[int, Path]] = deque()
+        """Step and folder of the checkpoints that have become visible; `take_published` empties it."""
+        self.last_error: str | None = None
+        """Why the last finished save failed; None if it did not."""
+        self.diverged = False
+        """Whether it failed because of NaN or infinity, rather than the disk."""
+        self.has_given_up = False
+        """Whether `checkpoint.max_failures` saves in a row have failed."""
 
     def set_best(self, best: Validated | None) -> None:
         """On resume: the best checkpoint that exists."""
@@ -36,30 +50,88 @@ class Checkpoints:
         return best
 
     def save(self, make_snapshot: Callable[[], Snapshot], *, is_best: bool, before_publish: Callable[[], None]) -> None:
-        """Save the snapshot, now or in the background; `before_publish` is called before any of it is visible."""
+        """Take a snapshot now and write it in the background; `before_publish` is called before any of it is visible.
+
+        If the disk refuses, training continues, and the next save tries again.
+        """
 
     def wait(self) -> None:
-        """Return when nothing is being written; raises what a write has raised, unless it is an error of the disk."""
-
-    def has_given_up(self) -> bool:
-        """Whether too many saves in a row have failed."""
-        return False
-
-    def has_published(self) -> bool:
-        """Whether `take_published` would return any."""
-        return False
+        """Return when the last save is on disk or has failed; raises what a write has raised, unless the disk refused it."""
 
     def take_published(self) -> list[tuple[int, Path]]:
-        """Step and folder of the checkpoints that have become visible since the last call, oldest first."""
-        return []
+        """What was published since the last call, oldest first."""
+        return [self.published.popleft() for _ in range(len(self.published))]
 
-    def last_error(self) -> str | None:
-        """Why the last finished save has failed; None if it has not."""
-        return None
 
-    def diverged(self) -> bool:
-        """Whether it has failed because of NaN or infinity, rather than the disk."""
-        return False
+@dataclass(frozen=True)
+class Save:
+    """A snapshot that is to be written."""
+
+    snapshot: Snapshot
+    is_best: bool
+    before_publish: Callable[[], None]
+    """Makes durable what the checkpoint relies on; called before any of it is visible."""
+
+
+class BackgroundWriter:
+    """At most one write at a time, in a thread that lives as long as something is to be written."""
+
+    def __init__(self, write: Callable[[Save], None]) -> None:
+        self._write = write
+        self._lock = threading.Lock()
+        self._waiting: list[Save] = []
+        self._thread: threading.Thread | None = None
+        self._crash: BaseException | None = None
+        self._step_in_flight: int | None = None
+
+    def holds(self, step: int) -> bool:
+        """Whether a snapshot of `step` is waiting or being written."""
+        with self._lock:
+            return step == self._step_in_flight or any(save.snapshot.progress.step == step for save in self._waiting)
+
+    def add(self, make_snapshot: Callable[[], Snapshot], *, is_best: bool, before_publish: Callable[[], None]) -> None:
+        """Take a snapshot now, and write it as soon as the one in flight is written.
+
+        It replaces one that is still waiting, but the best one is only replaced by a better one. So the newest and the best
+        are always written, and the host holds one copy of the state if a write ends before the next save, else two, and three
+        if one of those that wait is the best.
+        """
+        self.wait(QUICK_SECONDS)
+        with self._lock:  # before the next copy takes up memory
+            self._waiting = [save for save in self._waiting if save.is_best and not is_best]
+        save = Save(make_snapshot(), is_best, before_publish)
+        with self._lock:
+            self._waiting.append(save)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="checkpoint-writer")
+                self._thread.start()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Return when all is written, or after `seconds`; raises what a write has raised, once."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(seconds)
+        if self._crash is not None:
+            crash, self._crash = self._crash, None
+            raise crash
+
+    def _work(self) -> None:
+        while (save := self._next()) is not None:
+            try:
+                self._write(save)
+            except BaseException as error:
+                self._crash = error
+            del save  # its memory, before the next one is waited for
+
+    def _next(self) -> Save | None:
+        with self._lock:
+            if self._crash is not None:
+                self._waiting.clear()
+            save = self._waiting.pop(0) if self._waiting else None
+            self._step_in_flight = None if save is None else save.snapshot.progress.step
+            if save is None:
+                self._thread = None
+            return save
 
 
 class CheckpointManager(Checkpoints):
@@ -73,28 +145,22 @@ class CheckpointManager(Checkpoints):
         config: CheckpointConfig,
         *,
         save_model_fn: SaveModel,
-        on_saved: Callable[[int, float, Validated | None], None] | None = None,
+        on_saved: Callable[[int, float, Validated | None], None] = lambda step, seconds, best: None,
     ) -> None:
         """`on_saved(step, seconds, best)` is called when a checkpoint has become visible, with the time of the slowest write so
         far and the best of the checkpoints that exist.
         """
-        self.folder = folder
-        self.keep_last = config.keep_last
-        self.max_failures = config.max_failures
-        self.save_model_fn = save_model_fn
-        self.on_saved = on_saved or (lambda step, seconds, best: None)
-        self._slowest_write_seconds = 0.0
+        super().__init__()
+        self.folder, self.config, self.save_model_fn, self.on_saved = folder, config, save_model_fn, on_saved
         self._writer = BackgroundWriter(self._write)
+        self._slowest_write = 0.0
         self._failures_in_a_row = 0
-        self._last_error: str | None = None
-        self._diverged = False
         self._best: Validated | None = None
-        self._published: deque[tuple[int, Path]] = deque()
         make_folder(folder)
 
     def set_best(self, best: Validated | None) -> None:
         """On resume: the best checkpoint that exists."""
-        self._best = best if self._exists(best) else None
+        self._best = best
 
     def best(self, best: Validated | None) -> Validated | None:
         """`best` if its checkpoint is saved or is being saved; if that has failed, the best that is saved."""
@@ -103,35 +169,12 @@ class CheckpointManager(Checkpoints):
         return self._best if self._exists(self._best) else None
 
     def save(self, make_snapshot: Callable[[], Snapshot], *, is_best: bool, before_publish: Callable[[], None]) -> None:
-        """Take a snapshot now and write it in the background, after `before_publish` (see BackgroundWriter.add).
-
-        If the disk refuses, training continues, and the next save tries again.
-        """
+        """See Checkpoints, and BackgroundWriter.add."""
         self._writer.add(make_snapshot, is_best=is_best, before_publish=before_publish)
 
     def wait(self) -> None:
-        """Return when the last save is on disk or has failed; raises what a write has raised, unless the disk refused it."""
+        """See Checkpoints."""
         self._writer.wait()
-
-    def has_given_up(self) -> bool:
-        """Whether `checkpoint.max_failures` saves in a row have failed."""
-        return self._failures_in_a_row >= self.max_failures
-
-    def has_published(self) -> bool:
-        """Whether `take_published` would return any."""
-        return bool(self._published)
-
-    def take_published(self) -> list[tuple[int, Path]]:
-        """Step and folder of the checkpoints that have become visible since the last call, oldest first."""
-        return [self._published.popleft() for _ in range(len(self._published))]
-
-    def last_error(self) -> str | None:
-        """Why the last finished save has failed; None if it has not."""
-        return self._last_error
-
-    def diverged(self) -> bool:
-        """Whether it has failed because of NaN or infinity, rather than the disk."""
-        return self._diverged
 
     def _exists(self, best: Validated | None) -> bool:
         return best is not None and (self.folder / folder_name(best.step)).is_dir()
@@ -141,8 +184,8 @@ class CheckpointManager(Checkpoints):
         step = snapshot.progress.step
         try:
             spoiled = snapshot.non_finite()
-            self._diverged = spoiled is not None
-            if self._diverged:
+            self.diverged = spoiled is not None
+            if self.diverged:
                 self._fail(f"step {step}: weights or optimizer state contain NaN/Inf ({spoiled}); checkpoint skipped")
                 return
             save.before_publish()
@@ -151,20 +194,21 @@ class CheckpointManager(Checkpoints):
             disk_error = format_disk_error(error)
             message = f"step {step}: the checkpoint could not be saved ({disk_error or repr(error)})"
             if disk_error is None:
-                self._last_error = message
+                self.last_error = message
                 raise
             self._fail(message)
             return
-        self._failures_in_a_row, self._last_error = 0, None
-        self._slowest_write_seconds = max(self._slowest_write_seconds, time.perf_counter() - started)
+        self._failures_in_a_row, self.has_given_up, self.last_error = 0, False, None
+        self._slowest_write = max(self._slowest_write, time.perf_counter() - started)
         self._update_best(folder, snapshot.progress.validated)
-        self.on_saved(step, self._slowest_write_seconds, self._best)
-        rotate(self.folder, latest=folder, best=self._best, keep_last=self.keep_last)
-        self._published.append((step, folder))
+        self.on_saved(step, self._slowest_write, self._best)
+        rotate(self.folder, latest=folder, best=self._best, keep_last=self.config.keep_last)
+        self.published.append((step, folder))
 
     def _fail(self, message: str) -> None:
-        self._last_error = message
+        self.last_error = message
         self._failures_in_a_row += 1
+        self.has_given_up = self._failures_in_a_row >= self.config.max_failures
         log.warning(
             "%s, failure %d in a row; training continues, older checkpoints are untouched, the next save tries again",
             *(message, self._failures_in_a_row),

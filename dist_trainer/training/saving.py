@@ -70,7 +70,7 @@ def finalize_checkpoint(checkpoints: Checkpoints, world: DistributedContext, *, 
     for pause in (*SECONDS_BEFORE_SAVING_AGAIN, None):
         checkpoints.wait()  # before the barrier: a rank that has passed it may exit
         barrier(world)
-        error, diverged = broadcast_object((checkpoints.last_error(), checkpoints.diverged()), world)
+        error, diverged = broadcast_object((checkpoints.last_error, checkpoints.diverged), world)
         if error is None:
             return
         if diverged:
@@ -88,7 +88,7 @@ def stop_after_failed_saves(checkpoints: Checkpoints, world: DistributedContext,
     """Raise, on all ranks, why `config.max_failures` consecutive saves have failed: TrainingDivergedError if numbers are not
     finite, else SavingFailedError.
     """
-    error, diverged = broadcast_object((checkpoints.last_error(), checkpoints.diverged()), world)
+    error, diverged = broadcast_object((checkpoints.last_error, checkpoints.diverged), world)
     failed = f"{counted(config.max_failures, 'checkpoint')} in a row could not be saved (checkpoint.max_failures)"
     if diverged:
         raise TrainingDivergedError(f"{error}; {failed}. Lower optim.learning_rate")

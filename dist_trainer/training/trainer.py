@@ -220,8 +220,8 @@ class Trainer:
             bool(self.world.stop_request),
             bool(self._stop_reason),
             self.callbacks.error is not None,
-            self.checkpoints.has_given_up(),
-            self.checkpoints.has_published(),
+            self.checkpoints.has_given_up,
+            bool(self.checkpoints.published),
         )
         sums = PendingSum([upcoming.target_tokens, *map(int, flags)], self.world).wait()
         target_tokens, stop_requested, stop_called, callback_failed, saves_failed, has_published = sums

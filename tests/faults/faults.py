@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dist_trainer.checkpoint import writer
+from dist_trainer.checkpoint import manager
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.run import lifecycle
 from dist_trainer.run.cli import run_cli
@@ -132,7 +132,7 @@ def die() -> None:
 
 def await_writes() -> None:
     """No save gives way to a newer one, however slow a busy machine makes the write before it."""
-    writer.QUICK_SECONDS = 60.0
+    manager.QUICK_SECONDS = 60.0
 
 
 def kill(*, at_step: int) -> Fault:

@@ -161,10 +161,10 @@ def test_only_what_is_trained_is_judged(tmp_path, spoiled):
         elif spoiled == "average":
             optimizer.state[model.linear.bias]["exp_avg"][0] = torch.inf
     checkpoints = saved(tmp_path, model, optimizer, Progress(3, validated_step=3, validation_loss=1.0))
-    assert checkpoints.diverged() == (spoiled is not None)
+    assert checkpoints.diverged == (spoiled is not None)
     named = {None: None, "weight": "(linear.weight)", "average": "(linear.bias: optimizer's exp_avg)"}[spoiled]
     said = None if named is None else f"step 3: weights or optimizer state contain NaN/Inf {named}; checkpoint skipped"
-    assert checkpoints.last_error() == said
+    assert checkpoints.last_error == said
     assert (tmp_path / "step-00000003").exists() == (spoiled is None)
     assert checkpoints.best(Validated(1.0, 3)) == (Validated(1.0, 3) if spoiled is None else None)
 

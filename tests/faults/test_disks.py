@@ -122,10 +122,10 @@ def test_a_save_that_finds_room_for_a_part_of_it_leaves_nothing_behind(small_dis
     before = contents(saver.checkpoints)
     fill(small_disk)
     make_room(small_disk, just=room << 10)
-    error = saver.save(9).last_error()
+    error = saver.save(9).last_error
     assert error == f"step 9: the checkpoint {FULL}"
     assert contents(saver.checkpoints) == before
     make_room(small_disk)
-    assert saver.save(9).last_error() is None
+    assert saver.save(9).last_error is None
     assert saver.start() == 9
     assert saver.litter() == []

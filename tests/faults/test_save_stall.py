@@ -3,7 +3,7 @@
 import os
 import time
 
-from dist_trainer.checkpoint.writer import QUICK_SECONDS
+from dist_trainer.checkpoint.manager import QUICK_SECONDS
 from tests.faults.faults import do
 from tests.pace import allowed
 

@@ -15,15 +15,15 @@ class Failing(Checkpoints):
     """Saves that fail so many times."""
 
     def __init__(self, times: int) -> None:
-        self.failures_left = times
-        self.attempts = 1
-
-    def last_error(self) -> str | None:
-        return "step 9: the checkpoint could not be saved (ENOSPC)" if self.failures_left else None
+        super().__init__()
+        self.attempts = 0
+        self.failures = times
+        self.save_again()
 
     def save_again(self) -> None:
         self.attempts += 1
-        self.failures_left -= 1
+        failed = self.attempts <= self.failures
+        self.last_error = "step 9: the checkpoint could not be saved (ENOSPC)" if failed else None
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_save_that_succeeds_in_the_end_is_enough(world, failures):
 
 def test_weights_that_are_not_finite_are_no_disks_fault_and_are_not_saved_again(world):
     checkpoints = Failing(100)
-    checkpoints.diverged = lambda: True
+    checkpoints.diverged = True
     with pytest.raises(TrainingDivergedError, match="learning_rate"):
         finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)
     assert checkpoints.attempts == 1

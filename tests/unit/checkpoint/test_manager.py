@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from dist_trainer.checkpoint import writer
+from dist_trainer.checkpoint import manager
+from dist_trainer.checkpoint.manager import BackgroundWriter
 from dist_trainer.checkpoint.state import Progress, Snapshot
-from dist_trainer.checkpoint.writer import BackgroundWriter
 
 
 class SlowDisk:
@@ -28,7 +28,7 @@ class SlowDisk:
 
 @pytest.fixture
 def disk(monkeypatch):
-    monkeypatch.setattr(writer, "QUICK_SECONDS", 0.01)
+    monkeypatch.setattr(manager, "QUICK_SECONDS", 0.01)
     return SlowDisk()
 
 
