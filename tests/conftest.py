@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import resource
@@ -73,6 +74,11 @@ def _forget_log_handlers() -> None:
             handler.close()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is imported by now stays: no garbage collection has to look at it, here or in a forked rank."""
+    gc.freeze()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -37,7 +37,8 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 MOST_COMPILE_THREADS = 32
 """torch compiles with one process per core, up to this many, and does not know about quotas."""
 ERROR_PATIENCE_SECONDS = 20.0
-POLL_SECONDS = 0.02
+FIRST_POLL_SECONDS, POLL_SECONDS = 0.001, 0.02
+"""Between looks whether a collective is complete, at first and later: most are at once, some take hours."""
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,11 @@ def _leave(cpu_group: dist.ProcessGroup, heartbeat: Heartbeat, *, patience_secon
 def is_done_within(patience_seconds: float, work: dist.Work) -> bool:
     """Whether the collective `work` completes in time; signal handlers run meanwhile."""
     end = time.monotonic() + patience_seconds
+    pause = FIRST_POLL_SECONDS
     while not work.is_completed():
         if time.monotonic() > end:
             return False
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_SECONDS)
     work.wait()
     return True

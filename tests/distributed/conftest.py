@@ -1,5 +1,9 @@
 """Ranks are forked from pytest; what is slow to import is imported once, here, before."""
 
+import encodings.idna  # noqa: F401  for the name of a host
+
+import numpy.ctypeslib
+import numpy.ma  # noqa: F401  by numpy.unique
 import pytest
 import torch._dynamo  # noqa: F401  optimizers and DistributedDataParallel import it: seconds in each worker otherwise
 import transformers  # noqa: F401

@@ -4,6 +4,7 @@ each, and not five. How commands begin (imports, signals, torchrun) is for tests
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -37,6 +38,7 @@ def quick_command(*words: object, module: str = "dist_trainer.train", **options:
 
 
 def _live(arguments: list[str], cwd: str, variables: dict[str, str], said: str) -> None:
+    gc.freeze()  # what is imported stays
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (1, 2):
         os.dup2(os.open(f"{said}/{number}", os.O_WRONLY | os.O_CREAT), number)

@@ -20,9 +20,11 @@ class Cycle:
 
 @pytest.fixture(autouse=True)
 def collector_as_before() -> Iterator[None]:
-    before = gc.isenabled(), gc.get_freeze_count()
+    gc.unfreeze()  # what all tests have imported
+    enabled = gc.isenabled()
     yield
-    assert (gc.isenabled(), gc.get_freeze_count()) == before
+    assert (gc.isenabled(), gc.get_freeze_count()) == (enabled, 0)
+    gc.freeze()
 
 
 def many_objects() -> list[object]:
