@@ -46,7 +46,7 @@ def part_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def test_every_part_of_the_package_stands_on_a_floor() -> None:
+def test_every_part_of_the_package_is_on_a_floor() -> None:
     parts = {part_of(file) for file in PACKAGE.rglob("*.py")}
     assert parts <= FLOOR_OF.keys(), "give these a floor here and in docs/architecture.md"
 
@@ -76,7 +76,7 @@ def test_config_errors_and_help_need_no_heavy_library() -> None:
     assert not heavy
 
 
-def test_functions_import_nothing_but_heavy_libraries_at_their_one_door() -> None:
+def test_functions_import_only_heavy_libraries_in_the_listed_files() -> None:
     wrong = []
     for found in imports_of_the_package():
         name = found.file.relative_to(PACKAGE).as_posix()
@@ -91,7 +91,7 @@ def test_functions_import_nothing_but_heavy_libraries_at_their_one_door() -> Non
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_module_has_a_name_that_says_nothing() -> None:
+def test_no_module_has_a_vague_name() -> None:
     names = {part.removesuffix(".py") for file in PACKAGE.rglob("*.py") for part in file.relative_to(PACKAGE).parts}
     assert not names & {"utils", "util", "common", "helpers", "misc"}
 

@@ -52,11 +52,11 @@ def said() -> str:
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_the_program_still_says_it(message: str) -> None:
+def test_the_program_still_contains_it(message: str) -> None:
     assert re.search(".*?".join(map(re.escape, message.split("..."))), said()), "no string in the source is like this"
 
 
-def test_every_row_quotes_a_message_and_none_stands_twice() -> None:
+def test_every_row_quotes_a_message_and_none_appears_twice() -> None:
     assert len(MESSAGES) == sum(table.count("\n") for table in TABLES) > 50
     assert len(set(MESSAGES)) == len(MESSAGES)
 

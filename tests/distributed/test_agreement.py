@@ -79,7 +79,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_of_them_before_the_upda
     assert sorted(p.name for p in (folder(config) / "checkpoints").glob("step-*")) == ["step-00000003"]
 
 
-def test_with_the_policy_skip_the_update_is_left_out_and_training_goes_on(stories, tmp_path):
+def test_with_the_policy_skip_the_update_is_skipped_and_training_continues(stories, tmp_path):
     config = small_config(stories, tmp_path, train__on_non_finite="skip")
     assert run(config, 2, before=poison(5, rank=1)) == [0, 0]
     lines = metrics(config)
@@ -88,7 +88,7 @@ def test_with_the_policy_skip_the_update_is_left_out_and_training_goes_on(storie
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_too_many_skips_in_a_row_end_the_run(stories, tmp_path):
+def test_too_many_consecutive_skips_end_the_run(stories, tmp_path):
     config = small_config(stories, tmp_path, train__on_non_finite="skip", train__max_skipped_steps=2)
 
     def change(trainer):
@@ -193,7 +193,7 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
     assert run_ranks(3, joined(fail_on_one)) == ["the disk of rank 1"] * 3
 
 
-def test_where_one_rank_cannot_compile_none_does_and_all_refuse(monkeypatch):
+def test_if_one_rank_cannot_compile_none_does_and_all_report_it(monkeypatch):
     monkeypatch.setattr(compile, "missing_compiler", lambda _: "what rank 1 lacks" if os.environ["RANK"] == "1" else None)
 
     def decide(world: DistributedContext) -> tuple[bool, str]:
@@ -208,14 +208,14 @@ def test_what_the_main_rank_found_is_known_to_all():
     assert run_ranks(2, joined(lambda world: run_on_rank0(world, lambda: world.rank + 7))) == [7, 7]
 
 
-def test_more_ranks_than_the_batch_divides_by_are_refused_on_all_of_them(stories, tmp_path):
+def test_more_ranks_than_the_batch_divides_by_are_rejected_on_all_of_them(stories, tmp_path):
     config = small_config(stories, tmp_path, batch__micro_batch_size=4)
     with pytest.raises(AssertionError, match=r"ConfigError: batch\.global_batch_size \(8\)"):
         run(config, 4)
     assert not folder(config).exists()
 
 
-def test_what_all_ranks_refuse_is_said_once(tmp_path, capfd):
+def test_what_all_ranks_reject_is_reported_once(tmp_path, capfd):
     config = small_config(tmp_path / "nowhere.jsonl", tmp_path / "runs")
     assert command(config, 2) == [2, 2]
     assert capfd.readouterr().err.count("nowhere.jsonl does not exist") == 1
@@ -243,7 +243,7 @@ def test_a_warm_up_takes_no_batch_from_worker_processes(stories, tmp_path, monke
     assert losses(configs[0]) == losses(configs[1])
 
 
-def test_a_new_run_that_is_refused_leaves_the_old_one_in_its_place(stories, tmp_path):
+def test_a_new_run_that_is_rejected_leaves_the_old_one_in_its_place(stories, tmp_path):
     config = small_config(stories, tmp_path)
     assert run(config, 1) == [0]
     nowhere = small_config(tmp_path / "nowhere.txt", tmp_path, checkpoint__resume="never")
@@ -256,7 +256,7 @@ def test_a_new_run_that_is_refused_leaves_the_old_one_in_its_place(stories, tmp_
     assert (folder(config) / "logs" / "rank-0.log").exists()
 
 
-def test_a_sample_prompt_that_does_not_fit_is_refused_on_all_ranks_at_once(stories, tmp_path):
+def test_a_sample_prompt_that_does_not_fit_is_rejected_on_all_ranks_at_once(stories, tmp_path):
     config = small_config(stories, tmp_path, tracking__sample_tokens=4, tracking__sample_prompt="word " * 100)
 
     def refused():
@@ -268,7 +268,7 @@ def test_a_sample_prompt_that_does_not_fit_is_refused_on_all_ranks_at_once(stori
     assert not folder(config).exists()
 
 
-def test_a_refusal_in_the_middle_of_training_deletes_nothing(stories, tmp_path):
+def test_a_refused_save_in_the_middle_of_training_deletes_nothing(stories, tmp_path):
     def refuse_at_step_9(trainer):
         train_step = trainer.train_step
 

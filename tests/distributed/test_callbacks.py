@@ -147,7 +147,7 @@ def test_one_rank_alone_may_end_the_run_after_a_step_and_all_is_validated_and_sa
     assert (folder(config) / "checkpoints" / "best").resolve().name == "step-00000003"
 
 
-def test_what_has_no_hook_is_refused_before_the_first_step(stories, tmp_path, monkeypatch):
+def test_what_has_no_hook_is_rejected_before_the_first_step(stories, tmp_path, monkeypatch):
     config = with_callbacks(small_config(stories, tmp_path), lambda _: object(), monkeypatch=monkeypatch)
     with pytest.raises(AssertionError, match=r"ConfigError: callbacks: builtins\.object has none of the methods on_fit_start"):
         run(config, 1)

@@ -61,7 +61,7 @@ def test_a_model_without_its_run_is_evaluated_at_its_own_context(trained, tmp_pa
     ("option", "value"),
     [("--temperature", "nan"), ("--temperature", "inf"), ("--seed", "99999999999999999999"), ("--top_p", "nan")],
 )
-def test_numbers_that_make_no_sense_are_refused(trained, option, value):
+def test_impossible_numbers_are_rejected(trained, option, value):
     with pytest.raises(ConfigError, match=f"{option}: "):
         generate.parse_arguments([str(trained), option, value])
 
@@ -135,7 +135,7 @@ def test_a_hugging_face_model_of_ones_own_is_saved_as_transformers_opens_it(stor
     assert capsys.readouterr().out.startswith("x")
 
 
-def test_of_a_model_that_only_its_code_describes_the_commands_say_what_they_cannot(stories, tmp_path, capsys):
+def test_for_a_model_that_only_its_code_describes_the_commands_say_what_they_cannot_do(stories, tmp_path, capsys):
     config = small_config(stories, tmp_path, model__name=f"{__name__}:bare", train__max_steps=2)
     assert run(config, 1) == [0]
     for main in (generate.main, evaluate.main):
@@ -144,7 +144,7 @@ def test_of_a_model_that_only_its_code_describes_the_commands_say_what_they_cann
             assert "is a checkpoint of a model of your own (model.name), without config.json" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_keep_documents_apart_is_refused_before_training(stories, tmp_path, capfd):
+def test_a_model_that_cannot_keep_documents_apart_is_rejected_before_training(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path, model__name=f"{__name__}:bare", train__max_steps=2, data__document_mask=True)
     assert command(config, 1) == [2]
     assert "data.document_mask: is true, but the forward of Sequential takes no `document_ids`" in capfd.readouterr().err

@@ -53,7 +53,7 @@ def test_it_says_what_a_run_needs_and_leaves_no_folder(stories, tmp_path, capfd)
     assert f"dry run OK; nothing written to {folder(config)}" in said
 
 
-def test_it_says_if_the_disk_is_too_small_for_the_checkpoints(stories, tmp_path, monkeypatch, capfd):
+def test_it_reports_a_disk_too_small_for_the_checkpoints(stories, tmp_path, monkeypatch, capfd):
     disk = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: disk._replace(free=1024))
     assert dry(small_config(stories, tmp_path)) == [0]
@@ -120,13 +120,13 @@ def test_a_finished_a_damaged_and_another_run_are_reported_and_stay_unchanged(st
     assert everything_in(folder(config)) == before
 
 
-def test_a_folder_that_cannot_be_created_is_refused(stories, tmp_path, capfd):
+def test_a_folder_that_cannot_be_created_is_rejected(stories, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     assert dry(small_config(stories, tmp_path / "file" / "runs")) == [2]
     assert f"{tmp_path / 'file'} cannot be written (Not a directory)" in capfd.readouterr().err
 
 
-def test_a_tracker_whose_package_is_missing_is_refused_as_by_the_run(stories, tmp_path, monkeypatch, capfd):
+def test_a_tracker_whose_package_is_missing_is_rejected_as_by_the_run(stories, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert dry(small_config(stories, tmp_path, tracking__trackio=True)) == [2]
     assert "tracking.trackio: true needs the package trackio" in capfd.readouterr().err

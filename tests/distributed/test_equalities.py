@@ -129,7 +129,7 @@ def scaler_state(config):
     return json.loads((folder(config) / "checkpoints" / "latest" / "trainer_state.json").read_text())["scaler"]
 
 
-def test_a_run_goes_on_with_the_same_global_batches_on_other_numbers_of_ranks(stories, tmp_path):
+def test_a_run_resumes_with_the_same_global_batches_on_other_numbers_of_ranks(stories, tmp_path):
     undisturbed = small_config(stories, tmp_path / "undisturbed")
     run(undisturbed, 1)
     config = small_config(stories, tmp_path / "wandering")
@@ -141,7 +141,7 @@ def test_a_run_goes_on_with_the_same_global_batches_on_other_numbers_of_ranks(st
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, None])
-def test_one_warning_says_that_other_ranks_mean_other_dropout_masks_where_they_do(stories, tmp_path, micro_batch_size, capfd):
+def test_one_warning_says_that_another_number_of_ranks_changes_the_dropout_masks(stories, tmp_path, micro_batch_size, capfd):
     config = small_config(stories, tmp_path, model__dropout=0.1, batch__micro_batch_size=micro_batch_size)
     run(config, 2, before=stop_after(3))
     run(config, 1, before=stop_after(6))
@@ -159,7 +159,7 @@ def test_starting_a_finished_run_again_says_so_and_changes_nothing(stories, tmp_
     assert losses(config) == before
 
 
-def test_documents_kept_apart_have_the_validation_loss_of_one_document_a_row(stories, tmp_path):
+def test_masked_documents_have_the_validation_loss_of_one_document_per_sequence(stories, tmp_path):
     found = []
     for changes in ({"data__document_mask": True}, {"data__packing": False}, {}):
         # A learning rate of almost nothing: equal weights. Rows as long as any document: none is cut.
@@ -175,7 +175,7 @@ def test_documents_kept_apart_have_the_validation_loss_of_one_document_a_row(sto
     assert together != pytest.approx(separate, abs=1e-4)
 
 
-def test_a_run_does_not_go_on_with_documents_kept_apart_where_they_were_not(stories, tmp_path, capfd):
+def test_a_run_does_not_resume_with_a_document_mask_that_it_did_not_have(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path)
     run(config, 1, before=stop_after(3))
     assert command(changed(config, data__document_mask=True), 1) == [2]

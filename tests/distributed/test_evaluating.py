@@ -86,7 +86,7 @@ def test_ranks_that_could_not_share_the_training_batch_evenly_evaluate_all_the_s
     [({}, TEXTS[:1]), ({"data__document_mask": True}, TEXTS), ({"data__packing": False}, TEXTS)],
     ids=["packed", "kept apart", "one a row"],
 )
-def test_all_bytes_count_but_those_of_first_tokens_that_nothing_comes_before(measured, changes, without_their_first):
+def test_all_bytes_count_but_those_of_first_tokens(measured, changes, without_their_first):
     tokenizer = load_tokenizer("austen")
     first_tokens = [tokenizer.decode(tokenizer(text)["input_ids"][0]) for text in without_their_first]
     counted = len("".join(TEXTS).encode()) - len("".join(first_tokens).encode())
@@ -95,7 +95,7 @@ def test_all_bytes_count_but_those_of_first_tokens_that_nothing_comes_before(mea
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / math.log(2) / counted, rel=1e-12)
 
 
-def test_only_rows_that_were_read_count(measured):
+def test_only_sequences_that_were_read_count(measured):
     found = measured(validation__max_global_batches=1)
     assert found["tokens"] == 8 * 32
     tokenizer = load_tokenizer("austen")
@@ -111,7 +111,7 @@ def test_of_answers_alone_only_their_bytes_count(measured, tmp_path):
     assert found["bytes"] == 20 * len(" Nobody but you.")
 
 
-def test_where_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentence_says_why(measured, tmp_path, capfd):
+def test_if_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentence_says_why(measured, tmp_path, capfd):
     of_word_pieces(TEXTS).save_pretrained(tmp_path)
     found = measured(data__tokenizer=str(tmp_path))
     assert (found["bits_per_byte"], found["bytes"]) == (None, None)
@@ -119,12 +119,12 @@ def test_where_tokens_do_not_spell_the_text_bits_per_byte_are_null_and_a_sentenc
     assert "bits per byte are null: this tokenizer's tokens do not decode to exactly" in capfd.readouterr().err
 
 
-def test_rows_longer_than_the_model_s_context_are_refused_instead_of_measured(measured):
+def test_sequences_longer_than_the_model_s_context_are_rejected_instead_of_measured(measured):
     with pytest.raises(ConfigError, match="is 64, but the model was made for at most 32 positions"):
         measured(data__sequence_length=64)
 
 
-def test_of_a_folder_without_a_model_that_is_said(reader, tmp_path):
+def test_a_folder_without_a_model_is_reported_as_such(reader, tmp_path):
     with pytest.raises(CheckpointError, match="is neither a run folder with checkpoints"):
         evaluate.run(evaluate.parse_arguments([str(tmp_path)]))
 

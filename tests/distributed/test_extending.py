@@ -46,7 +46,7 @@ def test_each_key_of_the_table_has_an_example():
     assert PAGE.count("```python") == len(EXAMPLES)
 
 
-def test_all_examples_train_and_go_on_from_a_checkpoint_on_another_number_of_ranks(my_project, tmp_path):
+def test_all_examples_train_and_resume_from_a_checkpoint_on_another_number_of_ranks(my_project, tmp_path):
     importlib.import_module("my_project.loss_file")  # forked ranks have its row
     callbacks = (ROWS["train__callbacks"], "my_project.accuracy:accuracy")
     changes: dict[str, Any] = {**ROWS, "train__callbacks": callbacks, "optim__learning_rate": 1e-3}

@@ -32,7 +32,7 @@ def test_conversations_have_one_loss_curve_on_one_rank_two_and_four(conversation
     assert curves[1][-1] < curves[1][0] - 0.3
 
 
-def test_conversations_in_a_row_that_are_kept_apart_have_the_validation_loss_of_one_a_row(conversations, tmp_path):
+def test_masked_conversations_in_a_sequence_have_the_validation_loss_of_one_per_sequence(conversations, tmp_path):
     found = []
     for changes in ({"data__document_mask": True}, {"data__packing": False}, {}):
         # A learning rate of almost nothing: equal weights.

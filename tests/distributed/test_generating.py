@@ -103,7 +103,7 @@ TEXTS = ["naïve café – 孔乙己 👩‍👩‍👧 ok", "plain words only",
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["trained", "elsewhere"])
-def test_pieces_are_whole_characters_and_together_the_text(request, monkeypatch, kind, text):
+def test_pieces_are_complete_characters_and_together_the_text(request, monkeypatch, kind, text):
     path = request.getfixturevalue(kind)
     tokenizer = load_tokenizer(str(path))
     prompt = tokenizer.encode("a b", add_special_tokens=False)
@@ -156,7 +156,7 @@ def test_text_appears_as_it_is_made(trained, monkeypatch):
     assert all(shown[-1].startswith(text) for text in shown_before)
 
 
-def test_an_empty_prompt_begins_with_what_stands_before_a_text(trained, elsewhere, tmp_path, capsys):
+def test_an_empty_prompt_starts_with_the_tokens_that_precede_a_text(trained, elsewhere, tmp_path, capsys):
     for path, where, first in ((trained, trained / "checkpoints" / "best", "eos"), (elsewhere, elsewhere, "bos")):
         begins_with = getattr(load_tokenizer(str(where)), f"{first}_token_id")
         options = ("--prompt", "", "--temperature", "0", "--max_new_tokens", "8")
@@ -254,7 +254,7 @@ def test_lines_from_a_pipe_are_prompts(trained, capsys, monkeypatch, tmp_path):
     assert json.loads((tmp_path / "out.jsonl").read_text())["prompt"] == "It was"
 
 
-def test_text_that_is_not_utf8_is_refused_wherever_it_comes_from(trained, chatty, capsys, monkeypatch):
+def test_text_that_is_not_utf8_is_rejected_wherever_it_comes_from(trained, chatty, capsys, monkeypatch):
     assert generate.main([str(trained), "--prompt", "It was\udcff"]) == 2
     assert "--prompt: is not UTF-8 text (at place 6: '\\udcff')" in capsys.readouterr().err
     assert generate.main([str(chatty), "--chat", "--system", "\udcff", "--prompt", "Hi"]) == 2
@@ -325,7 +325,7 @@ def test_a_prompt_of_a_chat_is_a_message_and_the_answer_alone_is_shown(chatty, t
     assert [(line["prompt"], line["completion"]) for line in lines] == [("Who is Emma?", expected)] * 2
 
 
-def test_a_system_message_stands_before_every_conversation(chatty, capsys, monkeypatch):
+def test_a_system_message_comes_before_every_conversation(chatty, capsys, monkeypatch):
     words = (chatty, "--chat", "--system", "Be brief.", "--temperature", "0", "--max_new_tokens", "6")
 
     def told(*contents: str) -> str:
@@ -337,7 +337,7 @@ def test_a_system_message_stands_before_every_conversation(chatty, capsys, monke
     assert said(capsys, *words) == f"{told('Who came?')}\n{told('Who came?', told('Who came?'), 'Why?')}\n"
 
 
-def test_a_system_message_is_refused_where_no_chat_is(trained, capsys):
+def test_a_system_message_is_rejected_without_a_chat(trained, capsys):
     assert generate.main([str(trained), "--system", "Be brief.", "--prompt", "Who?"]) == 2
     assert "--system: needs --chat; add it" in capsys.readouterr().err
 
@@ -370,7 +370,7 @@ def test_lines_of_a_pipe_are_each_a_conversation_of_their_own(chatty, capsys, mo
     assert printed == "".join(f"{text}\n" for text in expected)
 
 
-def test_a_conversation_that_fills_the_context_begins_anew_and_a_question_that_does_is_refused(chatty, capsys, monkeypatch):
+def test_a_conversation_that_fills_the_context_starts_over_and_a_question_that_does_is_rejected(chatty, capsys, monkeypatch):
     typed(monkeypatch, "Who came to them? " * 6, "Who came to her? " * 6, "Who? " * 99)
     assert generate.main([str(chatty), "--chat", "--temperature", "0", "--max_new_tokens", "3"]) == 0
     printed, complaint = capsys.readouterr()
@@ -379,13 +379,13 @@ def test_a_conversation_that_fills_the_context_begins_anew_and_a_question_that_d
     assert complaint.count("the model's context is 64: shorten it") == 1
 
 
-def test_a_chat_without_a_template_is_refused_before_the_model_is_read(trained, capsys, monkeypatch):
+def test_a_chat_without_a_template_is_rejected_before_the_model_is_read(trained, capsys, monkeypatch):
     monkeypatch.setattr("dist_trainer.models.weights.open_model", None)
     assert generate.main([str(trained), "--chat", "--prompt", "Who?"]) == 2
     assert "has no chat template; leave out --chat, or put a template" in capsys.readouterr().err
 
 
-def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):
+def test_a_template_that_rejects_the_messages_reports_it(chatty, tmp_path, capsys):
     path = tmp_path / "model"
     shutil.copytree(chatty, path)
     (path / "chat_template.jinja").write_text("{{ raise_exception('no system message') }}")
@@ -401,7 +401,7 @@ def test_a_template_that_refuses_the_messages_says_so(chatty, tmp_path, capsys):
     assert f"--prompts_file: {prompts}:2: --chat: the chat template of " in printed.err
 
 
-def test_several_ranks_are_refused_and_say_so_once(trained, capfd):
+def test_several_ranks_are_rejected_with_one_message(trained, capfd):
     assert exit_codes(2, lambda: generate.main([str(trained), "--prompt", PROMPT])) == [2, 2]
     printed, complaint = capfd.readouterr()
     assert (printed, complaint.count("the environment describes 2 ranks; start it without torchrun")) == ("", 1)

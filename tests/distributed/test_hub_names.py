@@ -107,7 +107,7 @@ def test_a_name_whose_weights_are_not_in_the_cache_ends_in_a_sentence(models, ca
 
 
 @pytest.mark.parametrize("command", [generate, evaluate])
-def test_what_is_neither_a_folder_nor_a_model_of_the_hub_is_refused_with_both_remedies(cache, tmp_path, command, capsys):
+def test_what_is_neither_a_folder_nor_a_model_of_the_hub_is_rejected_with_both_remedies(cache, tmp_path, command, capsys):
     assert command.main(["owner/model"]) == 2
     complaint = capsys.readouterr().err
     assert "RUN: 'owner/model' is not a local path, and it is neither on disk in the Hub cache nor reachable" in complaint
@@ -117,7 +117,7 @@ def test_what_is_neither_a_folder_nor_a_model_of_the_hub_is_refused_with_both_re
         assert "is not a folder; give a run, a checkpoint" in capsys.readouterr().err
 
 
-def test_a_checkpoint_outside_of_the_cache_that_is_made_of_links_is_refused(models, tmp_path, capsys):
+def test_a_checkpoint_outside_of_the_cache_that_is_made_of_links_is_rejected(models, tmp_path, capsys):
     (tmp_path / "model").mkdir()
     for file in models["checkpoint"].iterdir():
         (tmp_path / "model" / file.name).symlink_to(file)

@@ -287,7 +287,7 @@ class WithSpareParts(nn.Module):
     ],
     ids=["forward", "a method of its own", "several passes"],
 )
-def test_parameters_that_take_no_part_in_a_loss_stay_as_they_are_on_any_number_of_ranks(loss_function, tmp_path):
+def test_parameters_without_a_gradient_stay_unchanged_on_any_number_of_ranks(loss_function, tmp_path):
     rare = [bool(row[0] > 12) for row, _ in PAIRS[:170]]
     assert 0 < sum(rare) < 10, "on few ranks and in few batches"
     outcomes = [

@@ -64,7 +64,7 @@ def the_cost_of_the_exchange_is_logged_and_written(config):
     assert f"comm_exposed_ms {line['comm_exposed_ms']:.2f}" in said(config)
 
 
-def test_steps_outside_of_the_run_are_said_in_a_sentence(stories, tmp_path):
+def test_steps_outside_of_the_run_are_reported_in_one_sentence(stories, tmp_path):
     past = small_config(stories, tmp_path / "past", profile__steps="50-60")
     assert run(past, 1) == [0]
     assert "profile.steps: 50-60, but the run covers steps 1 to 12; nothing is recorded" in said(past)
@@ -75,7 +75,7 @@ def test_steps_outside_of_the_run_are_said_in_a_sentence(stories, tmp_path):
     assert files(part) == ["steps-11-12-rank0.json.gz"]
 
 
-def test_a_run_that_is_stopped_writes_what_it_has_and_goes_on_with_other_steps_or_none(stories, tmp_path):
+def test_a_run_that_is_stopped_writes_what_it_has_and_resumes_with_other_steps_or_none(stories, tmp_path):
     plain = small_config(stories, tmp_path / "plain")
     run(plain, 1)
     config = small_config(stories, tmp_path / "profiled", profile__steps="5-8")

@@ -50,7 +50,7 @@ def test_a_rank_that_does_not_join_is_named_after_the_first_steps_patience(witho
         assert SECONDS - 0.1 < seconds < SECONDS + 10
 
 
-def test_ranks_on_several_machines_whose_launcher_does_not_say_so_are_refused(monkeypatch):
+def test_ranks_on_several_machines_whose_launcher_does_not_say_so_are_rejected(monkeypatch):
     """Some set RANK and WORLD_SIZE alone, as Kubeflow's PyTorchJob does: all ranks would look for each other on loopback."""
 
     def join():
@@ -140,7 +140,7 @@ def test_gloo_takes_the_interface_that_leads_to_the_other_machines_unless_the_us
 
 
 @pytest.mark.parametrize("taken", [0, 1])
-def test_a_port_that_stays_in_use_is_refused_in_a_sentence_and_one_that_becomes_free_is_waited_for(taken, monkeypatch):
+def test_a_port_that_stays_in_use_is_rejected_in_a_sentence_and_one_that_becomes_free_is_waited_for(taken, monkeypatch):
     first = free_ports(2)
     monkeypatch.setenv(PORT, str(first))
     monkeypatch.setattr(rendezvous, "PORT_SECONDS", 0.3)

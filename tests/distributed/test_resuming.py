@@ -89,7 +89,7 @@ def test_a_launcher_is_known_by_its_run_and_process():
     assert not is_restarted_by(None, {"TORCHELASTIC_RESTART_COUNT": "1"})
 
 
-def test_changed_validation_text_is_refused_on_resume(stories, tmp_path):
+def test_changed_validation_text_is_rejected_on_resume(stories, tmp_path):
     validation = tmp_path / "validation.jsonl"
     validation.write_text("".join(stories.read_text().splitlines(keepends=True)[:4]))
     config = small_config(stories, tmp_path / "runs", data__validation_dataset=str(validation))

@@ -100,7 +100,7 @@ def test_samples_follow_validations_or_come_by_steps_and_at_the_end(stories, tmp
 
 
 @pytest.mark.parametrize("step", [pytest.param(6, marks=pytest.mark.slow), 12], ids=["in the middle", "after the last step"])
-def test_a_signal_breaks_a_sample_off_at_once_and_the_next_start_makes_up_for_it(stories, tmp_path, step):
+def test_a_signal_interrupts_a_sample_at_once_and_the_next_start_takes_it_again(stories, tmp_path, step):
     undisturbed = small_config(stories, tmp_path / "undisturbed", tracking__sample_every_steps=3, **SAMPLED)
     assert run(undisturbed, 2) == [0, 0]
     config = small_config(stories, tmp_path / "stopped", tracking__sample_every_steps=3, **SAMPLED)

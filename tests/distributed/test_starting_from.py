@@ -98,7 +98,7 @@ def test_the_shape_and_the_tokenizer_follow_the_folder_and_the_config_says_so(st
     assert command(load_config(arguments(stories, tmp_path, llama)), 1) == [0]  # finished; the same command says so
 
 
-def test_the_run_begins_with_the_folder_s_loss_and_its_checkpoint_opens_in_transformers(stories, tmp_path, llama):
+def test_the_run_starts_with_the_folder_s_loss_and_its_checkpoint_loads_in_transformers(stories, tmp_path, llama):
     config = load_config(arguments(stories, tmp_path, llama, "--optim.learning_rate", "1e-12", "--train.max_steps", "2"))
     assert run(config, 1) == [0]
     best = folder(config) / "checkpoints" / "best"
@@ -109,7 +109,7 @@ def test_the_run_begins_with_the_folder_s_loss_and_its_checkpoint_opens_in_trans
         torch.testing.assert_close(DecoderLM.from_pretrained(best)(row), after(row).logits, atol=1e-5, rtol=0)
 
 
-def test_a_run_goes_on_exactly_even_where_the_folder_has_gone(stories, tmp_path, llama):
+def test_a_run_resumes_exactly_even_if_the_folder_is_gone(stories, tmp_path, llama):
     start = tmp_path / "start"
     shutil.copytree(llama, start)
     undisturbed = load_config(arguments(stories, tmp_path / "undisturbed", start))
@@ -125,7 +125,7 @@ def test_a_run_goes_on_exactly_even_where_the_folder_has_gone(stories, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["decoder_lm", "hf"])
-def test_a_run_that_goes_on_reads_weights_once_and_those_of_its_checkpoint_alone(stories, tmp_path, llama, name, monkeypatch):
+def test_a_run_that_resumes_reads_weights_once_and_those_of_its_checkpoint_alone(stories, tmp_path, llama, name, monkeypatch):
     words = arguments(stories, tmp_path, llama, "--model.name", name)
     run(load_config(words), 1, before=stop_after(3))
 
@@ -147,14 +147,14 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_a_key_that_contradicts_the_folder_is_refused_with_its_place(stories, tmp_path, llama, name):
+def test_a_key_that_contradicts_the_folder_is_rejected_with_its_place(stories, tmp_path, llama, name):
     value, said = CONTRADICTIONS[name]
     with pytest.raises(ConfigError) as refused:
         load_config(arguments(stories, tmp_path, llama, f"--model.{name}", value))
     assert f"command line: {said.format(llama=llama)}" in str(refused.value)
 
 
-def test_a_file_of_all_keys_asks_for_no_shape_and_no_tokenizer_where_it_leaves_the_defaults(tmp_path, llama):
+def test_a_file_of_all_keys_at_their_defaults_sets_no_shape_and_no_tokenizer(tmp_path, llama):
     default = Path(__file__).parents[2] / "configs" / "default.yaml"
     start = ["--model.init_from", str(llama), "--data.sequence_length", "32"]
     assert load_config(["--config", str(default), *start]) == load_config(start)
@@ -163,7 +163,7 @@ def test_a_file_of_all_keys_asks_for_no_shape_and_no_tokenizer_where_it_leaves_t
     assert load_config(["--config", str(dropping), *start]) == load_config([*start, "--model.dropout", "0.5"])
 
 
-def test_a_file_of_all_keys_is_refused_with_the_lines_that_contradict_where_it_changes_one_of_the_shape(tmp_path, llama):
+def test_a_file_of_all_keys_that_changes_the_shape_is_rejected_with_the_contradicting_lines(tmp_path, llama):
     default = Path(__file__).parents[2] / "configs" / "default.yaml"
     changed = tmp_path / "changed.yaml"
     changed.write_text(default.read_text().replace("num_hidden_layers: 4", "num_hidden_layers: 5"))
@@ -174,12 +174,12 @@ def test_a_file_of_all_keys_is_refused_with_the_lines_that_contradict_where_it_c
 
 
 @pytest.mark.parametrize("name", ["decoder_lm", "hf"])
-def test_a_folder_without_a_model_is_refused_before_data_are_read(stories, tmp_path, name):
+def test_a_folder_without_a_model_is_rejected_before_data_are_read(stories, tmp_path, name):
     with pytest.raises(ConfigError, match=r"model\.init_from: .* is neither a run with checkpoints"):
         load_config(arguments(stories, tmp_path, tmp_path, "--model.name", name))
 
 
-def test_a_key_that_says_what_the_folder_says_is_welcome(stories, tmp_path, llama):
+def test_a_key_that_agrees_with_the_folder_is_accepted(stories, tmp_path, llama):
     agreeing = load_config(arguments(stories, tmp_path, llama, "--model.hidden_size", "48", "--model.head_dim", "20"))
     assert agreeing.model == load_config(arguments(stories, tmp_path, llama)).model
 
@@ -192,7 +192,7 @@ def test_dropout_is_the_user_s_own_choice(stories, tmp_path, llama):
     assert losses(plain)[0] != losses(dropping)[0]
 
 
-def test_a_larger_vocabulary_and_a_longer_context_are_refused_with_what_helps(stories, tmp_path, capfd):
+def test_a_larger_vocabulary_and_a_longer_context_are_rejected_with_what_helps(stories, tmp_path, capfd):
     LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": 100, "max_position_embeddings": 16})).save_pretrained(tmp_path / "m")
     for name in ("decoder_lm", "hf"):
         assert command(load_config(arguments(stories, tmp_path, tmp_path / "m", "--model.name", name)), 1) == [2]
@@ -201,7 +201,7 @@ def test_a_larger_vocabulary_and_a_longer_context_are_refused_with_what_helps(st
         assert "made for at most 16 positions; set it to 16 or less (--data.sequence_length 16)" in said
 
 
-def test_what_decoder_lm_cannot_represent_is_refused_before_anything_is_built(stories, tmp_path):
+def test_what_decoder_lm_cannot_represent_is_rejected_before_anything_is_built(stories, tmp_path):
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **OF_TRANSFORMERS["gpt2"])).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model_type is 'gpt2'; .*--model\.name hf trains"):
         load_config(arguments(stories, tmp_path, tmp_path))
@@ -241,7 +241,7 @@ def described(tmp_path) -> Path:
 @pytest.mark.parametrize(
     "kind", [kind if kind in ("gpt2", "qwen3") else pytest.param(kind, marks=pytest.mark.slow) for kind in OF_TRANSFORMERS]
 )
-def test_models_of_transformers_train_go_on_exactly_and_open_again(stories, tmp_path, kind, capsys):
+def test_models_of_transformers_train_resume_exactly_and_load_again(stories, tmp_path, kind, capsys):
     torch.manual_seed(0)
     start = tmp_path / "start"
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **OF_TRANSFORMERS[kind])).save_pretrained(start)
@@ -313,7 +313,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_no_whole_model_ends_in_a_sentence_and_runs_no_code(stories, tmp_path, described, kind, capfd):
+def test_an_incomplete_model_ends_in_one_sentence_and_runs_no_code(stories, tmp_path, described, kind, capfd):
     harm, path = tmp_path / "harm", described / "config.json"
     raw = json.loads(path.read_text())
     if kind == "pickles":

@@ -31,13 +31,13 @@ def test_the_table_holds_ratios_round_by_round(tmp_path):
     assert "| ours | 1.000 (0.500 to 2.000) | 1.000 (1.000 to 1.000) |" in made
 
 
-def test_unknown_contestants_are_refused_by_name():
+def test_unknown_contestants_are_rejected_by_name():
     with pytest.raises(ValueError, match="no contestant 'theirs'; there are bare; "):
         chosen("theirs")
     assert set(chosen(None)) <= set(CONTESTANTS)
 
 
-def test_who_fails_is_told_and_keeps_the_rounds_before_while_the_others_go_on(tmp_path, monkeypatch):
+def test_a_trainer_that_fails_is_reported_and_keeps_its_rounds_while_the_others_continue(tmp_path, monkeypatch):
     runs = []
 
     def fails_in_round_2(contestant, *_, **__):
@@ -64,7 +64,7 @@ def test_a_run_past_its_limit_is_killed(tmp_path):
         run(Contestant("ours", ()), Workload(SIZES["overhead"], tmp_path), 1, limit=0.01)
 
 
-def test_a_row_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
+def test_an_entry_that_fails_loses_no_other(tmp_path, monkeypatch, capsys):
     def out_of_disk_at_124m(contestants, workload, **_):
         if workload.size == SIZES["124m-gpu"]:
             raise OSError("No space left on device")
@@ -96,12 +96,12 @@ def test_the_gpu_script_runs_in_its_smallest_size_on_whatever_is_here(tmp_path):
 
 
 @pytest.mark.slow
-def test_saving_is_measured_beside_torch_save():
+def test_saving_is_measured_against_torch_save():
     assert "| ours: training stands still |" in bench("benchmarks.saving_speed", "--size", "overhead", "--rounds", "1")
 
 
 @pytest.mark.slow
-def test_going_on_is_measured_beside_a_script_that_loads():
+def test_resuming_is_measured_against_a_script_that_loads():
     assert "ours against the script: " in bench("benchmarks.restarting", "--size", "overhead", "--rounds", "1")
 
 

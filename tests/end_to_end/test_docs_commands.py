@@ -24,7 +24,7 @@ ELSEWHERE = {
 """Page → the test that reads its commands from it."""
 PYTHON = {
     "docs/extending.md": "tests/distributed/test_extending.py::"
-    "test_all_examples_train_and_go_on_from_a_checkpoint_on_another_number_of_ranks",
+    "test_all_examples_train_and_resume_from_a_checkpoint_on_another_number_of_ranks",
     "docs/fine_tuning.md": "tests/end_to_end/test_fine_tuning.py::test_a_model_that_was_given_more_tokens_is_one_to_start_from",
     "docs/fine_tuning_data.md": "tests/end_to_end/test_fine_tuning_data.py::"
     "test_a_run_on_conversations_from_a_file_to_samples_and_measures",

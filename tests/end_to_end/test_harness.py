@@ -109,7 +109,7 @@ def test_both_put_the_tokenizer_s_bos_before_a_text_once(reader):
     assert ours["loss"] * ours["tokens"] == pytest.approx(their_nats, rel=1e-6)
 
 
-def test_a_model_without_a_run_is_evaluated_and_nothing_is_written_beside_it(reader):
+def test_a_model_without_a_run_is_evaluated_and_nothing_is_written_next_to_it(reader):
     shutil.copytree(reader / "runs/default/checkpoints/best", reader / "model", symlinks=False)
     before = sorted(reader.rglob("*"))
     said = found(reader, "model", "--harness", "my_tasks/letters.yaml", "--limit", "1", "--num_fewshot", "1")

@@ -117,7 +117,7 @@ def test_under_nohup_torchrun_leaves_the_hang_up_ignored(stand_in: Path) -> None
 
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
-def test_the_command_is_said_without_secrets(stand_in: Path, ranks: str) -> None:
+def test_the_command_is_printed_without_secrets(stand_in: Path, ranks: str) -> None:
     secret = "sesame-open-up-now"
     words = ["--hub.token", secret, "--data.dataset", f"https://me:{secret}@host/x", "--run_name", f"x-{secret}-x"]
     done = launch("launch/local.sh", *words, stand_in=stand_in, NPROC=ranks, PGPASSWORD=secret)
@@ -147,7 +147,7 @@ def test_a_number_of_ranks_that_was_asked_for_is_not_changed(stand_in: Path) -> 
     assert "--nproc-per-node=3" in launch("launch/local.sh", stand_in=stand_in, NPROC="3").stdout
 
 
-def test_arguments_with_spaces_arrive_whole(stand_in: Path) -> None:
+def test_arguments_with_spaces_arrive_unsplit(stand_in: Path) -> None:
     write_program(stand_in / "python", f'#!/bin/bash\n[[ $1 == -m ]] || exec {sys.executable} "$@"\nprintf "<%s>" "$@"\n')
     done = launch("launch/local.sh", "--data.template", "{context} and {question}", stand_in=stand_in)
     assert "<--data.template><{context} and {question}>" in done.stdout
@@ -174,7 +174,7 @@ def test_multinode_names_what_is_not_set(stand_in: Path) -> None:
     assert "not set: NODE_RANK MASTER_PORT" in done.stderr
 
 
-def test_multinode_refuses_a_rank_outside_the_nodes(stand_in: Path) -> None:
+def test_multinode_rejects_a_rank_outside_the_nodes(stand_in: Path) -> None:
     variables = {"NODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
     done = launch("launch/multinode.sh", stand_in=stand_in, **variables)
     assert done.returncode == 2
@@ -210,7 +210,7 @@ def test_brackets_around_an_ipv6_address_are_not_part_of_it(stand_in: Path) -> N
 
 
 @pytest.mark.parametrize(("node_rank", "local_address"), [("0", "no-such-machine.invalid"), ("1", "~00001,unknown")])
-def test_a_machine_0_that_cannot_be_found_is_said_before_torchrun_tries(
+def test_an_unresolvable_machine_0_is_reported_before_torchrun_tries(
     stand_in: Path, node_rank: str, local_address: str
 ) -> None:
     """Only that: in a cluster that starts its machines together, names may be known a moment later."""
@@ -226,7 +226,7 @@ def test_a_machine_0_that_cannot_be_found_is_said_before_torchrun_tries(
     assert f"--local-addr={local_address} " in done.stdout
 
 
-def test_a_gpu_that_torch_cannot_use_is_said_with_the_remedy(stand_in: Path) -> None:
+def test_a_gpu_that_torch_cannot_use_is_reported_with_the_remedy(stand_in: Path) -> None:
     table = 'echo "| Driver Version: 550.54   CUDA Version: 12.4  |"'
     nvidia = f'#!/bin/bash\nif [[ ${{1:-}} == -L ]]; then echo "GPU 0: A"; else {table}; fi\n'
     write_program(stand_in / "nvidia-smi", nvidia)
@@ -259,7 +259,7 @@ def test_ranks_of_one_machine_do_not_depend_on_its_name(stand_in: Path) -> None:
         ("slurm/train.sh", "MAX_TRIES", "0"),
     ],
 )
-def test_a_number_that_cannot_be_meant_is_refused_in_a_sentence(
+def test_an_impossible_number_is_rejected_in_one_sentence(
     stand_in: Path, slurm: dict[str, str], script: str, name: str, value: str
 ) -> None:
     meeting = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501"}
@@ -337,7 +337,7 @@ def test_sbatch_can_start_each_rank_by_srun(stand_in: Path, slurm: dict[str, str
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "--version", "--print_config", "--print_completion=bash", "--preset=list"])
-def test_sbatch_leaves_nothing_behind_where_no_ranks_are_asked_for(stand_in: Path, slurm: dict[str, str], word: str) -> None:
+def test_sbatch_leaves_no_files_if_no_ranks_are_requested(stand_in: Path, slurm: dict[str, str], word: str) -> None:
     run = Path(slurm["RUN"])
     run.rmdir()
     done = launch("slurm/train.sh", "--seed", "1", word, stand_in=stand_in, **slurm)
@@ -390,7 +390,7 @@ def test_only_a_run_that_saved_and_left_goes_back_to_the_queue(
     assert ("SCANCEL --signal=TERM 12345" in done.stdout) == (environment.get("SIGNAL") == "USR1")
 
 
-def test_a_task_of_an_array_means_itself_and_not_the_whole_array(stand_in: Path, slurm: dict[str, str]) -> None:
+def test_a_task_of_an_array_means_itself_and_not_the_entire_array(stand_in: Path, slurm: dict[str, str]) -> None:
     """The last task bears the array's own number."""
     task = {"SLURM_ARRAY_JOB_ID": "12345", "SLURM_ARRAY_TASK_ID": "3", "STATE": "preempted", "SIGNAL": "USR1"}
     done = launch("slurm/train.sh", stand_in=stand_in, **slurm, **task)
@@ -416,7 +416,7 @@ def test_each_task_of_a_sweep_takes_its_own_line(stand_in: Path, slurm: dict[str
         ("", "SWEEP needs a job array"),
     ],
 )
-def test_a_task_without_a_line_that_can_be_read_is_refused(
+def test_a_task_without_a_line_that_can_be_read_is_rejected(
     stand_in: Path, slurm: dict[str, str], tmp_path: Path, number: str, refusal: str
 ) -> None:
     sweep = tmp_path / "sweep.txt"
@@ -442,7 +442,7 @@ def test_a_signal_too_late_for_the_save_that_was_measured_is_warned_of(
     assert (f"WARNING: this run needs {2 * save_seconds + 33} s to save and exit" in done.stdout) == warned, done.stdout
 
 
-def test_what_a_step_needs_reaches_it_where_sbatch_exports_nothing(stand_in: Path, slurm: dict[str, str]) -> None:
+def test_what_a_step_needs_reaches_it_if_sbatch_exports_nothing(stand_in: Path, slurm: dict[str, str]) -> None:
     """There SLURM sets SLURM_EXPORT_ENV=NONE for the sruns of a job; a site's SRUN_EXPORT_ENV would win over it."""
     exports = "${SRUN_EXPORT_ENV:-$SLURM_EXPORT_ENV}"
     write_program(stand_in / "srun", f'#!/bin/bash\necho "EXPORTS {exports}, GPUS ${{SLURM_GPUS_ON_NODE:-its own}}"\n')
@@ -474,7 +474,7 @@ def test_each_node_starts_a_rank_on_each_of_its_own_gpus(
 
 
 @pytest.mark.parametrize(("counts", "ranks"), [("4 4", "4"), ("8 4", None)])
-def test_srun_starts_as_many_ranks_as_each_node_has_gpus_or_refuses(
+def test_srun_starts_as_many_ranks_as_each_node_has_gpus_or_stops_with_an_error(
     stand_in: Path, slurm: dict[str, str], counts: str, ranks: str | None
 ) -> None:
     counting = f'case "$*" in *ranks.sh*) printf "%s\\n" {counts}; exit ;; esac\n'
@@ -513,7 +513,7 @@ def test_a_site_s_file_and_options_of_srun_come_between(stand_in: Path, slurm: d
         ("MASTER_ADDR=$(echo node1)-ib0", "10.0.0.1 node1", "node1-ib0"),
     ],
 )
-def test_ranks_meet_at_the_first_node_by_an_address_that_others_reach_or_where_the_site_says(
+def test_the_rendezvous_is_on_the_first_node_at_an_address_that_others_reach_or_where_the_site_says(
     stand_in: Path, slurm: dict[str, str], tmp_path: Path, site: str, found: str, address: str
 ) -> None:
     write_program(stand_in / "getent", f'#!/bin/bash\n[[ -n "{found}" ]] && echo "{found}"\n')
@@ -537,14 +537,14 @@ def test_what_is_left_of_the_time_limit_is_checked_when_the_signal_comes(stand_i
     assert "WARNING: this run needs 32 s to save and exit, but has 2" in done.stdout
 
 
-def test_a_requeued_run_does_not_begin_anew_once_more(stand_in: Path, slurm: dict[str, str]) -> None:
+def test_a_requeued_run_does_not_start_over_again(stand_in: Path, slurm: dict[str, str]) -> None:
     first = launch("slurm/train.sh", stand_in=stand_in, RESUME="never", **slurm)
     again = launch("slurm/train.sh", stand_in=stand_in, RESUME="never", SLURM_RESTART_COUNT="1", **slurm)
     assert "--checkpoint.resume auto" not in first.stdout
     assert "-m dist_trainer.train --checkpoint.resume auto" in again.stdout
 
 
-def test_a_job_from_the_wrong_folder_is_refused(stand_in: Path, slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_from_the_wrong_folder_is_rejected(stand_in: Path, slurm: dict[str, str], tmp_path: Path) -> None:
     done = launch("slurm/train.sh", stand_in=stand_in, **{**slurm, "SLURM_SUBMIT_DIR": str(tmp_path)})
     assert done.returncode == 2
     assert "is not the repository's folder: cd there before sbatch" in done.stdout

@@ -55,7 +55,7 @@ def with_rdma() -> tuple[dict[str, Any], dict[str, Any]]:
     return runtime, job
 
 
-def test_kubeflow_s_pods_may_lock_memory_and_have_the_device_where_rdma_is_wanted() -> None:
+def test_kubeflow_s_pods_may_lock_memory_and_have_the_device_if_rdma_is_wanted() -> None:
     runtime, job = with_rdma()
     (container,) = pod(runtime)["containers"]
     assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}

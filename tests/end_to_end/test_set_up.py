@@ -20,7 +20,7 @@ def test_a_second_set_up_has_nothing_to_do() -> None:
     subprocess.run(["make", "--question", "setup"], cwd=REPOSITORY, check=True)
 
 
-def test_set_up_refuses_an_old_python_in_a_sentence(tmp_path: Path) -> None:
+def test_set_up_rejects_an_old_python_in_one_sentence(tmp_path: Path) -> None:
     """On a copy without .venv/, so that nothing is made."""
     (tmp_path / "launch").mkdir()
     for name in ("launch/setup.sh", "pyproject.toml"):
@@ -70,7 +70,7 @@ def test_set_up_takes_the_build_of_torch_that_was_asked_for(tmp_path: Path, has:
     assert (tmp_path / ".venv/.torch").read_text() == f"{asked}\n"
 
 
-def test_set_up_refuses_a_build_that_it_does_not_know_or_did_not_get(tmp_path: Path) -> None:
+def test_set_up_rejects_a_build_that_it_does_not_know_or_did_not_get(tmp_path: Path) -> None:
     unknown = set_up(tmp_path, "", TORCH="cuda")
     assert (unknown.returncode, "TORCH is 'cuda'; it can be auto, gpu, cpu, or a build" in unknown.stderr) == (1, True)
     other = set_up(tmp_path, "", TORCH="cu126", GIVES="cpu")

@@ -23,7 +23,7 @@ def finished(tmp_path_factory):
     return output / "debug", done
 
 
-def test_a_run_learns_and_leaves_a_whole_folder(finished):
+def test_a_run_learns_and_leaves_a_complete_folder(finished):
     folder, done = finished
     train, validation = lines(folder), lines(folder, "validation")
     assert [line["step"] for line in train] == list(range(1, 21))
@@ -42,7 +42,7 @@ def test_a_run_learns_and_leaves_a_whole_folder(finished):
     assert not list(folder.rglob(".staging-*"))
 
 
-def test_the_checkpoint_opens_in_transformers_as_it_stands_with_the_same_logits(finished):
+def test_the_checkpoint_loads_in_transformers_unchanged_with_the_same_logits(finished):
     folder, _ = finished
     best = folder / "checkpoints" / "best"
     tokenizer = AutoTokenizer.from_pretrained(best)
@@ -74,7 +74,7 @@ def test_two_ranks_by_torchrun_have_the_same_curve(finished, tmp_path):
     assert not re.search("warn", done.stderr.replace("FutureWarning", ""), re.IGNORECASE), done.stderr
 
 
-def test_a_changed_config_is_refused_by_naming_the_keys_and_never_begins_anew(finished):
+def test_a_changed_config_is_rejected_by_naming_the_keys_and_never_starts_over(finished):
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
     again = [*SMALL, "--output_dir", folder.parent]
@@ -118,7 +118,7 @@ def test_wrong_uses_end_in_one_sentence_and_exit_code_2(case, tmp_path):
 
 
 @pytest.mark.slow  # without torchrun: tests/distributed/test_agreement.py
-def test_under_torchrun_a_wrong_use_is_said_once(tmp_path):
+def test_under_torchrun_a_wrong_use_is_reported_once(tmp_path):
     done = torchrun(2, *SMALL, "--output_dir", tmp_path, "--data.dataset", "./nowhere.txt")
     assert done.returncode != 0
     assert done.stderr.count("nowhere.txt does not exist") == 1
@@ -133,7 +133,7 @@ def test_help_and_print_config_answer_without_torch(words):
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "generate", "report"])
-def test_each_command_tells_its_version_without_torch(command):
+def test_each_command_prints_its_version_without_torch(command):
     code = f"import sys, dist_trainer.{command} as c\ntry: c.main(['--version'])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"dist_trainer {__version__}\n", "")

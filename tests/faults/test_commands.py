@@ -79,7 +79,7 @@ def test_the_command_survives_a_kill_in_its_start_one_in_a_save_and_a_signal_as_
     assert all(tensor.equal(theirs[name]) for name, tensor in ours.items())
 
 
-def test_signals_to_a_command_whose_outcome_stands_do_not_change_its_exit_code(tmp_path):
+def test_signals_to_a_command_whose_outcome_is_decided_do_not_change_its_exit_code(tmp_path):
     """It has saved, or finished, and says so; for some tenths of a second its process is still there."""
 
     def leaves_with(code, process):

@@ -63,7 +63,7 @@ def test_any_damage_to_any_file_of_the_newest_checkpoint_is_noticed_and_the_file
         ("trainer_state.json", delete),
     ],
 )
-def test_a_run_whose_newest_checkpoint_is_damaged_goes_back_one_and_says_so(run, undisturbed, name, damage):
+def test_a_run_whose_newest_checkpoint_is_damaged_resumes_from_the_one_before_and_says_so(run, undisturbed, name, damage):
     path = run.newest() / name
     damage(path)
     ended = run.finish()
@@ -74,7 +74,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_back_one_and_says_so(run,
 
 
 @pytest.mark.parametrize("damage", [flip_bit, empty, delete])
-def test_with_no_valid_checkpoint_the_run_refuses_changes_nothing_and_never_starts_over(run, damage):
+def test_with_no_valid_checkpoint_the_run_stops_changes_nothing_and_never_starts_over(run, damage):
     for checkpoint in run.checkpoints.glob("step-*"):
         damage(checkpoint / "model.safetensors")
     before = contents(run.checkpoints), (run.folder / "metrics.jsonl").read_bytes()
@@ -87,7 +87,7 @@ def test_with_no_valid_checkpoint_the_run_refuses_changes_nothing_and_never_star
 
 
 @pytest.mark.parametrize("renamed", [None, "corrupt", "damaged"], ids=["gone", "renamed", "renamed by an older version"])
-def test_a_run_whose_checkpoints_have_all_gone_refuses_too(run, renamed):
+def test_a_run_whose_checkpoints_are_all_gone_does_not_start_either(run, renamed):
     for checkpoint in run.checkpoints.glob("step-*"):
         shutil.rmtree(checkpoint)
     if renamed is not None:

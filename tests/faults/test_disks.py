@@ -43,7 +43,7 @@ def test_a_full_disk_costs_a_warning_and_the_next_save_tries_again(run, undistur
     run.equals(undisturbed)
 
 
-def test_after_max_failures_in_a_row_it_stops_with_the_reason_and_resumes_once_there_is_room(run, undisturbed, small_disk):
+def test_after_max_consecutive_failures_it_stops_with_the_reason_and_resumes_once_there_is_room(run, undisturbed, small_disk):
     config = run.but(checkpoint__max_failures=2)
     ended = run.start(fill_disk(small_disk, at_step=4), config=config)
     assert ended.code == 1
@@ -99,7 +99,7 @@ def test_the_last_save_waits_a_moment_for_room(run, undisturbed, small_disk):
     run.equals(undisturbed)
 
 
-def test_a_run_cannot_begin_on_a_full_disk(run, small_disk):
+def test_a_run_cannot_start_on_a_full_disk(run, small_disk):
     fill(small_disk)
     ended = run.start()
     assert ended.code == 2, ended.said
@@ -116,7 +116,7 @@ def test_a_run_that_finds_the_disk_full_at_its_start_resumes_from_what_it_has(ru
 
 
 @pytest.mark.parametrize("room", [0, 1, 4, 8, 16, 32, 64, 100, 150, 200, 250])
-def test_a_save_that_finds_room_for_a_part_of_it_leaves_nothing_behind(small_disk, room):
+def test_a_save_that_finds_room_for_a_part_of_it_leaves_no_files(small_disk, room):
     saver = Saver(small_disk / "run")
     saver.save(3, 6)
     before = contents(saver.checkpoints)

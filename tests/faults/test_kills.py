@@ -13,7 +13,7 @@ from tests.faults.processes import busy_machine, children_of, is_alive, wait_unt
 
 
 @pytest.mark.parametrize("step", [1, 7, 12])
-def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(run, undisturbed, step):
+def test_a_run_that_is_killed_resumes_from_its_last_checkpoint(run, undisturbed, step):
     assert run.start(await_writes, kill(at_step=step)).was_killed
     run.finish()
     # What was due is saved, but for the save that was in flight.
@@ -37,7 +37,7 @@ def test_a_run_that_is_killed_at_random_instants_ends_as_if_nothing_had_happened
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 6), (2, 4)])
-def test_a_run_that_is_killed_at_any_time_from_its_start_to_its_end_goes_on_as_well(run, text, tmp_path, ranks, kills):
+def test_a_run_that_is_killed_at_any_time_from_its_start_to_its_end_resumes_too(run, text, tmp_path, ranks, kills):
     """Also while it prepares, restores or leaves; of several ranks all at once."""
     rng = random.Random(ranks)
     undisturbed = a_run(text, tmp_path / "undisturbed")
@@ -67,7 +67,7 @@ def test_dying_at_operations_of_a_save_inside_a_run_loses_nothing(run, undisturb
     run.equals(undisturbed)
 
 
-def test_metrics_are_never_behind_the_newest_checkpoint(run):
+def test_metrics_never_lag_the_newest_checkpoint(run):
     for step in (4, 7, 10):
         assert run.start(kill(at_step=step)).was_killed
         newest = max(run.saved_steps(), default=0)  # none where the first save was in flight

@@ -186,7 +186,7 @@ def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, 
 
 
 @pytest.mark.slow
-def test_a_job_that_is_suspended_as_a_whole_for_longer_than_the_timeout_continues(undisturbed, tmp_path):
+def test_a_job_suspended_entirely_for_longer_than_the_timeout_continues(undisturbed, tmp_path):
     """By a scheduler that takes turns, or in a container that is paused: launcher, ranks, and all that they have started."""
     folder = tmp_path / "debug"
     with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:

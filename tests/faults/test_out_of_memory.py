@@ -85,7 +85,7 @@ def test_if_only_one_rank_runs_out_its_line_is_printed_and_its_log_has_the_rest(
     assert "rank 1" in run.status()["reason"]
 
 
-def test_before_there_is_a_model_it_is_a_refusal_that_leaves_nothing(run):
+def test_before_there_is_a_model_it_is_an_error_that_leaves_no_files(run):
     ended = run.start(before_each_call(lambda: torch.empty(1 << 50), build, "build_model"))
     assert ended.code == 2, ended.said
     assert "Traceback" not in ended.said

@@ -22,14 +22,14 @@ def test_a_poisoned_gradient_on_one_rank_stops_both_before_the_update(run):
     assert run.resumed_at()[-1] == 3
 
 
-def test_a_run_that_was_stopped_by_a_poisoned_gradient_goes_on_from_its_last_good_checkpoint(run, undisturbed):
+def test_a_run_that_was_stopped_by_a_poisoned_gradient_resumes_from_its_last_good_checkpoint(run, undisturbed):
     assert run.start(poison_gradient(at_step=8, value=math.inf)).code == 3
     assert run.saved_steps()[-1] == 6
     run.finish()
     run.equals(undisturbed)
 
 
-def test_where_updates_are_skipped_the_run_goes_on_without_that_one(run, undisturbed):
+def test_if_updates_are_skipped_the_run_continues_without_that_one(run, undisturbed):
     assert run.start(poison_gradient(at_step=5), config=run.but(train__on_non_finite="skip")).code == 0
     assert [line["step"] for line in run.lines() if line["skipped"]] == [5]
     assert [line["loss"] for line in run.lines()][:4] == [line["loss"] for line in undisturbed.lines()][:4]

@@ -98,7 +98,7 @@ def test_the_model_notices_what_is_not_synced(saved, tmp_path, forgotten):
     assert complaints
 
 
-def test_in_a_whole_run_metrics_are_synced_before_the_checkpoint_that_needs_them_is_visible(run):
+def test_in_a_complete_run_metrics_are_synced_before_the_checkpoint_that_needs_them_is_visible(run):
     note = run.folder.parent / "note.txt"
 
     def watch_the_disk():

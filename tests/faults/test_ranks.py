@@ -111,7 +111,7 @@ def test_a_rank_that_is_killed_takes_the_others_with_it_within_seconds(stories, 
     goes_on_as_if_nothing_had_happened(config, undisturbed_by_two)
 
 
-def test_a_rank_that_crashes_says_why_and_the_others_do_not_bury_it(stories, tmp_path, capfd):
+def test_a_rank_that_crashes_reports_why_and_the_others_do_not_hide_it(stories, tmp_path, capfd):
     config = small_config(stories, tmp_path / "run")
     assert command(config, 2, before=crash(rank=1, at=7)) == [1, 1]
     printed = capfd.readouterr().err

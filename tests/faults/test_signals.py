@@ -71,7 +71,7 @@ def test_a_terminal_that_is_closed_loses_nothing(run, undisturbed, tmp_path):
     run.equals(undisturbed)
 
 
-def test_a_third_signal_ends_at_once_and_the_run_goes_on_from_its_last_checkpoint(run, undisturbed):
+def test_a_third_signal_ends_at_once_and_the_run_resumes_from_its_last_checkpoint(run, undisturbed):
     three = [signal.SIGTERM] * 3
     assert run.start(send(*three, at_step=7)).code == 128 + signal.SIGTERM
     run.finish()

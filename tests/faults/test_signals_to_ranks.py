@@ -104,7 +104,7 @@ def compile_by(backend, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 @pytest.mark.parametrize("packing", [True, False])
-def test_nothing_is_compiled_once_training_has_begun(stories, tmp_path, monkeypatch, packing):
+def test_nothing_is_compiled_once_training_has_started(stories, tmp_path, monkeypatch, packing):
     """Neither validation, with its smaller last block, nor samples: there a signal could not break it off."""
     note, begun = tmp_path / "compiled.txt", []
 

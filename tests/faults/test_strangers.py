@@ -29,7 +29,7 @@ SECONDS_TO_REFUSE = 10.0
 # ------------------------------------------------------------------------------------------------ two jobs
 
 
-def test_a_second_job_is_refused_by_host_pid_and_start_of_the_first_which_is_unharmed(run, undisturbed):
+def test_a_second_job_is_rejected_by_host_pid_and_start_of_the_first_which_is_unharmed(run, undisturbed):
     waiting, go_on = os.pipe()
     first = run.begin(do(lambda _: os.read(waiting, 1), at_step=7))
     wait_until(lambda: run.logged_steps() >= 6, of=first)
@@ -157,7 +157,7 @@ FILES = ["metrics.jsonl", "status.json", "config.yaml", "report.html", ".lock", 
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "logs", "wandb", *FILES, "nowhere"])
-def test_a_link_in_place_of_a_file_or_folder_of_the_run_is_refused_and_not_followed(run, outside, name):
+def test_a_link_in_place_of_a_file_or_folder_of_the_run_is_rejected_and_not_followed(run, outside, name):
     run.folder.mkdir(parents=True)
     path = run.folder / name.replace("nowhere", "metrics.jsonl")
     path.parent.mkdir(exist_ok=True)
@@ -189,7 +189,7 @@ def test_links_among_the_checkpoints_are_not_followed(run, undisturbed, outside,
 
 
 @pytest.mark.parametrize("kind", ["named by the manifest", "a link"])
-def test_a_checkpoint_cannot_take_in_what_stands_outside_of_it(run, outside, kind):
+def test_a_checkpoint_cannot_include_files_outside_of_it(run, outside, kind):
     assert run.start(do(lambda trainer: trainer.checkpoints.wait(), at_step=8), kill(at_step=8)).was_killed
     newest = run.newest()
     if kind == "a link":
@@ -235,7 +235,7 @@ READ_BY_WANDB = {
 }
 
 
-def test_no_secret_of_environment_command_line_or_config_is_written_down_or_said(run, tmp_path):
+def test_no_secret_of_environment_command_line_or_config_is_written_or_printed(run, tmp_path):
     """By any tracker that is installed here, in any file outside of those that must be loadable."""
 
     def live_with_secrets():
@@ -274,7 +274,7 @@ def test_no_secret_of_environment_command_line_or_config_is_written_down_or_said
     assert not [word for word in words if word in ended.said + again.said]
 
 
-def test_a_refusal_says_no_secret(run):
+def test_an_error_message_contains_no_secret(run):
     address = "https://me:hunter2hunter2@example.com/data.jsonl"
     ended = run.start(config=run.but(data__dataset=address))
     assert ended.code == 2

@@ -179,7 +179,7 @@ def test_a_rank_that_is_lost_before_training_is_named(stories, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("also_gone", [[], ["logs"], ["status.json"]], ids=["only these", "logs too", "status too"])
-def test_with_its_checkpoints_gone_a_run_refuses_and_changes_nothing(run, undisturbed, also_gone):
+def test_with_its_checkpoints_gone_a_run_stops_and_changes_nothing(run, undisturbed, also_gone):
     saved_and_killed(run, at_step=8)
     shutil.rmtree(run.checkpoints)
     for name in also_gone:

@@ -122,7 +122,7 @@ def test_rank_0_alone_sends_config_history_summary_and_samples_to_wandb_s_server
 
 
 @pytest.mark.slow  # two export processes, one after the other
-def test_a_run_that_was_killed_goes_on_online_as_the_same_run_with_each_step_once(run, server):
+def test_a_run_that_was_killed_resumes_online_as_the_same_run_with_each_step_once(run, server):
     config = run.but(tracking__wandb="online")
     server.may_answer.clear()  # so that what sends the steps of the first attempt is not done when that of the second begins
     assert run.start(kill(at_step=7), config=config).was_killed
@@ -178,7 +178,7 @@ def test_what_was_recorded_offline_is_sent_by_the_next_start_online_and_never_ag
 
 
 @pytest.mark.parametrize("trouble", [pytest.param("down", marks=pytest.mark.slow), "key"])
-def test_a_server_that_is_down_or_refuses_the_key_makes_it_an_offline_run(run, server, trouble, monkeypatch):
+def test_a_server_that_is_down_or_rejects_the_key_makes_it_an_offline_run(run, server, trouble, monkeypatch):
     if trouble == "down":
         monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the port of "discard": nobody listens
     server.status_of = lambda path: 401
@@ -217,7 +217,9 @@ def test_a_server_that_never_answers_costs_the_end_seconds_and_the_same_command_
 
 
 @pytest.mark.slow  # wandb-core tries again for some seconds
-def test_a_key_that_is_withdrawn_during_the_run_is_told_at_the_end_and_the_next_start_sends_the_rest(tmp_path, server, caplog):
+def test_a_key_that_is_revoked_during_the_run_is_reported_at_the_end_and_the_next_start_sends_the_rest(
+    tmp_path, server, caplog
+):
     caplog.set_level("INFO")
     first = Trackers(tmp_path)
     first.log(up_to=2)
@@ -235,7 +237,7 @@ def test_a_key_that_is_withdrawn_during_the_run_is_told_at_the_end_and_the_next_
     assert "W&B: complete at" in caplog.text
 
 
-def test_a_server_that_fails_while_a_sample_is_sent_costs_no_row(tmp_path, server):
+def test_a_server_that_fails_while_a_sample_is_sent_costs_no_entry(tmp_path, server):
     attempt = Trackers(tmp_path)
     attempt.log(up_to=2)
     wait_until(lambda: bool(server.runs))

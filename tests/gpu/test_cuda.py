@@ -38,7 +38,7 @@ def test_a_run_learns_on_the_gpu_in_every_format(texts, tmp_path, dtype):
     assert metrics(config)[-1]["peak_memory_bytes"] > 0
 
 
-def test_a_stopped_run_goes_on_with_the_same_losses(texts, tmp_path):
+def test_a_stopped_run_resumes_with_the_same_losses(texts, tmp_path):
     undisturbed, config = small_config(texts, tmp_path / "a"), small_config(texts, tmp_path / "b")
     run(undisturbed, 1)
     run(config, 1, before=stop_after(5))
@@ -96,7 +96,7 @@ def test_flex_attention_keeps_documents_apart_as_the_exact_mask_does(compiles):
     assert (together - exact).abs().max() > 1
 
 
-def test_a_dry_run_tells_how_much_of_the_gpu_it_took(texts, tmp_path, capfd):
+def test_a_dry_run_reports_how_much_of_the_gpu_it_took(texts, tmp_path, capfd):
     config = small_config(texts, tmp_path)
     assert run_ranks(1, lambda: dry_run(config)) == [0]
     assert re.search(r"memory +at most \S+ MiB \(\d+%\) of a GPU's \S+ GiB", capfd.readouterr().err)

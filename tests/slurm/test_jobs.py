@@ -89,7 +89,7 @@ def test_a_failing_rank_fails_the_job(cluster: Cluster, output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_preempted_job_saves_makes_room_and_goes_on_later(cluster: Cluster, undisturbed: Path, output: Path) -> None:
+def test_a_preempted_job_saves_makes_room_and_resumes_later(cluster: Cluster, undisturbed: Path, output: Path) -> None:
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, options=("--partition=preemptible",), **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
     other = cluster.occupy(until=output.parent / "enough")
@@ -102,7 +102,7 @@ def test_a_preempted_job_saves_makes_room_and_goes_on_later(cluster: Cluster, un
 
 
 @pytest.mark.slow
-def test_a_job_that_slurm_itself_requeues_goes_on_once(cluster: Cluster, undisturbed: Path, output: Path) -> None:
+def test_a_job_that_slurm_itself_requeues_resumes_once(cluster: Cluster, undisturbed: Path, output: Path) -> None:
     """As it does without grace time, or if an administrator asks for it."""
     job = cluster.train(output, "--tracking.sample_prompt", SPACES, **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
@@ -135,7 +135,7 @@ def test_a_job_goes_back_to_the_queue_even_before_it_has_anything_to_save(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("node", "ranks_leave_first"), [("node9", False), ("node10", False), ("node10", True)])
-def test_a_job_goes_on_elsewhere_when_a_node_loses_power(
+def test_a_job_resumes_elsewhere_when_a_node_loses_power(
     cluster: Cluster, undisturbed: Path, output: Path, node: str, ranks_leave_first: bool
 ) -> None:
     """Of node9 come the shell, the rendezvous and rank 0. SLURM often takes longer than the ranks to give up a node."""
@@ -206,7 +206,7 @@ def test_slurm_itself_signals_ahead_of_the_time_limit(cluster: Cluster, undistur
 
 
 @pytest.mark.slow
-def test_a_job_whose_time_is_up_before_its_ranks_have_left_goes_on_from_its_last_checkpoint(
+def test_a_job_whose_time_is_up_before_its_ranks_have_left_resumes_from_its_last_checkpoint(
     cluster: Cluster, undisturbed: Path, output: Path
 ) -> None:
     options = ("--time=2", "--signal=B:USR1@1")

@@ -47,7 +47,7 @@ def test_conversations_are_written_by_the_template_that_was_saved_with_the_model
     assert parse_arguments([str(tmp_path), "--data.chat_template", "other.jinja"]).config.data.chat_template == "other.jinja"
 
 
-def test_a_run_is_evaluated_also_where_the_one_that_it_began_from_has_gone(tmp_path):
+def test_a_run_is_evaluated_even_if_the_one_that_it_started_from_is_gone(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     config = TrainingConfig(checkpoint=CheckpointConfig(resume=str(tmp_path / "gone")))
     (tmp_path / "config.yaml").write_text(dump_config(config))
@@ -65,7 +65,7 @@ def test_a_run_is_evaluated_also_where_the_one_that_it_began_from_has_gone(tmp_p
         (["--harness=a", "--data.sequence_length", "8"], "data.sequence_length: has no effect with --harness"),
     ],
 )
-def test_what_makes_no_sense_with_lm_eval_or_without_it_is_refused(tmp_path, words, said):
+def test_what_makes_no_sense_with_lm_eval_or_without_it_is_rejected(tmp_path, words, said):
     with pytest.raises(ConfigError, match=said):
         parse_arguments([*words, str(tmp_path)])
 
@@ -98,7 +98,7 @@ def test_options_of_lm_eval_do_not_take_the_run_and_leave_precision_to_be_set(tm
         (["--optim.lr", "1"], "optim.lr: no such key; did you mean optim.learning_rate"),
     ],
 )
-def test_what_is_for_training_alone_is_refused(tmp_path, words, said):
+def test_what_is_for_training_alone_is_rejected(tmp_path, words, said):
     with pytest.raises(ConfigError, match=said):
         parse_arguments([str(tmp_path), *words])
 
@@ -109,7 +109,7 @@ def test_a_file_may_hold_keys_of_training(tmp_path):
     assert parse_arguments([str(tmp_path), "--config", str(file)]).config.data.num_workers == 1
 
 
-def test_what_is_printed_is_json_also_where_a_number_is_not_finite(tmp_path, monkeypatch, capsys):
+def test_what_is_printed_is_json_even_if_a_number_is_not_finite(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("dist_trainer.run.evaluation.evaluate_model", lambda *_: {"loss": 800.0, "perplexity": math.inf})
     assert run(EvaluationRequest(tmp_path, TrainingConfig())) == 0
 

@@ -84,7 +84,7 @@ def test_state_in_groups_and_the_formats_of_tensors_come_back(tmp_path: Path) ->
     assert again.param_groups[1]["d"] == optimizer.param_groups[1]["d"]
 
 
-def test_a_checkpoint_of_other_groups_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_groups_is_rejected(tmp_path: Path) -> None:
     model = linear()
     saved = save(two_groups(model), model, tmp_path)
     with pytest.raises(CheckpointError, match="has 2 parameter groups, the optimizer 1; build it as it was"):
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_other_groups_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "torch's", "group state"])
-def test_an_old_checkpoint_without_groups_resumes_where_that_is_exact(name: str, tmp_path: Path) -> None:
+def test_an_old_checkpoint_without_groups_resumes_if_that_is_exact(name: str, tmp_path: Path) -> None:
     model = nn.Sequential(linear(), linear())
 
     def make() -> Optimizer:
@@ -156,7 +156,7 @@ class Refused(KeepsStateInGroups):
         ("global", "optimizer: Refused has state under 'steps', which is not a parameter of the model", False),
     ],
 )
-def test_what_a_checkpoint_would_lose_is_refused_by_name(what: str, sentence: str, is_seen_before_the_step: bool) -> None:
+def test_what_a_checkpoint_would_lose_is_rejected_by_name(what: str, sentence: str, is_seen_before_the_step: bool) -> None:
     model = linear()
     optimizer = Refused(model, what)
     FirstStepCheck(optimizer, model, saves=False, resumed=None).after_step()  # nothing is saved: nothing is lost
@@ -170,7 +170,7 @@ def test_what_a_checkpoint_would_lose_is_refused_by_name(what: str, sentence: st
         check.after_step()
 
 
-def test_a_model_with_state_that_is_no_tensor_is_refused_by_name() -> None:
+def test_a_model_with_state_that_is_no_tensor_is_rejected_by_name() -> None:
     class Counter(nn.Linear):
         def get_extra_state(self) -> dict[str, int]:
             return {"calls": 3}

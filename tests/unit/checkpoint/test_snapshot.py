@@ -40,7 +40,7 @@ def addresses(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     return {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
 
 
-def test_while_training_goes_on_everything_is_a_copy():
+def test_while_training_continues_everything_is_a_copy():
     model = Tied()
     taken = snapshot(model, is_last=False)
     assert not {*addresses(taken.weights).values()} & {*addresses(model.state_dict()).values()}

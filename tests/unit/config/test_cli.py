@@ -41,7 +41,7 @@ def options_in(text: str) -> set[str]:
     return set(re.findall(r"^  --([\w.]+)", text, re.MULTILINE))
 
 
-def test_the_template_in_the_help_means_what_it_says_when_typed_in_a_shell(tmp_path):
+def test_the_template_in_the_help_works_when_typed_in_a_shell(tmp_path):
     [example] = re.findall(r'"(.*?)"', descriptions()["data.template"])
     assert example == r"{context}\n{question}"
     assert load_config(["--data.template", example]).data.template == "{context}\n{question}"
@@ -131,12 +131,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_a_wrong_use_is_refused_in_one_sentence(words):
+def test_a_wrong_use_is_rejected_in_one_sentence(words):
     message = refused(*pop_dry_run(words.split())[0])
     assert REFUSED[words] in message
     assert "\n" not in message
 
 
-def test_the_command_itself_says_it_and_exits_with_2(capsys):
+def test_the_command_itself_reports_it_and_exits_with_2(capsys):
     assert main(["--dry_run", "--preset", "nope"]) == 2
     assert capsys.readouterr().err.startswith("dist_trainer: command line: unknown preset 'nope'")

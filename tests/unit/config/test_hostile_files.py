@@ -85,7 +85,7 @@ ODD_FIELDS = {
 
 
 @pytest.mark.parametrize("field", ODD_FIELDS)
-def test_numbers_that_no_machine_has_are_refused_by_field(tmp_path: Path, field):
+def test_numbers_that_no_machine_has_are_rejected_by_field(tmp_path: Path, field):
     value, said = ODD_FIELDS[field]
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, field: value}))
     with pytest.raises(RefusedError, match=said):

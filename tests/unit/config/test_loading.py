@@ -178,7 +178,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_a_bad_argument_is_refused_by_key_value_and_remedy(words, tmp_path):
+def test_a_bad_argument_is_rejected_by_key_value_and_remedy(words, tmp_path):
     """In a folder of runs without one: where one stands, some of it is not looked at any more."""
     assert REFUSED[words] in refused("--output_dir", str(tmp_path), *words.split())
 
@@ -198,7 +198,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("text", BAD_FILES)
-def test_a_bad_file_is_refused_with_its_line(tmp_path, text):
+def test_a_bad_file_is_rejected_with_its_line(tmp_path, text):
     path = write(tmp_path / "bad.yaml", text)
     message = refused("--config", path)
     assert path in message
@@ -222,14 +222,14 @@ def test_a_duplicate_key_hides_no_other_problem_of_its_file(tmp_path):
         assert path + line in message
 
 
-def test_null_and_false_in_a_file_are_told_which_value_they_may_mean(tmp_path):
+def test_the_error_for_null_and_false_in_a_file_names_the_value_they_may_mean(tmp_path):
     for value in ("null", "false", "off", "none"):
         path = write(tmp_path / "c.yaml", f"tracking:\n  wandb: {value}\n")
         assert f"{path}:2: tracking.wandb: " in (said := refused("--config", path))
         assert said.endswith("one of offline, online, disabled; did you mean disabled?")
 
 
-def test_names_of_other_trainers_lead_to_keys_that_there_are_and_each_to_one():
+def test_names_of_other_trainers_lead_to_existing_keys_and_each_to_one():
     assert OTHER_NAMES.keys() <= key_types().keys()
     names = [name for words in (*OTHER_NAMES.values(), *NOT_KEYS) for name in words.split()]
     assert len(set(names)) == len(names)
@@ -238,7 +238,7 @@ def test_names_of_other_trainers_lead_to_keys_that_there_are_and_each_to_one():
     assert OTHER_VALUES.keys() <= values
 
 
-def test_whole_numbers_may_be_written_with_a_point_or_an_exponent(tmp_path):
+def test_integers_may_be_written_with_a_point_or_an_exponent(tmp_path):
     assert load_config(["--train.max_steps", "1e3", "--seed", "5.0"]).train.max_steps == 1000
     path = write(tmp_path / "c.yaml", "train: {max_steps: 1.5e+3}\nseed: 9007199254740993.0e0\nmodel: {hidden_size: 192.0}\n")
     config = load_config(["--config", path])
@@ -252,7 +252,7 @@ def test_missing_and_empty_files(tmp_path):
     assert load_config(["--config", write(tmp_path / "empty.yaml", "# nothing\n")]) == TrainingConfig()
 
 
-def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
+def test_the_number_of_ranks_is_checked_once_it_is_known(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert load_config([]) == TrainingConfig(), "without RANK this is one process"
     for name, value in {"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
@@ -261,7 +261,7 @@ def test_the_number_of_ranks_is_checked_where_it_is_known(monkeypatch):
     assert "(8) x ranks (3) = 24 sequences" in refused("--batch.micro_batch_size", "8")
 
 
-def test_the_names_that_are_checked_without_torch_are_the_tables_rows():
+def test_the_names_that_are_checked_without_torch_are_the_registry_entries():
     assert {key: set(names) for key, names in ENTRY_NAMES.items()} == {
         "model.name": set(MODELS),
         "optim.name": {"auto", *OPTIMIZERS},
@@ -271,13 +271,13 @@ def test_the_names_that_are_checked_without_torch_are_the_tables_rows():
     assert load_config(["--optim.name", "my_project.lion:build_lion"]).optim.name == "my_project.lion:build_lion"
 
 
-def test_a_function_of_ones_own_that_cannot_be_imported_is_refused_before_data_are_read():
+def test_a_function_of_ones_own_that_cannot_be_imported_is_rejected_before_data_are_read():
     config = load_config(["--schedule.name", "nowhere_at_all:f"])
     with pytest.raises(ConfigError, match=r"schedule\.name: 'nowhere_at_all:f' cannot be imported"):
         check_registry_names(config)
 
 
-def test_where_python_looks_for_modules_is_part_of_the_refusal(tmp_path, monkeypatch):
+def test_the_import_error_names_where_python_looks_for_modules(tmp_path, monkeypatch):
     """`python -m` looks in the current folder, `dist-train` does not."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "needs_more.py").write_text("import no_such_package")
@@ -310,7 +310,7 @@ def test_a_config_made_in_python_is_checked_too_and_cannot_change():
         ("os:nowhere", "cannot be imported"),
     ],
 )
-def test_a_function_of_ones_own_that_does_not_fit_is_refused(row, complaint):
+def test_a_function_of_ones_own_that_does_not_fit_is_rejected(row, complaint):
     with pytest.raises(ConfigError, match=rf"data\.dataset: '{row}' {complaint}"):
         build({}, row, "data.dataset", DataConfig(), kind=Source)
 
@@ -351,7 +351,7 @@ def test_the_run_that_another_began_from_may_be_gone_once_that_one_has_checkpoin
     assert load_config(words).checkpoint.resume == str(tmp_path / "first")
 
 
-def test_of_keys_that_have_no_meaning_for_the_model_only_that_is_said(tmp_path):
+def test_keys_that_have_no_meaning_for_the_model_are_only_reported_as_such(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     message = refused("--model.name", "hf", "--model.init_from", str(tmp_path), "--model.hidden_size", "100")
     assert message == (

@@ -17,7 +17,7 @@ BY_COMPUTE = ("1m", "10m", "30m")
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_has_the_parameters_that_it_says_beside_the_embedding(name):
+def test_a_preset_has_the_parameters_that_it_names_excluding_the_embedding(name):
     preset = PRESETS[name]
     with meta_init():
         model = DecoderLM(ModelConfig(**preset.model), 1000, 256)
@@ -53,7 +53,7 @@ def test_learning_rate_and_batch_of_small_sizes_follow_from_compute_as_deepseek_
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("length", [1, 100, 256, 1024, 4096, 10_000_000])
-def test_a_step_has_the_preset_s_tokens_for_any_length_of_rows(name, length):
+def test_a_step_has_the_preset_s_tokens_for_any_sequence_length(name, length):
     config = load_config(["--preset", name, "--data.sequence_length", str(length)])
     tokens = config.batch.global_batch_size * length
     assert PRESETS[name].batch_tokens / 2 < tokens <= max(PRESETS[name].batch_tokens, length)
@@ -67,7 +67,7 @@ def test_a_preset_changes_model_batch_rate_and_warmup_alone():
     assert (after.optim.learning_rate, after.schedule.warmup_steps) == (6e-4, 715)
 
 
-def test_files_and_keys_win_over_a_preset_wherever_it_stands(tmp_path):
+def test_files_and_keys_win_over_a_preset_wherever_it_is_given(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("optim:\n  learning_rate: 1e-4\nbatch:\n  global_batch_size: 24\n")
     config = load_config(["--config", str(file), "--model.num_hidden_layers", "3", "--preset", "30m"])

@@ -80,7 +80,7 @@ def test_commands_are_shown_without_secret_arguments(words, shown):
     assert masked_command(words, {}) == shown
 
 
-def test_of_two_secrets_of_which_one_begins_with_the_other_nothing_is_left():
+def test_two_secrets_of_which_one_starts_with_the_other_are_both_masked():
     assert masked(f"with {SECRET}-and-more", {"A_TOKEN": SECRET, "B_TOKEN": f"{SECRET}-and-more"}) == f"with {MASK}"
 
 

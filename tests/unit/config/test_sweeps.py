@@ -93,7 +93,7 @@ def test_nested_parameters_come_as_a_dictionary() -> None:
         ("--optim.betas=None", "optim.betas: 'None' is not a list of 2 numbers"),
     ],
 )
-def test_a_sweep_over_what_is_no_key_is_told(word: str, told: str) -> None:
+def test_a_sweep_over_an_unknown_key_is_reported(word: str, told: str) -> None:
     assert told in refused(word)
 
 

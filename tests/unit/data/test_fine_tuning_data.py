@@ -213,7 +213,7 @@ def test_ids_are_those_of_the_complete_conversation(tmp_path, kind, make):
     assert np.diff(store.offsets).tolist() == [len(ids) for ids in whole]
 
 
-def test_marks_of_a_template_and_growing_beginnings_give_the_same_mask(tmp_path):
+def test_marks_of_a_template_and_growing_prefixes_give_the_same_mask(tmp_path):
     masks = []
     for template in (CHATML, MARKED_CHATML):
         tokenizer = byte_level(template, "<|im_end|>")
@@ -324,7 +324,7 @@ WITH_CALLS = CHATML.replace(
 )
 
 
-def test_sharegpt_s_conversations_are_read_as_they_are(tmp_path):
+def test_sharegpt_s_conversations_are_read_without_conversion(tmp_path):
     tokenizer = byte_level(CHATML, "<|im_end|>")
     speakers = {"system": "system", "user": "human", "assistant": "gpt"}
     conversations = [[SYSTEM, *CONVERSATIONS[0]], *CONVERSATIONS[1:]]
@@ -354,7 +354,7 @@ def loss_of_first_row(config: DataConfig, tokenizer) -> str:
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv", "x.parquet", "saved"])
-def test_alpaca_s_columns_are_read_as_they_are(tmp_path, name, caplog):
+def test_alpaca_s_columns_are_read_without_conversion(tmp_path, name, caplog):
     caplog.set_level("INFO", "dist_trainer")
     table = pa.Table.from_pylist(ALPACA)
     write(tmp_path / "x.jsonl", ALPACA)
@@ -377,7 +377,7 @@ def test_alpaca_s_columns_are_read_as_they_are(tmp_path, name, caplog):
     assert second.endswith("### Input:\nPersuasion\n\n### Response:\nJane Austen<|endoftext|>")
 
 
-def test_what_alpaca_s_prompt_has_no_place_for_is_refused(tmp_path):
+def test_what_alpaca_s_prompt_has_no_place_for_is_rejected(tmp_path):
     path = write(tmp_path / "x.jsonl", [ALPACA[0], ALPACA[1] | {"history": [["Hi", "Ho"]]}])
     with pytest.raises(DataError, match=r"x\.jsonl:2: the column 'history' has content that Alpaca's prompt"):
         build_datasets(small(path, tmp_path), load_tokenizer("austen"))
@@ -402,7 +402,7 @@ def test_a_long_first_conversation_is_known_by_its_column_too(tmp_path):
     assert "messages" in column_names(path)
 
 
-def test_columns_are_read_by_their_names_only_where_nothing_says_how(tmp_path):
+def test_columns_are_read_by_their_names_only_without_a_template(tmp_path):
     tokenizer = byte_level(CHATML, "<|im_end|>")
     assert loss_of_first_row(small(chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), tmp_path), tokenizer) == (
         "A young lady, handsome and clever.<|im_end|>"
@@ -451,7 +451,7 @@ def test_a_template_that_writes_tool_calls_and_thoughts_learns_them(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["tools", "functions", "system"])
-def test_what_columns_next_to_the_messages_say_is_refused_from_every_kind_of_file(tmp_path, column):
+def test_columns_next_to_the_messages_are_rejected_from_every_kind_of_file(tmp_path, column):
     nothing = [{"messages": CONVERSATIONS[0], column: empty} for empty in (None, "", "[]")]
     records = [*nothing, {"messages": CONVERSATIONS[0], column: json.dumps([CALL])}]
     write(tmp_path / "x.jsonl", records)
@@ -463,7 +463,7 @@ def test_what_columns_next_to_the_messages_say_is_refused_from_every_kind_of_fil
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CHATML], ids=["plain", "with marks"])
-def test_a_template_that_asks_for_the_date_is_refused_and_one_with_a_date_is_not(tmp_path, template):
+def test_a_template_that_asks_for_the_date_is_rejected_and_one_with_a_date_is_not(tmp_path, template):
     dated = "{% if date is not defined %}{% set date = strftime_now('%d %b %Y') %}{% endif %}{{ date }}: " + template
     config = small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages")
     with pytest.raises(DataError, match=r"x\.jsonl:1: the chat template of .* asks for today's date \(strftime_now\)"):
@@ -538,7 +538,7 @@ def test_malformed_conversations_are_named_by_line_with_the_remedy(tmp_path, cas
     ],
     ids=["earlier turns rewritten", "no generation prompt", "the assistant first"],
 )
-def test_where_a_template_does_not_tell_answers_apart_nothing_is_guessed(tmp_path, template, messages, message):
+def test_if_a_template_does_not_mark_answers_nothing_is_guessed(tmp_path, template, messages, message):
     path = chats(tmp_path / "x.jsonl", [messages])
     with pytest.raises(DataError, match=rf"x\.jsonl:1: .*the chat template of austen.*{message}|{message}.*generation"):
         stored(small(path, tmp_path, messages_column="messages"), byte_level(template, "<|im_end|>"))
@@ -550,7 +550,7 @@ def test_a_template_that_rewrites_earlier_turns_serves_for_conversations_of_one_
     assert learnt(store, tokenizer) == [["A young lady, handsome and clever.<|im_end|>"]]
 
 
-def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(tmp_path):
+def test_a_tokenizer_without_a_template_is_rejected_with_the_remedy(tmp_path):
     config = small(chats(tmp_path / "x.jsonl"), tmp_path, messages_column="messages")
     with pytest.raises(DataError, match=r"data\.messages_column: .*tokenizer austen has no chat template.*data\.chat_template"):
         stored(config, load_tokenizer("austen"))
@@ -583,7 +583,7 @@ def test_an_end_of_turn_at_which_generation_does_not_stop_gives_a_warning(tmp_pa
         (["--data.completion_template", "yes"], "data.completion_template: 'yes' names no column"),
     ],
 )
-def test_contradictions_are_refused_before_anything_is_read(arguments, message):
+def test_contradictions_are_rejected_before_anything_is_read(arguments, message):
     with pytest.raises(ConfigError) as refused:
         load_config(arguments)
     assert message in str(refused.value)
@@ -650,7 +650,7 @@ def test_sequences_do_not_depend_on_what_they_are_read_with():
     assert together.targets.is_contiguous()
 
 
-def test_a_batch_of_one_document_a_row_is_as_long_as_its_longest():
+def test_a_batch_of_one_document_per_sequence_is_as_long_as_its_longest():
     rows = BestFitPackedDataset(*marked_store([5, 9, 3], [1, 1, 1]), 64, padding=0, packing=False)
     assert rows.__getitems__([0, 2]).input_ids.tolist() == [[1, 2, 3, 4], [15, 16, 17, 0]]
     assert rows.__getitems__([0, 2]).targets.tolist() == [[2, 3, 4, 5], [16, 17, IGNORED_TARGET, IGNORED_TARGET]]
@@ -675,7 +675,7 @@ def test_what_is_cut_or_left_out_is_counted():
     assert found[1:] == (1, 1, 1)
 
 
-def test_one_warning_tells_of_what_was_cut_or_left_out(tmp_path, caplog):
+def test_one_warning_reports_what_was_cut_or_skipped(tmp_path, caplog):
     conversations = [
         *([user("Hi"), assistant("Ho")] for _ in range(4)),
         [user("Hi"), assistant("Ho " * 300)],
@@ -706,7 +706,7 @@ def test_one_warning_tells_of_what_was_cut_or_left_out(tmp_path, caplog):
         ),
     ],
 )
-def test_data_in_which_there_is_nothing_to_learn_are_refused(tmp_path, messages, message):
+def test_data_in_which_there_is_nothing_to_learn_are_rejected(tmp_path, messages, message):
     config = small(chats(tmp_path / "x.jsonl", [messages]), tmp_path, messages_column="messages", chat_template=PLAIN)
     config = replace(config, sequence_length=32, validation_fraction=0.5)
     with pytest.raises(DataError, match=r"^data\.dataset: .*" + re.escape(message)):

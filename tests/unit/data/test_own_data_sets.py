@@ -85,12 +85,12 @@ class Stream(IterableDataset):
     ],
     ids=["Hugging Face's", "other keys", "triples", "tensors", "dictionary of targets", "text as target", "iterable"],
 )
-def test_what_cannot_be_trained_on_is_refused_before_training_starts(dataset: Any, sentence: str) -> None:
+def test_what_cannot_be_trained_on_is_rejected_before_training_starts(dataset: Any, sentence: str) -> None:
     with pytest.raises(DataError, match=sentence):
         create_dataloaders(CONFIG, train_dataset=dataset)
 
 
-def test_a_validation_set_is_refused_by_its_own_name() -> None:
+def test_a_validation_set_is_rejected_by_its_own_name() -> None:
     pairs = [(x, y) for x, y in zip(X, Y, strict=True)]
     with pytest.raises(DataError, match=r"^validation_dataset: its items"):
         create_dataloaders(CONFIG, train_dataset=pairs, validation_dataset=[{"a": 1}])

@@ -42,7 +42,7 @@ def test_packing_makes_every_token_but_the_first_a_target_exactly_once(length):
     assert ((targets == tokens + 1) | (targets == IGNORED_TARGET)).all()
 
 
-def test_only_the_last_row_is_padded():
+def test_only_the_last_sequence_is_padded():
     _, targets = read_all(PackedDataset(TokenStream(store(24)), 5, padding=0, fingerprint=""))
     assert (targets == IGNORED_TARGET).sum(1).tolist() == [0, 0, 0, 0, 2]
 
@@ -130,7 +130,7 @@ def test_documents_go_wherever_their_batch_goes():
     assert without[0].to(torch.device("cpu")).document_ids is None
 
 
-def test_padding_targets_leaves_the_tokens_of_a_single_row_alone():
+def test_padding_targets_does_not_change_the_tokens_of_a_single_sequence():
     rows = PackedDataset(TokenStream(store(24)), 5, padding=0, fingerprint="")
     assert rows[4].input_ids.tolist() == [[20, 21, 22, 23, 0]]
     assert rows[4].targets.tolist() == [[21, 22, 23, IGNORED_TARGET, IGNORED_TARGET]]

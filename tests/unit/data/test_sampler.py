@@ -54,7 +54,7 @@ def test_block_j_of_a_global_batch_is_a_micro_batch_of_rank_j_modulo_the_number_
     assert [micro_batches[j % world_size][j // world_size] for j in range(8)] == [whole[2 * j : 2 * j + 2] for j in range(8)]
 
 
-def test_one_epoch_reads_every_row_exactly_once_and_the_next_in_another_order():
+def test_one_epoch_reads_every_sequence_exactly_once_and_the_next_in_another_order():
     sampler = GlobalOrderSampler(range(37), batch=BatchConfig(16, 8), rank=0, world_size=1, seed=0)
     first, second = sampler.sequences_at(np.arange(37)), sampler.sequences_at(np.arange(37, 74))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(37))
@@ -98,7 +98,7 @@ def test_another_seed_gives_another_order():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 40])
-def test_validation_reads_every_row_once_over_all_ranks(world_size, rows):
+def test_validation_reads_every_sequence_once_over_all_ranks(world_size, rows):
     samplers = [
         ValidationSampler(range(rows), micro_batch_size=4, rank=rank, world_size=world_size, max_sequences=None)
         for rank in range(world_size)
@@ -118,7 +118,7 @@ def test_validation_can_be_limited_to_some_sequences_the_same_on_any_number_of_r
     assert rows(1) == rows(2) == rows(4) == list(range(12))
 
 
-def test_a_global_batch_that_does_not_divide_is_refused_with_both_numbers():
+def test_a_global_batch_that_does_not_divide_is_rejected_with_both_numbers():
     assert accumulation_steps(BatchConfig(16, 2), 4) == 2
     with pytest.raises(ConfigError, match=r"\(16\).*3 x 4 = 12"):
         accumulation_steps(BatchConfig(16, 3), 4)
@@ -131,6 +131,6 @@ def test_without_a_micro_batch_size_a_rank_takes_its_share_of_the_default_batch_
     assert accumulation_steps(TrainingConfig().batch, world_size) == 1
 
 
-def test_a_global_batch_without_equal_shares_is_refused():
+def test_a_global_batch_without_equal_shares_is_rejected():
     with pytest.raises(ConfigError, match=r"\(16\) must be a multiple of the number of ranks \(3\)"):
         sequences_per_micro_batch(BatchConfig(16), 3)

@@ -99,7 +99,7 @@ def test_parquet(tmp_path):
     assert texts(tmp_path / "s.parquet", text_column="body")[0] == STORIES
 
 
-def test_of_a_parquet_file_only_the_columns_that_are_asked_for_are_read(tmp_path):
+def test_only_the_requested_columns_of_a_parquet_file_are_read(tmp_path):
     pyarrow.parquet.write_table(pa.table({"body": STORIES, "picture": [b"\xff" * 9] * 12}), tmp_path / "s.parquet")
     [(_, first), *_] = open_source(str(tmp_path / "s.parquet"), DataConfig(text_column="body")).train.records()
     assert first == {"body": STORIES[0]}
@@ -212,7 +212,7 @@ def test_of_several_configurations_in_readme_one_must_be_chosen(tmp_path):
     assert texts(tmp_path, dataset_config="b")[0] == STORIES[8:]
 
 
-def test_a_configuration_that_nothing_heeds_is_refused(tmp_path):
+def test_a_dataset_configuration_that_nothing_reads_is_rejected(tmp_path):
     file, folder = write(tmp_path / "s.jsonl", jsonl()), write(tmp_path / "plain" / "t.jsonl", jsonl()).parent
     for path in (file, folder):
         with pytest.raises(ConfigError, match=r"data\.dataset_config: 'b' is set, but .* has no configurations"):
@@ -553,7 +553,7 @@ def test_a_tokenizer_that_truncates_and_pads_stays_the_same_one_when_it_is_used(
     assert tokenizer_digest(tokenizer) == before
 
 
-def test_a_table_is_known_by_what_it_says(tmp_path):
+def test_a_table_is_recognised_by_its_content(tmp_path):
     """Not by the library's fingerprint, which stays as it is where only a function that made it has changed."""
     digests = []
     for word in ("cherry", "banana"):

@@ -52,7 +52,7 @@ def template_of(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("marks", ["", MARKS])
 @pytest.mark.parametrize("case", TOO_MUCH)
-def test_a_template_that_takes_too_much_is_refused_by_name(template_of, case, marks, monkeypatch):
+def test_a_template_that_takes_too_much_is_rejected_by_name(template_of, case, marks, monkeypatch):
     monkeypatch.setattr(template_limits, "MAX_SECONDS", 0.2 if case == "loops" else 60.0)
     text, said = TOO_MUCH[case]
     limits = resource.getrlimit(resource.RLIMIT_AS)

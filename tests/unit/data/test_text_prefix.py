@@ -60,7 +60,7 @@ def bare(tokenizer, text: str) -> list[int]:
 
 @pytest.mark.parametrize("ends", [False, True])
 @pytest.mark.parametrize("prefix", [(), ("<s>",), ("[gMASK]", "<sop>")])
-def test_what_the_tokenizer_puts_before_a_text_stands_before_each_document_and_prompt(tmp_path, prefix, ends):
+def test_what_the_tokenizer_puts_before_a_text_precedes_each_document_and_prompt(tmp_path, prefix, ends):
     tokenizer = beginning_with(*prefix, ends=ends)
     ids = tokenizer.convert_tokens_to_ids(list(prefix))
     assert text_prefix(tokenizer) == ids
@@ -78,7 +78,7 @@ def test_a_prefix_names_another_store_and_its_absence_none(tmp_path):
     assert tokenizer_digest(with_bos) != tokenizer_digest(without)
 
 
-def test_only_the_first_piece_of_a_long_document_begins_with_it(tmp_path, monkeypatch):
+def test_only_the_first_piece_of_a_long_document_starts_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 64)
     tokenizer = beginning_with("<s>")
     long = "It is a truth. " * 40
@@ -93,7 +93,7 @@ def test_a_text_that_spells_it_itself_does_not_get_it_twice(tmp_path):
     assert prompt_ids(tokenizer, f"<s>{TEXTS[0]}") == document[:-1]
 
 
-def test_of_a_prompt_with_its_completion_it_begins_the_prompt_and_carries_no_loss(tmp_path):
+def test_in_a_prompt_with_a_completion_it_starts_the_prompt_and_is_not_trained_on(tmp_path):
     tokenizer = beginning_with("<s>")
     records = [{"text": "It is", "answer": " a truth"}, {"text": "", "answer": "A truth"}]
     store = store_of(tokenizer, records, tmp_path, completion_template="{answer}")
@@ -121,7 +121,7 @@ def test_a_chat_template_alone_begins_conversations_and_one_that_leaves_it_out_i
 
 
 @pytest.mark.parametrize("prompt", [None, TEXTS[0]])
-def test_samples_while_training_begin_with_it(monkeypatch, prompt):
+def test_samples_during_training_start_with_it(monkeypatch, prompt):
     tokenizer = beginning_with("<s>")
     row = SimpleNamespace(
         input_ids=torch.tensor([[tokenizer.bos_token_id, *bare(tokenizer, TEXTS[1] * 9)]]),
@@ -141,7 +141,7 @@ def test_samples_while_training_begin_with_it(monkeypatch, prompt):
 
 @pytest.mark.parametrize("prefix", [(), ("<s>",), ("[gMASK]", "<sop>")])
 @pytest.mark.parametrize("chat", [False, True])
-def test_lm_eval_begins_texts_likewise(tmp_path, prefix, chat, monkeypatch):
+def test_lm_eval_starts_texts_the_same_way(tmp_path, prefix, chat, monkeypatch):
     monkeypatch.setattr("dist_trainer.huggingface.transformers_models.load_model", lambda _: torch.nn.Identity())
     tokenizer = beginning_with(*prefix)
     options = HarnessOptions(tasks=(), apply_chat_template=chat)

@@ -85,7 +85,7 @@ def test_the_bytes_of_a_stream_of_documents_are_those_of_their_texts(novels, kin
     assert sizes.count(Batch(rows[:, :-1], rows[:, 1:])) == sum(len(text.encode()) for text in texts)
 
 
-def test_a_space_that_is_no_texts_counts_where_it_stands_between_words_alone(novels):
+def test_a_space_that_the_tokenizer_adds_counts_only_between_words(novels):
     tokenizer = llama2(novels)
     sizes, end = build_token_bytes(tokenizer), tokenizer.eos_token_id
     (word,) = tokenizer("the", add_special_tokens=False)["input_ids"]
@@ -118,5 +118,5 @@ def that_does_not_know_all_characters(novels):
 
 
 @pytest.mark.parametrize("kind", [tokenizers_by_name.of_word_pieces, in_lower_case, that_does_not_know_all_characters])
-def test_where_tokens_do_not_spell_the_text_no_number_is_claimed(novels, kind):
+def test_if_tokens_do_not_spell_the_text_no_number_is_claimed(novels, kind):
     assert build_token_bytes(kind(novels)) is None

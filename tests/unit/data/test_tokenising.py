@@ -441,7 +441,7 @@ def test_a_link_in_place_of_a_shard_is_not_written_through(tmp_path, small_shard
     assert path.exists()
 
 
-def test_without_a_terminal_the_log_tells_how_far_it_is(tmp_path, monkeypatch, caplog):
+def test_without_a_terminal_the_log_reports_progress(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(store_building, "SECONDS_BETWEEN_LINES", 0.0)
     with caplog.at_level(logging.INFO):
         stored(written(tmp_path / "x.jsonl", ["a text " * 1000]), load_tokenizer("austen"), tmp_path)

@@ -31,7 +31,7 @@ def blamed(*beats: Beat, silent: tuple[float, ...] | None = None) -> list[int]:
         ("logging", "waiting for others"),
     ],
 )
-def test_the_rank_that_is_behind_is_to_blame_and_not_those_that_wait_for_it(behind: Phase, waiting: Phase) -> None:
+def test_the_rank_that_lags_is_to_blame_and_not_those_that_wait_for_it(behind: Phase, waiting: Phase) -> None:
     assert blamed(beat(waiting), beat(behind), beat(waiting)) == [1]
     assert find_failed_ranks([beat(behind), beat(waiting)], [0, 0]) == [
         FailedRank(0, "made no progress for 240 s", beat(behind))

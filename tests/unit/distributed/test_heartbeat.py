@@ -29,7 +29,7 @@ class SlowStore:
         return [encode_beat(Beat()) for _ in keys]
 
 
-def test_a_heartbeat_that_was_stopped_is_no_longer_within_the_store() -> None:
+def test_a_stopped_heartbeat_no_longer_uses_the_store() -> None:
     """There the interpreter's end would abort the process: a finished run would end with SIGABRT."""
     heartbeat, store = Heartbeat(), SlowStore()
     anything: Any = store
@@ -87,7 +87,7 @@ def test_each_note_is_progress_also_in_the_same_phase(clock: list[float]) -> Non
         assert heartbeat.beat() == Beat(5, "validating", 7.0)
 
 
-def test_time_in_which_the_whole_job_was_suspended_is_nobody_s_silence(clock: list[float]) -> None:
+def test_time_in_which_the_entire_job_was_suspended_counts_against_no_rank(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     steps(heartbeat, clock, start=0, seconds=[3.0, 3.0])
     heartbeat.mark("training", step=2)
@@ -101,7 +101,7 @@ def test_time_in_which_the_whole_job_was_suspended_is_nobody_s_silence(clock: li
     assert heartbeat.beat().longest_step_seconds == 3.0
 
 
-def test_the_first_step_s_patience_lasts_until_the_next_one_begins(clock: list[float]) -> None:
+def test_the_first_step_s_patience_lasts_until_the_next_one_starts(clock: list[float]) -> None:
     heartbeat = Heartbeat()
     steps(heartbeat, clock, start=0, seconds=[1.0])
     assert heartbeat.patience_seconds() == 600.0

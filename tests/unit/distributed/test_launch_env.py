@@ -49,7 +49,7 @@ def test_the_launcher_s_variables_count_and_half_of_them_mean_nothing(environmen
         ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT is 70000, but ports"),
     ],
 )
-def test_variables_that_make_no_sense_are_refused_with_the_rest_of_the_config(environment, complaint, monkeypatch):
+def test_variables_that_make_no_sense_are_rejected_with_the_rest_of_the_config(environment, complaint, monkeypatch):
     with pytest.raises(ConfigError, match=complaint):
         rank_info(environment)
     for name, value in environment.items():
@@ -68,7 +68,7 @@ def test_the_parent_is_the_launcher_that_the_launch_files_name():
     assert living_launcher({LAUNCHER_PID: str(os.getppid())}) == os.getppid()
 
 
-def test_another_parent_is_a_foster_parent_where_the_launcher_has_ended():
+def test_another_parent_means_that_the_launcher_has_ended():
     gone = ended_process()
     with pytest.raises(PeerLostError, match=rf"the launcher \(pid {gone}\) is gone"):
         living_launcher({LAUNCHER_PID: str(gone)})

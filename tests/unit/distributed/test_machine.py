@@ -148,7 +148,7 @@ def test_a_gpu_needs_triton_and_a_torch_that_cannot_say_is_believed(programs: Pa
     assert missing_compiler(GPU) is None
 
 
-def test_torch_is_asked_about_triton_once_and_for_no_cpu(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_is_queried_about_triton_once_and_for_no_cpu(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(machine, "_has_triton", lambda: calls.append(1) or True)
     for name in ("gcc", "g++"):

@@ -105,7 +105,7 @@ def test_a_signal_to_a_forked_worker_does_not_count_for_its_parent():
             os.waitpid(worker, 0)
 
 
-def test_listening_ends_while_a_forked_worker_lives():
+def test_listening_ends_while_a_forked_worker_is_alive():
     reading, writing = os.pipe()
     with StopRequest().listen():
         worker = os.fork()
@@ -184,7 +184,7 @@ def test_what_cleans_up_after_the_signal_is_not_broken_off_in_turn():
     assert cleaned
 
 
-def test_a_library_that_goes_on_while_it_handles_the_error_is_broken_off_after_some_seconds(monkeypatch):
+def test_a_library_that_keeps_running_while_it_handles_the_error_is_interrupted_after_some_seconds(monkeypatch):
     monkeypatch.setattr(signals, "TICKS_TO_CLEAN_UP", 2)
 
     def library():

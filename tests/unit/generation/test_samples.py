@@ -51,7 +51,7 @@ def test_text_of_several_tokens_a_character_is_cut_between_characters(tokenizer,
     assert not shown["text"].endswith(REPLACEMENT)
 
 
-def test_words_stay_whole(tokenizer):
+def test_words_are_not_split(tokenizer):
     text = "It is a truth universally acknowledged, that a single man in possession"
     for most in range(1, 16):
         beginning = tokenizer.decode(start_of_text(tokenizer.encode(text), tokenizer, most=most))
@@ -59,7 +59,7 @@ def test_words_stay_whole(tokenizer):
         assert text[len(beginning)] in " ," or " " not in beginning
 
 
-def test_a_row_without_text_costs_the_samples_and_not_the_run(tokenizer, caplog, monkeypatch):
+def test_an_entry_without_text_costs_the_samples_and_not_the_run(tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("dist_trainer"), "propagate", True)
     caplog.set_level(logging.INFO, "dist_trainer")
     made, _ = sample(tokenizer, [tokenizer.eos_token_id] * 32, sequence_length=32)
@@ -74,7 +74,7 @@ def test_special_tokens_before_the_text_are_passed_over(tokenizer):
     assert made(model, never)["prompt"].startswith("It is a truth")
 
 
-def test_where_answers_alone_carry_loss_the_prompt_before_the_first_is_answered(tokenizer):
+def test_if_only_answers_are_trained_on_the_prompt_before_the_first_is_answered(tokenizer):
     tokens = tokenizer.encode("Is it a truth universally acknowledged, and in want of a wife? It is.", add_special_tokens=False)
     answer = len(tokens) - 3
     targets = torch.full((1, len(tokens)), IGNORED_TARGET)
@@ -95,7 +95,7 @@ MESSAGES = '[{"role": "system", "content": "Be brief."}, {"role": "user", "conte
 OF_CONVERSATIONS = DataConfig(messages_column="messages", chat_template=str(ROOT / "configs" / "plain_chat.jinja"))
 
 
-def test_a_list_of_messages_is_answered_where_the_data_are_conversations(tokenizer):
+def test_a_list_of_messages_is_answered_if_the_data_are_conversations(tokenizer):
     written = "### System\nBe brief.\n\n### User\nWho is [Emma]?\n\n### Assistant\n"
     assert configured_prompt(MESSAGES, OF_CONVERSATIONS, tokenizer, is_chat=True) == (
         written,
@@ -130,11 +130,11 @@ def test_other_prompts_are_text(tokenizer, prompt, data, is_chat):
         ('[{"role": "tool", "content": "Hi"}]', "refuses the messages .roles tool.: roles are system, user and assistant"),
     ],
 )
-def test_a_list_that_is_no_conversation_is_refused_by_its_key(tokenizer, prompt, said):
+def test_a_list_that_is_no_conversation_is_rejected_by_its_key(tokenizer, prompt, said):
     with pytest.raises(RefusedError, match=rf"tracking\.sample_prompt: .*{said}"):
         configured_prompt(prompt, OF_CONVERSATIONS, tokenizer, is_chat=True)
 
 
-def test_a_prompt_of_the_users_own_that_does_not_fit_is_refused(tokenizer):
+def test_a_prompt_of_the_users_own_that_does_not_fit_is_rejected(tokenizer):
     with pytest.raises(ConfigError, match=r"tracking\.sample_prompt"):
         sample(tokenizer, [1], sequence_length=8, prompt="a long prompt that fills the context of eight tokens")

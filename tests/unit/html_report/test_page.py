@@ -171,7 +171,7 @@ def test_runs_over_one_another_leave_each_run_its_own_report(tmp_path, capsys):
     assert (tmp_path / "one" / "report.html").read_text() == own
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders():
+def test_runs_of_one_name_are_distinguished_by_their_folders():
     paths = ["/x/a/run", "/y/a/run", "/y/b/run", "/y/other"]
     assert labels_of([RunHistory(Path(path)) for path in paths]) == ["x/a/run", "y/a/run", "b/run", "other"]
     assert len({style_of(number) for number in range(8)}) == len({style_of(number).split()[0] for number in range(8)}) == 8
@@ -236,7 +236,7 @@ def test_no_values_make_an_axis_that_the_script_cannot_draw():
         assert data["high"] == data["top"], "nothing is cut off"
 
 
-def test_the_other_axes_begin_with_the_run_and_end_with_it_and_jump_where_it_stood_still(tmp_path, monkeypatch):
+def test_the_other_axes_start_and_end_with_the_run_and_jump_over_downtime(tmp_path, monkeypatch):
     monkeypatch.setattr("dist_trainer.html_report.charts.POINTS_OF_AN_AXIS", 4)
     axes = axes_of(read_run(write_run(tmp_path / "run")))
     assert (axes["step"][0], axes["step"][-1]) == (1, 40)

@@ -133,7 +133,7 @@ HARM = {
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_a_hostile_folder_is_refused_whoever_reads_it(model, tmp_path, harm):
+def test_a_hostile_folder_is_rejected_whoever_reads_it(model, tmp_path, harm):
     folder, outside = tmp_path / "model", tmp_path / "outside"
     shutil.copytree(model, folder)
     outside.mkdir()
@@ -191,7 +191,7 @@ def test_a_model_in_the_hub_s_cache_is_made_of_links_and_is_read(model, tmp_path
         open_model(snapshot)
 
 
-def test_a_link_inside_its_folder_and_a_link_to_a_whole_folder_are_followed(model, tmp_path):
+def test_a_link_inside_its_folder_and_a_link_to_a_complete_folder_are_followed(model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     (folder / "config.json").rename(folder / "described.json")

@@ -79,7 +79,7 @@ def test_a_skeleton_is_the_model_but_for_its_weights_which_then_come_from_the_fi
         assert torch.equal(skeleton(tokens).logits, whole(tokens).logits)
 
 
-def test_settings_of_generation_that_are_damaged_are_told_as_such(tmp_path):
+def test_damaged_generation_settings_are_reported_as_such(tmp_path):
     folder = save("qwen3", KINDS["qwen3"], tmp_path)
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"generation_config\.json is damaged"):

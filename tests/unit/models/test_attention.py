@@ -82,7 +82,7 @@ def test_without_the_mask_they_are_others():
     assert all((one - other).abs().max() > 0.01 for one, other in zip(apart[1:], together[1:], strict=True))
 
 
-def test_loss_and_gradients_are_those_of_separate_rows():
+def test_loss_and_gradients_are_those_of_separate_sequences():
     found = []
     for batch in (packed(), separate()):
         model = build()
@@ -135,7 +135,7 @@ def test_flex_attention_sees_what_the_exact_mask_sees(monkeypatch):
         ("cpu", None, 64, False, "exact"),
     ],
 )
-def test_flex_attention_serves_where_it_can(monkeypatch, device, missing, head_size, drops_out, expected):
+def test_flex_attention_is_used_if_possible(monkeypatch, device, missing, head_size, drops_out, expected):
     monkeypatch.setattr(attention_module, "missing_compiler", lambda _: missing)
     monkeypatch.setattr(attention_module, "block_mask", lambda _: "blocks")
     monkeypatch.setattr(attention_module, "dense_document_mask", lambda *_: "exact")
@@ -193,9 +193,7 @@ def test_the_exact_mask_is_made_once_for_all_layers_and_changes_no_bit(dtype, mo
     ],
     ids=["a CPU", "H100", "A100", "a large head", "T4 or V100", "float32", "a mask", "ROCm"],
 )
-def test_groups_are_left_to_torch_where_a_kernel_takes_them(
-    monkeypatch, device, major, hip, dtype, head_size, masked, expected
-):
+def test_groups_are_left_to_torch_if_a_kernel_takes_them(monkeypatch, device, major, hip, dtype, head_size, masked, expected):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
     monkeypatch.setattr(torch.version, "hip", hip)
     q = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 8, head_size))
@@ -277,7 +275,7 @@ class Knowing(Bare):
         return self.inner(input_ids, document_ids=document_ids)
 
 
-def test_a_model_gets_the_documents_if_it_takes_them_and_is_refused_if_it_does_not():
+def test_a_model_gets_the_documents_if_it_takes_them_and_is_rejected_if_it_does_not():
     batch = packed()
     logits = build()(batch.input_ids, document_ids=batch.document_ids)
     torch.testing.assert_close(model_loss(Knowing(), batch), cross_entropy_sum(logits, batch.targets))

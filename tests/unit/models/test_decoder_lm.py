@@ -108,7 +108,7 @@ def test_sampling_follows_its_own_seed_and_leaves_training_alone():
     assert model.training
 
 
-def test_generation_ends_with_the_context_and_refuses_what_does_not_fit():
+def test_generation_ends_with_the_context_and_rejects_what_does_not_fit():
     model = build()
     assert len(list(generate(model, [1] * 60, DecodingOptions(max_new_tokens=20)))) == 4
     with pytest.raises(ConfigError, match="64"):
@@ -181,7 +181,7 @@ def test_the_loss_never_holds_the_logits_of_the_whole_batch():
     assert sum(kept) <= hidden.numel() + weight.numel()
 
 
-def test_a_second_backward_pass_through_the_loss_is_refused_and_not_wrong():
+def test_a_second_backward_pass_through_the_loss_is_rejected_and_not_wrong():
     hidden, weight = torch.randn(64, 8, requires_grad=True), torch.randn(VOCABULARY, 8, requires_grad=True)
     loss = linear_cross_entropy_sum(hidden, weight, torch.zeros(64, dtype=torch.long), logit_loss=LogitLoss(), chunk_tokens=8)
     (3 * loss).backward(retain_graph=True)
@@ -219,7 +219,7 @@ def test_dropout_drops_while_training_only():
 
 
 @pytest.mark.parametrize("place", ["embedding", "attention weights", "after attention", "after feed-forward"])
-def test_each_place_that_is_said_to_drop_drops(place):
+def test_each_place_that_is_documented_to_drop_drops(place):
     model = build(small(dropout=0.5)).train()
     with torch.no_grad():
         for block in model.layers:
@@ -250,7 +250,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("field", REFUSED)
-def test_what_decoder_lm_cannot_represent_is_refused_by_naming_the_field(tmp_path, field):
+def test_what_decoder_lm_cannot_represent_is_rejected_by_naming_the_field(tmp_path, field):
     import json
 
     build().save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from dist_trainer.models import loss
 from dist_trainer.models.loss import LogitLoss, linear_cross_entropy_sum
 
 
-def test_rows_of_rare_words_are_as_exact_as_under_plain_amp():
+def test_rows_of_rare_tokens_are_as_exact_as_under_plain_amp():
     problem = problem_of(50257, hidden_size=8, tokens=64, device="cpu")
     usual, ours, without_scale = (errors(function, problem, scale=65536.0) for function in (plain_amp, in_chunks, unscaled))
     assert all(ours[what] < 1.05 * usual[what] for what in usual)

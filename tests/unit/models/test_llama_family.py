@@ -100,7 +100,7 @@ def test_mistral_without_a_window(tmp_path):
 
 
 @pytest.mark.parametrize("window", [64, "missing"])
-def test_mistral_with_a_window_is_refused_by_its_field(tmp_path, window):
+def test_mistral_with_a_window_is_rejected_by_its_field(tmp_path, window):
     MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=64)).save_pretrained(tmp_path)
     if window == "missing":  # transformers takes its default then, which is a window
         raw = json.loads((tmp_path / "config.json").read_text())
@@ -131,7 +131,7 @@ def test_half_precision_files_become_float32_weights(tmp_path, dtype):
     same_logits(ours, LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval())
 
 
-def test_scaling_without_its_numbers_is_refused_by_field(tmp_path):
+def test_scaling_without_its_numbers_is_rejected_by_field(tmp_path):
     llama(rope_parameters=LLAMA3).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"high_freq_factor"', '"high_frequency"'))
@@ -139,7 +139,7 @@ def test_scaling_without_its_numbers_is_refused_by_field(tmp_path):
         DecoderLM.from_pretrained(tmp_path)
 
 
-def test_weights_of_which_config_json_says_nothing_are_not_passed_over(tmp_path):
+def test_weights_that_config_json_does_not_mention_are_not_ignored(tmp_path):
     llama(attention_bias=True).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"attention_bias": true', '"attention_bias": false'))

@@ -124,7 +124,7 @@ def test_generate_stops_where_transformers_stops(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_untouched_end_leaves_the_files_as_they_were(tmp_path, kind):
+def test_an_untouched_end_leaves_the_files_unchanged(tmp_path, kind):
     folder = saved(tmp_path / "source", kind)
     checkpoint = written(built(kind, folder, CONTEXT), tmp_path / "checkpoint")
     assert generation_settings(checkpoint) == generation_settings(folder)
@@ -159,7 +159,7 @@ def test_a_tied_matrix_may_be_saved_under_the_head_s_name_alone(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_apart_from_the_embedding_that_config_json_says_it_is_is_refused(tmp_path, kind):
+def test_an_untied_head_where_config_json_says_tied_is_rejected(tmp_path, kind):
     folder = saved(tmp_path / "source", kind, tie_word_embeddings=True)
     before = open_model(folder)
     add_tensor(folder, "lm_head.weight", load_file(folder / "model.safetensors")["model.embed_tokens.weight"])
@@ -184,7 +184,7 @@ def test_a_head_apart_from_the_embedding_that_config_json_says_it_is_is_refused(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_config_json_of_a_larger_model_than_the_files_is_refused_before_memory_is_taken(tmp_path, kind):
+def test_a_config_json_of_a_larger_model_than_the_files_is_rejected_before_memory_is_taken(tmp_path, kind):
     folder = saved(tmp_path, kind)
     change(folder / "config.json", vocab_size=2**31 - 1)
     for read in (lambda: open_model(folder), lambda: built(kind, folder, CONTEXT)):

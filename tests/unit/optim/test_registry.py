@@ -30,7 +30,7 @@ class Tied(nn.Module):
         self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
 
 
-def test_matrices_decay_vectors_do_not_and_each_parameter_is_there_once():
+def test_matrices_decay_vectors_do_not_and_each_parameter_is_in_one_group():
     model = Tied()
     decaying, others = parameter_groups(model, 0.1)
     assert decaying["weight_decay"] == 0.1
@@ -280,6 +280,6 @@ def test_averages_of_a_parameter_without_gradients_are_saved_and_loaded_as_zeros
     assert not any(value.any() for value in of_unused)
 
 
-def test_muon_is_refused_where_it_has_nothing_to_do():
+def test_muon_is_rejected_if_it_has_nothing_to_do():
     with pytest.raises(ConfigError, match=r"optim\.name: muon"):
         build_optimizer(OptimConfig(name="muon"), nn.Embedding(3, 3))

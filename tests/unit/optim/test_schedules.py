@@ -53,7 +53,7 @@ def test_warmup_stable_decay_holds_until_four_fifths_of_the_run():
     assert factor(110) == pytest.approx(0.1)
 
 
-def test_a_schedule_that_does_not_exist_is_refused_with_the_nearest_name():
+def test_a_schedule_that_does_not_exist_is_rejected_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"schedule\.name.*cosin.*cosine"):
         schedule("cosin")
 

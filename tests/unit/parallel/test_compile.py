@@ -69,7 +69,7 @@ def test_the_units_of_a_model_are_compiled_or_the_model_itself(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("device", "needed"), [("cpu", r"a C\+\+ compiler on a CPU"), ("cuda", "a C compiler on a GPU")])
-def test_without_a_compiler_auto_goes_on_and_true_is_refused(
+def test_without_a_compiler_auto_continues_and_true_is_rejected(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, needed: str
 ) -> None:
     monkeypatch.setenv("PATH", "")
@@ -86,7 +86,7 @@ def test_without_a_compiler_auto_goes_on_and_true_is_refused(
         should_compile(True, world, SHORT)
 
 
-def test_compiled_code_outlives_the_run_but_only_where_nobody_else_can_write(
+def test_compiled_code_outlives_the_run_but_only_in_a_folder_that_nobody_else_can_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
@@ -130,7 +130,7 @@ def test_code_compiled_for_a_cpu_recomputes_casts_of_weights_and_has_the_same_gr
 
 
 @needs(BAN_RECOMPUTE)
-def test_a_trainer_compiles_for_cpu_and_its_format_and_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trainer_compiles_for_cpu_and_its_format_and_restores_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def state() -> tuple[bool, str]:
         return getattr(compile.functorch_config, BAN_RECOMPUTE), torch.compiler.config.cache_key_tag
 

@@ -75,11 +75,11 @@ def test_a_length_that_changes_no_learning_rate_is_not_warned_of(caplog, now, be
     assert not warning_of_length(caplog, now, before, step=step, warmup_steps=warmup_steps)
 
 
-def test_a_stable_part_that_goes_on_is_not_warned_of(caplog):
+def test_a_stable_phase_that_continues_is_not_warned_about(caplog):
     assert not warning_of_length(caplog, TrainConfig(max_steps=200), TrainConfig(max_steps=100), step=79, name="wsd")
 
 
-def test_a_schedule_of_the_users_own_is_not_asked_beyond_its_end(caplog, monkeypatch):
+def test_a_user_s_own_schedule_is_not_called_beyond_its_end(caplog, monkeypatch):
     rates = [1.0, 0.5, 0.25, 0.2]
     monkeypatch.setitem(SCHEDULES, "listed", lambda step, span: rates[step if span.total_steps == 4 else step // 2])
     found = warning_of_length(caplog, TrainConfig(max_steps=8), TrainConfig(max_steps=4), step=4, name="listed")

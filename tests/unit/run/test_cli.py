@@ -45,7 +45,7 @@ def start(rank: int, *, seconds: float = 0.0, local_rank: int | None = None) -> 
     return process
 
 
-def test_a_config_error_is_said_once_though_the_first_rank_to_leave_has_the_others_stopped():
+def test_a_config_error_is_reported_once_though_the_first_rank_to_exit_stops_the_others():
     ranks = [start(rank, seconds=0.5 if rank == 0 else 0.0) for rank in range(RANKS)]
     while all(rank.poll() is None for rank in ranks):
         time.sleep(0.01)
@@ -103,7 +103,7 @@ def test_a_package_that_the_user_s_own_code_lacks_is_not_taken_for_ours():
 
 
 @pytest.mark.parametrize("more", ["2>&-", ">&-", "<&- >&- 2>&-", "2> >(true)", "2>/dev/full"])
-def test_where_nobody_reads_what_is_printed_the_exit_code_is_the_same(more):
+def test_if_nobody_reads_what_is_printed_the_exit_code_is_the_same(more):
     assert run_module("train", "--seed", "x", more=more).returncode == 2
 
 

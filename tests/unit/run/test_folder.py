@@ -6,7 +6,7 @@ from dist_trainer.run import folder
 from dist_trainer.run.folder import RunFolder
 
 
-def test_a_new_folder_in_which_nothing_happened_goes(tmp_path):
+def test_a_new_folder_in_which_nothing_happened_is_removed(tmp_path):
     RunFolder(tmp_path / "run").close(unused=True)
     assert not (tmp_path / "run").exists()
 

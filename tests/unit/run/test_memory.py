@@ -103,7 +103,7 @@ def test_memory_of_a_gpu_is_what_torch_and_the_driver_report(monkeypatch):
     assert DeviceMemory.of(GPU.device) == DeviceMemory(total=80, peak=65, in_use=60, fragmented=10, others=5)
 
 
-def test_before_there_is_a_model_the_run_is_refused(monkeypatch):
+def test_before_there_is_a_model_the_run_is_rejected(monkeypatch):
     with (
         pytest.raises(DoesNotFitError, match="out of memory before the first step") as caught,
         explain_out_of_memory(CONFIG, CPU),

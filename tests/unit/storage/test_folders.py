@@ -50,7 +50,7 @@ def test_damage_to_any_file_is_noticed_and_the_file_named(tmp_path, name, damage
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"files": {}}', '{"files": {"../../etc/passwd": {"bytes": 1}}}'])
-def test_a_damaged_or_hostile_manifest_is_refused(tmp_path, text):
+def test_a_damaged_or_hostile_manifest_is_rejected(tmp_path, text):
     folder = published(tmp_path)
     (folder / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
@@ -127,7 +127,7 @@ def test_dying_at_any_single_operation_leaves_a_valid_folder_or_none(tmp_path, m
             verify(parent / "step-00000001")
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path):
+def test_a_full_disk_leaves_no_files(tmp_path):
     def fill(folder: Path) -> None:
         write_two_files(folder)
         raise OSError(28, "No space left on device")

@@ -35,7 +35,7 @@ def in_a_child(act) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def test_a_second_job_is_refused_within_seconds_by_naming_the_first(tmp_path):
+def test_a_second_job_is_rejected_within_seconds_by_naming_the_first(tmp_path):
     lock = RunLock(tmp_path)
     began = time.monotonic()
     with pytest.raises(CheckpointError) as refused:
@@ -115,7 +115,7 @@ def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EPERM])
-def test_where_a_file_system_has_no_locks_a_living_neighbour_is_known_by_name(tmp_path, monkeypatch, caplog, number):
+def test_on_a_file_system_without_locks_a_running_job_is_found_by_name(tmp_path, monkeypatch, caplog, number):
     def refuse(*_):
         raise OSError(number, "no locks")
 

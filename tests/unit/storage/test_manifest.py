@@ -73,7 +73,7 @@ def test_files_outside_are_not_looked_for(folder, name):
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "", ".", "more", "pipe", "missing", "\x1b[31m", "\ud800"])
-def test_what_is_no_file_is_refused_and_not_waited_for(folder, name):
+def test_what_is_no_file_is_rejected_and_not_waited_for(folder, name):
     os.mkfifo(folder / "pipe")
     sealed_by_a_stranger(folder, [name])
     with pytest.raises(CheckpointError) as refused:
@@ -82,7 +82,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(folder, name):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "7", '"text"', "{", "[" * 100_000, '{"a": 1', "\xff"])
-def test_what_is_no_json_object_is_refused_by_naming_the_file(tmp_path, text):
+def test_what_is_no_json_object_is_rejected_by_naming_the_file(tmp_path, text):
     path = tmp_path / "state.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(CheckpointError, match=r"state\.json is damaged"):
@@ -96,7 +96,7 @@ def test_a_missing_manifest_is_named(folder):
 
 
 @pytest.mark.parametrize("entry", [None, 3, [], {"bytes": 100}, {"bytes": "100", "sha256": 5}])
-def test_entries_of_wrong_types_are_refused(folder, entry):
+def test_entries_of_wrong_types_are_rejected(folder, entry):
     (folder / MANIFEST).write_text(manifest._encode_with_digest({"files": {"weights": entry}}))
     with pytest.raises(CheckpointError, match="weights"):
         verify(folder)

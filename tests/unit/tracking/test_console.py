@@ -89,7 +89,7 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_reports(tmp_path, monkey
         (8, []),
     ],
 )
-def test_a_bar_shows_whole_fields_or_none_and_is_never_short(tmp_path, monkeypatch, columns, fields):
+def test_a_bar_shows_complete_fields_or_none_and_is_never_short(tmp_path, monkeypatch, columns, fields):
     monkeypatch.setattr("dist_trainer.tracking.console._width", lambda: {"ncols": columns, "nrows": 24})
     reading, writing = pty.openpty()
     with open(writing, "w") as terminal:
@@ -158,7 +158,7 @@ def test_the_python_of_an_environment_below_the_working_folder_is_named_from_the
     assert command_path("trackio", path="/usr/bin:/bin") == "trackio", "which is elsewhere, if anywhere"
 
 
-def test_who_trained_on_conversations_is_told_how_to_chat(tmp_path):
+def test_after_training_on_conversations_the_run_says_how_to_chat(tmp_path):
     assert f"dist_trainer.generate {tmp_path} --chat " in next_steps(tmp_path, can_open=True, chats=True)
 
 
@@ -179,7 +179,7 @@ def write_model_config(folder: Path, config: dict[str, Any]) -> None:
     ],
     ids=["ours", "of transformers", "of no library", "no language model", "none"],
 )
-def test_no_command_is_named_that_the_model_would_be_refused_for(tmp_path, config, opens):
+def test_no_suggested_command_would_reject_the_model(tmp_path, config, opens):
     if config is not None:
         write_model_config(tmp_path, config)
     said = next_steps(tmp_path, can_open=can_open(tmp_path))
@@ -216,7 +216,7 @@ def test_the_last_line_names_the_end_its_reason_the_best_checkpoint_and_the_cost
         ([train_line(20), validation_line(20, loss=1.5)], "no best checkpoint was saved"),
     ],
 )
-def test_the_last_line_names_no_best_checkpoint_where_none_was_saved(tmp_path, log_to, lines, said):
+def test_the_last_line_names_no_best_checkpoint_if_none_was_saved(tmp_path, log_to, lines, said):
     log_to(tmp_path)
     tracker = tracker_of(tmp_path)
     for line in lines:

@@ -171,7 +171,7 @@ def test_a_run_with_more_than_1023_open_files_ends_as_any_other(tmp_path, monkey
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio"])
-def test_an_entry_whose_package_is_missing_is_refused_with_the_command_that_installs_it(monkeypatch, name):
+def test_an_entry_whose_package_is_missing_is_rejected_with_the_command_that_installs_it(monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"tracking.{name}: true needs the package {name}, .* -m pip install {name}`"):
         check_packages(TrackingConfig(**{name: True}))
@@ -211,7 +211,7 @@ def test_what_the_config_leaves_open_comes_from_wandb_s_own_variables(tmp_path, 
 
 
 @pytest.mark.slow  # W&B takes seconds to import
-def test_an_online_run_is_told_with_its_address_at_once_and_at_the_end(tmp_path, monkeypatch):
+def test_the_address_of_an_online_run_is_printed_at_once_and_at_the_end(tmp_path, monkeypatch):
     import wandb
 
     class Online(wandb.Run):

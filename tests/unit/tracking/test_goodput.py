@@ -21,7 +21,7 @@ def test_steps_of_the_run_whose_checkpoint_was_gone_on_from_are_not_this_runs(tm
     assert spent.wall_seconds == 25.0
 
 
-def test_a_run_begins_when_its_command_was_entered(tmp_path):
+def test_a_run_starts_when_its_command_was_entered(tmp_path):
     events = [
         {"event": "start", "step": 0, "time": 1000.0, "began": 980.0},
         {"event": "resume", "step": 5, "time": 1030.0, "began": 1010.0, "lost_steps": 3},

@@ -12,7 +12,7 @@ from dist_trainer.tracking.tracker import TRACKERS, TrackerList, build_tracker
 from tests.unit.tracking.runs import run_context, steps_of, train_line
 
 
-def test_a_tracker_that_fails_costs_one_warning_and_the_others_go_on(tmp_path, caplog):
+def test_a_tracker_that_fails_costs_one_warning_and_the_others_continue(tmp_path, caplog):
     class Broken(TrackerList):
         def log(self, line):
             raise RuntimeError("no")

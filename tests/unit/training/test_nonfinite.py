@@ -21,14 +21,14 @@ def step(number: int, grad_norm: float) -> StepResult:
     return StepResult(number, torch.tensor(1.0), torch.tensor(grad_norm), 0.1, 8, 8 * number)
 
 
-def test_a_finite_step_ends_a_row_of_skipped_ones():
+def test_a_finite_step_resets_the_count_of_consecutive_skips():
     watched = watch("skip")
     for number, grad_norm in enumerate([math.nan, math.inf, 1.0, math.nan, math.nan, 1.0], start=1):
         watched.observe(step(number, grad_norm))
     assert (watched.skipped_steps, watched.skipped_in_a_row, watched.diverged_at) == (4, 0, None)
 
 
-def test_one_skipped_step_too_many_in_a_row_ends_the_run():
+def test_one_consecutive_skipped_step_too_many_ends_the_run():
     watched = watch("skip")
     watched.observe(step(1, math.nan))
     watched.observe(step(2, math.nan))

@@ -53,7 +53,7 @@ def test_a_finite_gradient_updates_the_weights(dtype, optimizer, precision_of):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_an_infinite_loss_leaves_weights_and_optimizer_as_they_were(dtype, optimizer, precision_of):
+def test_an_infinite_loss_leaves_weights_and_optimizer_unchanged(dtype, optimizer, precision_of):
     grad_norm, changed, made = one_update(precision_of(dtype), loss_factor=float("inf"), optimizer=optimizer)
     assert not grad_norm.isfinite()
     assert not any(changed)
@@ -127,7 +127,7 @@ NARROW = {"architecture": "x86_64", "avx2": True, "avx512_bw": False, "amx_bf16"
         ({}, "bf16", False),
     ],
 )
-def test_a_cpu_that_emulates_bf16_is_told_of_before_the_first_step(monkeypatch, caplog, capabilities, dtype, warned):
+def test_a_cpu_that_emulates_bf16_is_reported_before_the_first_step(monkeypatch, caplog, capabilities, dtype, warned):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     warn_of_emulated_bf16(build_precision(PrecisionConfig(dtype=dtype), CPU), CPU)
     assert ("emulates, tens of times slower than fp32; --precision.dtype fp32 is faster" in caplog.text) == warned

@@ -20,7 +20,7 @@ WHOLE, APART = Batch(*PAIR), Batch(*PAIR, document_ids=torch.zeros(8, dtype=torc
     [(PAIR, GPU, False), (WHOLE, GPU, False), (APART, CPU, False), (APART, GPU, True)],
     ids=["pairs", "whole rows", "documents on a CPU", "documents on a GPU"],
 )
-def test_documents_in_rows_compile_on_a_gpu(row: object, device: torch.device, compiles: bool) -> None:
+def test_masked_documents_compile_on_a_gpu(row: object, device: torch.device, compiles: bool) -> None:
     config = TrainingConfig(batch=BatchConfig(global_batch_size=2))
     train = create_dataloaders(config, train_dataset=[row] * 4).train
     assert compiles_in_a_step(torch.nn.Linear(8, 1), train, device) is compiles

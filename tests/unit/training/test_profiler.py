@@ -29,7 +29,7 @@ def cost(events: list[dict[str, Any]]) -> tuple[float, float]:
     return found
 
 
-def test_on_cpu_what_lies_behind_the_last_node_of_the_backward_pass_is_exposed():
+def test_on_cpu_what_comes_after_the_last_node_of_the_backward_pass_is_exposed():
     assert cost(on_cpu(span("user_annotation", "gloo:all_reduce", 12, 24))) == pytest.approx((12, 4))
 
 
@@ -48,7 +48,7 @@ def test_other_collectives_and_ranges_are_no_exchange(name):
     assert cost(on_cpu(span("user_annotation", name, 12, 28))) == (0, 0)
 
 
-def test_what_begins_outside_of_a_step_is_no_exchange_of_gradients():
+def test_what_starts_outside_of_a_step_is_no_exchange_of_gradients():
     assert cost(on_cpu(span("user_annotation", "gloo:all_reduce", 31, 35))) == (0, 0)
 
 

@@ -49,7 +49,7 @@ def test_weights_that_are_not_finite_are_no_disks_fault_and_are_not_saved_again(
     assert checkpoints.attempts == 1
 
 
-def test_after_several_failures_the_truth_is_said_and_what_to_do(world):
+def test_after_several_failures_the_message_says_what_happened_and_what_to_do(world):
     checkpoints = Failing(100)
     with pytest.raises(SavingFailedError, match=r"step 9: .*ENOSPC.* nor 3 times after that.*rerun the same command"):
         finalize_checkpoint(checkpoints, world, save_again=checkpoints.save_again)

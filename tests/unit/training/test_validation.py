@@ -21,7 +21,7 @@ def due_steps(config: ValidationConfig, *, rows: int, global_batch_size: int, st
     "every", ["0.05", "0.1", "0.15", "0.2", "0.3", "0.5", "0.7", "1", "1.1", "2.3", "1/3", "1/7", "1/11", "1/49"]
 )
 @pytest.mark.parametrize("global_batch_size", [1, 3, 7, 12, 16])
-def test_each_part_of_an_epoch_ends_in_the_step_that_reads_its_last_row(every, global_batch_size):
+def test_each_part_of_an_epoch_ends_in_the_step_that_reads_its_last_sequence(every, global_batch_size):
     config = ValidationConfig(every_steps=0, every_epochs=float(Fraction(every)))
     for rows in (49, 100, 720, 784, 1001):
         steps = math.ceil(5 * rows / global_batch_size)

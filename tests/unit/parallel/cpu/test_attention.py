@@ -64,7 +64,7 @@ def test_in_bfloat16_it_is_as_exact_as_torchs_own(length, groups, size, sharpnes
 
 
 @pytest.mark.parametrize(("length", "keeps"), [(128, True), (129, False)])
-def test_weights_of_short_rows_alone_are_kept_for_the_backward_pass_and_in_the_inputs_format(length, keeps):
+def test_only_weights_of_short_sequences_are_kept_for_the_backward_pass_and_in_the_inputs_format(length, keeps):
     q, k, v, _ = (x.requires_grad_() for x in inputs(length, torch.bfloat16))
     y = causal_attention(q, k, v)
     kept = [x for x in y.grad_fn.next_functions[0][0].saved_tensors if x.shape[-1] == length]
@@ -116,7 +116,7 @@ def test_it_is_not_used_without_compilation_nor_with_a_mask_or_dropout():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of the compiler
 @pytest.mark.parametrize("size", [16, 64])
-def test_compiled_it_is_as_exact_and_keeps_weights_of_short_rows_but_no_scores_for_the_backward_pass(size):
+def test_compiled_it_is_as_exact_and_keeps_weights_of_short_sequences_but_no_scores_for_the_backward_pass(size):
     given, kept = inputs(256, torch.bfloat16, size=size), []
     compiled = torch.compile(causal_attention, dynamic=False)
     with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):

@@ -80,7 +80,7 @@ def test_onednn_is_used_for_compiled_blocks_in_fp32_on_a_cpu():
     assert SWITCH.fp32_precision == BY_TORCHS_CHOICE
 
 
-def test_onednn_is_not_used_where_it_is_not_faster(monkeypatch):
+def test_onednn_is_not_used_if_it_is_not_faster(monkeypatch):
     model, whole = a_model(), nn.Linear(1, 1)
     compile_model(whole)
     assert choice(a_model(compiled=False)) == choice(whole) == BY_TORCHS_CHOICE
@@ -108,7 +108,7 @@ def test_a_user_s_choice_for_onednn_is_kept(legacy_switch):
     assert SWITCH.fp32_precision == "ieee"
 
 
-def test_all_is_as_it_was_even_after_an_error_and_torch_can_tell_its_precision_within():
+def test_all_is_restored_even_after_an_error_and_torch_can_report_its_precision_within():
     torch.backends.cuda.matmul.allow_tf32 = False  # as build_precision does
     before = torch.backends.cuda.matmul.fp32_precision
     with onednn_matmul():
