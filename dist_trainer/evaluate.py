@@ -199,7 +199,7 @@ def run(request: EvaluationRequest) -> int:
 def evaluate_tasks(request: EvaluationRequest) -> dict[str, Any]:
     """lm_eval's results by task and metric; everything it reports is kept in the run's folder."""
     from dist_trainer.huggingface.model_files import find_valid_model, model_folder
-    from dist_trainer.run.harness import HarnessOptions, run_harness, write_results
+    from dist_trainer.run.evaluation import HarnessOptions, run_harness, write_results
     from dist_trainer.tracking.run_log import configure_logging
     from dist_trainer.tracking.run_reader import run_folder_of
 

@@ -1,28 +1,57 @@
-"""Evaluating a finished model: its loss on validation data, on any number of ranks."""
+"""Evaluating a finished model: its loss on validation data, on any number of ranks; or the tasks of EleutherAI's
+lm-evaluation-harness (the package lm_eval, the extra `harness`).
+
+A checkpoint is a Hugging Face folder, so lm_eval's own model class runs it, and its numbers are comparable to those published.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import json
 import logging
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.schema import TrainingConfig
+import torch
+
+from dist_trainer.config.command_line import command_path
+from dist_trainer.config.schema import PrecisionConfig, TrainingConfig
+from dist_trainer.config.secrets import masked_within
+from dist_trainer.data.chat import TemplateLimitError, check_length, check_template, default_chat_template, within_limits
 from dist_trainer.data.loader import create_validation_loader
 from dist_trainer.data.token_bytes import build_token_bytes
-from dist_trainer.data.tokenizers import configured_tokenizer, vocabulary_size
+from dist_trainer.data.tokenizers import Tokenizer, configured_tokenizer, load_tokenizer, text_prefix, vocabulary_size
 from dist_trainer.distributed.collectives import local_rank0_first
 from dist_trainer.distributed.context import init_distributed
-from dist_trainer.huggingface.model_files import find_model, model_folder
+from dist_trainer.errors import ConfigError
+from dist_trainer.huggingface import transformers_models
+from dist_trainer.huggingface.hub import is_hub_reachable
+from dist_trainer.huggingface.model_files import find_valid_model, find_model, model_folder
 from dist_trainer.models.loss import model_loss
 from dist_trainer.models.registry import check_model_fits
 from dist_trainer.models.weights import open_model
 from dist_trainer.parallel.cpu.memory import keep_freed_memory
+from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.run_log import configure_logging
 from dist_trainer.training.precision import build_precision, warn_of_emulated_bf16
 from dist_trainer.training.validation import evaluate
 
 log = logging.getLogger(__name__)
+
+RESULTS_FOLDER = "evaluations"
+"""In a run's folder."""
+INSTALL = f"`EXTRAS=harness launch/setup.sh`, or `{command_path()} -m pip install lm_eval accelerate`"
+OFFLINE = (
+    ". The Hub cannot be reached: download the task's data into the local cache (HF_HOME) on a machine that reaches it, or "
+    "name tasks whose data are in local files (--harness_tasks)"
+)
+AUTOCAST = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
+"""lm_eval's names for number formats."""
 
 
 def evaluate_model(path: Path, config: TrainingConfig, option_names: Mapping[str, str] | None = None) -> dict[str, Any] | None:
@@ -62,3 +91,156 @@ def evaluate_model(path: Path, config: TrainingConfig, option_names: Mapping[str
         if result.bytes is None:
             log.info("bits per byte are null: this tokenizer's tokens do not decode to exactly the text that they encode")
         return {"data": config.data.validation_dataset or config.data.dataset, **result.metrics()}
+
+
+# ----------------------------------------------------------------------------------------------------- lm_eval
+
+
+@dataclass(frozen=True)
+class HarnessOptions:
+    """The options of lm_eval that `evaluate` passes on."""
+
+    tasks: tuple[str, ...]
+    """Names of tasks, groups or tags, patterns of names, or paths of YAML files."""
+    tasks_folder: Path | None = None
+    """Folder with the user's tasks, YAML files at any depth."""
+    num_fewshot: int | None = None
+    """Few-shot examples before each question; None: the task's default."""
+    limit: int | None = None
+    """Questions per task; None: all."""
+    batch_size: int = 8
+    """Texts per batch."""
+    apply_chat_template: bool = False
+    """Whether to ask questions as chat messages."""
+
+
+def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig) -> dict[str, Any]:
+    """What lm_eval's `simple_evaluate` returns for the model at `path`: `results` by task and metric, and their settings.
+
+    Raises ConfigError if lm_eval is not installed or does not accept a task or the model; CheckpointError, DataError.
+    """
+    folder = find_valid_model(path)
+    tokenizer = load_tokenizer(str(path), key="RUN")
+    if options.apply_chat_template:
+        if not tokenizer.chat_template:
+            raise ConfigError(f"--apply_chat_template: the tokenizer in {folder} has none; leave it out")
+        limit_chat_template(tokenizer, f"the chat template of {folder}")
+    online = is_hub_reachable()  # before the import: `datasets` reads HF_HUB_OFFLINE once
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f"--harness: lm_eval cannot be imported ({error}); install it with {INSTALL}") from error
+    with contextlib.redirect_stdout(sys.stderr):  # standard output carries the result alone
+        manager = TaskManager(include_path=None if options.tasks_folder is None else str(options.tasks_folder))
+        names = find_tasks(options.tasks, manager)
+        try:
+            results = lm_eval.simple_evaluate(
+                model=open_for_harness(HFLM, folder, tokenizer, options, precision),
+                tasks=names,
+                task_manager=manager,
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                apply_chat_template=options.apply_chat_template,
+                log_samples=False,
+            )
+        except (ImportError, KeyError, OSError, ValueError) as error:  # what lm_eval and `datasets` raise for bad tasks
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            is_missing = isinstance(error, ConnectionError) or "Hub" in reason or "cache" in reason
+            hint = OFFLINE if is_missing and not online else ""
+            raise ConfigError(f"--harness: lm_eval cannot evaluate {', '.join(names)}: {reason}{hint}") from error
+    # Through JSON once, so that the values returned equal those written.
+    return json.loads(json.dumps(results, default=_as_json))
+
+
+def limit_chat_template(tokenizer: Tokenizer, name: str) -> None:
+    """Make `tokenizer` render its chat template, called `name` in messages, within limits of time and memory.
+
+    Raises DataError if the template cannot be limited.
+    """
+    check_template(default_chat_template(tokenizer), name)
+    render = tokenizer.apply_chat_template
+
+    def limited(*arguments: Any, **options: Any) -> Any:
+        try:
+            rendered = within_limits(lambda: render(*arguments, **options))
+            return check_length(rendered) if isinstance(rendered, str) else rendered
+        except TemplateLimitError as error:
+            raise TemplateLimitError(
+                f"--apply_chat_template: {name}: {error}; leave it out, or use another template"
+            ) from error
+
+    tokenizer.apply_chat_template = limited
+
+
+def find_tasks(patterns: tuple[str, ...], manager: Any) -> list[str]:
+    """The names that `manager` knows `patterns` by. Raises ConfigError naming each unknown one."""
+    names: list[str] = []
+    unknown = []
+    for pattern in patterns:
+        is_file = pattern.endswith((".yaml", ".yml")) and Path(pattern).is_file()
+        matches = [pattern] if is_file or pattern in manager.all_tasks else manager.match_tasks([pattern])
+        names += [name for name in matches if name not in names]
+        if not matches:
+            near = difflib.get_close_matches(pattern, manager.all_tasks, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "`python -m lm_eval ls tasks` lists them;"
+            unknown.append(f"unknown task {pattern!r}; {hint} --harness_tasks FOLDER adds your own")
+    if unknown:
+        raise ConfigError("--harness: " + "\n  ".join(unknown))
+    return names
+
+
+def open_for_harness(
+    model_class: Any, folder: Path, tokenizer: Tokenizer, options: HarnessOptions, precision: PrecisionConfig
+) -> Any:
+    """lm_eval's HFLM (`model_class`) with the model in `folder`, computing as `evaluate` does.
+
+    Each text is preceded by what preceded it in training: the tokenizer's own prefix, or else the EOS of the previous text. A
+    chat template writes its own prefix.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    prefix = text_prefix(tokenizer)
+    model = model_class(
+        # opened here because lm_eval would also open pickles
+        pretrained=transformers_models.load_model(folder).to(device).eval(),
+        tokenizer=tokenizer,
+        mixed_precision_dtype=AUTOCAST[build_precision(precision, device).name],
+        softmax_dtype="float32",
+        batch_size=options.batch_size,
+        prefix_token_id=prefix[-1] if prefix else tokenizer.eos_token_id,
+        add_bos_token=bool(prefix) and not options.apply_chat_template,
+    )
+    measure = model.loglikelihood_rolling
+
+    def measure_without_bos(*arguments: Any, **options: Any) -> Any:
+        # lm_eval puts the prefix before rolling windows itself, and must not add a second one.
+        before, model.add_bos_token = model.add_bos_token, False
+        try:
+            return measure(*arguments, **options)
+        finally:
+            model.add_bos_token = before
+
+    model.loglikelihood_rolling = measure_without_bos
+    return model
+
+
+def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:
+    """Write `results` of the checkpoint `folder` into the run's folder; the file. Raises ConfigError if the disk refuses."""
+    to = run / RESULTS_FOLDER
+    file = to / f"{folder.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    if to.is_symlink():
+        raise ConfigError(f"{to} is a symbolic link, and links inside a run's folder are not followed; remove it")
+    try:
+        to.mkdir(exist_ok=True)
+        replace_file(file, [json.dumps(masked_within(results), indent=2, ensure_ascii=False).encode(), b"\n"], durable=False)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror}); free some space") from error
+    return file
+
+
+def _as_json(value: Any) -> Any:
+    """JSON for what is not JSON, as lm_eval writes it: numpy numbers, sets, function names."""
+    if hasattr(value, "item"):
+        return value.item()
+    return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)

@@ -33,7 +33,7 @@ DOORS = {
     "tokenizers": {"data/tokenizers.py"},
     "gigatoken": {"data/encoding.py"},
     "jinja2": {"data/chat.py"},
-    "lm_eval": {"run/harness.py"},
+    "lm_eval": {"run/evaluation.py"},
     "shtab": {"config/help.py"},
     "torch.cuda": {"distributed/machine.py"},
     "torch.utils._triton": {"distributed/machine.py"},

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_trainer import evaluate, generate
 from dist_trainer.data.datasets import CORPUS
-from dist_trainer.run import harness
+from dist_trainer.run import evaluation
 from dist_trainer.run.evaluation import evaluate_model
 from tests.distributed.ranks import run_ranks
 from tests.distributed.small_runs import folder, put_into_hub_cache, run, small_config
@@ -88,7 +88,9 @@ def test_several_ranks_evaluate_a_name_and_one_speaks(models, cache, tmp_path):
 def test_lm_eval_gets_the_folder_of_a_name(models, cache, capsys, monkeypatch):
     put_into_hub_cache(cache, "owner/model", models["llama"].iterdir())
     asked = []
-    monkeypatch.setattr(harness, "run_harness", lambda path, *_: asked.append(path) or {"results": {"letters": {"acc": 1.0}}})
+    monkeypatch.setattr(
+        evaluation, "run_harness", lambda path, *_: asked.append(path) or {"results": {"letters": {"acc": 1.0}}}
+    )
     found = json.loads(said(capsys, evaluate, "owner/model", "--harness", "letters"))
     assert asked == [cache / "models--owner--model" / "snapshots" / "0123"]
     assert (found["results"], found["file"]) == ({"letters": {"acc": 1.0}}, None)

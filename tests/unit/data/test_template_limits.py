@@ -15,7 +15,7 @@ from dist_trainer.data import chat as template_limits
 from dist_trainer.data.chat import ChatTemplate, within_limits
 from dist_trainer.data.tokenizers import load_tokenizer
 from dist_trainer.errors import DataError
-from dist_trainer.run.harness import limit_chat_template
+from dist_trainer.run.evaluation import limit_chat_template
 
 MESSAGES = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Emma."}]
 MARKS = "{% generation %}{% endgeneration %}"

@@ -20,7 +20,7 @@ from dist_trainer.data.token_bytes import build_token_bytes
 from dist_trainer.data.token_store import TokenStore, token_store
 from dist_trainer.data.tokenizers import load_tokenizer, prompt_ids, text_prefix, tokenizer_digest
 from dist_trainer.generation.samples import build_sample
-from dist_trainer.run.harness import HarnessOptions, open_for_harness
+from dist_trainer.run.evaluation import HarnessOptions, open_for_harness
 
 TEXTS = ["It is a truth.", "A truth universally acknowledged."]
 CHAT = (

@@ -19,7 +19,7 @@ from dist_trainer.errors import DataError, RefusedError
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.models.weights import can_open, load_weights, open_model
 from dist_trainer.run.configure import load_config
-from dist_trainer.run.harness import HarnessOptions, open_for_harness
+from dist_trainer.run.evaluation import HarnessOptions, open_for_harness
 from tests.distributed.small_runs import put_into_hub_cache
 
 SHAPE = {
