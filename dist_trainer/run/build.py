@@ -32,9 +32,9 @@ from dist_trainer.optim.registry import OPTIMIZERS, build_optimizer, resolve_opt
 from dist_trainer.optim.schedules import SCHEDULES, total_steps
 from dist_trainer.parallel.cpu.matmul import matmul_context
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
-from dist_trainer.run.advice import warn_of_settings
 from dist_trainer.run.record import RunRecord
 from dist_trainer.run.resume import ResumeState, check_same_data
+from dist_trainer.run.summary import warn_of_settings
 from dist_trainer.tracking.subprocess_tracker import check_packages
 from dist_trainer.training.callbacks import build_callbacks
 from dist_trainer.training.precision import build_precision

@@ -31,7 +31,7 @@ from dist_trainer.distributed.context import init_distributed
 from dist_trainer.errors import ConfigError
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.hub import is_hub_reachable
-from dist_trainer.huggingface.model_files import find_valid_model, find_model, model_folder
+from dist_trainer.huggingface.model_files import find_model, find_valid_model, model_folder
 from dist_trainer.models.loss import model_loss
 from dist_trainer.models.registry import check_model_fits
 from dist_trainer.models.weights import open_model

@@ -23,7 +23,7 @@ from dist_trainer.config.paths import is_same_path, user_path
 from dist_trainer.config.schema import TrainConfig, TrainingConfig
 from dist_trainer.config.values import format_value
 from dist_trainer.distributed.launch_env import is_restarted_by
-from dist_trainer.errors import AnotherRunError, CheckpointError, counted
+from dist_trainer.errors import AnotherRunError, CheckpointError
 from dist_trainer.run.folder import CHECKPOINTS, RunFolder
 from dist_trainer.tracking.run_reader import is_number, read_status
 from dist_trainer.tracking.status import has_saved
@@ -116,21 +116,6 @@ def check_same_data(config: TrainingConfig, start: ResumeState, fingerprints: Ma
         f"{name} has changed since the run in {start.checkpoint} started; "
         "restore it, choose another --run_name, or start over with --checkpoint.resume never"
     )
-
-
-def log_world_size_change(start: ResumeState, world_size: int, *, masks_depend_on_ranks: bool) -> None:
-    """Log what another number of ranks changes: not the order of data, but possibly dropout."""
-    before = start.metadata.get("world_size")
-    if before in (None, world_size):
-        return
-    if masks_depend_on_ranks:
-        log.warning(
-            "resuming with %s (was %d): the global batches stay the same, but dropout masks differ; "
-            "they do not depend on the number of ranks if batch.micro_batch_size is set",
-            *(counted(world_size, "rank"), before),
-        )
-    else:
-        log.info("resuming with %s (was %d): the global batches stay the same", counted(world_size, "rank"), before)
 
 
 def _find(config: TrainingConfig, folder: Path, *, tidies: bool) -> ResumeState:

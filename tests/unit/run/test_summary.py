@@ -4,7 +4,7 @@ import pytest
 
 from dist_trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig
 from dist_trainer.optim.schedules import SCHEDULES
-from dist_trainer.run.advice import warn_of_changed_length, warn_of_default_learning_rate, warn_of_unfinished_warmup
+from dist_trainer.run.summary import warn_of_changed_length, warn_of_default_learning_rate, warn_of_unfinished_warmup
 
 
 @pytest.mark.parametrize(("parameters", "fitting"), [(135_000_000, "try 2e-5 ("), (2_400_000, "try 0.0005 (")])
