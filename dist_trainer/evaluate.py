@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.paths import user_path
+from dist_trainer.config.paths import RUN_CONFIG, is_run_folder, user_path
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.distributed.launch_env import rank_info
 from dist_trainer.errors import EXIT_FINISHED, ConfigError
@@ -60,10 +60,10 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationRequest:
     keys = assigned_keys(key_words)
     harness = harness_fields(arguments, keys)
     folder = model_folder(arguments.path, weights=False, key="RUN")
-    run = run_folder_of(folder, is_run=_is_run)
+    run = run_folder_of(folder, is_run=is_run_folder)
     if run is not None:
         # The checkpoint that the run started from may be gone.
-        words = ["--config", str(run / "config.yaml"), "--checkpoint.resume", "auto"]
+        words = ["--config", str(run / RUN_CONFIG), "--checkpoint.resume", "auto"]
     else:
         context = None if "data.sequence_length" in keys else model_context(folder)
         words = [] if context is None else ["--data.sequence_length", str(context)]
@@ -178,10 +178,6 @@ def model_context(path: Path) -> int | None:
     return length if type(length) is int and length > 0 else None
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
-
-
 def run(request: EvaluationRequest) -> int:
     """Evaluate, and print the result as one JSON object on rank 0; the exit code."""
     if request.harness is not None:
@@ -207,7 +203,7 @@ def evaluate_tasks(request: EvaluationRequest) -> dict[str, Any]:
     path = model_folder(str(request.path), weights=True, key="RUN")
     results = run_harness(path, HarnessOptions(**(request.harness or {})), request.config.precision)
     folder = find_valid_model(path).resolve()
-    run = run_folder_of(path, is_run=_is_run)
+    run = run_folder_of(path, is_run=is_run_folder)
     file = None if run is None else str(write_results(run, folder, results))
     return {"model": str(folder), "results": results["results"], "file": file}
 

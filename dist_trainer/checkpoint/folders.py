@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_trainer.checkpoint.state import STATE_FILE, Progress, Validated, read_training_state
+from dist_trainer.config.paths import CHECKPOINTS
 from dist_trainer.errors import CheckpointError
 from dist_trainer.storage.files import format_disk_error
 from dist_trainer.storage.folders import (
@@ -96,7 +97,7 @@ def find_checkpoint(path: Path) -> Path:
         if is_valid(path):
             return path.resolve()
         raise CheckpointError(f"{path} is damaged (see the warning above); name another checkpoint")
-    folder = path / "checkpoints"
+    folder = path / CHECKPOINTS
     found = latest_valid(folder) if folder.resolve().is_relative_to(path.resolve()) else None
     if found is None:
         raise CheckpointError(f"checkpoint.resume: {path} is neither a checkpoint nor a run folder with checkpoints")

@@ -14,7 +14,7 @@ from dist_trainer.config.aliases import RENAMED_KEYS, suggest_value, unknown_key
 from dist_trainer.config.command_line import COMMAND_LINE, PRINT_CONFIG, VERSION, Arguments, parse_argv, program
 from dist_trainer.config.help import completion_script, help_text
 from dist_trainer.config.keys import PATH_KEYS, flatten, key_types, keys_of, section_classes, section_names
-from dist_trainer.config.paths import sweep_run_name, user_path
+from dist_trainer.config.paths import RUN_CONFIG, is_run_folder, sweep_run_name, user_path
 from dist_trainer.config.presets import format_presets, preset_keys
 from dist_trainer.config.rules import raise_problems, rule_violations
 from dist_trainer.config.schema import SHAPE_FIELDS, TRANSFORMERS, TrainingConfig
@@ -139,7 +139,7 @@ def _read_settings(arguments: Arguments) -> _Settings:
         path = user_path(name)
         assignments, problems = read_assignments(path, section_names())
         settings.problems += problems
-        if path.name == "config.yaml" and (path.parent / "checkpoints").is_dir():  # written by a run, perhaps an older one
+        if path.name == RUN_CONFIG and is_run_folder(path.parent):  # written by a run, perhaps an older one
             assignments = [dataclasses.replace(each, key=RENAMED_KEYS.get(each.key, each.key)) for each in assignments]
         is_complete = key_types().keys() <= {assignment.key for assignment in assignments}
         for assignment in assignments:

@@ -1,4 +1,4 @@
-"""Paths as users write them, and the run name that a sweep's runs need."""
+"""Paths as users write them, the names in a run's folder, and the run name that a sweep's runs need."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_trainer.errors import ConfigError
+
+RUN_CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+STATUS_FILE = "status.json"
 
 
 def user_path(name: str) -> Path:
@@ -26,6 +30,16 @@ def is_same_path(first: object, second: object) -> bool:
     if not (isinstance(first, str) and isinstance(second, str)):
         return False
     return os.path.realpath(os.path.expanduser(first)) == os.path.realpath(os.path.expanduser(second))
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether `path` has what every run's folder has: a config and a folder of checkpoints, which may be empty."""
+    return (path / RUN_CONFIG).is_file() and (path / CHECKPOINTS).is_dir()
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether the run folder `run`, which need not exist, has a checkpoint, valid or not."""
+    return any((run / CHECKPOINTS).glob("step-*"))
 
 
 def sweep_run_name(run_name: str, environment: Mapping[str, str] = os.environ) -> str:

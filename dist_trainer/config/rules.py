@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from dist_trainer.config.keys import key_types
-from dist_trainer.config.paths import user_path
+from dist_trainer.config.paths import has_checkpoints, user_path
 from dist_trainer.config.registry import ENTRY_NAMES, unknown_entry_message
 from dist_trainer.config.schema import (
     TRANSFORMERS,
@@ -95,8 +95,7 @@ def _names(config: TrainingConfig) -> Iterator[str]:
         yield "output_dir: must not be empty; use . for the current folder"
     resume = config.checkpoint.resume
     # A run with checkpoints resumes from these: the one that it started from may be gone.
-    own = (config.run_folder / "checkpoints").glob("step-*")
-    if resume not in ("auto", "never") and not user_path(resume).is_dir() and not any(own):
+    if resume not in ("auto", "never") and not user_path(resume).is_dir() and not has_checkpoints(config.run_folder):
         yield f"checkpoint.resume: {resume!r} is neither auto, never, nor an existing folder"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_trainer.config.paths import user_path
+from dist_trainer.config.paths import CHECKPOINTS, STATUS_FILE, user_path
 from dist_trainer.errors import CheckpointError, ConfigError
 from dist_trainer.huggingface.hub import DESCRIPTION_PATTERNS, WEIGHTS_PATTERNS, download_model, is_hub_name, is_in_hub_cache
 from dist_trainer.storage.manifest import MANIFEST, read_json, verify
@@ -54,7 +54,7 @@ def model_folders(path: Path) -> Iterator[Path]:
     If there is no link `best`, as on file systems without links, status.json names it. Links out of `path` are not followed.
     """
     yield path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    root = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     best = root / "best" if (root / "best").exists() else root / _best_by_status(path)
     for candidate in (best, root / "latest", *sorted(root.glob("step-*"), reverse=True)):
         if candidate.resolve().is_relative_to(path.resolve()):
@@ -64,7 +64,7 @@ def model_folders(path: Path) -> Iterator[Path]:
 def _best_by_status(run: Path) -> str:
     """The name of the best checkpoint in status.json of the run folder `run`; `best` if it names none."""
     try:
-        step = read_json(run / "status.json").get("best_step")
+        step = read_json(run / STATUS_FILE).get("best_step")
     except CheckpointError:
         step = None
     return f"step-{step:08d}" if type(step) is int else "best"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dist_trainer.config.loading import config_from_argv
-from dist_trainer.config.paths import is_same_path, sweep_run_name, user_path
+from dist_trainer.config.paths import RUN_CONFIG, has_checkpoints, is_same_path, sweep_run_name, user_path
 from dist_trainer.config.schema import LLAMA, TrainingConfig
 from dist_trainer.config.yaml_files import load_yaml
 from dist_trainer.distributed.launch_env import rank_info
@@ -35,11 +35,12 @@ def _keys_of_earlier_run(keys: Mapping[str, Any]) -> dict[str, Any] | None:
     defaults = TrainingConfig()
     run_name = sweep_run_name(keys.get("run_name", defaults.run_name))
     folder = user_path(keys.get("output_dir", defaults.output_dir)) / run_name
-    is_resumed = keys.get("checkpoint.resume") != "never" and any((folder / "checkpoints").glob("step-*"))
+    is_resumed = keys.get("checkpoint.resume") != "never" and has_checkpoints(folder)
     if "model.init_from" not in keys or not is_resumed:
         return None
     try:
-        saved = load_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
+        file = folder / RUN_CONFIG
+        saved = load_yaml(file.read_text(encoding="utf-8"), str(file))
         of_run = {f"{section}.{name}": value for section in ("model", "data") for name, value in saved[section].items()}
     except (OSError, ValueError, ConfigError, KeyError, TypeError, AttributeError):
         return None

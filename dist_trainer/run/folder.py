@@ -12,16 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_trainer.checkpoint.state import Progress
+from dist_trainer.config.paths import CHECKPOINTS, RUN_CONFIG, STATUS_FILE
 from dist_trainer.errors import CheckpointError, ConfigError
+from dist_trainer.html_report.page import REPORT_FILE
 from dist_trainer.storage.files import replace_file, sync
 from dist_trainer.storage.folders import make_folder, quarantine, remove_stale
 from dist_trainer.storage.locks import LOCK_FILE, RunLock
+from dist_trainer.tracking.run_reader import METRICS_FILE
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-FILES = (CONFIG_FILE, "metrics.jsonl", "status.json", "report.html")
-CHECKPOINTS = "checkpoints"
+FILES = (RUN_CONFIG, METRICS_FILE, STATUS_FILE, REPORT_FILE)
 FOLDERS = (CHECKPOINTS, "logs", "wandb", "tensorboard", "trackio")
 WANDB_FILES = ("run_id", "cursor.json", "logged.json", "wandb", "wandb/logs", "artifacts")
 """The files in wandb/ that the next start opens again; W&B's own links to its newest files are not among them."""
@@ -76,7 +77,7 @@ class RunFolder:
 
     def write_config(self, text: str) -> None:
         """Write the resolved config. Raises ConfigError if the disk refuses."""
-        path = self.path / CONFIG_FILE
+        path = self.path / RUN_CONFIG
         with self._writing("free some space, or choose another --output_dir"):
             if not path.is_file() or path.read_bytes() != text.encode():
                 replace_file(path, [text.encode()], durable=True)

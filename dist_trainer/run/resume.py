@@ -19,12 +19,12 @@ from dist_trainer.checkpoint.folders import (
 from dist_trainer.checkpoint.state import Progress, read_training_state
 from dist_trainer.config.keys import PATH_KEYS
 from dist_trainer.config.loading import config_differences
-from dist_trainer.config.paths import is_same_path, user_path
+from dist_trainer.config.paths import CHECKPOINTS, is_same_path, user_path
 from dist_trainer.config.schema import TrainConfig, TrainingConfig
 from dist_trainer.config.values import format_value
 from dist_trainer.distributed.launch_env import is_restarted_by
 from dist_trainer.errors import AnotherRunError, CheckpointError
-from dist_trainer.run.folder import CHECKPOINTS, RunFolder
+from dist_trainer.run.folder import RunFolder
 from dist_trainer.tracking.run_reader import is_number, read_status
 from dist_trainer.tracking.status import has_saved
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dist_trainer.checkpoint.folders import step_folders
+from dist_trainer.config.paths import CHECKPOINTS
 from dist_trainer.config.schema import OptimConfig, ScheduleConfig, TrainConfig, TrainingConfig
 from dist_trainer.data.loader import varies_in_length
 from dist_trainer.distributed.machine import device_name
@@ -23,7 +24,6 @@ from dist_trainer.optim.muon import MuonWithAdamW
 from dist_trainer.optim.schedules import build_schedule, initial_learning_rate, total_steps
 from dist_trainer.parallel.compile import is_compiled
 from dist_trainer.parallel.registry import unwrap
-from dist_trainer.run.folder import CHECKPOINTS
 from dist_trainer.run.memory import snapshot_bytes, state_bytes, total_memory
 from dist_trainer.run.resume import ResumeState
 from dist_trainer.tracking.formatting import duration, memory, quantity, significant

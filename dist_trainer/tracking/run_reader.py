@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dist_trainer.config.paths import CHECKPOINTS, RUN_CONFIG, STATUS_FILE
 from dist_trainer.config.yaml_files import load_yaml
 from dist_trainer.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
-STATUS_FILE = "status.json"
 EVENTS_FILE = "logs/events.jsonl"
 PROGRESS_FILE = "logs/progress"
 OLD_PROGRESS_FILE = "logs/steps_done"
@@ -92,7 +92,7 @@ class RunHistory:
             self._read_bytes = end
             self._add_line(line)
         self.events = list(read_events(self.folder))
-        self.config = self.config or _config_from(text_of(self.folder / "config.yaml"))
+        self.config = self.config or _config_from(text_of(self.folder / RUN_CONFIG))
         self.status = read_status(self.folder)
         environments = [e["environment"] for e in self.events if isinstance(e.get("environment"), dict)]
         self.environment = environments[-1] if environments else {}
@@ -126,17 +126,17 @@ def read_run(folder: Path) -> RunHistory:
     return history
 
 
-def is_run_folder(folder: Path) -> bool:
+def has_history(folder: Path) -> bool:
     """Whether `folder` has metrics or events of a run."""
     return any((folder / name).is_file() for name in (METRICS_FILE, EVENTS_FILE))
 
 
-def run_folder_of(path: Path, *, is_run: Callable[[Path], bool] = is_run_folder) -> Path | None:
+def run_folder_of(path: Path, *, is_run: Callable[[Path], bool] = has_history) -> Path | None:
     """`path` if it is a run's folder, or the run that the checkpoint `path` belongs to; None if it is neither."""
     if is_run(path):
         return path
     inside = path.resolve()
-    runs = (folder for folder in inside.parents[:2] if inside.is_relative_to(folder / "checkpoints"))
+    runs = (folder for folder in inside.parents[:2] if inside.is_relative_to(folder / CHECKPOINTS))
     return next((folder for folder in runs if is_run(folder)), None)
 
 
@@ -237,7 +237,7 @@ def text_of(path: Path) -> str:
 @functools.lru_cache(maxsize=4)  # a run reads its own several times, and YAML takes 50 ms
 def _config_from(text: str) -> dict[str, Any]:
     try:
-        config = load_yaml(text, "config.yaml")
+        config = load_yaml(text, RUN_CONFIG)
     except ConfigError:
         return {}
     return config if isinstance(config, dict) else {}

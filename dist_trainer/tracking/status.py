@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_trainer.config.paths import STATUS_FILE
 from dist_trainer.config.secrets import masked
 from dist_trainer.storage.files import open_for_writing, replace_or_overwrite, sync_file, sync_folder
 from dist_trainer.tracking.run_reader import (
     DIGITS_OF_A_STEP,
     EVENTS_FILE,
     PROGRESS_FILE,
-    STATUS_FILE,
     is_number,
     read_events,
     read_status,
