@@ -70,21 +70,31 @@ def run_example(code: str, folder: Path) -> Any:
     return found["trainer"].progress
 
 
+def shorter(code: str) -> str:
+    """The program with a fifth of its steps: each has 24 micro-batches."""
+    return re.sub(r"_steps=(\d+)", lambda found: f"_steps={int(found[1]) // 5}", code)
+
+
+BEST_LOSS = 0.5255735
+"""Of the first program after 20 steps."""
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_the_programs_of_the_page_run(world_size, tmp_path, capfd):
     code, _ = EXAMPLES
-    outcomes = run_ranks(world_size, lambda: run_example(code, tmp_path))
-    assert {progress.step for progress in outcomes} == {100}
-    assert outcomes[0].best_loss == pytest.approx(0.0702761, rel=1e-4), "the losses are the same on any number of ranks"
+    outcomes = run_ranks(world_size, lambda: run_example(shorter(code), tmp_path))
+    assert {progress.step for progress in outcomes} == {20}
+    assert outcomes[0].best_loss == pytest.approx(BEST_LOSS, rel=1e-4), "the losses are the same on any number of ranks"
     assert "Warning" not in capfd.readouterr().err, "none that torch prints past Python's filters"
 
 
 def test_the_program_that_saves_resumes_on_another_number_of_ranks(tmp_path, capfd):
     _, code = EXAMPLES
-    run_ranks(2, lambda: run_example(code.replace("max_steps=300", "max_steps=150"), tmp_path))
-    assert (tmp_path / "runs/sine/checkpoints/latest").resolve().name == "step-00000150"
+    code = shorter(code)
+    run_ranks(2, lambda: run_example(code.replace("max_steps=60", "max_steps=30"), tmp_path))
+    assert (tmp_path / "runs/sine/checkpoints/latest").resolve().name == "step-00000030"
     resumed = code.replace("trainer.resume(folder)", "assert trainer.resume(folder)")
-    assert run_ranks(1, lambda: run_example(resumed, tmp_path))[0].step == 300
+    assert run_ranks(1, lambda: run_example(resumed, tmp_path))[0].step == 60
     assert "Warning" not in capfd.readouterr().err
 
 
@@ -94,10 +104,10 @@ def test_the_first_program_is_short():
 
 def test_a_model_that_is_compiled_trains_on_targets_of_one_number(monkeypatch, tmp_path):
     monkeypatch.setattr(nn.Module, "compile", lambda module, **options: None)  # the rehearsals are the same without
-    code = EXAMPLES[0].replace("parallelize(model, world)", "parallelize(model, world, compile=True)")
-    assert code != EXAMPLES[0]
+    code = shorter(EXAMPLES[0]).replace("parallelize(model, world)", "parallelize(model, world, compile=True)")
+    assert "compile=True" in code
     [progress] = run_ranks(1, lambda: run_example(code, tmp_path))
-    assert progress.best_loss == pytest.approx(0.0702761, rel=1e-4)
+    assert progress.best_loss == pytest.approx(BEST_LOSS, rel=1e-4)
 
 
 class Lines(list[dict[str, Any]]):
