@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dist_trainer.config.rules import check_config
-from dist_trainer.config.schema import TrainingConfig
+from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.build_datasets import VALIDATION_KEY, TokenDataset, build_datasets, build_validation_dataset
 from dist_trainer.data.packing import identity_collate
@@ -80,9 +80,14 @@ def create_dataloaders(
         for name, data in (("training data", train), ("validation data", validation)):
             if data is not None and data.warning:
                 log.warning("%s: %s", name, data.warning)
-    validation_loader = None if validation is None else _validation_loader(validation, config, world)
+    validation_loader = None
+    if validation is not None:
+        held_out = _validation_sampler(validation, config.batch, world, max_batches=config.validation.max_global_batches)
+        validation_loader = _loader(validation, held_out, config.data, world, seed=config.seed)
     origin = f"data.dataset: {config.data.dataset}" if train_dataset is None else "train_dataset"
-    return Dataloaders(_train_loader(train, config, world, origin=origin), validation_loader)
+    length, seed = config.data.sequence_length, config.seed
+    sampler = _train_sampler(train, config.batch, world, sequence_length=length, seed=seed, origin=origin)
+    return Dataloaders(_loader(train, sampler, config.data, world, seed=seed), validation_loader)
 
 
 def create_validation_loader(
@@ -97,7 +102,9 @@ def create_validation_loader(
         raise DataError(f"data.validation_fraction: is 0, so there is nothing to validate on; name {key}")
     if world.is_main and data.warning:
         log.warning("validation data: %s", data.warning)
-    return _validation_loader(data, config, world, key=key)
+    max_batches = config.validation.max_global_batches
+    sampler = _validation_sampler(data, config.batch, world, max_batches=max_batches, key=key)
+    return _loader(data, sampler, config.data, world, seed=config.seed)
 
 
 def _own_dataset(dataset: Dataset, name: str) -> TokenDataset:
@@ -112,44 +119,49 @@ def _own_dataset(dataset: Dataset, name: str) -> TokenDataset:
     return TokenDataset(dataset, collate_pairs)
 
 
-def _train_loader(data: TokenDataset, config: TrainingConfig, world: DistributedContext, *, origin: str) -> DataLoader:
-    available, needed = len(data.dataset), config.batch.global_batch_size  # type: ignore[arg-type]
+def _train_sampler(
+    data: TokenDataset, batch: BatchConfig, world: DistributedContext, *, sequence_length: int, seed: int, origin: str
+) -> GlobalOrderSampler:
+    """Raises DataError, in which `origin` names the data, if they are fewer than one global batch."""
+    available, needed = len(data.dataset), batch.global_batch_size  # type: ignore[arg-type]
     if available < needed:
         raise DataError(
-            f"{origin} gives {counted(available, 'training sequence')} of {counted(config.data.sequence_length, 'token')}, "
+            f"{origin} gives {counted(available, 'training sequence')} of {counted(sequence_length, 'token')}, "
             f"fewer than one global batch ({needed}); give more text, or lower batch.global_batch_size or data.sequence_length"
         )
-    sampler = GlobalOrderSampler(
-        data.dataset, batch=config.batch, rank=world.rank, world_size=world.world_size, seed=config.seed
-    )
-    return _loader(data, sampler, config, world)
+    return GlobalOrderSampler(data.dataset, batch=batch, rank=world.rank, world_size=world.world_size, seed=seed)
 
 
-def _validation_loader(
-    data: TokenDataset, config: TrainingConfig, world: DistributedContext, *, key: str = VALIDATION_KEY
-) -> DataLoader:
+def _validation_sampler(
+    data: TokenDataset, batch: BatchConfig, world: DistributedContext, *, max_batches: int | None, key: str = VALIDATION_KEY
+) -> ValidationSampler:
+    """At most `max_batches` global batches, however many ranks and micro-batches there are. Raises DataError if the data,
+    which messages call `key`, are empty.
+    """
     if len(data.dataset) == 0:  # type: ignore[arg-type]
         raise DataError(f"the validation data give no sequence; give more of them, or name {key}")
-    batch, max_batches = config.batch, config.validation.max_global_batches
-    sampler = ValidationSampler(
+    return ValidationSampler(
         data.dataset,
         micro_batch_size=sequences_per_validation_block(batch),
         rank=world.rank,
         world_size=world.world_size,
-        # Independent of the number of ranks and of accumulation.
         max_sequences=None if max_batches is None else max_batches * batch.global_batch_size,
     )
-    return _loader(data, sampler, config, world)
 
 
 def _loader(
-    data: TokenDataset, sampler: GlobalOrderSampler | ValidationSampler, config: TrainingConfig, world: DistributedContext
+    data: TokenDataset,
+    sampler: GlobalOrderSampler | ValidationSampler,
+    config: DataConfig,
+    world: DistributedContext,
+    *,
+    seed: int,
 ) -> DataLoader:
-    num_workers, micro_batch_size = config.data.num_workers, sampler.micro_batch_size
+    num_workers, micro_batch_size = config.num_workers, sampler.micro_batch_size
     if num_workers:
         # Tokenising is over; forked workers would otherwise warn of the tokenizer's threads.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    at_once = TOKENS_AT_ONCE // (micro_batch_size * config.data.sequence_length)
+    at_once = TOKENS_AT_ONCE // (micro_batch_size * config.sequence_length)
     is_chunked = at_once > 1 and not num_workers and data.collate is identity_collate and not varies_in_length(data.dataset)
     loader_class = partial(ChunkedDataLoader, sequences_at_once=at_once * micro_batch_size) if is_chunked else DataLoader
     return loader_class(
@@ -161,7 +173,7 @@ def _loader(
         persistent_workers=num_workers > 0,
         pin_memory=world.device.type == "cuda",
         # Its own generator, so that making an iterator draws nothing from the model's random numbers.
-        generator=torch.Generator().manual_seed(config.seed),
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
