@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def test_imports_only_point_down() -> None:
         if here != there and there not in {"errors", "version"} and FLOOR_OF[there] >= FLOOR_OF[here]:
             wrong.append(str(found))
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_config_travels_by_section() -> None:
+    whole = set()
+    for file in PACKAGE.rglob("*.py"):
+        if part_of(file) in {"config", "run"}:
+            continue
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and "TrainingConfig" in ast.unparse(node.args):
+                whole.add(f"{file.relative_to(PACKAGE)}: {node.name}")
+    assert whole == {
+        "training/trainer.py: __init__",
+        "training/callbacks.py: build_callbacks",
+        "data/loader.py: create_dataloaders",
+        "data/loader.py: create_validation_loader",
+    }, "a part takes its own section"
 
 
 def test_config_errors_and_help_need_no_heavy_library() -> None:

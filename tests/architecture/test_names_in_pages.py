@@ -1,4 +1,6 @@
-"""Names of Python things in the documentation are names that the code has, and attributes of a user's model those it reads."""
+"""Names of Python things in the documentation are names that the code has, in the file that the documentation says, and
+attributes of a user's model those that it reads.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,14 @@ NOT_OF_THE_USERS = {
     "get_output_embeddings": "transformers' models'",
     "generation_config": "transformers' models'",
 }
+
+NOT_DEFINED_THERE = {
+    "model.init_from": "a key",
+    "metrics.jsonl": "a file",
+    "status.json": "a file",
+    "StoppedError": "of errors.py",
+}
+"""In the prose of "Where things happen"."""
 
 
 def nodes() -> Iterator[ast.AST]:
@@ -75,3 +85,42 @@ def test_the_optional_attributes_of_a_model_are_those_that_are_read() -> None:
 def test_what_nothing_reads_would_be_found() -> None:
     assert not {"blocks", "no_such_attribute"} & read_of_a_model()
     assert "no_such_attribute" not in names_in_the_code()
+
+
+def definitions(tree: ast.Module) -> set[str]:
+    """`name` of each function, class and constant of a module, and `Class.name` of each method."""
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+def places_named() -> list[tuple[str, str]]:
+    """(file, name in it) of each place in "Where things happen" of docs/architecture.md; the name is empty for a file alone."""
+    page = (REPOSITORY / "docs" / "architecture.md").read_text("utf-8")
+    section = page.partition("## Where things happen\n")[2].partition("\n## ")[0]
+    places, file = [], ""
+    for code in re.findall(r"`([\w./]+)`", re.sub(r"^\| [^|]+ \|", "|", section, flags=re.MULTILINE)):
+        if code.endswith(".py"):
+            file = code
+            places.append((file, ""))
+        elif code not in NOT_DEFINED_THERE:
+            places.append((file, code))
+    return places
+
+
+def test_things_happen_where_the_page_says() -> None:
+    places = places_named()
+    assert len(places) > 80
+    wrong = []
+    for file, name in places:
+        path = PACKAGE / file
+        known = definitions(ast.parse(path.read_text("utf-8"))) if path.is_file() else set()
+        if not path.is_file() or (name and name not in known):
+            wrong.append(f"{file}: {name}")
+    assert not wrong, "\n".join(wrong)
