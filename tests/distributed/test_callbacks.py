@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,30 @@ def test_a_callback_that_fails_on_one_rank_is_named_and_ends_the_run_on_all(stor
     assert f"{reason}\nTraceback" in (folder(config) / "logs" / "rank-1.log").read_text()
     if hook != "close":
         assert calls(config)[-2:] == calls(config, 1)[-2:] == [f"error {reason}", "close None"]
+
+
+def test_when_an_error_is_told_no_checkpoint_is_being_written(stories, tmp_path, monkeypatch):
+    """A callback may copy or upload what is saved. The write of step 4 ends only after someone waits for it."""
+    is_awaited = threading.Event()
+
+    def write_when_awaited(trainer):
+        checkpoints, wait, publish = trainer.checkpoints, trainer.checkpoints.wait, trainer.checkpoints._publish
+        checkpoints.wait = lambda: (is_awaited.set(), wait())
+        checkpoints._publish = lambda snapshot: (is_awaited.wait(60), publish(snapshot))[1]
+
+    class Looking:
+        def on_step_end(self, trainer, result):
+            if result.step == 5:
+                raise ValueError
+
+        def on_error(self, trainer, error):
+            found = (folder(config) / "checkpoints").glob("step-*")
+            (tmp_path / "found").write_text(" ".join(path.name for path in found))
+
+    plain = small_config(stories, tmp_path, validation__every_steps=0)
+    config = with_callbacks(plain, lambda _: Looking(), monkeypatch=monkeypatch)
+    assert command(config, 1, before=write_when_awaited) == [1]
+    assert (tmp_path / "found").read_text() == "step-00000004"
 
 
 def test_the_exit_code_is_that_of_an_error_of_ours(stories, tmp_path, monkeypatch):

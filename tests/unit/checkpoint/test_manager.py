@@ -1,13 +1,15 @@
 """Which snapshots are written in the background, in which order, and which are dropped."""
 
+import errno
 import threading
 import time
 
 import pytest
 
 from dist_trainer.checkpoint import manager
-from dist_trainer.checkpoint.manager import BackgroundWriter
+from dist_trainer.checkpoint.manager import BackgroundWriter, CheckpointManager
 from dist_trainer.checkpoint.state import Progress, Snapshot
+from dist_trainer.config.schema import CheckpointConfig
 
 
 class SlowDisk:
@@ -82,3 +84,25 @@ def test_what_a_write_raises_is_raised_at_the_next_save_and_ends_what_waits(disk
     add(background, 3)
     background.wait()
     assert disk.steps == [3]
+
+
+def full_disk(folder, write, *, metadata):
+    raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+
+def test_after_max_failures_in_a_row_and_not_before_the_disk_is_given_up(tmp_path, monkeypatch):
+    checkpoints = CheckpointManager(tmp_path, CheckpointConfig(max_failures=3), save_model_fn=lambda weights, folder: None)
+
+    def has_given_up_after_save(step):
+        checkpoints.save(lambda: Snapshot({}, {}, {}, {}, Progress(step)), is_best=False, before_publish=lambda: None)
+        checkpoints.wait()
+        return checkpoints.has_given_up
+
+    with monkeypatch.context() as changed:
+        changed.setattr(manager, "publish", full_disk)
+        assert [has_given_up_after_save(step) for step in (1, 2)] == [False, False]
+    assert not has_given_up_after_save(3), "a save that succeeds starts the count anew"
+    assert checkpoints.last_error is None
+    monkeypatch.setattr(manager, "publish", full_disk)
+    assert [has_given_up_after_save(step) for step in (4, 5, 6)] == [False, False, True]
+    assert checkpoints.last_error == "step 6: the checkpoint could not be saved (ENOSPC: No space left on device)"

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dist_trainer.config.schema import DataConfig, PrecisionConfig
 from dist_trainer.data.datasets import CORPUS, open_source
 from dist_trainer.data.tokenizers import load_tokenizer
-from dist_trainer.errors import DataError, RefusedError
+from dist_trainer.errors import CheckpointError, DataError, RefusedError
 from dist_trainer.huggingface import transformers_models
+from dist_trainer.huggingface.model_files import find_config, find_model, model_folders
 from dist_trainer.models.weights import can_open, load_weights, open_model
 from dist_trainer.run.configure import load_config
 from dist_trainer.run.evaluation import HarnessOptions, open_for_harness
@@ -221,3 +222,32 @@ def test_nor_does_a_saved_table(tmp_path):
         change(state, _data_files=[{"filename": named}])
         with pytest.raises(DataError, match=r"names \S*\.arrow, a file outside it, which is not read"):
             open_source(str(tmp_path / "mine"), DataConfig())
+
+
+@pytest.fixture
+def a_stranger_s_run(tmp_path: Path) -> tuple[Path, Path]:
+    """A run folder with one model of its own, and a folder with models outside of it."""
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    for folder in (run / "checkpoints" / "step-00000004", outside / "step-00000008"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    return run, outside
+
+
+@pytest.mark.parametrize("name", ["best", "latest", "step-00000008"])
+def test_a_link_out_of_a_run_is_no_checkpoint_of_it(a_stranger_s_run, name):
+    run, outside = a_stranger_s_run
+    own = run / "checkpoints" / "step-00000004"
+    (run / "checkpoints" / name).symlink_to(outside / "step-00000008")
+    assert outside not in [folder.resolve().parent for folder in model_folders(run)]
+    assert find_model(run) == own
+    assert find_model(run / "checkpoints") == own
+
+
+def test_a_link_in_place_of_a_run_s_checkpoints_is_not_followed(a_stranger_s_run):
+    run, outside = a_stranger_s_run
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").symlink_to(outside)
+    assert find_config(run) is None
+    with pytest.raises(CheckpointError, match="run is neither a run folder with checkpoints, nor a checkpoint"):
+        find_model(run)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from dist_trainer.errors import ConfigError, StoppedError, TrainingDivergedError
 from dist_trainer.run.cli import missing_package, run_cli
 from tests.architecture.sources import REPOSITORY
 from tests.pace import allowed
@@ -126,6 +127,21 @@ def test_what_any_library_prints_to_stderr_is_masked_while_a_command_runs(capsys
     assert run_cli(act) == 0
     assert capsys.readouterr().err == "using ***\n"
     assert sys.stderr is before
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(KeyboardInterrupt(), 75), (ConfigError("x"), 2), (TrainingDivergedError("x"), 3), (StoppedError(15), 75)],
+)
+def test_each_error_has_its_exit_code(monkeypatch, error, code):
+    """One process, so that the command returns it; Ctrl-C before a handler is installed is a preemption as later."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def act() -> int:
+        raise error
+
+    assert run_cli(act) == code
 
 
 ENDS = """
