@@ -20,8 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_trainer.config.schema import BatchConfig
 from dist_trainer.data.batch import IGNORED_TARGET, Batch
-from dist_trainer.data.best_fit_packing import BestFitPackedDataset, truncate_and_filter
-from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCollator, TokenStream, identity_collate
+from dist_trainer.data.packing import (
+    BestFitPackedDataset,
+    DocumentDataset,
+    PackedDataset,
+    PaddingCollator,
+    TokenStream,
+    identity_collate,
+    truncate_and_filter,
+)
 from dist_trainer.data.sampler import GlobalOrderSampler
 from dist_trainer.data.token_store import TokenStore
 from dist_trainer.data.tokenizers import load_tokenizer

@@ -14,11 +14,19 @@ from torch.utils.data import Dataset
 from dist_trainer.config.paths import user_path
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import Batch
-from dist_trainer.data.best_fit_packing import BestFitPackedDataset, TruncatedDocuments, truncate_and_filter
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.datasets import Source, open_source
 from dist_trainer.data.messages import read_messages
-from dist_trainer.data.packing import DocumentDataset, PackedDataset, PaddingCollator, TokenStream, identity_collate
+from dist_trainer.data.packing import (
+    BestFitPackedDataset,
+    DocumentDataset,
+    PackedDataset,
+    PaddingCollator,
+    TokenStream,
+    TruncatedDocuments,
+    identity_collate,
+    truncate_and_filter,
+)
 from dist_trainer.data.sampler import FeistelPermutation
 from dist_trainer.data.split import Split
 from dist_trainer.data.templates import (

@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from dist_trainer.config.schema import BatchConfig, DataConfig, TrainingConfig
 from dist_trainer.data import store_building, text_pieces
 from dist_trainer.data.batch import IGNORED_TARGET
-from dist_trainer.data.best_fit_packing import BestFitPackedDataset, best_fit_decreasing, truncate_and_filter
 from dist_trainer.data.build_datasets import SPLIT_KEY, build_datasets, record_formatter
 from dist_trainer.data.chat import ChatTemplate
 from dist_trainer.data.datasets import open_source
 from dist_trainer.data.encoding import tokens_in_spans
 from dist_trainer.data.loader import are_conversations, create_dataloaders, create_validation_loader
+from dist_trainer.data.packing import BestFitPackedDataset, best_fit_decreasing, truncate_and_filter
 from dist_trainer.data.records import column_names
 from dist_trainer.data.sampler import FeistelPermutation
 from dist_trainer.data.token_store import TokenStore, token_store
