@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_trainer.errors import ConfigError
 
 IGNORED_TARGET = -100
+"""Target that is not trained on, as in torch, Hugging Face and data/batch.py."""
 FEW_LOGITS = 2**20
 """Up to this many logits (4 MiB in float32) are computed all at once, which is faster, by half if they are very few."""
 CHUNK_LOGITS = 2**23

@@ -41,6 +41,20 @@ DOORS = {
     "torch.nn.attention.flex_attention": {"models/attention.py"},
 }
 
+# Private names of torch, each in one file, which does without those that a torch lacks or asserts that it has them.
+PRIVATE_NAMES = {
+    "distributed/machine.py": {"_triton"},
+    "parallel/compile.py": {"_functorch"},
+    "parallel/ddp.py": {"_run_ddp_forward", "_inside_ddp_forward"},
+    "training/nonfinite.py": {"_step_supports_amp_scaling"},
+    "training/profiler.py": {"_dump_snapshot", "_record_memory_history"},
+    "training/step.py": {"_profiler_enabled"},
+}
+NAMED_BY_TESTS_AS = {"_triton": "_has_triton", "_functorch": "functorch_config"}
+PRIVATE_USE = re.compile(
+    r"""torch(?:\.\w+)*\.(_[a-z]\w*)|(?:get|has)attr\((?:[^()"]|\([^()]*\))*"(_[a-z]\w*)"|def (_run_\w*forward)"""
+)
+
 
 def part_of(file: Path) -> str:
     """`models` for dist_trainer/models/loss.py, `trainer` for dist_trainer/training/trainer.py."""
@@ -106,6 +120,18 @@ def test_functions_import_only_heavy_libraries_in_the_listed_files() -> None:
         if not allowed:
             wrong.append(str(found))
     assert not wrong, "\n".join(wrong)
+
+
+def test_private_names_of_torch_have_one_place_and_a_test() -> None:
+    used: dict[str, set[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        names = {name for match in PRIVATE_USE.findall(file.read_text("utf-8")) for name in match if name}
+        if names and file.name != "cli.py":  # that one is atexit's
+            used[file.relative_to(PACKAGE).as_posix()] = names
+    assert used == PRIVATE_NAMES
+    tests = "".join(file.read_text("utf-8") for file in (REPOSITORY / "tests" / "unit").rglob("*.py"))
+    private = {name for names in PRIVATE_NAMES.values() for name in names}
+    assert {name for name in private if NAMED_BY_TESTS_AS.get(name, name) not in tests} == set()
 
 
 def test_no_module_has_a_vague_name() -> None:
