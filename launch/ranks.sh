@@ -40,9 +40,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun=("$python" -m torch.distributed.run --max-restarts="${MAX_RESTARTS:-0}")
 # Without these, SIGUSR1 kills torchrun and orphans its ranks, and ranks that still save are killed after 30 seconds.
 # torch 2.11 may have neither; searching its source is twenty times faster than its --help.
-torchrun_source=$("$python" -c 'import importlib.util as i; print(i.find_spec("torch").submodule_search_locations[0])')/distributed/run.py
 # Under nohup leave SIGHUP out: torchrun would handle it anyway, and forward it.
-hang_up=$("$python" -c 'import signal as s; print("" if s.getsignal(s.SIGHUP) == s.SIG_IGN else ",SIGHUP")')
+found=$("$python" -c 'import importlib.util as i, signal as s
+print("" if s.getsignal(s.SIGHUP) == s.SIG_IGN else ",SIGHUP", i.find_spec("torch").submodule_search_locations[0], sep="\n")')
+hang_up=${found%%$'\n'*} torchrun_source=${found#*$'\n'}/distributed/run.py
 if grep -q -- --signals-to-handle "$torchrun_source"; then
   torchrun+=("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT,SIGUSR1$hang_up")
 fi

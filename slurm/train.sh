@@ -119,8 +119,9 @@ if [[ -n ${SLURM_GPUS_ON_NODE:-} && $RANKS_PYTHON == "$PYTHON" &&
     "for that build of torch, one such as \`make setup TORCH=cu126\`"
 fi
 
-words=()
 split() { # TEXT SOURCE: sets `words`; quotes work as in a shell, and nothing is executed
+  words=()
+  [[ -n $1 ]] || return 0
   local quoted quote='import shlex, sys; print(shlex.join(shlex.split(sys.argv[1])))'
   quoted=$("$PYTHON" -c "$quote" "$1" 2>/dev/null) || refuse "$2 has an unclosed quote: $1"
   eval "words=($quoted)"
@@ -149,7 +150,8 @@ done
 # --- which run is this? A config error ends the job here, before any rank starts ------------------
 resolved=$("$PYTHON" -m dist_trainer.train "$@" --print_config) || refuse "the config (see above)"
 key() { "$PYTHON" -c "import sys, yaml; print(yaml.safe_load(sys.stdin)$1)" <<<"$resolved"; }
-run_folder=$("$PYTHON" -c 'import os, sys; print(os.path.expanduser(sys.argv[1]))' "$(key '["output_dir"]')/$(key '["run_name"]')")
+folder_of='import os, sys, yaml; print(os.path.expanduser("{output_dir}/{run_name}".format(**yaml.safe_load(sys.stdin))))'
+run_folder=$("$PYTHON" -c "$folder_of" <<<"$resolved")
 # Start over once, not after each requeue.
 if ((TRY > 0)) && [[ $(key '["checkpoint"]["resume"]') == never ]]; then set -- "$@" --checkpoint.resume auto; fi
 logs=$run_folder/logs

@@ -420,12 +420,19 @@ def test_a_task_without_a_line_that_can_be_read_is_rejected(
     stand_in: Path, slurm: dict[str, str], tmp_path: Path, number: str, refusal: str
 ) -> None:
     sweep = tmp_path / "sweep.txt"
-    sweep.write_bytes(b"--data.template 'a\n \r\n--seed 3 --data.template ''\r\n")
+    sweep.write_bytes(b"--data.template 'a\n \r\n--seed 3\n")
     done = launch("slurm/train.sh", stand_in=stand_in, **slurm, SWEEP=str(sweep), SLURM_ARRAY_TASK_ID=number)
     assert (done.returncode, refusal.format(sweep=sweep) in done.stdout) == (2, True), done.stdout
     assert "xargs" not in done.stderr
-    good = launch("slurm/train.sh", stand_in=stand_in, **slurm, SWEEP=str(sweep), SLURM_ARRAY_TASK_ID="3")
-    assert "-m dist_trainer.train --seed 3 --data.template \n" in good.stdout, "an empty word, and no carriage return"
+
+
+def test_a_line_may_have_an_empty_word_and_end_in_a_carriage_return(
+    stand_in: Path, slurm: dict[str, str], tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_bytes(b" \r\n--seed 3 --data.template ''\r\n")
+    done = launch("slurm/train.sh", stand_in=stand_in, **slurm, SWEEP=str(sweep), SLURM_ARRAY_TASK_ID="2")
+    assert "-m dist_trainer.train --seed 3 --data.template \n" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(("save_seconds", "given", "warned"), [(80, "", True), (60, "", False), (60, "B:USR1@100", True)])
