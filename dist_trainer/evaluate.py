@@ -180,32 +180,16 @@ def model_context(path: Path) -> int | None:
 
 def run(request: EvaluationRequest) -> int:
     """Evaluate, and print the result as one JSON object on rank 0; the exit code."""
-    if request.harness is not None:
-        print(json.dumps(evaluate_tasks(request)))
-        return EXIT_FINISHED
-    from dist_trainer.run.evaluation import evaluate_model
+    from dist_trainer.run.evaluation import HarnessOptions, evaluate_model, evaluate_tasks
     from dist_trainer.tracking.jsonl import encode_line
 
+    if request.harness is not None:
+        print(json.dumps(evaluate_tasks(request.path, HarnessOptions(**request.harness), request.config.precision)))
+        return EXIT_FINISHED
     result = evaluate_model(request.path, request.config, request.option_names)
     if result is not None:
         print(encode_line(result).decode(), end="")
     return EXIT_FINISHED
-
-
-def evaluate_tasks(request: EvaluationRequest) -> dict[str, Any]:
-    """lm_eval's results by task and metric; everything it reports is kept in the run's folder."""
-    from dist_trainer.huggingface.model_files import find_valid_model, model_folder
-    from dist_trainer.run.evaluation import HarnessOptions, run_harness, write_results
-    from dist_trainer.tracking.run_log import configure_logging
-    from dist_trainer.tracking.run_reader import run_folder_of
-
-    configure_logging(None, rank=0)
-    path = model_folder(str(request.path), weights=True, key="RUN")
-    results = run_harness(path, HarnessOptions(**(request.harness or {})), request.config.precision)
-    folder = find_valid_model(path).resolve()
-    run = run_folder_of(path, is_run=is_run_folder)
-    file = None if run is None else str(write_results(run, folder, results))
-    return {"model": str(folder), "results": results["results"], "file": file}
 
 
 if __name__ == "__main__":

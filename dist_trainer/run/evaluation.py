@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dist_trainer.config.command_line import command_path
+from dist_trainer.config.paths import is_run_folder
 from dist_trainer.config.schema import PrecisionConfig, TrainingConfig
 from dist_trainer.config.secrets import masked_within
 from dist_trainer.data.chat import TemplateLimitError, check_length, check_template, default_chat_template, within_limits
@@ -38,6 +39,7 @@ from dist_trainer.models.weights import open_model
 from dist_trainer.parallel.cpu.memory import keep_freed_memory
 from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.run_log import configure_logging
+from dist_trainer.tracking.run_reader import run_folder_of
 from dist_trainer.training.precision import build_precision, warn_of_emulated_bf16
 from dist_trainer.training.validation import evaluate
 
@@ -112,6 +114,19 @@ class HarnessOptions:
     """Texts per batch."""
     apply_chat_template: bool = False
     """Whether to ask questions as chat messages."""
+
+
+def evaluate_tasks(path: Path, options: HarnessOptions, precision: PrecisionConfig) -> dict[str, Any]:
+    """lm_eval's results by task and metric for the model at `path` (or of that name on the Hub), and the file with everything
+    that lm_eval reports, which is kept in the run's folder (None: the model is not in one). Raises DistTrainerError.
+    """
+    configure_logging(None, rank=0)
+    model = model_folder(str(path), weights=True, key="RUN")
+    results = run_harness(model, options, precision)
+    folder = find_valid_model(model).resolve()
+    run = run_folder_of(model, is_run=is_run_folder)
+    file = None if run is None else str(write_results(run, folder, results))
+    return {"model": str(folder), "results": results["results"], "file": file}
 
 
 def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig) -> dict[str, Any]:
