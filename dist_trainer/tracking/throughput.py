@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -84,7 +83,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts it in KiB
 
 
-class _Stopwatch:
+class Stopwatch:
     """Adds up the seconds spent inside and counts the uses; cannot be nested. A generator would cost more per step."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -94,6 +93,7 @@ class _Stopwatch:
         self.clear()
 
     def clear(self) -> None:
+        """Start again at zero."""
         self.seconds, self.count = 0.0, 0
 
     def __enter__(self) -> None:
@@ -123,37 +123,20 @@ class Throughput:
         self._peak_tokens_per_second = peak * world.world_size / flops_per_token if peak and flops_per_token else None
         """At which every device would be at its peak FLOP/s."""
         self._clock = clock
-        self._paused, self._steps_within_pauses = _Stopwatch(clock), _Stopwatch(clock)
-        self._data, self._stall = _Stopwatch(clock), _Stopwatch(clock)
+        self.paused = Stopwatch(clock)
+        """Time inside is not part of the steps."""
+        self.waiting_for_data = Stopwatch(clock)
+        """Time inside is part of the steps, and also counted in `data_seconds`."""
+        self.saving = Stopwatch(clock)
+        """Time inside is training waiting for a checkpoint, counted in `checkpoint_stall_ms`."""
         self.start(step=0, tokens=0)
 
     def start(self, *, step: int, tokens: int) -> None:
         """Start measuring after `step` steps and `tokens` target tokens."""
         self._step, self._tokens = step, tokens
-        for stopwatch in (self._paused, self._steps_within_pauses, self._data, self._stall):
+        for stopwatch in (self.paused, self.waiting_for_data, self.saving):
             stopwatch.clear()
         self._started = self._clock()
-
-    def paused(self) -> AbstractContextManager[None]:
-        """Time inside is not part of the steps."""
-        return self._paused
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether this is within `paused`."""
-        return self._paused.is_open
-
-    def waiting_for_data(self) -> AbstractContextManager[None]:
-        """Time inside is part of the steps, and also counted in `data_seconds`."""
-        return self._data
-
-    def waiting_for_steps(self) -> AbstractContextManager[None]:
-        """Time inside is part of the steps even while they are paused: the GPU has not finished them."""
-        return self._steps_within_pauses if self._paused.is_open else nullcontext()
-
-    def saving(self) -> AbstractContextManager[None]:
-        """Time inside is training waiting for a checkpoint, counted in `checkpoint_stall_ms`."""
-        return self._stall
 
     def measure(self, *, step: int, tokens: int) -> dict[str, float | int | None]:
         """Rates over all ranks since the last call, given the steps and target tokens so far; starts the next measurement.
@@ -162,15 +145,15 @@ class Throughput:
         of the devices' peak that the model's own arithmetic uses; recomputation and padding do not count.
         `checkpoint_stall_ms` is how long training waited for checkpoints; None: there was none.
         """
-        seconds = self._clock() - self._started - (self._paused.seconds - self._steps_within_pauses.seconds)
+        seconds = self._clock() - self._started - self.paused.seconds
         steps = max(1, step - self._step)
         tokens_per_second = (tokens - self._tokens) / seconds if seconds > 0 else 0.0
         measured = {
             "tokens_per_second": tokens_per_second,
             "mfu": tokens_per_second / self._peak_tokens_per_second if self._peak_tokens_per_second else None,
             "step_seconds": seconds / steps,
-            "data_seconds": self._data.seconds / steps,
-            "checkpoint_stall_ms": 1000 * self._stall.seconds if self._stall.count else None,
+            "data_seconds": self.waiting_for_data.seconds / steps,
+            "checkpoint_stall_ms": 1000 * self.saving.seconds if self.saving.count else None,
             "peak_memory_bytes": peak_memory_bytes(self._device),
         }
         self.start(step=step, tokens=tokens)

@@ -205,7 +205,7 @@ class Trainer:
     def _fetch(self, batches: Iterator[Batch]) -> StepInput:
         """The next step's micro-batches, on their way to the device."""
         micro_batches = []
-        with self.throughput.waiting_for_data(), trace_range("data"):
+        with self.throughput.waiting_for_data, trace_range("data"):
             for _ in range(self.accumulation_steps):
                 self._mark("reading data")
                 micro_batches.append(next(batches))
@@ -274,7 +274,7 @@ class Trainer:
         return every > 0 and self.progress.step % every == 0
 
     def _save(self) -> None:
-        with self.between_steps(), self.throughput.saving(), trace_range("checkpoint"):
+        with self.between_steps(), self.throughput.saving, trace_range("checkpoint"):
             self._mark("saving")
             progress, watch = self.progress, self.divergence
             progress.skipped_steps, progress.skipped_in_a_row = watch.skipped_steps, watch.skipped_in_a_row
@@ -301,12 +301,11 @@ class Trainer:
     @contextmanager
     def between_steps(self) -> Generator[None]:
         """Time inside does not count as training time. First checks all steps so far; may raise TrainingDivergedError."""
-        if self.throughput.is_paused:
+        if self.throughput.paused.is_open:
             yield
             return
-        with self.throughput.paused(), self._garbage.automatic():
-            with self.throughput.waiting_for_steps():
-                self.divergence.drain()
+        self.divergence.drain()  # waits for the last step on the GPU, which is training time
+        with self.throughput.paused, self._garbage.automatic():
             self._mark("in a callback")  # unless the code inside marks another phase
             yield
 

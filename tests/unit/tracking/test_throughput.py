@@ -9,17 +9,14 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.tracking.throughput import Throughput, peak_flops
 
 
-def test_throughput_leaves_out_what_is_paused_but_for_what_is_awaited_of_steps():
+def test_throughput_leaves_out_what_is_paused():
     now = [0.0]
     throughput = Throughput(DistributedContext.single(), dtype="fp32", clock=lambda: now[0])
     throughput.start(step=10, tokens=1000)
-    now[0] = 3.0
-    with throughput.paused():
-        with throughput.waiting_for_steps():
-            now[0] = 3.5
+    now[0] = 3.5
+    with throughput.paused:
         now[0] = 100.0
-    with throughput.waiting_for_steps():
-        now[0] = 100.5
+    now[0] = 100.5
     measured = throughput.measure(step=12, tokens=1800)
     assert measured["tokens_per_second"] == 200
     assert measured["step_seconds"] == 2
@@ -30,11 +27,11 @@ def test_saves_since_the_last_measurement_are_summed_up_and_without_one_there_is
     now = [0.0]
     throughput = Throughput(DistributedContext.single(), dtype="fp32", clock=lambda: now[0])
     for seconds in (0.25, 0.5):
-        with throughput.saving():
+        with throughput.saving:
             now[0] += seconds
     assert throughput.measure(step=1, tokens=1)["checkpoint_stall_ms"] == 750
     assert throughput.measure(step=2, tokens=2)["checkpoint_stall_ms"] is None
-    with throughput.saving():
+    with throughput.saving:
         pass
     assert throughput.measure(step=3, tokens=3)["checkpoint_stall_ms"] == 0
 
@@ -56,7 +53,7 @@ def test_mfu_is_computed_as_the_docs_say(monkeypatch):
     monkeypatch.setattr("dist_trainer.tracking.throughput.peak_memory_bytes", lambda device: 7)
     world = DistributedContext(world_size=4, device=torch.device("cuda", 0))
     throughput = Throughput(world, dtype="bf16", flops_per_token=1e9, clock=lambda: now[0])
-    with throughput.waiting_for_data():
+    with throughput.waiting_for_data:
         now[0] = 0.5
     now[0] = 2.0
     measured = throughput.measure(step=2, tokens=1_000_000)

@@ -109,3 +109,16 @@ def test_whatever_reads_a_step_s_result_before_the_next_one_is_noticed(monkeypat
     trainer = a_trainer(Reading())
     found = reads_of(trainer, monkeypatch)
     assert [name for step, name in ACT_AT.items() if step not in found] == []
+
+
+def test_waiting_for_the_last_step_counts_as_training_time_and_what_follows_does_not():
+    trainer = a_trainer()
+    is_paused: list[bool] = []
+    trainer.divergence.drain = lambda: is_paused.append(trainer.throughput.paused.is_open)  # type: ignore[method-assign]
+    with trainer.between_steps():
+        is_paused.append(trainer.throughput.paused.is_open)
+        with trainer.between_steps():  # such as validation within a callback's
+            pass
+        is_paused.append(trainer.throughput.paused.is_open)
+    assert is_paused == [False, True, True]
+    assert not trainer.throughput.paused.is_open
