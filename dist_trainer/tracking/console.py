@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 progress = logging.getLogger(PROGRESS_LOGGER)
 
 _SAMPLE_CHARACTERS = 800
+_BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+_BAR_CHARACTERS = 36
+"""What it takes without name, step numbers and postfix: 10 for the bar itself and 5 for each of the two times."""
 
 
 class ConsoleTracker:
@@ -49,7 +52,8 @@ class ConsoleTracker:
         self._first: tuple[int, float] | None = None
         """Step and time of the first line, which includes compilation."""
         self._is_validated = start_step > 0 and was_validated(folder)
-        self._bar = ProgressBar(masked(name), total=max_steps, initial=start_step)
+        kind: dict[str, Any] = {"bar_format": _BAR_FORMAT, "disable": None, **_width()}  # disabled unless a terminal
+        self._bar = tqdm(desc=masked(name), total=max_steps, initial=start_step, file=sys.stderr, **kind)
 
     def log(self, line: dict[str, Any]) -> None:
         """Show a line, depending on its kind."""
@@ -93,13 +97,21 @@ class ConsoleTracker:
                 self._bar.n = self._bar.initial = self._bar.last_print_n = self._step
                 self._bar.unpause()
         if not self._bar.disable:
-            self._bar.shown = {
-                "loss": f"loss {line['loss']:.4f}",
-                "learning rate": f"lr {line['lr']:.2e}",
-                "throughput": f"{quantity(line['tokens_per_second'])} tokens/s",
-            }
+            self._bar.set_postfix_str(self._fields_that_fit(line), refresh=False)
             self._bar.update(self._step - self._bar.n)
         progress.info("%s", self._format_line(line, now))
+
+    def _fields_that_fit(self, line: dict[str, Any]) -> str:
+        """What follows the bar. tqdm alone would shorten the bar to one character and cut the last field off."""
+        columns = self._bar.format_dict["ncols"] or 0  # 0: the terminal is gone
+        room = columns - _BAR_CHARACTERS - len(self._bar.desc) - 2 * len(str(self._max_steps))
+        text = f"loss {line['loss']:.4f}"
+        fields = [f"{quantity(line['tokens_per_second'])} tokens/s", f"lr {line['lr']:.2e}"]
+        for field in [*fields, f"{significant(line['step_seconds'], 3)} s per step"]:
+            if len(text) + 2 + len(field) > room:
+                break
+            text = f"{text}, {field}"
+        return text if len(text) <= room else ""
 
     def _format_line(self, line: dict[str, Any], now: float) -> str:
         parts = [
@@ -155,53 +167,6 @@ def next_steps(folder: Path, *, can_open: bool, chats: bool = False) -> str:
     width = max(map(len, commands))
     lines = (f"  {command_path()} -m dist_trainer.{words:<{width}}   # {note}" for words, note in commands.items())
     return "\n".join([f"open {folder / 'report.html'} in a browser, or run", *lines])
-
-
-# ---------------------------------------------------------------------------------------------------- the bar
-
-MIN_BAR_WIDTH = 10
-"""Characters of the bar itself; with less room, a field is left out."""
-FIELDS = ("time", "rate", "loss", "learning rate", "throughput")
-"""What follows the bar, in this order."""
-LEFT_OUT = ("rate", "learning rate", "throughput", "loss", "time")
-"""What is left out first when there is too little room."""
-
-
-class ProgressBar(tqdm):
-    """tqdm with as many fields as fit: by itself it would shorten the bar to one character and cut off the last field."""
-
-    def __init__(self, name: str, *, total: int, initial: int) -> None:
-        """A bar on stderr, if that is a terminal."""
-        self.shown: dict[str, str] = {}
-        """The text of each field."""
-        width = _width()
-        super().__init__(total=total, initial=initial, desc=name, unit="step", file=sys.stderr, disable=None, **width)
-
-    @property
-    def format_dict(self) -> dict[str, Any]:
-        """What tqdm draws, with the longest format that fits into its columns."""
-        metadata: dict[str, Any] = dict(super().format_dict)
-        columns = None if self.disable else metadata["ncols"]
-        if columns is None:
-            return metadata
-
-        def fits(form: str) -> bool:
-            trial: dict[str, Any] = {**metadata, "ncols": None, "bar_format": form}
-            return len(self.format_meter(**trial)) <= columns
-
-        formats = list(self._formats())
-        chosen = next((form for form in formats if fits(form.replace("{bar}", " " * MIN_BAR_WIDTH))), formats[-1])
-        return {**metadata, "bar_format": chosen}
-
-    def _formats(self) -> Iterator[str]:
-        """From the longest to the shortest, which has no bar."""
-        known = {"time": "{elapsed}<{remaining}", "rate": "{rate_fmt}", **self.shown}
-        for left_out in range(len(LEFT_OUT) + 1):
-            fields = [known[name] for name in FIELDS if name in known and name not in LEFT_OUT[:left_out]]
-            after = f" [{', '.join(fields)}]" if fields else ""
-            yield "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}" + after
-        yield "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
-        yield "{n_fmt}/{total_fmt}"
 
 
 def _width() -> dict[str, Any]:

