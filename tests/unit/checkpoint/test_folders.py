@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dist_trainer.checkpoint import manager
 from dist_trainer.checkpoint.folders import find_checkpoint, latest_valid, step_folders
 from dist_trainer.checkpoint.manager import CheckpointManager
 from dist_trainer.checkpoint.state import Progress, Snapshot
@@ -46,3 +47,11 @@ def test_a_link_is_no_checkpoint_whatever_its_name(tmp_path):
     (run / "step-00000008").symlink_to(outside / "step-00000008")
     assert [path.name for path in step_folders(run)] == ["step-00000004"]
     assert latest_valid(run) == run / "step-00000004"
+
+
+def test_a_checkpoint_in_another_format_is_skipped(tmp_path, monkeypatch, caplog):
+    save(tmp_path, 4)
+    monkeypatch.setattr(manager, "FORMAT_VERSION", 2)
+    save(tmp_path, 8)
+    assert latest_valid(tmp_path) == tmp_path / "step-00000004"
+    assert "step-00000008 has format version 2, not 1" in caplog.text

@@ -78,6 +78,24 @@ def test_a_prefix_names_another_store_and_its_absence_none(tmp_path):
     assert tokenizer_digest(with_bos) != tokenizer_digest(without)
 
 
+class PlainTokenizer:
+    """A tokenizer in Python alone, whose description has only its vocabulary."""
+
+    def __init__(self, *, prefix: list[int], eos: int) -> None:
+        self.prefix, self.eos_token_id = prefix, eos
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"<s>": 0, "</s>": 1, "a": 2}
+
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        return {"input_ids": [*(self.prefix if add_special_tokens else []), 2]}
+
+
+def test_prefix_and_eos_are_part_of_the_digest_whatever_describes_the_tokenizer():
+    digests = {tokenizer_digest(PlainTokenizer(prefix=prefix, eos=eos)) for prefix in ([], [0], [0, 1]) for eos in (0, 1)}
+    assert len(digests) == 6
+
+
 def test_only_the_first_piece_of_a_long_document_starts_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 64)
     tokenizer = beginning_with("<s>")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dist_trainer.distributed import launch_env
-from dist_trainer.distributed.launch_env import LAUNCHER_PID, RankInfo, living_launcher, rank_info
+from dist_trainer.distributed.launch_env import LAUNCHER_PID, PORT, RankInfo, living_launcher, rank_info, rendezvous_endpoint
 from dist_trainer.errors import ConfigError, PeerLostError
 from dist_trainer.run.configure import load_config
 
@@ -29,6 +29,7 @@ SRUN = {"SLURM_PROCID": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "4", 
         ({**SRUN, **MEETING}, RankInfo(2, 0, 4, 2)),
         ({**SRUN, **MEETING, "SLURM_LOCALID": "2"}, RankInfo(2, 2, 4, 2)),
         ({**SRUN, **TORCHRUN}, RankInfo(5, 1, 8, 4)),
+        ({**SRUN, **MEETING, "SLURM_STEP_NUM_TASKS": "5"}, RankInfo(2, 0, 5, 3)),
     ],
 )
 def test_the_launcher_s_variables_count_and_half_of_them_mean_nothing(environment, info):
@@ -56,6 +57,21 @@ def test_variables_that_make_no_sense_are_rejected_with_the_rest_of_the_config(e
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=rf"(?s)2 problems.*seed: 'x'.*{complaint}"):
         load_config(["--seed", "x"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "ports"),
+    [
+        (MEETING, (29500, 0)),
+        ({**MEETING, PORT: "29600"}, (29600, 29601)),
+        ({**MEETING, "TORCHELASTIC_USE_AGENT_STORE": "True"}, (29500, 0)),
+        ({**MEETING, PORT: "29500", "TORCHELASTIC_USE_AGENT_STORE": "True"}, (29500, 29501)),
+    ],
+)
+def test_the_heartbeat_s_port_is_the_next_one_only_if_a_launch_file_has_chosen_the_first(environment, ports):
+    """Otherwise the next one may be in use, and any free one does."""
+    endpoint = rendezvous_endpoint(environment)
+    assert (endpoint.port, endpoint.heartbeat_port) == ports
 
 
 def ended_process() -> int:

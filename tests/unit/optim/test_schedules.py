@@ -53,6 +53,13 @@ def test_warmup_stable_decay_holds_until_four_fifths_of_the_run():
     assert factor(110) == pytest.approx(0.1)
 
 
+def test_warmup_stable_decay_reaches_the_peak_if_the_warmup_is_longer_than_four_fifths_of_the_run():
+    factor = schedule("wsd", warmup_steps=100)
+    assert factor(89) == pytest.approx(0.9)
+    assert factor(99) == factor(100) == 1.0
+    assert factor(105) == pytest.approx(0.55)
+
+
 def test_a_schedule_that_does_not_exist_is_rejected_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"schedule\.name.*cosin.*cosine"):
         schedule("cosin")
