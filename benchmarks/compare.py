@@ -1,12 +1,12 @@
-"""`make bench`: ours and what one would use instead, in turn, several times; one table of ratios to a bare loop.
+"""`make bench`: compares our trainer with alternatives, in alternating runs; prints one table of ratios to a bare loop.
 
     make bench                                           7M parameters, one process, fp32
     make bench ARGS="--size overhead --dtype bf16"       see SIZES in workloads.py
     make bench ARGS="--ranks 2 --only 'bare;ours'"
     make bench ARGS="--size 124m --save --out benchmarks/results/2030-01-01-124m.md"
 
-Each contestant runs in a process of its own (with --ranks, as many), round by round; what is printed is the median over the
-rounds of each one's ratio to the bare loop of the same round, with the smallest and largest.
+Each contestant runs in its own process (or --ranks processes), round by round. For each one, the table shows the ratio to the
+bare loop of the same round: median over the rounds, smallest and largest.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ SAME_LOSS = 5e-3
 
 
 def run(
-    contestant: Contestant, workload: Workload, threads: int, *, goes_on: bool = False, limit: float | None = None
+    contestant: Contestant, workload: Workload, threads: int, *, resumes: bool = False, limit: float | None = None
 ) -> dict[str, Any]:
     """One run of all its ranks; rank 0's result, with the largest memory of any, and the mean of their losses.
 
-    Anew, unless it `goes_on`: then what the run before left in the workload's folder is there. Raises SystemExit where it
-    fails, or is not done within `limit` seconds.
+    With `resumes`, it finds what the previous run left in the workload's folder; otherwise it starts from scratch. Raises
+    SystemExit if it fails or takes more than `limit` seconds.
     """
     environment = {
         **os.environ,
@@ -82,8 +82,8 @@ def run(
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),
     }
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # users' second start finds modules in bytecode
-    if not goes_on:
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # as for users, whose second start finds compiled bytecode
+    if not resumes:
         shutil.rmtree(workload.folder / "runs", ignore_errors=True)
     command = [sys.executable, "-m", f"benchmarks.contestants.{contestant.module}", *contestant.arguments]
     logs = [workload.folder / f"log-{rank}.txt" for rank in range(workload.ranks)]
@@ -113,7 +113,7 @@ def run(
 
 
 def _failure(processes: Sequence[subprocess.Popen[bytes]], limit: float | None) -> str | None:
-    """Wait until all are over, and say what went wrong. Who is not done within `limit` seconds is killed, helpers and all."""
+    """Wait until all have exited; returns what went wrong. After `limit` seconds kills the rest, with their children."""
     end = None if limit is None else time.monotonic() + limit
     try:
         codes = [process.wait(None if end is None else max(0.0, end - time.monotonic())) for process in processes]
@@ -127,7 +127,7 @@ def _failure(processes: Sequence[subprocess.Popen[bytes]], limit: float | None) 
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun would put into a worker's environment."""
+    """The variables that torchrun would set for a worker."""
     return {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "benchmark"},
@@ -167,7 +167,7 @@ _KEYS = ("cpu_seconds", "peak_bytes", "seconds_to_first_step")
 
 
 def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
-    """What a step of ours takes beyond the loop with the same settings."""
+    """The overhead of our step over the loop with the same settings."""
     if OURS not in results or "bare, lean" not in results:
         return None
     pairs = by_round(results[OURS], results["bare, lean"])
@@ -177,7 +177,7 @@ def _own_cost(results: dict[str, list[dict[str, Any]]]) -> str | None:
 
 
 def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """Ours and each other trainer, round by round: the bare loop's noise is in neither."""
+    """Our trainer against each other one, round by round, without the bare loop's noise."""
     ours = [name for name in results if name.startswith(OURS)]
     others = [name for name in results if not name.startswith((OURS, BASE))]
     if not ours or not others:
@@ -192,18 +192,18 @@ def _against_others(results: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
 
 
 def by_round(own: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Results of the same rounds; who failed in one has none from there on."""
+    """Results of the same rounds; a contestant that failed has none from that round on."""
     return list(zip(own, other, strict=False))
 
 
 def speed_and_memory(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[str, str]:
-    """Ratios of the first of each pair to the second: of tokens a second, with their spread, and of memory."""
+    """Ratios of the first to the second of each pair: tokens per second, with their spread, and memory."""
     memory = statistics.median(own["peak_bytes"] / its["peak_bytes"] for own, its in pairs)
     return spread([its["step_seconds"] / own["step_seconds"] for own, its in pairs]), f"{memory:.2f}"
 
 
 def spread(values: list[float], *, sign: str = "") -> str:
-    """Median (smallest to largest); with `sign` "+" of differences, whose sign is shown."""
+    """Median (smallest to largest); `sign` "+" shows the sign, for differences."""
     middle, least, most = (f"{value:{sign}.3f}" for value in (statistics.median(values), min(values), max(values)))
     return f"{middle} ({least} to {most})"
 
@@ -225,10 +225,10 @@ def measure(
     limit: Callable[[], float | None] = lambda: None,
     failures: dict[str, str] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Results by contestant, one a round; `rehearses`: a round ahead that is not counted, in which caches fill.
+    """Results by contestant, one per round; `rehearses`: runs an uncounted round first, to fill caches.
 
-    `limit`: called before each run: how many seconds it may take. The first failure ends all; with `failures`, it is put
-    there by the name of the contestant, and the others continue.
+    `limit`: called before each run, returns how many seconds it may take. The first failure ends all, unless `failures` is
+    given: then it is stored there by the contestant's name, and the others continue.
     """
     prepare(workload)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants}
@@ -252,14 +252,14 @@ def measure(
 
 
 def _check_same_work(name: str, result: dict[str, Any], results: dict[str, list[dict[str, Any]]]) -> None:
-    """If a contestant reports its last loss, it must be that of the others: the same weights, sequences and updates."""
+    """All contestants that report their last loss must report the same: same weights, sequences and updates."""
     losses = [other["loss"] for rounds in results.values() for other in rounds if other["loss"] is not None]
     if losses and result["loss"] is not None and abs(result["loss"] - losses[0]) > SAME_LOSS * losses[0]:
         raise SystemExit(f"{name} ends with a loss of {result['loss']}, others with {losses[0]}: they do not do the same work")
 
 
 def chosen(only: str | None) -> list[str]:
-    """The contestants that `only` names (all), as far as their libraries are installed. Raises ValueError."""
+    """The contestants that `only` names (default: all) and whose libraries are installed. Raises ValueError."""
     names = [BASE, *(name.strip() for name in only.split(";"))] if only else list(CONTESTANTS)
     if unknown := [name for name in names if name not in CONTESTANTS]:
         raise ValueError(f"no contestant {unknown[0]!r}; there are {'; '.join(CONTESTANTS)}")

@@ -1,4 +1,4 @@
-"""What data.document_mask costs a step: CPU time of a whole step with it over one without, in rounds that alternate.
+"""The cost of data.document_mask: CPU time of a step with it over one without, in alternating rounds.
 
 python benchmarks/document_mask.py [--dtype bfloat16] [--compile]
 """
@@ -67,7 +67,7 @@ def stepper(
     document_mask: bool,
     compiles: bool,
 ) -> Callable[[], None]:
-    """A whole step: reading its sequences, forward and backward pass, clipping, update. Has been called once already."""
+    """A complete step: reading its sequences, forward and backward pass, clipping, update. Already called once, as warm-up."""
     random = np.random.default_rng(0)
     ends = random.integers(1, 2 * DOCUMENT_TOKENS, TOKENS // DOCUMENT_TOKENS).cumsum()
     store = TokenStore(random.integers(0, vocabulary, ends[-1], dtype=np.uint16), np.append(0, ends), "key")

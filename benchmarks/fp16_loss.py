@@ -1,9 +1,9 @@
-"""How exact the output head's gradient is in fp16: the loss in chunks against plain AMP, by how frequent a token is.
+"""Errors of the output head's gradient in fp16: our chunked loss compared with plain AMP, by token frequency.
 
 python -m benchmarks.fp16_loss [--vocabulary 50257] [--hidden_size 64] [--tokens 512] [--scale 65536]
 
 Errors are relative to a row's (or for hidden states, the whole gradient's) norm in float64, from the same values in float16, so
-what is compared is the backward pass alone. Both gradients are those of the mean loss times `--scale`, divided by it again.
+only the backward pass is compared. Both gradients are those of the mean loss times `--scale`, divided by the scale afterwards.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SUMMED_LOSS = Callable[[Tensor, Tensor, Tensor], Tensor]
 def problem_of(vocabulary: int, hidden_size: int, tokens: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """`hidden` [N, D], `weight` [V, D], in float32 of float16's values, and `targets` [N].
 
-    The r-th word has a probability in proportion to r^-1.5, steeper than Zipf's law: in a context, a trained model gives most
-    words far less than their frequency. Its logits have noise of standard deviation 1.
+    The r-th token's probability is proportional to r^-1.5, steeper than Zipf's law: in context, a trained model gives most
+    tokens far less than their frequency. Its logits have noise of standard deviation 1.
     """
     generator = torch.Generator().manual_seed(0)
     log_probabilities = -1.5 * torch.arange(1, vocabulary + 1, dtype=torch.float64).log()
@@ -39,7 +39,7 @@ def problem_of(vocabulary: int, hidden_size: int, tokens: int, device: str) -> t
 
 
 def exact_gradients(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the mean loss in float64, for the logits as they are in float16: what no backward pass in fp16 can do better than."""
+    """Gradients of the mean loss in float64, from the float16 logits: the best that a backward pass in fp16 can reach."""
     probabilities = F.softmax(F.linear(hidden.half(), weight.half()).double(), dim=-1)
     probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
     probabilities /= len(targets)
@@ -47,7 +47,7 @@ def exact_gradients(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Te
 
 
 def gradients(summed_loss: SUMMED_LOSS, hidden: Tensor, weight: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Of the mean loss, as a step in fp16 finds them: scaled, and divided by the scale in float32."""
+    """Gradients of the mean loss as in an fp16 step: scaled, then divided by the scale in float32."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     with torch.autocast(hidden.device.type, dtype=torch.float16):
         total = summed_loss(hidden, weight, targets)
@@ -58,7 +58,7 @@ def gradients(summed_loss: SUMMED_LOSS, hidden: Tensor, weight: Tensor, targets:
 
 
 def plain_amp(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """As one writes it by hand."""
+    """As written by hand."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
@@ -68,7 +68,7 @@ def in_chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def unscaled(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """In chunks, with softmax - onehot rounded as it is: what the scale is for."""
+    """In chunks, with softmax - onehot rounded without scaling it: shows why the scale is needed."""
     kept, loss.FP16_SCALE = loss.FP16_SCALE, 1.0
     try:
         return in_chunks(hidden, weight, targets)
@@ -80,7 +80,7 @@ CONTESTANTS: dict[str, SUMMED_LOSS] = {"plain AMP": plain_amp, "unscaled, in chu
 
 
 def errors(summed_loss: SUMMED_LOSS, problem: tuple[Tensor, Tensor, Tensor], scale: float) -> dict[str, float]:
-    """The median relative error of the head's rows, by the words' ranks, and that of the hidden states' gradient."""
+    """The median relative error of the head's rows, by token rank, and that of the hidden states' gradient."""
     exact_hidden, exact_weight = exact_gradients(*problem)
     found_hidden, found_weight = gradients(summed_loss, *problem, scale)
     of_rows = (found_weight - exact_weight).norm(dim=1) / exact_weight.norm(dim=1)

@@ -1,10 +1,11 @@
-"""One GPU in one go, under 8 minutes: the project compared with others.
+"""Compares the project with others on one GPU, in one script of under 8 minutes.
 
 python -m benchmarks.gpu [--wheels FOLDER] [--out FILE] [--smallest]
 
-Each table is printed, and appended to --out, as soon as it is there. What fails or takes too long is one line, the rest
-continues, and the exit code is 1. --wheels: installs what is missing from a folder of wheels, for machines without a network.
---smallest: a tiny model and a few steps on whatever is here, a CPU too, to see that the script works; its figures mean nothing.
+Each table is printed, and appended to --out, as soon as it is complete. A contestant that fails or takes too long is reported
+in one line, the rest continues, and the exit code is 1. --wheels: installs missing packages from a folder of wheels, for
+machines without a network. --smallest: a tiny model and a few steps on any device, including a CPU, to check the script; its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LONGEST_RUN = 120.0
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured in turn, in bf16 but for who says otherwise."""
+    """What is measured in turn, in bf16 unless a contestant says otherwise."""
 
     size: str
     contestants: dict[str, Contestant]
@@ -57,11 +58,11 @@ def measurements() -> list[Measurement]:
 
 
 def measured(measurement: Measurement, started: float, *, smallest: bool) -> tuple[str, bool]:
-    """The table and figures, with a line for each contestant that failed; whether none did."""
+    """The table and figures, with a line for each contestant that failed; and whether all succeeded."""
     shape = dataclasses.replace(SIZES["overhead"], steps=4) if smallest else SIZES[measurement.size]
     threads = min(8, usable_cpus())
     failures: dict[str, str] = {}
-    # What a run that was killed may still be writing there is no reason to lose the others.
+    # A killed run may still be writing here; that must not end the others.
     with tempfile.TemporaryDirectory(prefix="dist-trainer-bench-", ignore_cleanup_errors=True) as folder:
         workload = Workload(shape, Path(folder), dtype="bf16")
         results = measure(
@@ -81,7 +82,7 @@ def measured(measurement: Measurement, started: float, *, smallest: bool) -> tup
 
 
 def figures(results: dict[str, list[dict[str, Any]]], tokens: int) -> Iterator[str]:
-    """Lines of what each one does, at `tokens` a step, and of some against others."""
+    """Lines with the results of each contestant, at `tokens` per step, and comparisons."""
     for name, found in results.items():
         speed = statistics.median(tokens / result["step_seconds"] for result in found)
         memory = statistics.median(result["peak_bytes"] for result in found)
@@ -93,14 +94,14 @@ def figures(results: dict[str, list[dict[str, Any]]], tokens: int) -> Iterator[s
 
 
 def in_a_line(why: str) -> str:
-    """What was run, and the end of what it said."""
+    """The command, and the end of its output."""
     first, *others = why.strip().splitlines() or [""]
     return f"{first} {others[-1].strip()}" if others else first
 
 
 def install(wheels: Path) -> None:
     missing = [name for name in NEEDED if not importlib.util.find_spec(name)]
-    for name in missing:  # one by one: what has no wheel there is done without
+    for name in missing:  # one by one, so that a missing wheel does not stop the others
         subprocess.run(
             [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--find-links", str(wheels), name],
             check=False,

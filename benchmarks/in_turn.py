@@ -1,4 +1,4 @@
-"""Steps of the bare loop between those of a contestant."""
+"""Alternates steps of the bare loop with a contestant's steps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from benchmarks.workloads import Workload
 
 
 class BareStepsInTurn:
-    """After each step of a contestant, one of the bare loop on a model of its own, in the same process: what else goes on in
-    the machine meets both. On a CPU, one rank.
+    """After each step of a contestant, makes one of the bare loop on its own model, in the same process, so that other load on
+    the machine affects both alike. For one rank on a CPU.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -30,6 +30,6 @@ class BareStepsInTurn:
         came = time.perf_counter()
         self.loop.step(self.sequences[len(self.seconds)])
         left = time.perf_counter()
-        # The first one tells from the start of the process on; it is none of the timed ones.
+        # The first one includes the start of the process; it is not timed.
         self.seconds.append((came - self.left, left - came))
         self.left = left

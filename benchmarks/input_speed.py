@@ -1,4 +1,4 @@
-"""How fast sequences are read: tokens a second of CPU time of whole micro-batches on one core, alone and through the loader.
+"""How fast sequences are read: tokens per CPU second for micro-batches on one core, directly and through the loader.
 
 python benchmarks/input_speed.py
 """
@@ -76,27 +76,27 @@ def main() -> None:
 
 
 def some_documents() -> np.ndarray:
-    """Spans of equal documents without each twentieth, as where a part is held out for validation."""
+    """Spans of equal documents, every twentieth left out, as if held out for validation."""
     starts = np.arange(0, TOKENS - DOCUMENT_TOKENS, DOCUMENT_TOKENS)
     return np.stack([starts, starts + DOCUMENT_TOKENS], axis=1)[np.arange(len(starts)) % 20 != 7]
 
 
 def all_but_first_tokens(spans: np.ndarray) -> np.ndarray:
-    """A loss mask by which as many tokens count as with one document a sequence and no mask."""
+    """A loss mask under which as many tokens count as with one document per sequence and no mask."""
     mask = np.ones(TOKENS, dtype=bool)
     mask[spans[:, 0]] = False
     return mask
 
 
 def documents_of_about(tokens: int) -> np.ndarray:
-    """Spans of documents whose lengths spread evenly from a half to three halves of `tokens`."""
+    """Spans of documents with lengths spread evenly from 0.5 to 1.5 times `tokens`."""
     lengths = np.random.default_rng(1).integers(tokens // 2, tokens + tokens // 2, TOKENS // tokens)
     ends = lengths.cumsum()[lengths.cumsum() <= TOKENS]
     return np.stack([ends - lengths[: len(ends)], ends], axis=1)
 
 
 def measure(name: str, dataset: Dataset, length: int, sequences: int, collate: Callable[[Any], Batch]) -> None:
-    """Print a line of the table. Tokens that are padding do not count."""
+    """Print a line of the table. Padding does not count."""
     sampler = GlobalOrderSampler(dataset, batch=BatchConfig(sequences, sequences), rank=0, world_size=1, seed=0)
     loader = DataLoader(dataset, batch_size=sequences, sampler=sampler, collate_fn=collate)
     order = list(itertools.islice(iter(sampler), sequences * BATCHES))

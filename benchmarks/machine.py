@@ -1,4 +1,4 @@
-"""What a result was measured on."""
+"""The machine that a result was measured on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "lightning")
 
 def machine_and_versions() -> str:
     """Date, commit, processor or GPU, versions."""
-    # By a shell, to which a machine without git is no error: it would come when all is measured.
+    # Through a shell, so that a machine without git does not raise an error after everything has been measured.
     described = subprocess.run("git describe --always --dirty", shell=True, capture_output=True, text=True, cwd=ROOT)
     installed = [name for name in PACKAGES if importlib.util.find_spec(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in installed)
@@ -24,7 +24,7 @@ def machine_and_versions() -> str:
 
 
 def machine() -> str:
-    """The GPU's name; without one the processor's, and how many cores there are."""
+    """The GPU's name, or without a GPU the processor's and its number of cores."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,9 +1,9 @@
-"""How far optimizers bring the default run, each with its whole schedule: validation loss by tokens and by time.
+"""Validation loss of the default run by tokens and by time for each optimizer, with its complete schedule.
 
-    python -m benchmarks.optimizers                                      AdamW, the default run (Muon), and less of it
+    python -m benchmarks.optimizers                                      AdamW, the default run (Muon), and shorter Muon runs
     python -m benchmarks.optimizers adamw:0.01:350 muon:0.01:245         OPTIMIZER:LEARNING_RATE:STEPS, one after the other
 
-A run of fewer steps is a run of its own, not the beginning of a longer one: its learning rate has come down at its end.
+A run of fewer steps is a separate run, not the start of a longer one: its learning rate has decayed at its end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     validation_loss: float
     tokens: int

@@ -1,11 +1,11 @@
-"""What a trainer costs a step, beyond the step itself: each one's steps in turn with those of a bare loop, in one process.
+"""A trainer's overhead per step: its steps alternate with those of a bare loop, in one process.
 
 python -m benchmarks.own_cost [--dtype fp32] [--rounds 5] [--only 'ours; HF Trainer']
 
 The bare loop has our loss (at this size the same operations as F.cross_entropy), is not compiled, and runs in the
-contestant's process, hence with its allocator's settings. Two processes one after the other differ by more than a trainer
-costs, for what else the machine does; two steps one after the other do not. Printed is the median over a run's pairs of
-steps, and their mean, for what does not happen in every step, with a hundredth of the pairs left out at each end.
+contestant's process, hence with its allocator's settings. Two processes run one after the other differ by
+more than a trainer's overhead, because of other load on the machine; two consecutive steps do not. Printed are the median over
+a run's pairs of steps and, for work that is not done in every step, their mean without the lowest and highest hundredth.
 """
 
 from __future__ import annotations

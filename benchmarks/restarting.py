@@ -1,8 +1,8 @@
-"""From the command to the next step of a run that was saved: ours against a script that loads what torch.save wrote.
+"""Time from the command to the next step of a saved run: ours compared with a script that loads a torch.save file.
 
 python -m benchmarks.restarting [--size 124m] [--dtype bf16] [--compile] [--rounds 5]
 
-Ours finds the newest good checkpoint, checks each byte of it, and goes on in its folder; the script loads one file.
+Ours finds the newest valid checkpoint, verifies its checksums and resumes in its folder; the script loads one file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCRIPT = "bare script"
 
 
 def seconds_to_next_step(workload: Workload, threads: int, *, compiled: bool) -> dict[str, float]:
-    """Of each, in turn: a run that saves, and the same run once more, which goes on."""
+    """For each, in turn: a run that saves, and the same run again, which resumes."""
     script = CONTESTANTS["bare, per block, lean" if compiled else BASE]
     run(script, workload, threads)
     script = dataclasses.replace(script, arguments=(",".join(["resumes", *script.arguments]),))
@@ -29,7 +29,7 @@ def seconds_to_next_step(workload: Workload, threads: int, *, compiled: bool) ->
     ours = CONTESTANTS["ours, compiled" if compiled else OURS]
     run(ours, workload, threads)
     ours = dataclasses.replace(ours, arguments=(*ours.arguments, "--train.max_steps", str(2 * workload.total_steps)))
-    found[OURS] = run(ours, workload, threads, goes_on=True)
+    found[OURS] = run(ours, workload, threads, resumes=True)
     return {name: result["seconds_to_first_step"] for name, result in found.items()}
 
 

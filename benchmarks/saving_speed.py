@@ -1,10 +1,10 @@
-"""How long training stands still for a checkpoint, and how long loading one takes, against torch.save and torch.load.
+"""How long training pauses for a checkpoint, and how long loading takes, compared with torch.save and torch.load.
 
 python -m benchmarks.saving_speed [--size 124m] [--rounds 5]
 
 The same state (weights, and AdamW's two averages, in float32) is saved in turn by torch.save, by torch.save with the file
-synced to disk, and by the checkpoint manager, whose stall is what `save` takes before it returns; the rest it does meanwhile,
-every file synced. Nothing computes meanwhile.
+synced to disk, and by the checkpoint manager, whose stall is the time until `save` returns; the rest happens in the
+background, with every file synced. Nothing else runs meanwhile.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measure(state: State, rounds: int) -> dict[str, list[float]]:
     def note(name: str, took: float) -> None:
         found.setdefault(name, []).append(took)
 
-    for number in range(rounds + 1):  # one ahead that is not counted
+    for number in range(rounds + 1):  # the first is not counted
         if number == 1:
             found.clear()
         note(BASE, seconds(lambda: state.torch_save(synced=False)))
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="124m")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    keep_freed_memory()  # as a run on a CPU does
+    keep_freed_memory()  # as in a run on a CPU
     folder = Path(tempfile.mkdtemp(prefix="dist-trainer-saving-"))
     try:
         found = measure(State(arguments.size, folder), arguments.rounds)

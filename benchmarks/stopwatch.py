@@ -1,4 +1,4 @@
-"""Times a contestant from inside, the same way for all: by a hook after each step of its optimizer."""
+"""Times a contestant from inside, in the same way for all: with a hook after each optimizer step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FOLDER = "BENCHMARK_WORKLOAD"
 
 
 class Stopwatch:
-    """Laps of one process. On GPUs the device is awaited where the timed steps begin and end, and nowhere between."""
+    """Laps of one process. On GPUs it synchronizes at the start and end of the timed steps, and not in between."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -37,10 +37,10 @@ class Stopwatch:
         self.in_turn: BareStepsInTurn | None = None
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Take the time after every step of `optimizer`."""
+        """Record the time after every step of `optimizer`."""
         optimizer.register_step_post_hook(lambda *_: self._lap())
         if self.workload.in_turn:
-            # Here alone: what contestants import is in their time to the first step.
+            # Imported here only: a contestant's imports count in its time to the first step.
             from benchmarks.in_turn import BareStepsInTurn
 
             in_turn = BareStepsInTurn(self.workload)
@@ -57,18 +57,18 @@ class Stopwatch:
         if step in (first, last):
             self.cpu[step == last] = _cpu_seconds_of_session()
         if step == last:
-            # Here, for what comes after the last step not all of them do: ours saves, say.
+            # Here, because not all contestants do the same after the last step: ours saves, for example.
             self.peak_bytes = _peak_bytes()
         self.laps.append(time.perf_counter())
 
     def result(self, loss: float | None) -> dict[str, Any]:
-        """What was measured; `loss` is that of the last step, to see that all do the same."""
+        """The measurements; `loss` is that of the last step, to check that all contestants do the same work."""
         workload = self.workload
         timed = self.laps[workload.warmup_steps - 1 :]
         assert len(timed) == workload.size.steps + 1, f"{len(self.laps)} steps, not {workload.total_steps}"
         steps = [later - earlier for earlier, later in itertools.pairwise(timed)]
         on_gpu = torch.cuda.is_available()
-        # Laps on a GPU tell when kernels were queued, not when they were done: there only the whole window counts.
+        # Laps on a GPU show when kernels were queued, not when they finished: there only the total time counts.
         seconds = (timed[-1] - timed[0]) / len(steps) if on_gpu else statistics.median(steps)
         return {
             "step_seconds": seconds,
@@ -88,25 +88,25 @@ def _peak_bytes() -> int:
 
 
 def _cpu_seconds_of_session() -> float:
-    """User and system time of all processes of this one's session: helpers cost, too."""
+    """User and system time of all processes in this session, including helpers."""
     session, ticks = os.getsid(0), 0
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
             except OSError:
-                continue  # gone meanwhile
+                continue  # has exited meanwhile
             if int(fields[3]) == session:
                 ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def write_result(stopwatch: Stopwatch, loss: float | None) -> None:
-    """Leave the result where the comparison looks for it."""
+    """Write the result where the comparison looks for it."""
     rank = int(os.environ.get("RANK", "0"))
     (stopwatch.workload.folder / f"result-{rank}.json").write_text(json.dumps(stopwatch.result(loss)))
 
 
 def workload_here() -> Workload:
-    """The one this process was started for."""
+    """The workload that this process was started for."""
     return Workload.load(Path(os.environ[FOLDER]))

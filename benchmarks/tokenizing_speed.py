@@ -1,9 +1,9 @@
-"""Text to token ids on disk, from a cold start: the token store against `datasets.map` with a fast Hugging Face tokenizer.
+"""Text to token ids on disk, from a cold start: the token store compared with `datasets.map` and a fast Hugging Face tokenizer.
 
 python benchmarks/tokenizing_speed.py [--text FILE.jsonl ...] [--tokenizer FOLDER] [--rounds 5]
 
-Each measurement is a process of its own with empty caches, the contestants in turn. `seconds` begin when the tokenizer is
-loaded and the text is not yet read (of datasets.map: when the text is an Arrow table already) and end with the ids on disk.
+Each measurement is a separate process with empty caches; contestants alternate. `seconds` start when the tokenizer is loaded
+and the text is not yet read (for datasets.map: when the text is already an Arrow table) and end when the ids are on disk.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ CONTESTANTS: dict[str, Callable[[Path, Path, Path], tuple[float, np.ndarray]]] =
 
 
 def measure(name: str, text: Path, tokenizer: Path) -> None:
-    """One contestant, in this process; prints what came of it as JSON."""
+    """Measure one contestant, in this process; prints the result as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         seconds, tokens = CONTESTANTS[name](text, tokenizer, Path(folder))
         digest = hashlib.sha256(tokens.astype(np.uint32).tobytes()).hexdigest()
@@ -139,7 +139,7 @@ def spread(numbers: list[float]) -> str:
 
 
 def write_shuffled_corpus(path: Path, num_bytes: int) -> None:
-    """Paragraphs of the corpus inside the package in ever new orders, some 2 KB of them a document."""
+    """Write paragraphs of the built-in corpus in random order, about 2 KB per document."""
     with gzip.open(CORPUS / "austen_train.jsonl.gz", "rt", encoding="utf-8") as file:
         paragraphs = [paragraph for line in file for paragraph in json.loads(line)["text"].split("\n\n")]
     chance = random.Random(0)

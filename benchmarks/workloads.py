@@ -1,11 +1,11 @@
-"""What all contestants train on: the shape of a model, and sequences of tokens in the order in which our own loader gives them.
+"""What all contestants train on: a model's shape, and sequences of tokens in the order of our own loader.
 
 A workload is a folder, made once per comparison, so that every contestant reads the same bytes:
 
     workload.json        shape, batch, steps, number format
-    sequences.npy             int32 [steps, global batch, T + 1]: what each step learns from
+    sequences.npy        int32 [steps, global batch, T + 1]: what each step trains on
     config.yaml          the same for `python -m dist_trainer.train`
-    text.jsonl, tokenizer/   a text that becomes those tokens, since ours is timed as the command that users type
+    text.jsonl, tokenizer/   a text that gives those tokens, because ours is timed as the command that users run
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Size:
-    """A model and how much of it goes into a step."""
+    """A model and its batch."""
 
     hidden_size: int
     intermediate_size: int
@@ -44,7 +44,7 @@ class Size:
 
 
 SIZES = {
-    # So small that a trainer's own cost per step shows.
+    # So small that a trainer's overhead per step is visible.
     "overhead": Size(64, 128, 2, 4, 4, 512, 64, 2, steps=3000),
     "1m": Size(128, 344, 4, 4, 4, 2048, 128, 8, steps=60),
     "7m": Size(256, 688, 6, 4, 4, 8192, 256, 8, steps=15),
@@ -58,7 +58,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One comparison's conditions."""
+    """The conditions of a comparison."""
 
     size: Size
     folder: Path
@@ -77,7 +77,7 @@ class Workload:
 
     @property
     def save_at(self) -> int:
-        """The step after which the checkpoint is written; beyond the last one where none is."""
+        """The step after which the checkpoint is written; beyond the last one if none is."""
         return self.warmup_steps + self.size.steps // 2 if self.save else self.total_steps + 1
 
     @property
@@ -98,7 +98,7 @@ class Workload:
         return self.all_sequences()[:, rank * share : (rank + 1) * share]
 
     def dump(self) -> None:
-        """Write the conditions, for the contestants' own processes."""
+        """Write the conditions, for the contestants' processes."""
         said = dataclasses.asdict(self) | {"folder": str(self.folder)}
         (self.folder / "workload.json").write_text(json.dumps(said, indent=2))
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config_of(self)))
@@ -110,7 +110,7 @@ class Workload:
 
 
 def config_of(workload: Workload) -> dict[str, Any]:
-    """The workload in the words of `python -m dist_trainer.train`."""
+    """The workload as a config of `python -m dist_trainer.train`."""
     size = workload.size
     shape = {name: getattr(size, name) for name in SHAPE}
     return {
@@ -136,7 +136,7 @@ def config_of(workload: Workload) -> dict[str, Any]:
         "train": {"max_steps": workload.total_steps},
         "precision": {"dtype": workload.dtype},
         "checkpoint": {"every_steps": workload.save_at},
-        # The other trainers send their lines nowhere either; importing wandb during the first steps takes a core for seconds.
+        # The other trainers have no tracker either; importing wandb during the first steps takes a core for seconds.
         "tracking": {"wandb": "disabled"},
     }
 
@@ -163,7 +163,7 @@ def _write_text(workload: Workload) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[attr-defined]
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder / "tokenizer")
     random = np.random.default_rng(SEED)
-    # As often as words are in a language: the k-th one about 1/k as often as the first.
+    # Zipf's law: the k-th word is about 1/k as frequent as the first.
     weights = 1.0 / np.arange(1, len(words) + 1)
     needed = (workload.total_steps + 1) * workload.tokens_per_step
     drawn = random.choice(len(words), size=needed, p=weights / weights.sum())

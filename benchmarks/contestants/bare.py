@@ -1,7 +1,7 @@
-"""A training loop as one writes it by hand, with nothing around it.
+"""A hand-written training loop, with nothing around it.
 
-Flags, joined by commas: `compiled` (torch.compile of the whole model), `per-block` (of each block), `lean` (the loss of
-DecoderLM itself, which never holds all logits; without it F.cross_entropy of float32 logits), `resumes` (from what it saved).
+Flags, joined by commas: `compiled` (torch.compile of the whole model), `per-block` (of each block), `lean` (DecoderLM's
+own loss, which never holds all logits; without it F.cross_entropy of float32 logits), `resumes` (from its own checkpoint).
 """
 
 from __future__ import annotations

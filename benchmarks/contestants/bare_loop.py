@@ -1,4 +1,4 @@
-"""The step of a training loop as one writes it by hand."""
+"""The step of a hand-written training loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BareLoop:
-    """From sequences to updated weights, and nothing around it."""
+    """From sequences to updated weights, with nothing around it."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, device: torch.device, dtype: str, *, lean: bool) -> None:
         """`model` is DecoderLM, wrapped or not; `lean`: its own loss, which never holds all logits, not F.cross_entropy of
@@ -32,10 +32,10 @@ class BareLoop:
             self.autocast = lambda: torch.autocast(device.type, dtype=DTYPES[dtype])
 
     def step(self, sequences: np.ndarray) -> Tensor:
-        """Learn from `sequences`, integers [B, T + 1]; the loss, a scalar."""
+        """Train on `sequences`, integers [B, T + 1]; returns the loss, a scalar."""
         ids = torch.from_numpy(sequences.astype("int64"))
         if self.device.type == "cuda":
-            ids = ids.pin_memory()  # or its copy would wait for all that is queued
+            ids = ids.pin_memory()  # otherwise the copy would wait for all queued work
         ids = ids.to(self.device, non_blocking=True)
         tokens, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         with self.autocast():

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with its defaults; `compiled` adds its torch_compile.
 
-On DecoderLM, or (`llama`) on transformers' own Llama with the same weights, which is what its users have.
+With DecoderLM, or (`llama`) with transformers' own Llama and the same weights, which is what its users have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.workloads import Workload
 
 
 class WithLoss(nn.Module):
-    """A model as its Trainer wants it: the loss comes first."""
+    """A model with the interface that its Trainer expects: the loss comes first."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class WithLoss(nn.Module):
 
 
 def llama(workload: Workload) -> nn.Module:
-    """DecoderLM's weights in LlamaForCausalLM, which has a loss of its own."""
+    """DecoderLM's weights in LlamaForCausalLM, which has its own loss."""
     from transformers import LlamaForCausalLM
 
     folder = workload.folder / f"llama-{os.environ.get('RANK', '0')}"
@@ -45,7 +45,7 @@ def llama(workload: Workload) -> nn.Module:
 
 
 class InOrder(Trainer):
-    """Without shuffling: the sequences lie in the order in which all contestants take them. It remembers the last loss."""
+    """Does not shuffle: the sequences are already in the order that all contestants use. Remembers the last loss."""
 
     last_loss: Tensor
 
@@ -75,7 +75,7 @@ def main(flags: set[str]) -> None:
         save_steps=workload.save_at,
         disable_tqdm=True,
         report_to="none",
-        remove_unused_columns=False,  # it takes shift_labels for one
+        remove_unused_columns=False,  # it would remove shift_labels
     )
     model = llama(workload) if "llama" in flags else WithLoss(build(workload, arguments.device))
     optimizer = adamw(model)

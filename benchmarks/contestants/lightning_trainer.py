@@ -20,7 +20,7 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class Module(lightning.LightningModule):
-    """The model with its loss and optimizer, as Lightning wants them together."""
+    """The model with its loss and optimizer, as a LightningModule."""
 
     def __init__(self, workload: Workload, stopwatch: Stopwatch, *, compiled: bool) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Module(lightning.LightningModule):
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), sequences["labels"].flatten())
 
     def configure_optimizers(self) -> Optimizer:
-        # Under mixed precision Lightning refuses to clip what a fused optimizer is to apply.
+        # Under mixed precision Lightning does not clip gradients for a fused optimizer.
         optimizer = adamw(self.model, fused=self.workload.dtype == "fp32")
         self.stopwatch.watch(optimizer)
         return optimizer

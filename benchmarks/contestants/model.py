@@ -1,4 +1,4 @@
-"""The module that all train, and its optimizer: DecoderLM with the same first weights."""
+"""The module that all contestants train, and its optimizer: DecoderLM with the same initial weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build(workload: Workload, device: torch.device) -> DecoderLM:
 
 
 def adamw(model: nn.Module, *, fused: bool = True) -> torch.optim.Optimizer:
-    """torch's, with decay of matrices alone, as ours decays."""
+    """torch's AdamW, with weight decay on matrices only, like ours."""
     return torch.optim.AdamW(
         parameter_groups(model, workloads.WEIGHT_DECAY),
         lr=workloads.LEARNING_RATE,

@@ -1,4 +1,4 @@
-"""`python -m dist_trainer.train`, as users type it; its arguments are handed on. Only the optimizer has a stopwatch."""
+"""`python -m dist_trainer.train`, as users run it; arguments are passed on. Only the optimizer has a stopwatch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main() -> int:
     code = train(
         ["--config", str(workload.folder / "config.yaml"), "--output_dir", str(workload.folder / "runs"), *sys.argv[1:]]
     )
-    # Under its own name, not __main__: there the trainer has looked up the optimizer.
+    # Under its own name, not __main__, because the trainer looked up the optimizer there.
     from benchmarks.contestants.ours import STOPWATCHES
 
     write_result(STOPWATCHES[-1], last_loss(workload))

@@ -1,4 +1,4 @@
-"""The sequences as the trainers that take a dataset want them: one at a time, in the order in which all contestants read."""
+"""The sequences as a dataset, for trainers that take one: one at a time, in the order that all contestants use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.workloads import Workload
 
 
 class TokenDataset(Dataset):
-    """`shifted`: with the targets as `shift_labels` too, else models of transformers shift the labels once more."""
+    """`shifted`: with the targets as `shift_labels` too; otherwise transformers' models would shift the labels again."""
 
     def __init__(self, workload: Workload, *, shifted: bool = False) -> None:
         self.shifted = shifted

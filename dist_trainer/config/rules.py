@@ -127,14 +127,14 @@ def _model(model: ModelConfig) -> Iterator[str]:
     if heads <= 0 or groups <= 0 or model.hidden_size <= 0:
         return
     if model.hidden_size % heads:
-        yield f"model.num_attention_heads: {heads} heads do not divide model.hidden_size ({model.hidden_size})"
+        yield f"model.num_attention_heads: model.hidden_size ({model.hidden_size}) is not divisible by {heads}"
     elif model.head_dim is not None and model.head_dim % 2:
         yield f"model.head_dim: {model.head_dim} must be even for rotary positions"
     elif model.head_size % 2:
         size = model.hidden_size // heads
         yield f"model.num_attention_heads: {heads} heads have {size} dimensions each; rotary positions need an even number"
     if heads % groups:
-        yield f"model.num_key_value_heads: {groups} does not divide model.num_attention_heads ({heads})"
+        yield f"model.num_key_value_heads: model.num_attention_heads ({heads}) is not divisible by {groups}"
 
 
 def _data(data: DataConfig) -> Iterator[str]:

@@ -25,7 +25,7 @@ _ROUNDS = 6
 
 
 def sequences_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
-    """Sequences per forward pass of a rank. Raises ConfigError if ranks and micro-batches do not divide the global batch."""
+    """Sequences per forward pass of a rank. Raises ConfigError if the global batch is not divisible by them."""
     if batch.micro_batch_size is None:
         if batch.global_batch_size % world_size:
             raise ConfigError(
@@ -47,7 +47,7 @@ def sequences_per_validation_block(batch: BatchConfig) -> int:
 
 
 def accumulation_steps(batch: BatchConfig, world_size: int) -> int:
-    """Micro-batches of a rank per optimizer step. Raises ConfigError if they do not divide the global batch."""
+    """Micro-batches of a rank per optimizer step. Raises ConfigError if the global batch is not divisible."""
     return batch.global_batch_size // (sequences_per_micro_batch(batch, world_size) * world_size)
 
 

@@ -236,7 +236,7 @@ def warn_of_unfinished_warmup(config: ScheduleConfig, total_steps: int) -> None:
     """Warn if the run ends during the warmup. Not an error: trying a long run's config for a few steps is a good habit."""
     if config.warmup_steps > total_steps:
         log.warning(
-            "schedule.warmup_steps: %d, but the run has %s: it ends before the learning rate has reached its peak",
+            "schedule.warmup_steps: %d, but the run has only %s, so the learning rate never reaches its peak",
             *(config.warmup_steps, counted(total_steps, "step")),
         )
 

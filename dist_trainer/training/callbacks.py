@@ -35,7 +35,7 @@ class Callback(Protocol):
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
         """After each step. Reading a tensor of `result` waits for the device; doing that at each step makes training slower.
 
-        Whatever takes time belongs into `with trainer.between_steps():`.
+        Whatever takes time belongs in `with trainer.between_steps():`.
         """
 
     def on_validation_end(self, trainer: Trainer, result: ValidationResult) -> None:
@@ -59,14 +59,14 @@ LONG_HOOKS = ("on_validation_end", "on_checkpoint")
 
 
 def build_callbacks(config: TrainingConfig) -> list[object]:
-    """What the functions that train.callbacks names make of `config`. Raises ConfigError if one cannot be used."""
+    """Call the functions named in train.callbacks with `config`. Raises ConfigError if one cannot be used."""
     callbacks = [build({}, name, "train.callbacks", config, kind=object) for name in config.train.callbacks]
     CallbackList(callbacks)
     return callbacks
 
 
 class LineWriter(Protocol):
-    """Takes the lines of metrics.jsonl: what a trainer needs of a tracker."""
+    """Takes the lines of metrics.jsonl: the part of a tracker that a trainer needs."""
 
     def log(self, line: dict[str, Any]) -> None:
         """Take a line."""
@@ -78,7 +78,7 @@ class LineWriter(Protocol):
 
 
 class CallbackList:
-    """Calls the callbacks of one trainer. What one of them raises on any rank ends the run on all ranks, by its name."""
+    """Calls the callbacks of one trainer. An error in one, on any rank, ends the run on all ranks and names it."""
 
     def __init__(self, callbacks: Sequence[object]) -> None:
         self.callbacks = list(callbacks)
@@ -88,7 +88,7 @@ class CallbackList:
         methods = {hook: [(callback, getattr(callback, hook, None)) for callback in callbacks] for hook in HOOKS}
         self._methods = {hook: [(c, method) for c, method in pairs if callable(method)] for hook, pairs in methods.items()}
         self.error: CallbackError | None = None
-        """What the first callback that failed on this rank raised. The others are still called, so that ranks stay in step."""
+        """The error of the first callback that failed on this rank. The others are still called, so that ranks stay in step."""
         self._traceback = ""
 
     def call(self, hook: str, trainer: Trainer, *arguments: object) -> None:
@@ -101,12 +101,12 @@ class CallbackList:
             except (Exception, SystemExit) as error:
                 if self.error is None:
                     where = f"rank {trainer.world.rank}: " if trainer.world.world_size > 1 else ""
-                    self.error = CallbackError(f"{where}{_name(callback)}.{hook} failed: {type(error).__name__}: {error}")
+                    self.error = CallbackError(f"{where}{_what_failed(callback, hook)} failed: {type(error).__name__}: {error}")
                     self.error.exit_code = getattr(error, "exit_code", CallbackError.exit_code)
                     self._traceback = "".join(traceback.format_exception(error))
 
     def raise_error(self, trainer: Trainer) -> None:
-        """Raise on all ranks what a callback raised on any of them. For all ranks."""
+        """Raise on all ranks the error that a callback raised on any of them. Called by all ranks."""
         barrier(trainer.world)
         self.log_error()
         for error in gather_objects(self.error, trainer.world):
@@ -114,14 +114,14 @@ class CallbackList:
                 raise error
 
     def log_error(self) -> None:
-        """Log where in the callback's code the error of this rank was raised, if there is one."""
+        """Log the traceback of this rank's error, if there is one."""
         if self._traceback:
             log.error("%s\n%s", self.error, self._traceback.rstrip())
             self._traceback = ""
 
 
 class MetricsLogger:
-    """Hands the lines of steps and validations to `trainer.log`."""
+    """Passes the metrics of steps and validations to `trainer.log`."""
 
     def __init__(self, log_every_steps: int) -> None:
         self.log_every_steps = log_every_steps
@@ -133,12 +133,12 @@ class MetricsLogger:
             self._log(trainer, result)
 
     def on_validation_end(self, trainer: Trainer, result: ValidationResult) -> None:
-        """Log what was measured."""
+        """Log the result."""
         step, best = trainer.progress.step, trainer.progress.best_step
         trainer.log({"kind": "validation", "step": step, **result.metrics(), "best": best == step, "seconds": result.seconds})
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
-        """Log the step at which training diverged, if it was not due; all ranks have come to the same one."""
+        """Log the step at which training diverged, if it was not due. It is the same on all ranks."""
         step = trainer.divergence.diverged_at
         if step is not None and step.step > self._logged_step:
             self._log(trainer, step)
@@ -162,3 +162,11 @@ class MetricsLogger:
 def _name(callback: object) -> str:
     kind = callback if isinstance(callback, type) else type(callback)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _what_failed(callback: object, hook: str) -> str:
+    """A user's callback by its import path; one of ours as a part of the trainer, since the user has not set it."""
+    kind = type(callback)
+    if kind.__module__.startswith("dist_trainer."):
+        return f"dist_trainer's own {kind.__name__} ({hook})"
+    return f"{_name(callback)}.{hook}"

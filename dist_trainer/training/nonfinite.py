@@ -1,4 +1,4 @@
-"""NaN and infinity in losses and gradients: no update is made of them, all ranks notice, and nothing waits for the device.
+"""NaN and infinity in losses and gradients: the update is skipped, on all ranks, without waiting for the device.
 
 A loss that is not finite on one rank makes its gradients NaN; their exchange tells all ranks. The norm of exchanged gradients
 is the same number on all of them, so all skip an update or none does.

@@ -28,7 +28,7 @@ SECONDS_BEFORE_SAVING_AGAIN = (0.5, 1.0, 2.0)
 
 
 class TrainingState:
-    """What checkpoints hold: model, optimizer, scaler, progress, and `metadata` for whoever reads them."""
+    """What checkpoints hold: model, optimizer, scaler, progress, and `metadata`."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, precision: Precision, metadata: Mapping[str, Any]) -> None:
         """`model` is the module itself, not wrapped."""

@@ -6,12 +6,13 @@ import logging
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.errors import ConfigError, TrainingDivergedError
-from dist_trainer.training.callbacks import CallbackList
+from dist_trainer.training.callbacks import CallbackList, MetricsLogger
 from tests.distributed.small_runs import changed, command, folder, losses, metrics, run, same_weights, small_config, status
 
 HOOKS = ("on_fit_start", "on_step_end", "on_validation_end", "on_checkpoint", "on_error", "close")
@@ -195,3 +196,10 @@ def test_callbacks_are_called_in_the_order_of_the_list() -> None:
 
     CallbackList([Numbered(1), Numbered(2), Numbered(3)]).call("on_step_end", None, None)  # type: ignore[arg-type]
     assert calls == [1, 2, 3]
+
+
+def test_an_error_in_a_callback_of_the_trainer_is_not_reported_as_the_user_s():
+    callbacks, trainer = CallbackList([MetricsLogger(1)]), Mock(divergence=None)
+    trainer.world.world_size = 1
+    callbacks.call("on_error", trainer, ValueError())
+    assert str(callbacks.error).startswith("dist_trainer's own MetricsLogger (on_error) failed: AttributeError: ")

@@ -2,7 +2,7 @@
 
 Contents that were not synced are lost. Of names (creations, renames, deletions) that were not synced, a file system may
 have kept all or none: both are tried. Renames and deletions are seen through Python's audit events and fsync is wrapped,
-so this belongs into a process of its own.
+so this belongs in a process of its own.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ REFUSED = {
     "--preset": "command line: --preset needs a name: 1m, 10m",
     "--preset 1m --preset 10m": "command line: --preset given twice (1m, 10m)",
     "--preset 1m --model.init_from runs": "--preset 1m is for training from scratch, but model.init_from (runs) determines",
-    "--preset 10m --model.hidden_size 100": "model.num_attention_heads: 6 heads do not divide model.hidden_size (100)",
+    "--preset 10m --model.hidden_size 100": "model.num_attention_heads: model.hidden_size (100) is not divisible by 6",
     "--preset 1m --batch.micro_batch_size 24": "preset 1m: batch.global_batch_size: 64 must be a multiple of",
     "--print_config=yes": "command line: --print_config takes no value",
     "--dry_run=true": "command line: --dry_run takes no value",

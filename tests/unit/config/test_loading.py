@@ -109,7 +109,7 @@ def test_all_problems_come_in_one_message_with_file_and_line(tmp_path):
     assert message.startswith("6 problems")
     assert f"{path}:1: seed: 'one' is not a whole number" in message
     assert f"{path}:3: schedule.warmpup_steps: no such key; did you mean schedule.warmup_steps?" in message
-    assert f"{path}:5: model.num_attention_heads: 7 heads do not divide model.hidden_size (192)" in message
+    assert f"{path}:5: model.num_attention_heads: model.hidden_size (192) is not divisible by 7" in message
     assert "batch.global_batch_size: 16 must be a multiple of batch.micro_batch_size (5)" in message
     assert "command line: train.max_steps: -1 must be more than 0" in message
 
@@ -117,7 +117,7 @@ def test_all_problems_come_in_one_message_with_file_and_line(tmp_path):
 REFUSED = {
     "--seed x": "command line: seed: 'x' is not a whole number",
     "--seed 9223372036854775808": "command line: seed: 9223372036854775808 must be less than 2^63",
-    "--model.hidden_size 100": "command line: model.num_attention_heads: 6 heads do not divide model.hidden_size (100)",
+    "--model.hidden_size 100": "command line: model.num_attention_heads: model.hidden_size (100) is not divisible by 6",
     "--seed 1.5": "seed: '1.5' is not a whole number",
     "--optim.betas [0.9]": "optim.betas: '[0.9]' is not a list of 2 numbers",
     "--optim.betas [0.9,1.0]": "optim.betas: [0.9, 1.0] must each be 0 or more, and less than 1",
@@ -125,7 +125,7 @@ REFUSED = {
     "--optim.learning_rate inf": "optim.learning_rate: 'inf' is not a number",
     "--optim.learning_rate nan": "optim.learning_rate: 'nan' is not a number",
     "--model.dropout 1": "model.dropout: 1.0 must be 0 or more, and less than 1",
-    "--model.num_key_value_heads 4": "model.num_key_value_heads: 4 does not divide model.num_attention_heads (6)",
+    "--model.num_key_value_heads 4": "model.num_key_value_heads: model.num_attention_heads (6) is not divisible by 4",
     "--model.hidden_size 18 --model.num_key_value_heads 6": "rotary positions need an even number",
     "--precision.dtype fp8": "precision.dtype: 'fp8' is not one of auto, fp32, bf16, fp16",
     "--train.callbacks [a.b:c,early_stopping]": "train.callbacks: 'early_stopping' is not of the form package.module:function",
