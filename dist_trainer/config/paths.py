@@ -1,8 +1,10 @@
-"""Paths as users write them, the names in a run's folder, and the run name that a sweep's runs need."""
+"""Paths: as users write them, in a run's folder, of the caches; and the run name that a sweep's runs need."""
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -53,3 +55,28 @@ def sweep_run_name(run_name: str, environment: Mapping[str, str] = os.environ) -
     if not environment.get("WANDB_SWEEP_ID") or not run_id or run_name.endswith(f"-{run_id}"):
         return run_name
     return f"{run_name}-{run_id}"
+
+
+def default_cache_dir() -> Path:
+    """The folder for files that can be recreated: DIST_TRAINER_CACHE if set, else dist_trainer/ in the user's cache folder."""
+    if named := os.environ.get("DIST_TRAINER_CACHE"):
+        return Path(os.path.expanduser(named))
+    ensure_home()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_trainer"
+
+
+def ensure_home() -> None:
+    """Set HOME and LOGNAME if neither the environment nor the system has them, as in a container with an arbitrary user id:
+    libraries would fail, or create a folder named `~`.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        home = Path(tempfile.gettempdir()) / f"home-{os.getuid()}"
+        home.mkdir(mode=0o700, exist_ok=True)
+        is_ours = home.lstat().st_uid == os.getuid()  # anyone can create a folder of that name there
+        os.environ["HOME"] = str(home) if is_ours else tempfile.mkdtemp(prefix=home.name)
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["LOGNAME"] = str(os.getuid())

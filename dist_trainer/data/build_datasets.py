@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from dist_trainer.config.paths import user_path
+from dist_trainer.config.paths import default_cache_dir, user_path
 from dist_trainer.config.schema import DataConfig
 from dist_trainer.data.batch import Batch
 from dist_trainer.data.chat import ChatTemplate
@@ -41,7 +41,6 @@ from dist_trainer.data.templates import (
 from dist_trainer.data.token_store import TokenStore, store_key, token_store
 from dist_trainer.data.tokenizers import Tokenizer
 from dist_trainer.errors import ConfigError, DataError, counted
-from dist_trainer.storage.cache_dir import default_cache_dir
 
 log = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dist_trainer.config.paths import default_cache_dir
 from dist_trainer.distributed.collectives import gather_objects
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.machine import missing_compiler
 from dist_trainer.errors import ConfigError
 from dist_trainer.parallel.cpu.attention import has_cpu_attention, install_cpu_attention
 from dist_trainer.parallel.cpu.memory import large_blocks_apart
-from dist_trainer.storage.cache_dir import default_cache_dir
 
 try:
     from torch._functorch import config as functorch_config

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from dist_trainer.config.paths import ensure_home
 from dist_trainer.config.secrets import MaskedStream, masked
 from dist_trainer.distributed.launch_env import RankInfo, rank_info_or_none
 from dist_trainer.distributed.signals import heeded_stop_signals
@@ -28,7 +29,6 @@ from dist_trainer.errors import (
     PeerLostError,
     StoppedError,
 )
-from dist_trainer.storage.cache_dir import ensure_home
 
 HOLD_BACK_SECONDS = 5.0
 """How long the ranks that print nothing wait for the one that prints."""

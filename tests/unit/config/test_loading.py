@@ -10,6 +10,7 @@ import pytest
 from dist_trainer.config.aliases import NOT_KEYS, OTHER_NAMES, OTHER_VALUES
 from dist_trainer.config.keys import PATH_KEYS, descriptions, key_types
 from dist_trainer.config.loading import config_differences, dump_config
+from dist_trainer.config.paths import default_cache_dir
 from dist_trainer.config.registry import ENTRY_NAMES, build, resolve
 from dist_trainer.config.rules import check_config
 from dist_trainer.config.schema import BatchConfig, DataConfig, ModelConfig, TrainConfig, TrainingConfig
@@ -22,7 +23,6 @@ from dist_trainer.optim.schedules import SCHEDULES
 from dist_trainer.parallel.registry import STRATEGIES
 from dist_trainer.run.build import check_registry_names
 from dist_trainer.run.configure import load_config
-from dist_trainer.storage.cache_dir import default_cache_dir
 from tests.unit.config.refusals import refused
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_trainer.storage.cache_dir import default_cache_dir
+from dist_trainer.config.paths import default_cache_dir
 
 
 @pytest.fixture
