@@ -100,11 +100,10 @@ def prepare(config: TrainingConfig, world: DistributedContext, record: RunRecord
     logs = config.run_folder / "logs"
 
     def build(start: ResumeState) -> Trainer:
-        replaces = config.checkpoint.resume == "never" and start.checkpoint is None
-        if not replaces:
+        if not start.replaces_run:
             configure_logging(logs, rank=world.rank)
         trainer = build_trainer(config, world, start, record)
-        if replaces:  # only now that the new run is valid: if it is refused, the earlier one stays in place
+        if start.replaces_run:  # only now that the new run is valid: if it is refused, the earlier one stays in place
             run_on_rank0(world, lambda: _folder_of(record).archive_run())
             configure_logging(logs, rank=world.rank)
         return trainer

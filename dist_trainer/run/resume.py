@@ -51,6 +51,8 @@ class ResumeState:
     progress: Progress = field(default_factory=Progress)
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the checkpoint says about its run."""
+    replaces_run: bool = False
+    """Whether a run that is in the folder is moved aside, as soon as the new one is known to be valid."""
 
     @property
     def train_before(self) -> TrainConfig | None:
@@ -78,7 +80,7 @@ def resolve_resume(config: TrainingConfig, folder: RunFolder) -> ResumeState:
     """
     if config.checkpoint.resume == "never" and not _started_in_this_launch(folder):
         folder.is_to_be_archived = not folder.is_new
-        return ResumeState()
+        return ResumeState(replaces_run=True)
     with _refused_access(folder.path):
         repair_folder(folder.checkpoints)
         start = _find(config, folder.path, tidies=True)
