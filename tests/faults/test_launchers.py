@@ -16,8 +16,13 @@ from tests.distributed import small_runs
 from tests.end_to_end.commands import ROOT, SMALL, environment, lines, status
 from tests.faults.processes import children_of, wait_until
 
-STEPS = 100
-RUN = [*SMALL, "--tracking.sample_tokens", "0", "--train.max_steps", str(STEPS)]
+STEPS = 40
+RUN = [
+    *(*SMALL, "--tracking.sample_tokens", "0", "--train.max_steps", str(STEPS)),
+    *("--batch.micro_batch_size", "2", "--precision.compile", "false", "--schedule.name", "tests.slurm.pace:cosine"),
+]
+SLOW = {"SLOW_FROM_STEP": "6", "SLOW_SECONDS": "0.3"}
+"""So that a run has not finished before anything happens to it, however seldom a busy machine looks at it."""
 SECONDS_TO_LEAVE = 10
 SECONDS_TO_LEAVE_A_HANGING_RANK = 20
 SECONDS_TO_START = 20
@@ -82,9 +87,9 @@ def losses(folder: Path) -> list[float]:
 def test_signals_a_killed_launcher_and_a_killed_rank_cost_no_more_than_the_steps_since_the_last_checkpoint(
     undisturbed, tmp_path, ranks, numbers
 ):
-    a_signal_to_torchrun_saves_that_very_step(tmp_path, ranks, numbers)
     a_killed_torchrun_leaves_no_orphans(tmp_path, ranks)
-    a_killed_rank_is_started_again_by_torchrun(tmp_path, ranks)
+    a_killed_rank_is_restarted_by_torchrun_and_a_signal_saves_that_very_step(tmp_path, ranks, numbers)
+    assert small_runs.run(load_config([*RUN, "--output_dir", str(tmp_path)]), ranks) == [0] * ranks
     assert status(tmp_path / "debug")["state"] == "finished"
     assert status(tmp_path / "debug")["restarts"] == 3
     assert [line["step"] for line in lines(tmp_path / "debug")] == list(range(1, STEPS + 1))
@@ -92,12 +97,32 @@ def test_signals_a_killed_launcher_and_a_killed_rank_cost_no_more_than_the_steps
         assert losses(tmp_path / "debug") == losses(undisturbed)
 
 
-def a_signal_to_torchrun_saves_that_very_step(output, ranks, numbers):
+def a_killed_torchrun_leaves_no_orphans(output, ranks):
     folder = output / "debug"
-    with launched(output, ranks=ranks) as launcher:
+    with launched(output, ranks=ranks, **SLOW) as launcher:
         wait_until(lambda: logged(folder) >= 5, seconds=90, of=launcher)
         processes = ranks_of(launcher)
         assert len(processes) == ranks
+        launcher.kill()
+        wait_until(lambda: not any(process.is_alive() for process in processes), seconds=SECONDS_TO_LEAVE)
+    step = lines(folder)[-1]["step"]
+    assert (status(folder)["state"], status(folder)["step"]) == ("failed", step)
+    reason = f"the launcher (pid {launcher.pid}) is gone; step {step} is saved"
+    assert status(folder)["reason"].startswith(reason)
+    assert (output / "said.txt").read_text().count(f"dist_trainer: {reason}") == 1
+    assert os.readlink(folder / "checkpoints" / "latest") == f"step-{step:08d}"
+
+
+def a_killed_rank_is_restarted_by_torchrun_and_a_signal_saves_that_very_step(output, ranks, numbers):
+    folder = output / "debug"
+    with launched(output, ranks=ranks, MAX_RESTARTS="1", **SLOW) as launcher:
+        wait_until_training(folder, restarts=1, of=launcher)
+        killed = ranks_of(launcher)
+        killed[1].kill()
+        wait_until_training(folder, restarts=2, of=launcher)
+        processes = ranks_of(launcher)
+        assert len(processes) == ranks
+        assert not [process for process in killed if process.is_alive()]
         for number in numbers:  # the second one does no harm; it comes later, or the two might merge
             launcher.send_signal(number)
             time.sleep(0.2)
@@ -110,33 +135,12 @@ def a_signal_to_torchrun_saves_that_very_step(output, ranks, numbers):
     assert os.readlink(folder / "checkpoints" / "latest") == f"step-{status(folder)['step']:08d}"
 
 
-def a_killed_torchrun_leaves_no_orphans(output, ranks):
-    folder = output / "debug"
-    stopped_at = logged(folder)
-    with launched(output, ranks=ranks) as launcher:
-        wait_until(lambda: logged(folder) >= stopped_at + 5, seconds=90, of=launcher)
-        processes = ranks_of(launcher)
-        launcher.kill()
-        wait_until(lambda: not any(process.is_alive() for process in processes), seconds=SECONDS_TO_LEAVE)
-    step = lines(folder)[-1]["step"]
-    assert (status(folder)["state"], status(folder)["step"]) == ("failed", step)
-    reason = f"the launcher (pid {launcher.pid}) is gone; step {step} is saved"
-    assert status(folder)["reason"].startswith(reason)
-    assert (output / "said.txt").read_text().count(f"dist_trainer: {reason}") == 1
-    assert os.readlink(folder / "checkpoints" / "latest") == f"step-{step:08d}"
-
-
-def a_killed_rank_is_started_again_by_torchrun(output, ranks):
-    folder = output / "debug"
-    resumed_from = int(os.readlink(folder / "checkpoints" / "latest").removeprefix("step-"))
-    with launched(output, ranks=ranks, MAX_RESTARTS="1") as launcher:
-        wait_until(lambda: is_training_again(folder, resumed_from), seconds=90, of=launcher)
-        ranks_of(launcher)[1].kill()
-        assert launcher.wait() == 0, (output / "said.txt").read_text()
-
-
-def is_training_again(folder, resumed_from):
-    return status(folder)["state"] == "running" and logged(folder) > resumed_from
+def wait_until_training(folder, *, restarts, of):
+    """Until a run that was restarted so often has done a step more."""
+    is_running = lambda: (status(folder)["state"], status(folder)["restarts"]) == ("running", restarts)  # noqa: E731
+    wait_until(is_running, seconds=90, of=of)
+    before = logged(folder)
+    wait_until(lambda: logged(folder) > before, seconds=90, of=of)
 
 
 @pytest.mark.slow  # above, one that is killed while they train
@@ -144,7 +148,7 @@ def test_ranks_whose_torchrun_dies_of_a_signal_save_and_leave(tmp_path):
     """Without the launch file's option torchrun does not take SIGUSR1, which ends it at once."""
     number = signal.SIGUSR1
     folder = tmp_path / "debug"
-    with launched(tmp_path, "--train.max_steps", "100000", "--checkpoint.every_steps", "50000", by=BARE) as launcher:
+    with launched(tmp_path, "--train.max_steps", "100000", "--checkpoint.every_steps", "50000", by=BARE, **SLOW) as launcher:
         wait_until(lambda: logged(folder) >= 5, seconds=90, of=launcher)
         processes = ranks_of(launcher)
         launcher.send_signal(number)
@@ -189,7 +193,8 @@ def test_a_rank_that_is_frozen_while_it_starts_is_named_and_all_leave(tmp_path, 
 def test_a_job_suspended_entirely_for_longer_than_the_timeout_continues(undisturbed, tmp_path):
     """By a scheduler that takes turns, or in a container that is paused: launcher, ranks, and all that they have started."""
     folder = tmp_path / "debug"
-    with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES)) as launcher:
+    slow = {"SLOW_FROM_STEP": "2", "SLOW_SECONDS": "0.3"}
+    with launched(tmp_path, "--distributed.hang_timeout_minutes", str(TIMEOUT_MINUTES), **slow) as launcher:
         wait_until(lambda: logged(folder) >= 2, seconds=90, of=launcher)
         children = children_of(launcher.pid)
         job = [launcher.pid, *children, *(pid for child in children for pid in children_of(child))]
