@@ -26,9 +26,9 @@ from dist_trainer.html_report.charts import (
     thin,
 )
 from dist_trainer.html_report.page import SHARE_OF_TIME, STYLE, ReportTracker, html_report, labels_of
-from dist_trainer.html_report.sections import SAMPLES_SHOWN, spread
+from dist_trainer.html_report.sections import SAMPLES_SHOWN, results, spread
 from dist_trainer.html_report.timeline import numbered_marks, timeline
-from dist_trainer.tracking.goodput import goodput
+from dist_trainer.tracking.goodput import Goodput, goodput
 from dist_trainer.tracking.run_reader import RunHistory, SampleText, read_run
 from tests.unit.tracking.runs import train_line, validation_line, write_metrics, write_run
 
@@ -349,3 +349,16 @@ def test_no_layers_are_named_for_a_model_of_the_user_s_which_may_ignore_these_ke
 def test_a_page_of_a_folder_without_config_or_events_says_nothing_of_what_was_trained(tmp_path):
     write_metrics(tmp_path, [train_line(1)])
     assert 'class="about"' not in html_report([read_run(tmp_path)])
+
+
+def test_the_best_results_are_those_of_the_lowest_validation_loss_and_the_last_loss_is_the_last(tmp_path):
+    lines = [train_line(10, 3.5), validation_line(10, 3.0), train_line(20, 3.25), validation_line(20, 2.5)]
+    lines += [train_line(30, 3.0), validation_line(30, 2.75) | {"bits_per_byte": 1.0}]
+    lines[3] |= {"bits_per_byte": 0.9375}
+    write_metrics(tmp_path, lines)
+    shown = dict(results(read_run(tmp_path), Goodput()))
+    assert shown["best validation loss"] == "2.5000"
+    assert shown["best step"] == "20"
+    assert shown["perplexity at best"] == "12.18"
+    assert shown["bits per byte at best"] == "0.938"
+    assert shown["last training loss"] == "3.0000"

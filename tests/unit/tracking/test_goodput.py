@@ -35,3 +35,9 @@ def test_a_run_starts_when_its_command_was_entered(tmp_path):
 def test_a_second_start_at_step_0_is_a_restart(tmp_path):
     start = {"event": "start", "step": 0, "time": 1000.0}
     assert goodput(history(tmp_path, [start, {"event": "failed", "step": 2, "time": 1001.0}, start], [4])).restarts == 1
+
+
+def test_pauses_for_checkpoints_are_in_seconds_though_lines_have_milliseconds(tmp_path):
+    run = history(tmp_path, [{"event": "start", "step": 0, "time": 1000.0}], [1, 2, 3])
+    run.train["checkpoint_stall_ms"][0], run.train["checkpoint_stall_ms"][2] = 1500.0, 250.0
+    assert goodput(run).saving_seconds == 1.75
