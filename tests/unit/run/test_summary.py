@@ -21,7 +21,7 @@ def test_a_run_that_ends_within_its_warmup_is_warned_of(caplog):
     warn_of_unfinished_warmup(ScheduleConfig(warmup_steps=5), 5)
     assert not caplog.text
     warn_of_unfinished_warmup(ScheduleConfig(warmup_steps=1000), 5)
-    assert "schedule.warmup_steps: 1000, but the run has 5 steps" in caplog.text
+    assert "schedule.warmup_steps: 1000, but the run has only 5 steps" in caplog.text
 
 
 def warning_of_length(
