@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -327,11 +328,15 @@ HARMS = {
 }
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
+def make_shards_small(monkeypatch) -> None:
     monkeypatch.setattr(text_pieces, "BATCH_PIECES", 2)
     monkeypatch.setattr(text_pieces, "PIECE_CHARACTERS", 500)  # shards end within documents, too
     monkeypatch.setattr(text_pieces, "SHARD_CHARACTERS", 2000)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    make_shards_small(monkeypatch)
 
 
 def built_shards(monkeypatch) -> list[int]:
@@ -346,24 +351,47 @@ def built_shards(monkeypatch) -> list[int]:
     return built
 
 
-@pytest.mark.parametrize(("harm", "gigatoken"), [*((harm, True) for harm in HARMS), ("none", False)])
-def test_a_build_that_was_killed_resumes_to_the_same_bytes(
-    tmp_path, monkeypatch, novels, harm, gigatoken, without_gigatoken, small_shards
-):
-    if not gigatoken:
-        without_gigatoken()
-    path, tokenizer = written(tmp_path / "x.jsonl", ["a short one", "", "another", *novels[:5]]), load_tokenizer("austen")
+def built_at_once_and_killed(folder: Path, novels) -> tuple[Path, int]:
+    """A text and its number of shards: its store is in `at once`, what a build left that was killed after 5 in `killed`."""
+    path, tokenizer = written(folder / "x.jsonl", ["a short one", "", "another", *novels[:5]]), load_tokenizer("austen")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_shards_small(monkeypatch)
+        built = built_shards(monkeypatch)
+        stored(path, tokenizer, folder / "at once")
+        assert built == list(range(len(built)))
+        assert len(built) > 10
+        kill_a_build(lambda: stored(path, load_tokenizer("austen"), folder / "killed"), folder / "killed", shards=5)
+        return path, len(built)
+
+
+@pytest.fixture(scope="module")
+def killed_build(tmp_path_factory, novels) -> tuple[Path, int]:
+    return built_at_once_and_killed(tmp_path_factory.mktemp("killed build"), novels)
+
+
+def resumes_to_the_same_bytes(path: Path, cache: Path, count: int, harm: str, monkeypatch) -> None:
     built = built_shards(monkeypatch)
-    stored(path, tokenizer, tmp_path / "at once")
-    assert built == list(range(len(built)))
-    assert len(built) > 10
-    count, built[:] = len(built), []
-    left = kill_a_build(lambda: stored(path, load_tokenizer("austen"), tmp_path / "killed"), tmp_path / "killed", shards=5)
+    [left] = (cache / "tokens").glob(".building-*")
     HARMS[harm](left / "shard-000003.npz")
-    stored(path, tokenizer, tmp_path / "killed")
+    stored(path, load_tokenizer("austen"), cache)
     assert built == [*([] if harm == "none" else [3]), *range(5, count)]
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "at once")
+    assert files_of(cache) == files_of(path.parent / "at once")
     assert not left.exists()
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_build_that_was_killed_resumes_to_the_same_bytes(tmp_path, monkeypatch, killed_build, harm, small_shards):
+    path, count = killed_build
+    cache = shutil.copytree(path.parent / "killed", tmp_path / "killed")
+    resumes_to_the_same_bytes(path, cache, count, harm, monkeypatch)
+
+
+def test_a_build_without_gigatoken_that_was_killed_resumes_to_the_same_bytes(
+    tmp_path, monkeypatch, novels, without_gigatoken, small_shards
+):
+    without_gigatoken()
+    path, count = built_at_once_and_killed(tmp_path, novels)
+    resumes_to_the_same_bytes(path, tmp_path / "killed", count, "none", monkeypatch)
 
 
 def test_a_build_that_was_killed_while_it_joined_its_shards_builds_none_again(tmp_path, monkeypatch, novels, small_shards):
