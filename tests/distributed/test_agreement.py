@@ -139,23 +139,21 @@ def test_a_signal_to_any_one_rank_stops_all_at_the_same_step(stories, tmp_path, 
     assert metrics(config)[-1]["step"] == status(config)["step"]
 
 
-def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path):
-    undisturbed = small_config(stories, tmp_path / "undisturbed")
-    run(undisturbed, 2)
-
+def test_a_stop_during_validation_redoes_it_and_loses_nothing(stories, tmp_path, undisturbed):
     def stop_in_validation(trainer):
         def ask():
             trainer.world.stop_request.signal_number = 10
 
         at_each_validation_batch(ask)(trainer)
 
-    config = small_config(stories, tmp_path / "stopped")
+    config = small_config(stories, tmp_path)
     assert run(config, 2, before=on_rank(1, stop_in_validation)) == [0, 0]
     assert status(config)["reason"] == "SIGUSR1"
     run(config, 2)
-    assert losses(config, "validation") == losses(undisturbed, "validation")
-    assert losses(config) == losses(undisturbed)
-    assert same_weights(config, undisturbed)
+    expected = undisturbed(2, {})
+    assert losses(config, "validation") == losses(expected, "validation")
+    assert losses(config) == losses(expected)
+    assert same_weights(config, expected)
 
 
 def joined(function):

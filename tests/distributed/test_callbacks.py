@@ -155,19 +155,20 @@ def test_the_exit_code_is_that_of_an_error_of_ours(stories, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("hook", ["on_step_end", "on_validation_end"])
-def test_one_rank_alone_may_end_the_run_after_a_step_and_all_is_validated_and_saved(stories, tmp_path, monkeypatch, hook):
-    plain = small_config(stories, tmp_path / "plain")
+def test_one_rank_alone_may_end_the_run_after_a_step_and_all_is_validated_and_saved(
+    stories, tmp_path, undisturbed, monkeypatch, hook
+):
     every = 3 if hook == "on_validation_end" else 0
     config = with_callbacks(
         small_config(stories, tmp_path / "run", validation__every_steps=every),
         lambda _: Stopping(1, hook),
         monkeypatch=monkeypatch,
     )
-    assert run(plain, 2) == run(config, 2) == [0, 0]
+    assert run(config, 2) == [0, 0]
     ended = status(config)
     assert (ended["state"], ended["step"], ended["exit_code"]) == ("finished", 3, 0)
     assert (ended["reason"], ended["max_steps"]) == ("rank 1 has seen enough", 12)
-    assert losses(config) == losses(plain)[:3]
+    assert losses(config) == losses(undisturbed(2, {}))[:3]
     assert [line["step"] for line in metrics(config, "validation")] == [3]
     assert (folder(config) / "checkpoints" / "latest").resolve().name == "step-00000003"
     assert (folder(config) / "checkpoints" / "best").resolve().name == "step-00000003"

@@ -17,7 +17,6 @@ from tests.distributed.small_runs import (
     small_config,
     status,
     stop_after,
-    write_stories,
 )
 
 DROPOUT_AND_PADDING = {"model__dropout": 0.2, "data__packing": False}
@@ -31,22 +30,6 @@ SAME_CURVE = {
     "bf16": (2, {"precision__dtype": "bf16"}),
 }
 """The number of ranks that is compared with one process, and what is changed."""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A function: the finished run by so many ranks with these changes, made once."""
-    runs = {}
-
-    def of(world_size, changes):
-        key = json.dumps([world_size, changes])
-        if key not in runs:
-            text = write_stories(tmp_path_factory.mktemp("text") / "stories.jsonl")
-            runs[key] = small_config(text, tmp_path_factory.mktemp("undisturbed"), **changes)
-            assert run(runs[key], world_size) == [0] * world_size
-        return runs[key]
-
-    return of
 
 
 def compare_weights_after_each_step(trainer):

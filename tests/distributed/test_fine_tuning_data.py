@@ -16,20 +16,18 @@ CHAT = {
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"data__document_mask": True}, {"data__packing": False}],
-    ids=["packed", "kept apart", "one a row"],
+    ("changes", "world_size"),
+    [({}, 2), ({"data__document_mask": True}, 4), ({"data__packing": False}, 2)],
+    ids=["packed", "kept apart", "one per sequence"],
 )
-def test_conversations_have_one_loss_curve_on_one_rank_two_and_four(conversations, tmp_path, changes):
-    curves, tokens = {}, {}
-    for world_size in (1, 2, 4):
-        config = small_config(conversations, tmp_path / str(world_size), **CHAT, **changes)
-        assert run(config, world_size) == [0] * world_size
-        curves[world_size], tokens[world_size] = losses(config), [line["tokens"] for line in metrics(config)]
-    assert tokens[1] == tokens[2] == tokens[4]
-    assert curves[2] == pytest.approx(curves[1], abs=2e-5)
-    assert curves[4] == pytest.approx(curves[1], abs=2e-5)
-    assert curves[1][-1] < curves[1][0] - 0.3
+def test_conversations_have_one_loss_curve_on_one_rank_and_on_several(conversations, tmp_path, changes, world_size):
+    alone, config = (small_config(conversations, tmp_path / name, **CHAT, **changes) for name in ("alone", "together"))
+    assert run(alone, 1) == [0]
+    assert run(config, world_size) == [0] * world_size
+    assert [line["tokens"] for line in metrics(config)] == [line["tokens"] for line in metrics(alone)]
+    curve = losses(alone)
+    assert losses(config) == pytest.approx(curve, abs=2e-5)
+    assert curve[-1] < curve[0] - 0.3
 
 
 def test_masked_conversations_in_a_sequence_have_the_validation_loss_of_one_per_sequence(conversations, tmp_path):

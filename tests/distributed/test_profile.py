@@ -29,11 +29,9 @@ def said(config, rank=0):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_profiled_run_is_the_same_run_and_leaves_a_trace_of_each_rank(stories, tmp_path, ranks):
-    plain = small_config(stories, tmp_path / "plain")
-    config = small_config(stories, tmp_path / "profiled", profile__steps="5-6")
-    for each in (plain, config):
-        assert run(each, ranks) == [0] * ranks
+def test_a_profiled_run_is_the_same_run_and_leaves_a_trace_of_each_rank(stories, tmp_path, undisturbed, ranks):
+    plain, config = undisturbed(ranks, {}), small_config(stories, tmp_path, profile__steps="5-6")
+    assert run(config, ranks) == [0] * ranks
     assert losses(config) == losses(plain)
     assert losses(config, "validation") == losses(plain, "validation")
     assert same_weights(config, plain)
@@ -75,10 +73,8 @@ def test_steps_outside_of_the_run_are_reported_in_one_sentence(stories, tmp_path
     assert files(part) == ["steps-11-12-rank0.json.gz"]
 
 
-def test_a_run_that_is_stopped_writes_what_it_has_and_resumes_with_other_steps_or_none(stories, tmp_path):
-    plain = small_config(stories, tmp_path / "plain")
-    run(plain, 1)
-    config = small_config(stories, tmp_path / "profiled", profile__steps="5-8")
+def test_a_run_that_is_stopped_writes_what_it_has_and_resumes_with_other_steps_or_none(stories, tmp_path, undisturbed):
+    plain, config = undisturbed(1, {}), small_config(stories, tmp_path, profile__steps="5-8")
     run(config, 1, before=stop_after(6))
     assert files(config) == ["steps-5-6-rank0.json.gz"]
     early = changed(config, profile__steps="9-10")

@@ -100,9 +100,7 @@ def test_changed_validation_text_is_rejected_on_resume(stories, tmp_path):
     assert status(config)["state"] == "preempted", "a refusal touches nothing"
 
 
-def test_the_same_text_under_another_path_resumes_the_run(stories, tmp_path):
-    undisturbed = small_config(stories, tmp_path / "undisturbed")
-    assert run(undisturbed, 1) == [0]
+def test_the_same_text_under_another_path_resumes_the_run(stories, tmp_path, undisturbed):
     first, second = tmp_path / "first", tmp_path / "second"
     for place in (first, second):
         shutil.copytree(CORPUS / "tokenizer", place / "tokenizer")
@@ -120,7 +118,7 @@ def test_the_same_text_under_another_path_resumes_the_run(stories, tmp_path):
     with pytest.raises(AssertionError, match=r"data\.validation_dataset: '.*stories\.jsonl', but the run started with null"):
         run(changed(moved, data__validation_dataset=str(second / "stories.jsonl")), 1)
     assert run(moved, 1) == [0]
-    assert losses(moved) == losses(undisturbed)
+    assert losses(moved) == losses(undisturbed(1, {}))
 
 
 def test_skipped_updates_are_counted_over_a_restart_and_the_step_that_ends_a_run_has_its_line(stories, tmp_path):
@@ -185,13 +183,13 @@ def test_status_follows_the_run(stories, tmp_path, monkeypatch):
 
 def test_without_a_micro_batch_size_validation_is_the_same_number_on_any_number_of_ranks(stories, tmp_path):
     found = []
-    for world_size in (1, 2, 4):
+    for world_size in (1, 4):
         config = small_config(
             stories, tmp_path / str(world_size), batch__micro_batch_size=None, optim__learning_rate=1e-30, train__max_steps=1
         )
         run(config, world_size)
         found.append(losses(config, "validation"))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
 
 
 def test_a_finished_run_made_longer_names_the_learning_rates_that_its_metrics_show(stories, tmp_path, capfd):

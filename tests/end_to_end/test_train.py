@@ -1,4 +1,5 @@
-"""The command itself: a run by one process and by torchrun, its folder, and what others can do with it."""
+"""The command itself: a run by one process (forked; test_readme_commands.py has real ones) and by torchrun, its folder, and
+what others can do with it."""
 
 import json
 import re
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dist_trainer import DecoderLM, __version__, load_config, load_tokenizer
-from tests.end_to_end.commands import ROOT, SMALL, command, lines, status, torchrun
+from tests.end_to_end.commands import ROOT, SMALL, lines, status, torchrun
 from tests.end_to_end.forked_commands import quick_command
 
 
@@ -18,7 +19,7 @@ from tests.end_to_end.forked_commands import quick_command
 def finished(tmp_path_factory):
     """The folder of a finished run of configs/debug.yaml by one process, and what it printed."""
     output = tmp_path_factory.mktemp("runs")
-    done = command(*SMALL, "--output_dir", output)
+    done = quick_command(*SMALL, "--output_dir", output)
     assert done.returncode == 0, done.stderr
     return output / "debug", done
 
