@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.ports import reserved_port
+from dist_trainer.run import cli
 
 TIMEOUT_SECONDS = 300
 """After this a rank hangs, however busy the machine."""
@@ -69,6 +70,7 @@ def _rank(rank: int, world_size: int, port: int, function: Callable[[], Any], se
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    cli.HOLD_BACK_SECONDS = 1.0  # torchrun would signal a rank that prints nothing as soon as another has exited
     if world_size == 1:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
