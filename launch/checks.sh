@@ -24,7 +24,7 @@ has_gpu() { has_nvidia_gpu || has_amd_gpu; }
 # Whether asking torch, which takes seconds, is worthwhile: any NVIDIA GPU, not just the first; AMD; Windows (WSL).
 may_have_gpu() { [[ -e /dev/nvidiactl || -e /dev/kfd || -e /dev/dxg || -n $(command -v nvidia-smi) ]]; }
 
-# Whether these arguments of dist_trainer.train only print something. By whole words: a prompt may contain " -h ".
+# Whether these arguments of dist_trainer.train only print something. Complete words only: a prompt may contain " -h ".
 needs_no_ranks() {
   local word before=''
   for word in "$@"; do

@@ -140,7 +140,7 @@ if [[ -n ${SWEEP:-} ]]; then
   set -- "$@" "${words[@]}"
 fi
 
-# Arguments that only print something need no ranks. A dry run leaves nothing behind, so its ranks print to this job's log.
+# Arguments that only print something need no ranks. A dry run leaves no files, so its ranks print to this job's log.
 if needs_no_ranks "$@"; then exec "$PYTHON" -m dist_trainer.train "$@"; fi
 is_dry_run=''
 for word in "$@"; do

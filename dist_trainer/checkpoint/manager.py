@@ -135,7 +135,7 @@ class BackgroundWriter:
 
 
 class CheckpointManager(Checkpoints):
-    """The checkpoints of one run folder, written by this process alone (rank 0, under the run folder's lock)."""
+    """The checkpoints of one run folder, written only by this process (rank 0, under the run folder's lock)."""
 
     saves = True
 

@@ -1,7 +1,7 @@
 """The state of a run at a step: weights, optimizer, scaler and progress; to and from the files of a folder.
 
 Tensors go to safetensors, everything else to JSON, so that opening a checkpoint cannot run code. The order of data and the
-dropout masks are pure functions of (seed, step), so the step alone restores both, on any number of ranks.
+dropout masks are pure functions of (seed, step), so the step is enough to restore both, on any number of ranks.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def _backend_with_offsets(tokenizer: Tokenizer) -> Any:
     backend = copy.deepcopy(getattr(tokenizer, "backend_tokenizer", None))
     if backend is None:
         raise DataError(
-            f"data.tokenizer: {type(tokenizer).__name__} does not say which characters a token stands for, so the tokens "
+            f"data.tokenizer: {type(tokenizer).__name__} does not say which characters a token represents, so the tokens "
             "of the answers are unknown; give a tokenizer with a tokenizer.json"
         )
     # It would add no special tokens here, but exclude white space from the offsets.

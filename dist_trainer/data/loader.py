@@ -93,7 +93,7 @@ def create_dataloaders(
 def create_validation_loader(
     config: TrainingConfig, world: DistributedContext, *, tokenizer: Tokenizer, key: str = VALIDATION_KEY
 ) -> DataLoader:
-    """The validation loader alone, to evaluate a model. Messages use `key` for the dataset to validate on.
+    """Only the validation loader, to evaluate a model. Messages use `key` for the dataset to validate on.
 
     Raises DataError if the config names no validation data.
     """

@@ -1,4 +1,4 @@
-"""Which rank reads which sequence when: one global order, a function of (seed, position) alone.
+"""Which rank reads which sequence when: one global order, a function of only (seed, position).
 
 The sequences of epoch 0, 1, 2, ... follow one another, each epoch in a different order. Global batch s is the next
 global_batch_size sequences. It is divided into blocks of micro_batch_size sequences, and block j goes to rank j % world_size
@@ -110,7 +110,7 @@ class GlobalOrderSampler(DistributedSampler):
         self._start_step = step
 
     def set_epoch(self, epoch: int) -> None:
-        """Iterate over epoch number `epoch` alone."""
+        """Iterate over epoch number `epoch` only."""
         super().set_epoch(epoch)
         self._start_step = None
 

@@ -1,6 +1,6 @@
 """Documents as texts short enough to tokenise: complete ones, or pieces of long ones that give the same ids.
 
-Pieces are counted into shards, the units in which a token store is built. How text is divided depends on the text alone.
+Pieces are counted into shards, the units in which a token store is built. How text is divided depends only on the text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many bytes of text each token stands for, to compute bits per byte.
+"""How many bytes of text each token represents, to compute bits per byte.
 
 The bytes are those of the UTF-8 text that a token decodes to. Tokens without text (EOS, BOS, a chat template's markers) have
 none. If a character consists of several tokens, which are bytes then (byte-level BPE, SentencePiece's byte fallback), each

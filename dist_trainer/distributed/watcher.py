@@ -37,7 +37,7 @@ class Watcher:
         can_stop_in_order: Callable[[], bool],
         on_fatal: Callable[[str], None],
     ) -> None:
-        """`can_stop_in_order`: whether the main thread would heed a request to stop."""
+        """`can_stop_in_order`: whether the main thread can act on a request to stop."""
         self.ranks_may_leave = False
         """Whether ranks may exit without being missed."""
         self._rank, self._peers, self._clock, self._stopped = rank, peers, clock, stopped

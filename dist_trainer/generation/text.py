@@ -41,7 +41,7 @@ class TextGenerator:
         self.end_tokens = {tokenizer.eos_token_id, *end_tokens(model)}
 
     def prompt_tokens(self, text: str) -> list[int]:
-        """Ids of `text` with the prefix of training; of a chat, those of the whole rendered conversation."""
+        """Ids of `text` with the prefix of training; of a chat, those of the entire rendered conversation."""
         if self.chat is None:
             return prompt_ids(self.tokenizer, text)
         rendered = self.chat.prompt("--chat", [*self.system_messages, *self.history, message("user", text)])

@@ -19,7 +19,7 @@ from dist_trainer.tracking.run_reader import RunHistory
 
 COLOURS, DASHES = 8, 4
 MAX_RUNS = COLOURS
-"""Runs on one page: with more, nobody can tell their lines apart."""
+"""Runs on one page: with more, their lines cannot be distinguished."""
 MAX_RUNS_WITH_RAW_LOSS = 3
 """With more runs on a page, only their smoothed losses are drawn."""
 POINTS_TO_EACH_SIDE = 50

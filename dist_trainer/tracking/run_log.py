@@ -20,7 +20,7 @@ PROGRESS_LOGGER = "dist_trainer.progress"
 
 
 def configure_logging(log_folder: Path | None, *, rank: int) -> None:
-    """Send this package's messages to `log_folder`/rank-N.log and to stderr; without a folder to stderr alone.
+    """Send this package's messages to `log_folder`/rank-N.log and to stderr; without a folder to stderr only.
 
     On the console, rank 0 has all messages, other ranks only warnings, prefixed with the rank. Another call replaces the
     handlers of the last one; other libraries' loggers are left alone. If the file cannot be written, there is one warning.

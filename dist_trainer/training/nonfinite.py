@@ -54,7 +54,7 @@ class DivergenceWatch:
         self._on_gpu = device.type == "cuda"
 
     def observe(self, result: StepResult) -> None:
-        """Take the gradient norm of `result`, and judge what is known by now.
+        """Take the gradient norm of `result`, and check the norms that have been read.
 
         Raises TrainingDivergedError if the policy is to stop, or too many consecutive updates were skipped.
         """
@@ -69,7 +69,7 @@ class DivergenceWatch:
             self._judge((result, result.grad_norm, None))
 
     def drain(self) -> None:
-        """Judge the last step too; before a checkpoint, and at the end."""
+        """Check the last step too; before a checkpoint, and at the end."""
         earlier, self._pending = self._pending, None
         self._judge(earlier)
 

@@ -49,7 +49,7 @@ class Precision:
         self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: Optimizer, grad_norm: Tensor) -> None:
-        """Update the weights, unless the gradients are not finite: then they and the optimizer's state stay as they are."""
+        """Update the weights, unless the gradients are not finite: then they and the optimizer's state stay unchanged."""
         if self.scaler.is_enabled():
             self.scaler.step(optimizer)
             self.scaler.update()

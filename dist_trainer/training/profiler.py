@@ -86,7 +86,7 @@ class Profiler:
             log.warning("profile.steps: the run has ended at step %d, before any of them", trainer.progress.step)
 
     def _start_if_due(self, trainer: Trainer) -> None:
-        """One step ahead: in it torch prepares, which it would otherwise do in the first recorded step."""
+        """Start one step early: torch prepares in that step, and would otherwise do so in the first recorded one."""
         next_step = trainer.progress.step + 1
         if self._profile is not None or self._has_recorded or not self._steps or next_step < self._steps.start - 1:
             return

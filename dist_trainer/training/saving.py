@@ -24,7 +24,7 @@ from dist_trainer.optim.evaluation_weights import evaluation_weights, set_traini
 from dist_trainer.training.precision import Precision
 
 SECONDS_BEFORE_SAVING_AGAIN = (0.5, 1.0, 2.0)
-"""Long enough for someone else's temporary file to go, short enough for who sent a signal."""
+"""Long enough for another program's temporary file to disappear, short enough for a process that was told to stop."""
 
 
 class TrainingState:
