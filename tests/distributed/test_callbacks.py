@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
+from dist_trainer.checkpoint.state import Progress
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.errors import ConfigError, TrainingDivergedError
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.errors import CallbackError, ConfigError, TrainingDivergedError
 from dist_trainer.training.callbacks import CallbackList, MetricsLogger
 from tests.distributed.small_runs import changed, command, folder, losses, metrics, run, same_weights, small_config, status
 
@@ -204,3 +207,13 @@ def test_an_error_in_a_callback_of_the_trainer_is_not_reported_as_the_user_s():
     trainer.world.world_size = 1
     callbacks.call("on_error", trainer, ValueError())
     assert str(callbacks.error).startswith("dist_trainer's own MetricsLogger (on_error) failed: AttributeError: ")
+
+
+def test_the_first_of_several_errors_is_the_one_that_is_named():
+    """The later one may follow from it."""
+    trainer: Any = SimpleNamespace(world=DistributedContext.single(), progress=Progress(step=3))
+    callbacks = CallbackList([Failing("on_step_end", 0, ValueError("cause")), Failing("on_step_end", 0, KeyError("effect"))])
+    callbacks.call("on_step_end", trainer, None)
+    callbacks.call("close", trainer, None)
+    with pytest.raises(CallbackError, match=r"Failing\.on_step_end failed: ValueError: cause"):
+        callbacks.raise_error(trainer)

@@ -7,7 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from dist_trainer.generation.decoding import DecodingOptions, draw
+from dist_trainer.config.schema import ModelConfig
+from dist_trainer.errors import ConfigError
+from dist_trainer.generation.decoding import DecodingOptions, draw, generate
+from dist_trainer.models.decoder_lm import DecoderLM
 
 PROBABILITIES = {3: 0.5, 0: 0.3, 2: 0.15, 1: 0.05}
 """Of token ids."""
@@ -36,3 +39,16 @@ def test_top_k_and_top_p_leave_the_most_likely_tokens_in_proportion(options, exp
     for token, probability in expected.items():
         assert counts[token] / DRAWS == pytest.approx(probability, abs=0.08), token
     assert {token for token, probability in expected.items() if probability > 0.02} <= counts.keys()
+
+
+@pytest.mark.parametrize(("prompt", "wanted", "made"), [(3, 9, 5), (7, 9, 1), (3, 2, 2), (8, 0, 0)])
+def test_text_ends_where_the_context_does(prompt, wanted, made):
+    config = ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    model = DecoderLM(config, 16, 8)
+    assert len(list(generate(model, [1] * prompt, DecodingOptions(wanted)))) == made
+
+
+def test_a_prompt_that_fills_the_context_is_rejected():
+    config = ModelConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    with pytest.raises(ConfigError, match="the prompt has 8 tokens; the model's context is 8: shorten it"):
+        list(generate(DecoderLM(config, 16, 8), [1] * 8, DecodingOptions(1)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from dist_trainer.run.memory import (
     is_out_of_memory,
     optimizer_state_bytes,
     requested_bytes,
+    snapshot_bytes,
 )
 
 GIB = 1 << 30
@@ -123,3 +126,9 @@ def test_before_there_is_a_model_the_run_is_rejected(monkeypatch):
         explain_out_of_memory(CONFIG, CPU),
     ):
         torch.empty(1 << 50)
+
+
+def test_a_snapshot_is_the_weights_and_the_optimizer_s_state():
+    model = nn.Linear(4, 3)
+    trainer: Any = SimpleNamespace(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    assert snapshot_bytes(trainer) == 15 * 4 * 3
