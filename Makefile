@@ -10,8 +10,8 @@ PYTHON ?= python3
 TORCH ?= auto
 ARGS ?=
 CORES = $(shell $(VENV) -c "from dist_trainer.distributed.machine import usable_cpus; print(usable_cpus())" 2>/dev/null || echo 2)
-# Tests spend half of their time waiting for processes and timeouts.
-WORKERS ?= $(shell echo $$(( $(CORES) < 4 ? $(CORES) + 1 : 4 )))
+# Tests spend half of their time waiting for processes and timeouts: four workers keep two cores busy.
+WORKERS ?= $(shell echo $$(( $(CORES) < 2 ? 2 : 4 )))
 VENV := .venv/bin/python
 STAMP := .venv/.set-up
 
