@@ -90,6 +90,7 @@ def train(config: TrainingConfig, world: DistributedContext, record: RunRecord) 
     run_and_share_errors(world, lambda: _folder_of(record).write_config(dump_config(config)), acts=world.is_main)
     with explain_out_of_memory(config, world, trainer):
         outcome = RunOutcome.of_result(trainer.fit(), world)
+    world.stop_request.mark_answered()  # before the outcome is recorded: a third signal would give another exit code
     record.finish(outcome)
     assert outcome.exit_code is not None, "known, since this process is alive"
     return outcome.exit_code

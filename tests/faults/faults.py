@@ -196,8 +196,8 @@ def do(act: Callable[[Trainer], Any], *, at_step: int) -> Fault:
     return lay
 
 
-def before_each_call(act: Callable[[], Any], module: ModuleType, name: str) -> Fault:
-    """`act` whenever the module's function `name` is called, before it does anything."""
+def before_each_call(act: Callable[[], Any], module: ModuleType | type, name: str) -> Fault:
+    """`act` whenever the module's, or class's, function `name` is called, before it does anything."""
 
     def lay() -> None:
         function = getattr(module, name)

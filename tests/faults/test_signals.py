@@ -10,6 +10,7 @@ import termios
 import pytest
 
 from dist_trainer.checkpoint import manager
+from dist_trainer.run.record import RunRecord
 from dist_trainer.training import trainer
 from tests.faults.conftest import a_run
 from tests.faults.faults import before_each_call, do
@@ -76,6 +77,16 @@ def test_a_third_signal_ends_at_once_and_the_run_resumes_from_its_last_checkpoin
     assert run.start(send(*three, at_step=7)).code == 128 + signal.SIGTERM
     run.finish()
     run.equals(undisturbed)
+
+
+def test_signals_while_the_outcome_is_recorded_do_not_change_it(run):
+    def impatience():
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    faults = [send(signal.SIGTERM, at_step=7), before_each_call(impatience, RunRecord, "finish")]
+    assert run.start(*faults).code == 75
+    assert run.status()["state"] == "preempted"
 
 
 def test_a_signal_during_validation_and_one_during_a_save_lose_nothing(run, undisturbed):

@@ -33,6 +33,19 @@ def test_a_second_signal_does_no_harm_and_handlers_are_given_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_process_that_is_about_to_exit_ignores_signals_for_good(number):
+    before = {stop_signal: signal.getsignal(stop_signal) for stop_signal in STOP_SIGNALS}
+    try:
+        with StopRequest().listen(for_good=True):
+            pass
+        os.kill(os.getpid(), number)  # would end pytest
+        assert signal.getsignal(number) is signal.SIG_IGN
+    finally:
+        for stop_signal, handler in before.items():
+            signal.signal(stop_signal, handler)
+
+
 def test_the_third_signal_ends_the_process_at_once():
     code = """
 import os, signal
