@@ -124,9 +124,9 @@ class BatchConfig:
     global_batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass of one rank; global_batch_size must be a multiple of this times the number of ranks. null:
-    global batch / ranks, i.e. no gradient accumulation. Dropout masks are drawn per micro-batch: set this to get the same
-    masks on any number of ranks."""
+    """Sequences per forward pass of one rank; global_batch_size must be a multiple of this times the number of ranks. Losses and
+    weights have the same bits on any number of ranks if this is the same. null: an eighth of the global batch, on 1, 2, 4 or 8
+    ranks; else global batch / ranks."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,9 @@ class DistributedConfig:
 
     strategy: str = "auto"
     """single, ddp, or "package.module:function"; auto: ddp with several ranks, else single."""
+    reduction: Literal["exact", "fast"] = "exact"
+    """exact: the gradients of micro-batches are added in one order, so that losses and weights have the same bits on any number
+    of ranks; fast: in the order of torch's all-reduce, which depends on the number of ranks."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Backend of torch.distributed; auto: nccl on GPUs, gloo on CPU."""
     hang_timeout_minutes: float | None = None

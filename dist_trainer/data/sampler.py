@@ -1,13 +1,14 @@
 """Which rank reads which sequence when: one global order, a function of only (seed, position).
 
 The sequences of epoch 0, 1, 2, ... follow one another, each epoch in a different order. Global batch s is the next
-global_batch_size sequences. It is divided into blocks of micro_batch_size sequences, and block j goes to rank j % world_size
-as that rank's micro-batch j // world_size. So neither the number of ranks nor of accumulation steps changes what a step
-trains on, and resuming at step s needs nothing but s.
+global_batch_size sequences. It is divided into blocks of micro_batch_size sequences, and each rank has as many neighbouring
+blocks: with n accumulation steps, block j is micro-batch j % n of rank j // n. So neither the number of ranks nor of
+accumulation steps changes what a step trains on, and resuming at step s needs nothing but s.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 
@@ -19,19 +20,25 @@ from dist_trainer.errors import ConfigError
 
 SEQUENCES_AT_ONCE = 2048
 """Sequences whose place in the order is computed at once, in half a millisecond; fewer would cost more each."""
+MICRO_BATCHES = 8
+"""Micro-batches of a global batch, or fewer if 8 do not divide it, if batch.micro_batch_size is not set."""
 VALIDATION_SEQUENCES = 8
 """Largest micro-batch of validation if batch.micro_batch_size is not set; without gradients few sequences are enough."""
 _ROUNDS = 6
 
 
 def sequences_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
-    """Sequences per forward pass of a rank. Raises ConfigError if the global batch is not divisible by them."""
+    """Sequences per forward pass of a rank. Raises ConfigError if ranks and micro-batches do not divide the global batch.
+
+    If batch.micro_batch_size is not set, it does not depend on the number of ranks as long as this divides MICRO_BATCHES.
+    """
     if batch.micro_batch_size is None:
         if batch.global_batch_size % world_size:
             raise ConfigError(
                 f"batch.global_batch_size ({batch.global_batch_size}) must be a multiple of the number of ranks ({world_size})"
             )
-        return batch.global_batch_size // world_size
+        micro_batches = math.gcd(batch.global_batch_size, MICRO_BATCHES)
+        return batch.global_batch_size // (micro_batches if micro_batches % world_size == 0 else world_size)
     per_pass = batch.micro_batch_size * world_size
     if batch.global_batch_size % per_pass:
         raise ConfigError(
@@ -133,7 +140,7 @@ class GlobalOrderSampler(DistributedSampler):
         micro = self.micro_batch_size
         per_step = self.batch.global_batch_size // (micro * self.num_replicas)
         steps = np.arange(first, first + count, dtype=np.int64)
-        blocks = np.arange(per_step, dtype=np.int64) * self.num_replicas + self.rank
+        blocks = self.rank * per_step + np.arange(per_step, dtype=np.int64)
         starts = (steps[:, None] * self.batch.global_batch_size + blocks * micro).reshape(-1, 1)
         return self.sequences_at((starts + np.arange(micro, dtype=np.int64)).reshape(-1))
 

@@ -23,6 +23,21 @@ def all_reduce_sum(tensor: Tensor, world: DistributedContext) -> Tensor:
     return tensor
 
 
+def gather_numbers(values: Tensor, world: DistributedContext) -> list[float]:
+    """The elements of every rank's `values`, vectors of one size, in the order of ranks. Waits for the device."""
+    values = values.double()
+    if world.world_size == 1:
+        return values.tolist()
+    gathered = values.new_empty(world.world_size, len(values))
+    dist.all_gather(list(gathered), values)
+    return gathered.flatten().tolist()
+
+
+def sum_exactly(values: list[float]) -> float:
+    """The sum of `values`, rounded once; infinities and NaN as in any sum."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
 class PendingSum:
     """The sum over all ranks of a few integers, computed in host memory while the device works."""
 

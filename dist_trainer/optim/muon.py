@@ -16,8 +16,8 @@ OUTPUT_HEADS = ("lm_head", "output", "head")
 """Names of the matrix that makes logits, in models without get_output_embeddings."""
 MATRIX_PRODUCTS = ("Linear", "Conv1D")
 """Classes of modules whose `weight` is a matrix that hidden states are multiplied by; Conv1D is GPT-2's, in transformers."""
-ELEMENTS_AT_ONCE = 2**23
-"""Elements of the matrices that a rank orthogonalizes together: this bounds an update's memory."""
+MATRICES_AT_ONCE = 4
+"""Matrices of one shape that are multiplied together, on any number of ranks: products of more at once may round differently."""
 MATCHING_ADAMW = 0.2
 """Root mean square of an update, about that of AdamW, so that one learning rate and decay suit both (Liu et al. 2025)."""
 
@@ -43,10 +43,11 @@ class Muon(torch.optim.Muon):
         """Update every matrix that has a gradient."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for matrices in _of_one_shape([matrix for matrix in group["params"] if matrix.grad is not None]):
-                self._update(matrices, group, found_inf)
+            for batches in _batches_per_rank([matrix for matrix in group["params"] if matrix.grad is not None]):
+                self._update(batches, group, found_inf)
 
-    def _update(self, matrices: list[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _update(self, batches: list[list[Tensor]], group: dict[str, Any], found_inf: Tensor | None) -> None:
+        matrices = [matrix for batch in batches for matrix in batch]
         decay: float | Tensor = 1 - group["lr"] * group["weight_decay"]
         rate: float | Tensor = group["lr"] * MATCHING_ADAMW * math.sqrt(max(matrices[0].shape))
         skips = None if found_inf is None else found_inf != 0
@@ -54,13 +55,13 @@ class Muon(torch.optim.Muon):
             decay, rate = torch.where(skips, 1.0, decay), torch.where(skips, 0.0, rate)
         momentum, coefficients, steps, eps = (group[name] for name in ("momentum", "ns_coefficients", "ns_steps", "eps"))
 
-        def orthogonalize_shard(shard: list[Tensor]) -> Tensor:
-            updates = [self._gradient(matrix, skips).lerp(self.momentum_buffer(matrix), momentum) for matrix in shard]
+        def orthogonalize(batch: list[Tensor]) -> Tensor:
+            updates = [self._gradient(matrix, skips).lerp(self.momentum_buffer(matrix), momentum) for matrix in batch]
             return newton_schulz(torch.stack(updates), coefficients=coefficients, steps=steps, eps=eps)
 
         for matrix in matrices:
             self.momentum_buffer(matrix).lerp_(self._gradient(matrix, skips), 1 - momentum)
-        directions = all_gather_map(matrices, orthogonalize_shard)
+        directions = all_gather_map(batches, orthogonalize)
         for matrix, direction in zip(matrices, directions, strict=True):
             matrix.mul_(decay).sub_(direction.to(matrix.dtype) * rate)
 
@@ -98,14 +99,14 @@ def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _of_one_shape(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """`matrices` by shape, in lists of which each rank's share has at most about ELEMENTS_AT_ONCE elements."""
+def _batches_per_rank(matrices: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """`matrices` of one shape in batches of at most MATRICES_AT_ONCE, in lists of at most one batch for each rank."""
     by_shape: dict[torch.Size, list[Tensor]] = {}
     for matrix in matrices:
         by_shape.setdefault(matrix.shape, []).append(matrix)
     for same_shape in by_shape.values():
-        count = num_ranks() * max(1, ELEMENTS_AT_ONCE // max(1, same_shape[0].numel()))
-        yield from (same_shape[begin : begin + count] for begin in range(0, len(same_shape), count))
+        batches = [same_shape[begin : begin + MATRICES_AT_ONCE] for begin in range(0, len(same_shape), MATRICES_AT_ONCE)]
+        yield from (batches[begin : begin + num_ranks()] for begin in range(0, len(batches), num_ranks()))
 
 
 def num_ranks() -> int:
@@ -113,22 +114,22 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_gather_map(tensors: list[Tensor], function: Callable[[list[Tensor]], Tensor]) -> Tensor:
-    """`function(tensors)`, [n, *shape], on every rank, each rank having computed its share. A collective.
+def all_gather_map(batches: list[list[Tensor]], function: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """`function(batch)`, [n, *shape], of each of `batches`, concatenated, on every rank; rank r computes batch r. A collective.
 
-    `function` takes a list of tensors and returns their results, stacked. All ranks get the same bits, even if their devices
-    would round differently.
+    There are at most as many batches as ranks, and none is longer than the first. `function` takes a list of tensors and
+    returns their results, stacked. All ranks get the same bits, even if their devices would round differently.
     """
     ranks = num_ranks()
     if ranks == 1:
-        return function(tensors)
-    count = -(-len(tensors) // ranks)
-    begin = min(len(tensors), count * dist.get_rank())
-    # The last ranks' shares may be short or empty; they are padded, because all_gather takes equal sizes.
-    shard = function((tensors[begin : begin + count] + [tensors[0]] * count)[:count]).contiguous()
-    gathered = shard.new_empty((ranks * count, *shard.shape[1:]))
-    dist.all_gather(list(gathered.chunk(ranks)), shard)
-    return gathered[: len(tensors)]
+        return function(batches[0])
+    result = function(batches[min(dist.get_rank(), len(batches) - 1)])
+    # all_gather takes equal sizes: the last batch may be shorter, and ranks without a batch send what is ignored.
+    padded = result.new_empty((len(batches[0]), *result.shape[1:]))
+    padded[: len(result)] = result
+    gathered = padded.new_empty((ranks, *padded.shape))
+    dist.all_gather(list(gathered), padded)
+    return torch.cat([results[: len(batch)] for results, batch in zip(gathered, batches, strict=False)])
 
 
 class MuonWithAdamW(Optimizer):

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.parallel.compile import is_compiled
 
+BucketHook = Callable[[dist.GradBucket], Future[Tensor]]
 _UNUSED = "unused_by_any_loss"
 
 assert hasattr(DistributedDataParallel, "_run_ddp_forward"), "LossDDP overrides it; this torch has no such method"
@@ -78,6 +80,14 @@ class LossDDP(DistributedDataParallel):
     def compute_loss(self, loss_function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """`loss_function(module, batch)`; its backward pass exchanges gradients."""
         return self(_Loss(loss_function, batch))
+
+    def reduce_buckets_with(self, hook: BucketHook) -> None:
+        """Let `hook` sum each bucket of gradients over the ranks, instead of an average by all-reduce."""
+        is_registered = hasattr(self, "_bucket_hook")
+        self._bucket_hook = hook
+        if not is_registered:  # DistributedDataParallel takes a hook only once
+            # Not a function: torch would read its annotations, which are strings here.
+            self.register_comm_hook(self, lambda model, bucket: model._bucket_hook(bucket))
 
     def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
         # torch's method, except for the loss; it always splits.

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.profiler import record_function
 
 from dist_trainer.data.batch import Batch
-from dist_trainer.distributed.collectives import all_reduce_sum
+from dist_trainer.distributed.collectives import gather_numbers, sum_exactly
 from dist_trainer.distributed.context import DistributedContext
+
+SUMMED_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class StepResult:
     """What a step returns; its tensors stay on the device until they are read."""
 
     step: int
-    loss_sum: Tensor
-    """Sum of this rank's token losses, in nats; with one micro-batch it may be the tensor that the loss function returned."""
+    losses: list[Tensor]
+    """Sum of the token losses of each of this rank's micro-batches, in nats."""
     grad_norm: Tensor
     learning_rate: float
     target_tokens: int
@@ -42,9 +45,14 @@ class StepResult:
     target_tokens_so_far: int
     """Including those of all earlier steps."""
 
+    @property
+    def loss_sum(self) -> Tensor:
+        """Sum of this rank's token losses, in nats."""
+        return torch.stack(self.losses).sum()
+
     def mean_loss(self, world: DistributedContext) -> float:
-        """Nats per target token over all ranks. For all ranks; waits for the device."""
-        return float(all_reduce_sum(self.loss_sum.clone(), world)) / max(1, self.target_tokens)
+        """Nats per target token over all ranks, summed exactly. For all ranks; waits for the device."""
+        return sum_exactly(gather_numbers(torch.stack(self.losses), world)) / max(1, self.target_tokens)
 
     def metrics(self, world: DistributedContext) -> dict[str, float | int | bool]:
         """Metrics by their names in metrics.jsonl. For all ranks; waits for the device."""
@@ -72,10 +80,24 @@ def is_profiling() -> bool:
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
     """Scale gradients down to a norm of `max_norm` (0: never); returns the norm before, a float32 scalar."""
-    grad_norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    grad_norm = total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if max_norm > 0:
         clip_grads_with_norm_(parameters, max_norm, grad_norm)
-    return grad_norm.float()
+    return grad_norm
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all elements of `tensors`, a float32 scalar; it depends neither on threads nor on who has which rows.
+
+    Rows' norms in float32, the sum of their squares in float64; each element of a vector is a row.
+    """
+    rows = [torch.linalg.vector_norm(t.flatten(1), dim=1) if t.dim() > 1 else t.abs().flatten() for t in tensors]
+    if not rows:
+        return torch.zeros(())
+    squares = torch.cat(rows).double().square()
+    while len(squares) > 1:  # torch divides the sum of a long vector among threads, but not one of this many elements
+        squares = F.pad(squares, (0, -len(squares) % SUMMED_AT_ONCE)).view(-1, SUMMED_AT_ONCE).sum(dim=1)
+    return squares.sqrt().squeeze().float()
 
 
 def seed_dropout(seed: int, step: int, *, block: int) -> None:

@@ -32,7 +32,8 @@ from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.evaluation_weights import evaluation_weights, training_weights
 from dist_trainer.optim.schedules import build_schedule, set_learning_rates, total_steps
 from dist_trainer.parallel.ddp import Buffers
-from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
+from dist_trainer.parallel.reduction import build_reduction
+from dist_trainer.parallel.registry import compute_loss, unwrap
 from dist_trainer.tracking.throughput import Throughput
 from dist_trainer.tracking.tracker import TrackerList
 from dist_trainer.training.callbacks import CallbackList, LineWriter, MetricsLogger
@@ -90,6 +91,9 @@ class Trainer:
         self.progress = Progress()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
+        self.reduction = build_reduction(
+            config.distributed.reduction, model, world, micro_batches=self.accumulation_steps
+        )
         self.max_steps = self.last_step = total_steps(config.train, self.sampler.steps_per_epoch)
         policy = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
         self.divergence = DivergenceWatch(policy, max_skipped_steps=config.train.max_skipped_steps, device=world.device)
@@ -167,11 +171,11 @@ class Trainer:
     def train_step(self, micro_batches: list[Batch], target_tokens: int) -> StepResult:
         """One update on loss = (sum of token losses) / target_tokens, over all ranks and micro-batches."""
         step, losses = self.progress.step, []
-        weight = self.world.world_size / max(1, target_tokens)  # the ranks' gradients are averaged, not summed
+        weight = self.reduction.divisor / max(1, target_tokens)
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
-            seed_dropout(self.config.seed, step, block=index * self.world.world_size + self.world.rank)
-            with self.step_context(), gradient_sync(self.model, enabled=is_last):
+            seed_dropout(self.config.seed, step, block=self.world.rank * self.accumulation_steps + index)
+            with self.step_context(), self.reduction.micro_batch(index):
                 losses.append(self._forward_backward(batch, weight, exchanges=is_last))
             self._garbage.collect()
 
@@ -187,8 +191,7 @@ class Trainer:
             parameter.grad = None
         self._buffers.share()
         self.progress.record_step(target_tokens)
-        loss_sum = sum(losses[1:], losses[0])
-        return StepResult(step + 1, loss_sum, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
+        return StepResult(step + 1, losses, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
     def _forward_backward(self, batch: Batch, weight: float, *, exchanges: bool) -> Tensor:
         """The sum of the batch's token losses; adds the gradients of `weight` times this sum to the parameters' gradients.

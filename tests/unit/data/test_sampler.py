@@ -46,12 +46,13 @@ def test_each_step_reads_the_same_sequences_on_any_number_of_ranks_and_accumulat
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_block_j_of_a_global_batch_is_a_micro_batch_of_rank_j_modulo_the_number_of_ranks(world_size):
+def test_each_rank_has_neighbouring_blocks_of_a_global_batch_as_its_micro_batches(world_size):
     """Dropout masks belong to blocks: their micro-batches must hold the same sequences on any number of ranks."""
     [[whole]] = global_batches(world_size=1, micro=16, steps=1)
     [ranks] = global_batches(world_size=world_size, micro=2, steps=1)
     micro_batches = [[rank[start : start + 2] for start in range(0, len(rank), 2)] for rank in ranks]
-    assert [micro_batches[j % world_size][j // world_size] for j in range(8)] == [whole[2 * j : 2 * j + 2] for j in range(8)]
+    assert [block for rank in micro_batches for block in rank] == [whole[2 * j : 2 * j + 2] for j in range(8)]
+    assert [len(rank) for rank in micro_batches] == [8 // world_size] * world_size
 
 
 def test_one_epoch_reads_every_sequence_exactly_once_and_the_next_in_another_order():
@@ -124,11 +125,18 @@ def test_a_global_batch_that_does_not_divide_is_rejected_with_both_numbers():
         accumulation_steps(BatchConfig(16, 3), 4)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16])
-def test_without_a_micro_batch_size_a_rank_takes_its_share_of_the_default_batch_at_once(world_size):
-    share = 16 // world_size
-    assert sequences_per_micro_batch(TrainingConfig().batch, world_size) == share
-    assert accumulation_steps(TrainingConfig().batch, world_size) == 1
+@pytest.mark.parametrize(
+    ("global_batch_size", "ranks", "expected"),
+    [
+        *((16, ranks, 2) for ranks in (1, 2, 4, 8)),  # an eighth: the same curve
+        (16, 16, 1),  # more ranks than eighths
+        (24, 3, 8),  # eighths cannot be shared out to three ranks
+        *((12, ranks, 3) for ranks in (1, 2, 4)),  # 8 does not divide 12, but 4 does
+        (7, 1, 7),
+    ],
+)
+def test_without_a_micro_batch_size_it_does_not_depend_on_the_number_of_ranks_if_it_can(global_batch_size, ranks, expected):
+    assert sequences_per_micro_batch(BatchConfig(global_batch_size), ranks) == expected
 
 
 def test_a_global_batch_without_equal_shares_is_rejected():

@@ -138,7 +138,7 @@ def test_matrices_in_parts_are_updated_as_all_at_once(monkeypatch):
         return list(model.parameters())
 
     together = after_two_steps()
-    monkeypatch.setattr(muon, "ELEMENTS_AT_ONCE", 40)  # two of 4 x 4
+    monkeypatch.setattr(muon, "MATRICES_AT_ONCE", 2)
     for mine, theirs in zip(after_two_steps(), together, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 

@@ -1,0 +1,186 @@
+"""`REDUCTIONS`: how the gradients of a step's micro-batches are added up, on each rank and between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+
+from dist_trainer.config.registry import resolve
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.exchange import Exchange, build_exchanges
+from dist_trainer.parallel.ddp import LossDDP
+from dist_trainer.parallel.registry import gradient_sync
+from dist_trainer.parallel.summation_tree import Node, largest_nodes, push
+
+Gradients = dict[Tensor, Tensor]
+"""By parameter; one on which no loss depends has none."""
+
+
+class Reduction(Protocol):
+    """Adds up the gradients of a step's micro-batches over all ranks."""
+
+    divisor: int
+    """What it divides the sum by."""
+
+    def micro_batch(self, index: int) -> AbstractContextManager[None]:
+        """The context of the forward and backward pass of this rank's micro-batch `index` of a step."""
+        ...
+
+
+class FastReduction:
+    """Each rank adds up its own gradients, and the strategy averages them over the ranks: the last bits depend on the ranks."""
+
+    def __init__(self, model: nn.Module, world: DistributedContext, micro_batches: int) -> None:
+        """`micro_batches`: of each rank in a step."""
+        self.divisor = world.world_size
+        self._model, self._last = model, micro_batches - 1
+
+    def micro_batch(self, index: int) -> AbstractContextManager[None]:
+        """See Reduction."""
+        return gradient_sync(self._model, enabled=index == self._last)
+
+
+class ExactReduction:
+    """Gradients are added in the order of one tree over a step's micro-batches: the same bits on any number of ranks.
+
+    Each rank computes neighbouring leaves of the tree. autograd adds pairs of them in the parameters' `grad`; the sums of pairs
+    wait until their neighbours are complete, at most log2(leaves of a rank) - 1 of them at a time, rounded up.
+    """
+
+    divisor = 1
+
+    def __init__(self, model: nn.Module, world: DistributedContext, micro_batches: int) -> None:
+        """`model`: of a single process, or wrapped by `ddp`; `micro_batches`: of each rank in a step. For all ranks."""
+        self._model, self._num_leaves = model, world.world_size * micro_batches
+        self._leaves = range(world.rank * micro_batches, (world.rank + 1) * micro_batches)
+        self._parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._sums: list[Node[Gradients]] = []
+        if isinstance(model, LossDDP):
+            self._tree = TreeAllReduce(world, self._num_leaves)
+            self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+            model.reduce_buckets_with(self._reduce_bucket)
+
+    @contextmanager
+    def micro_batch(self, index: int) -> Generator[None]:
+        """See Reduction."""
+        leaf, is_last = self._leaves[index], index == len(self._leaves) - 1
+        if index == 0:
+            self._sums.clear()  # an error may have ended the step before
+        if is_last and isinstance(self._model, LossDDP) and self._model.find_unused_parameters:
+            self._begin_at_zero()
+        with gradient_sync(self._model, enabled=is_last):
+            yield
+        if is_last and isinstance(self._model, LossDDP):
+            self._sums.clear()
+        elif is_last or leaf % 2:
+            push(self._sums, Node(self._start_of_pair(leaf), leaf + 1, self._take_gradients()), self._num_leaves, _add)
+        if is_last and self._sums:
+            for parameter, gradient in self._sums.pop().value.items():
+                parameter.grad = gradient
+
+    def _start_of_pair(self, leaf: int) -> int:
+        return max(self._leaves.start, leaf - leaf % 2)
+
+    def _begin_at_zero(self) -> None:
+        """DDP expects a gradient of each parameter that an earlier micro-batch has used."""
+        for parameter in {parameter for node in self._sums for parameter in node.value}:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def _take_gradients(self) -> Gradients:
+        gradients: Gradients = {p: p.grad for p in self._parameters if p.grad is not None}
+        for parameter in self._parameters:
+            parameter.grad = None
+        return gradients
+
+    def _reduce_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
+        """DDP's communication hook: the sums so far, and the gradients of the last pair in the bucket, over all ranks."""
+        nodes: list[Node[Tensor]] = []
+        for start, stop, gradients in self._sums:
+            push(nodes, Node(start, stop, _flat(bucket.parameters(), gradients)), self._num_leaves, Tensor.add_)
+        last = self._leaves[-1]
+        push(nodes, Node(self._start_of_pair(last), last + 1, bucket.buffer()), self._num_leaves, Tensor.add_)
+        with self._during_backward(nodes):
+            self._tree.sum(nodes, out=bucket.buffer())
+            future: Future[Tensor] = Future(devices=None if self._stream is None else [self._stream.device])
+            future.set_result(bucket.buffer())
+        return future
+
+    @contextmanager
+    def _during_backward(self, nodes: list[Node[Tensor]]) -> Generator[None]:
+        """On GPUs, a stream of its own, so that the backward pass goes on meanwhile."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for node in nodes:
+                node.value.record_stream(self._stream)
+            yield
+
+
+def _add(left: Gradients, right: Gradients) -> Gradients:
+    """Their sum, in the memory of `left`."""
+    both = [parameter for parameter in left if parameter in right]
+    if both:
+        torch._foreach_add_([left[parameter] for parameter in both], [right[parameter] for parameter in both])
+    return right | left
+
+
+def _flat(parameters: list[Tensor], gradients: Gradients) -> Tensor:
+    """Their gradients as one flat tensor, zeros for those that have none; removes them from `gradients`."""
+    return torch.cat([gradients.pop(parameter, torch.zeros_like(parameter)).flatten() for parameter in parameters])
+
+
+class TreeAllReduce:
+    """Sums over all ranks, each of which has some nodes of the tree."""
+
+    def __init__(self, world: DistributedContext, leaves: int) -> None:
+        """For all ranks."""
+        self._leaves = leaves
+        self._levels: list[tuple[Exchange, list[list[tuple[int, int]]]]] = []
+        """Groups of ranks, from those of a machine to all, and the nodes that each of the group's ranks brings."""
+        width = leaves // world.world_size
+        for exchange in build_exchanges(world):
+            ranks = dist.get_world_size(exchange.group)
+            begin = world.rank * (leaves // world.world_size) // (ranks * width) * (ranks * width)
+            spans = [largest_nodes(start, start + width, leaves) for start in range(begin, begin + ranks * width, width)]
+            self._levels.append((exchange, spans))
+            width *= ranks
+
+    def sum(self, nodes: list[Node[Tensor]], *, out: Tensor, level: int = 0) -> None:
+        """Write to `out` the sum over all ranks of their `nodes`, flat tensors of its size."""
+        exchange, spans = self._levels[level]
+        shards = exchange.scatter([node.value for node in nodes], [len(of_rank) for of_rank in spans])
+        sums: list[Node[Tensor]] = []
+        for of_rank, shards_of_rank in zip(spans, shards, strict=True):
+            for (start, stop), shard in zip(of_rank, shards_of_rank, strict=True):
+                push(sums, Node(start, stop, shard), self._leaves, torch.add)
+        if level + 1 < len(self._levels):
+            total = torch.empty_like(sums[0].value)
+            self.sum(sums, out=total, level=level + 1)
+        else:
+            [(_, _, total)] = sums
+        exchange.gather(total, out)
+
+
+REDUCTIONS: dict[str, Callable[[nn.Module, DistributedContext, int], Reduction]] = {
+    "exact": ExactReduction,
+    "fast": FastReduction,
+}
+
+
+def build_reduction(name: str, model: nn.Module, world: DistributedContext, *, micro_batches: int) -> Reduction:
+    """The reduction `name` of `model`'s gradients, for `micro_batches` of each rank in a step. For all ranks.
+
+    With a strategy of the user's own, which exchanges gradients itself, `fast`.
+    """
+    if world.world_size > 1 and not isinstance(model, LossDDP):
+        name = "fast"
+    return resolve(REDUCTIONS, name, "distributed.reduction")(model, world, micro_batches)

@@ -1,0 +1,64 @@
+"""With distributed.reduction exact, the bits of losses, norms and weights do not depend on the number of ranks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_trainer.config.schema import DistributedConfig
+from dist_trainer.distributed import exchange
+from dist_trainer.distributed.context import DistributedContext, init_distributed
+from dist_trainer.parallel.ddp import ddp
+from dist_trainer.parallel.reduction import ExactReduction
+from tests.distributed.ranks import run_ranks
+
+MICRO_BATCHES = 12
+
+
+class Lopsided(nn.Module):
+    """Which matrices a loss depends on varies; shapes do not divide into shards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.matrices = nn.ParameterList(nn.Parameter(torch.randn(5, size, generator=generator)) for size in (3, 7, 50))
+        self.never_used = nn.Parameter(torch.ones(3))
+
+    def forward(self, micro_batch: int) -> torch.Tensor:
+        scale = torch.randn((), generator=torch.Generator().manual_seed(micro_batch)) * 10.0 ** (micro_batch % 5)
+        used = [matrix for index, matrix in enumerate(self.matrices) if (micro_batch + index) % 3]
+        return sum(((matrix * scale).sin() * scale).sum() for matrix in used)
+
+
+def summed_gradients(world: DistributedContext) -> list[bytes | None]:
+    model = ddp(Lopsided(), world)
+    each = MICRO_BATCHES // world.world_size
+    reduction = ExactReduction(model, world, each)
+    for _ in range(2):
+        model.zero_grad()
+        for index in range(each):
+            with reduction.micro_batch(index):
+                model(world.rank * each + index).backward()
+    return [None if parameter.grad is None else parameter.grad.numpy().tobytes() for parameter in model.parameters()]
+
+
+def gradients_of_rank(ranks_per_machine: int | None = None, *, shares_memory: bool = True) -> list[bytes | None]:
+    torch.set_num_threads(1)
+    if not shares_memory:
+        exchange.SharedMemory = exchange.AllToAll
+    with init_distributed(DistributedConfig()) as world:
+        local = ranks_per_machine or world.world_size
+        return summed_gradients(replace(world, local_rank=world.rank % local, local_world_size=local))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ranks_per_machine", "shares_memory"),
+    [(2, None, True), (3, None, False), (6, 3, True), (4, 2, False), (6, 1, True)],
+)
+def test_gradients_are_one_sum_on_any_ranks_and_machines_over_any_transport(ranks, ranks_per_machine, shares_memory):
+    expected = summed_gradients(DistributedContext.single())
+    assert expected[0] is None, "never used"
+    for gradients in run_ranks(ranks, lambda: gradients_of_rank(ranks_per_machine, shares_memory=shares_memory)):
+        assert gradients == expected
