@@ -57,6 +57,8 @@ OTHER_NAMES = {
     "tracking.log_every_steps": "logging_steps log_interval log_every log_every_n_steps",
     "tracking.wandb": "report_to wandb_log wandb_mode",
     "distributed.strategy": "ddp fsdp",
+    "distributed.reduction": "deterministic full_determinism use_deterministic_algorithms deterministic_algorithms "
+    "reproducible bitwise all_reduce allreduce reduce_op gradient_reduction comm_hook ddp_comm_hook",
     "distributed.hang_timeout_minutes": "timeout timeout_minutes",
 }
 NOT_KEYS = {

@@ -22,12 +22,11 @@ arXiv:2502.16982).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dist_trainer.config.schema import DataConfig
+from dist_trainer.config.schema import BatchConfig, DataConfig
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Preset:
     """A power of two."""
     warmup_steps: int
     micro_batch_tokens: int | None = None
-    """Tokens of one forward pass; None: all of a rank's share.
+    """The most tokens of one forward pass; None: what batch.micro_batch_size: null means.
 
     For a GPU of 24 GB (1b: 40 GB) in bf16, by 16 bytes a parameter (weights, gradients, AdamW; Muon takes less) and
     34 x hidden_size bytes a token and layer (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without the attention
@@ -95,17 +94,30 @@ def format_presets() -> str:
 def preset_keys(name: str, assigned: Mapping[str, Any], *, ranks: int = 1) -> dict[str, Any]:
     """The dotted keys that the preset `name` sets, given the values that the user has `assigned` to others.
 
-    A step has the preset's number of tokens, rounded down to a power of two, whatever data.sequence_length is. The micro-batch
-    is the largest that divides a rank's share of it and has no more tokens than the preset's.
+    A step has the preset's number of tokens, rounded down to a power of two, whatever data.sequence_length is.
     """
     preset = PRESETS[name]
     length = assigned.get("data.sequence_length", DataConfig.sequence_length)
     keys: dict[str, Any] = {f"model.{key}": value for key, value in preset.model.items()}
     keys["batch.global_batch_size"] = sequences_of(preset.batch_tokens, length)
     if preset.micro_batch_tokens is not None:
-        sequences = assigned.get("batch.global_batch_size", keys["batch.global_batch_size"]) // ranks
-        keys["batch.micro_batch_size"] = math.gcd(sequences_of(preset.micro_batch_tokens, length), max(1, sequences))
+        batch = BatchConfig(assigned.get("batch.global_batch_size", keys["batch.global_batch_size"]))
+        at_most = sequences_of(preset.micro_batch_tokens, length)
+        keys["batch.micro_batch_size"] = _micro_batch_size(batch, at_most, ranks)
     return keys | {"optim.learning_rate": preset.learning_rate, "schedule.warmup_steps": preset.warmup_steps}
+
+
+def _micro_batch_size(batch: BatchConfig, at_most: int, ranks: int) -> int:
+    """The largest that divides what null means for one process, at most `at_most`: the same on as many numbers of ranks as
+    possible. If `ranks` cannot share these micro-batches out, the largest that divides what null means on so many.
+    """
+    size = 1
+    for count in (1, ranks):
+        share = batch.sequences_per_micro_batch(count)
+        size = max((size for size in range(1, min(at_most, share) + 1) if share % size == 0), default=1)
+        if batch.global_batch_size // size % ranks == 0:
+            break
+    return size
 
 
 def sequences_of(tokens: int, sequence_length: int) -> int:

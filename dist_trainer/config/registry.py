@@ -20,6 +20,7 @@ ENTRY_NAMES: dict[str, tuple[str, ...]] = {
     "optim.name": ("auto", "adamw", "muon"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
     "distributed.strategy": ("auto", "single", "ddp"),
+    "distributed.reduction": ("exact", "fast"),
 }
 """By config key; `auto` chooses among the others. Configs are checked against these, as the registries themselves import torch.
 A test holds them equal.

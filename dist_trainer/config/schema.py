@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,8 @@ from typing import Literal
 from dist_trainer.config.paths import user_path
 
 DEFAULT_MAX_STEPS = 300
+MICRO_BATCHES = 8
+"""Of a global batch, if batch.micro_batch_size is null: fewer if 8 do not divide it, more if there are more ranks."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,25 @@ class BatchConfig:
     global_batch_size: int = 16
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: int | None = None
-    """Sequences per forward pass of one rank; global_batch_size must be a multiple of this times the number of ranks. Losses and
-    weights have the same bits on any number of ranks if this is the same. null: an eighth of the global batch, on 1, 2, 4 or 8
-    ranks; else global batch / ranks."""
+    """Sequences per forward pass of one rank; global_batch_size must be a multiple of this times the number of ranks. Losses
+    and weights have the same bits on any number of ranks, but not with another micro_batch_size. null: an eighth of the global
+    batch, on 1, 2, 4 or 8 ranks; else global batch / ranks."""
+
+    def sequences_per_micro_batch(self, ranks: int) -> int:
+        """`micro_batch_size`, or what null means on `ranks` ranks: it depends on them only if they do not divide MICRO_BATCHES,
+        or the largest power of two that divides both this and the global batch.
+        """
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        parts = math.gcd(self.global_batch_size, MICRO_BATCHES)
+        return self.global_batch_size // (parts if parts % ranks == 0 else ranks)
+
+    def ranks_with_same_micro_batches(self, ranks: int) -> list[int]:
+        """The numbers of ranks that share out the same micro-batches as `ranks` do, in rising order."""
+        sequences = self.sequences_per_micro_batch(ranks)
+        parts = self.global_batch_size // sequences
+        divisors = (number for number in range(1, parts + 1) if parts % number == 0)
+        return [number for number in divisors if self.sequences_per_micro_batch(number) == sequences]
 
 
 @dataclass(frozen=True)
@@ -264,9 +283,10 @@ class DistributedConfig:
 
     strategy: str = "auto"
     """single, ddp, or "package.module:function"; auto: ddp with several ranks, else single."""
-    reduction: Literal["exact", "fast"] = "exact"
+    reduction: str = "exact"
     """exact: the gradients of micro-batches are added in one order, so that losses and weights have the same bits on any number
-    of ranks; fast: in the order of torch's all-reduce, which depends on the number of ranks."""
+    of ranks; fast: in the order of torch's all-reduce, which depends on the number of ranks; or "package.module:function". A
+    strategy of your own sums as it likes, as fast does."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Backend of torch.distributed; auto: nccl on GPUs, gloo on CPU."""
     hang_timeout_minutes: float | None = None

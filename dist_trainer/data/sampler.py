@@ -8,7 +8,6 @@ accumulation steps changes what a step trains on, and resuming at step s needs n
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 
@@ -20,25 +19,19 @@ from dist_trainer.errors import ConfigError
 
 SEQUENCES_AT_ONCE = 2048
 """Sequences whose place in the order is computed at once, in half a millisecond; fewer would cost more each."""
-MICRO_BATCHES = 8
-"""Micro-batches of a global batch, or fewer if 8 do not divide it, if batch.micro_batch_size is not set."""
 VALIDATION_SEQUENCES = 8
 """Largest micro-batch of validation if batch.micro_batch_size is not set; without gradients few sequences are enough."""
 _ROUNDS = 6
 
 
 def sequences_per_micro_batch(batch: BatchConfig, world_size: int) -> int:
-    """Sequences per forward pass of a rank. Raises ConfigError if ranks and micro-batches do not divide the global batch.
-
-    If batch.micro_batch_size is not set, it does not depend on the number of ranks as long as this divides MICRO_BATCHES.
-    """
+    """Sequences per forward pass of a rank. Raises ConfigError if ranks and micro-batches do not divide the global batch."""
     if batch.micro_batch_size is None:
         if batch.global_batch_size % world_size:
             raise ConfigError(
                 f"batch.global_batch_size ({batch.global_batch_size}) must be a multiple of the number of ranks ({world_size})"
             )
-        micro_batches = math.gcd(batch.global_batch_size, MICRO_BATCHES)
-        return batch.global_batch_size // (micro_batches if micro_batches % world_size == 0 else world_size)
+        return batch.sequences_per_micro_batch(world_size)
     per_pass = batch.micro_batch_size * world_size
     if batch.global_batch_size % per_pass:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How a group of ranks divides a sum between them: each rank gets its shard of all ranks' tensors, and later all shards' sums."""
+"""How a group of ranks shares out a sum: each rank gets its shard of all ranks' tensors, and later the sums of all shards."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ OUTPUT_HEADS = ("lm_head", "output", "head")
 MATRIX_PRODUCTS = ("Linear", "Conv1D")
 """Classes of modules whose `weight` is a matrix that hidden states are multiplied by; Conv1D is GPT-2's, in transformers."""
 MATRICES_AT_ONCE = 4
-"""Matrices of one shape that are multiplied together, on any number of ranks: products of more at once may round differently."""
+"""Matrices of one shape that are multiplied together, on any number of ranks: more at once may be rounded differently."""
 MATCHING_ADAMW = 0.2
 """Root mean square of an update, about that of AdamW, so that one learning rate and decay suit both (Liu et al. 2025)."""
 

@@ -76,6 +76,7 @@ class LossDDP(DistributedDataParallel):
     early. `compile_units`, which are compiled one by one, need no split; and splitting them, on several ranks only, would give
     other code with other last bits.
     """
+    _bucket_hook: BucketHook | None = None
 
     def compute_loss(self, loss_function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """`loss_function(module, batch)`; its backward pass exchanges gradients."""
@@ -83,9 +84,8 @@ class LossDDP(DistributedDataParallel):
 
     def reduce_buckets_with(self, hook: BucketHook) -> None:
         """Let `hook` sum each bucket of gradients over the ranks, instead of an average by all-reduce."""
-        is_registered = hasattr(self, "_bucket_hook")
-        self._bucket_hook = hook
-        if not is_registered:  # DistributedDataParallel takes a hook only once
+        is_first, self._bucket_hook = self._bucket_hook is None, hook
+        if is_first:  # DistributedDataParallel takes a hook only once
             # Not a function: torch would read its annotations, which are strings here.
             self.register_comm_hook(self, lambda model, bucket: model._bucket_hook(bucket))
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 
-from dist_trainer.config.registry import resolve
+from dist_trainer.config.registry import build
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.exchange import Exchange, build_exchanges
 from dist_trainer.parallel.ddp import LossDDP
@@ -22,6 +22,7 @@ Gradients = dict[Tensor, Tensor]
 """By parameter; one on which no loss depends has none."""
 
 
+@runtime_checkable
 class Reduction(Protocol):
     """Adds up the gradients of a step's micro-batches over all ranks."""
 
@@ -177,10 +178,11 @@ REDUCTIONS: dict[str, Callable[[nn.Module, DistributedContext, int], Reduction]]
 
 
 def build_reduction(name: str, model: nn.Module, world: DistributedContext, *, micro_batches: int) -> Reduction:
-    """The reduction `name` of `model`'s gradients, for `micro_batches` of each rank in a step. For all ranks.
+    """The reduction `name` of `model`'s gradients, for `micro_batches` of each rank in a step. For all ranks."""
+    chosen = reduction_name(name, model, world)
+    return build(REDUCTIONS, chosen, "distributed.reduction", model, world, micro_batches, kind=Reduction)
 
-    With a strategy of the user's own, which exchanges gradients itself, `fast`.
-    """
-    if world.world_size > 1 and not isinstance(model, LossDDP):
-        name = "fast"
-    return resolve(REDUCTIONS, name, "distributed.reduction")(model, world, micro_batches)
+
+def reduction_name(name: str, model: nn.Module, world: DistributedContext) -> str:
+    """What `name` means for `model`: a strategy of the user's own exchanges gradients itself, so nothing is exact then."""
+    return "fast" if name == "exact" and world.world_size > 1 and not isinstance(model, LossDDP) else name

@@ -31,6 +31,7 @@ from dist_trainer.models.weights import make_weight_saver
 from dist_trainer.optim.registry import OPTIMIZERS, build_optimizer, resolve_optimizer_name
 from dist_trainer.optim.schedules import SCHEDULES, total_steps
 from dist_trainer.parallel.cpu.matmul import matmul_context
+from dist_trainer.parallel.reduction import REDUCTIONS, reduction_name
 from dist_trainer.parallel.registry import STRATEGIES, parallelize
 from dist_trainer.run.record import RunRecord
 from dist_trainer.run.resume import ResumeState, check_same_data
@@ -56,6 +57,7 @@ def check_registry_names(config: TrainingConfig) -> None:
     resolve(SCHEDULES, config.schedule.name, "schedule.name")
     if config.distributed.strategy != "auto":
         resolve(STRATEGIES, config.distributed.strategy, "distributed.strategy")
+    resolve(REDUCTIONS, config.distributed.reduction, "distributed.reduction")
     for name in config.train.callbacks:
         resolve({}, name, "train.callbacks")
 
@@ -78,17 +80,18 @@ def build_trainer(
         lambda: build_sample(config.tracking, config.data, tokenizer, model, shown, seed=config.seed),
         acts=world.is_main,
     )
+    parallel_model = parallelize(
+        model,
+        world,
+        strategy=config.distributed.strategy,
+        compile=config.precision.compile,
+        flops=flops_of_run(config, loaders, per_token),
+        varying_length=varying_length,
+    )
     trainer = Trainer(
         config,
         world,
-        model=parallelize(
-            model,
-            world,
-            strategy=config.distributed.strategy,
-            compile=config.precision.compile,
-            flops=flops_of_run(config, loaders, per_token),
-            varying_length=varying_length,
-        ),
+        model=parallel_model,
         optimizer=build_optimizer(optim, model),
         train_data=loaders.train,
         validation_data=loaders.validation,
@@ -108,6 +111,8 @@ def build_trainer(
         metadata={
             "config": as_dict(config),
             "world_size": world.world_size,
+            "micro_batch_size": loaders.train.sampler.micro_batch_size,  # type: ignore[attr-defined]
+            "reduction": reduction_name(config.distributed.reduction, parallel_model, world),
             "launcher": launcher_id(),
             **data_fingerprints,
         },

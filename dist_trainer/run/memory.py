@@ -188,7 +188,7 @@ def hints(config: TrainingConfig, world: DistributedContext) -> list[str]:
     """What reduces the memory of a run, the least intrusive first."""
     size = sequences_per_micro_batch(config.batch, world.world_size)
     return [
-        *([f"a smaller --batch.micro_batch_size (now {size}): the global batch stays the same"] if size > 1 else []),
+        *([f"a smaller --batch.micro_batch_size (now {size}): the curve stays the same, but for rounding"] if size > 1 else []),
         *(["--precision.dtype bf16 (now fp32): activations take about half"] if config.precision.dtype == "fp32" else []),
         f"a smaller --data.sequence_length (now {config.data.sequence_length}) or a smaller model: "
         "this makes it another run, with its own --run_name",

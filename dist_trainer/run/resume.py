@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 DEFINING_SECTIONS = ("model", "data", "optim", "schedule")
 DEFINING_KEYS = ("seed", "batch.global_batch_size")
+LOGGED_KEYS = ("batch.micro_batch_size", "distributed.reduction")
+"""What run/sameness.py logs when they differ."""
 FREE_KEYS = ("data.cache_dir", "data.num_workers")
 FINGERPRINTED_KEYS = {
     "data.dataset": "data_fingerprint",
@@ -176,7 +178,7 @@ def _check_same_run(config: TrainingConfig, start: ResumeState, checkpoint: Path
     if defining := [entry for entry in differences if _makes_another_run(*entry, start.metadata)]:
         raise _another_run(defining, checkpoint)
     for key, before, now in differences:
-        if not key.startswith("checkpoint.resume"):
+        if key not in LOGGED_KEYS and not key.startswith("checkpoint.resume"):
             log.info("resuming with %s %s (was %s)", key, format_value(now), format_value(before))
 
 

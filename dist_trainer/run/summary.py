@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dist_trainer.checkpoint.folders import step_folders
 from dist_trainer.config.paths import CHECKPOINTS
@@ -26,6 +25,7 @@ from dist_trainer.parallel.compile import is_compiled
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.memory import snapshot_bytes, state_bytes, total_memory
 from dist_trainer.run.resume import ResumeState
+from dist_trainer.run.sameness import format_sums, log_changed_sums
 from dist_trainer.tracking.formatting import duration, memory, quantity, significant
 from dist_trainer.tracking.subprocess_tracker import format_exports
 from dist_trainer.training.precision import warn_of_emulated_bf16
@@ -67,6 +67,7 @@ def format_header(trainer: Trainer, folder: Path, *, is_dry: bool = False) -> st
         "tokens": _tokens(trainer),
         "optimizer": _optimizer(trainer),
         "devices": _devices(trainer),
+        "sums": format_sums(trainer),
         "memory": format_memory(trainer),
         "output": output,
         "resume": _resume(trainer),
@@ -197,9 +198,8 @@ def _aligned(lines: Mapping[str, str]) -> list[str]:
 
 def warn_of_settings(config: TrainingConfig, trainer: Trainer, start: ResumeState) -> None:
     """Log settings that are allowed but rarely what a user wants, and what has changed since the run was last started."""
-    world = trainer.world
     warn_of_unfinished_warmup(config.schedule, trainer.max_steps)
-    warn_of_emulated_bf16(trainer.precision, world.device)
+    warn_of_emulated_bf16(trainer.precision, trainer.world.device)
     if start.train_before is not None:
         warn_of_changed_length(
             config.schedule,
@@ -212,11 +212,7 @@ def warn_of_settings(config: TrainingConfig, trainer: Trainer, start: ResumeStat
     if start.checkpoint is None and config.model.init_from is not None and is_pretrained(config.model):
         parameters = sum(parameter.numel() for parameter in trainer.parameters)
         warn_of_default_learning_rate(config.optim, parameters=parameters, init_from=config.model.init_from)
-    before = start.metadata.get("world_size")
-    if before is not None and before != world.world_size:
-        drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unwrap(trainer.model).modules())
-        masks_depend_on_ranks = drops_out and config.batch.micro_batch_size is None
-        log_world_size_change(world.world_size, before, masks_depend_on_ranks=masks_depend_on_ranks)
+    log_changed_sums(trainer, start.metadata)
 
 
 def warn_of_default_learning_rate(config: OptimConfig, *, parameters: int, init_from: str) -> None:
@@ -269,15 +265,3 @@ def warn_of_changed_length(
         "%d (train.max_steps, train.epochs); see docs/resuming.md",
         *(peak * last, step, peak * following, step + 1, schedule.name, counted(steps, "step"), steps_before),
     )
-
-
-def log_world_size_change(ranks: int, before: int, *, masks_depend_on_ranks: bool) -> None:
-    """Log what another number of ranks changes: not the order of data, but possibly dropout."""
-    if masks_depend_on_ranks:
-        log.warning(
-            "resuming with %s (was %d): the global batches stay the same, but dropout masks differ; "
-            "they do not depend on the number of ranks if batch.micro_batch_size is set",
-            *(counted(ranks, "rank"), before),
-        )
-    else:
-        log.info("resuming with %s (was %d): the global batches stay the same", counted(ranks, "rank"), before)

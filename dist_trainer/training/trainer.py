@@ -91,9 +91,7 @@ class Trainer:
         self.progress = Progress()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.accumulation_steps = accumulation_steps(config.batch, world.world_size)
-        self.reduction = build_reduction(
-            config.distributed.reduction, model, world, micro_batches=self.accumulation_steps
-        )
+        self.reduction = build_reduction(config.distributed.reduction, model, world, micro_batches=self.accumulation_steps)
         self.max_steps = self.last_step = total_steps(config.train, self.sampler.steps_per_epoch)
         policy = "skip" if self.precision.name == "fp16" else config.train.on_non_finite
         self.divergence = DivergenceWatch(policy, max_skipped_steps=config.train.max_skipped_steps, device=world.device)

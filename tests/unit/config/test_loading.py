@@ -20,6 +20,7 @@ from dist_trainer.errors import ConfigError
 from dist_trainer.models.registry import MODELS
 from dist_trainer.optim.registry import OPTIMIZERS
 from dist_trainer.optim.schedules import SCHEDULES
+from dist_trainer.parallel.reduction import REDUCTIONS
 from dist_trainer.parallel.registry import STRATEGIES
 from dist_trainer.run.build import check_registry_names
 from dist_trainer.run.configure import load_config
@@ -157,6 +158,8 @@ REFUSED = {
     "--tracking.wandb ofline": "did you mean offline?",
     "--precision.dtype bfloat16": "precision.dtype: 'bfloat16' is not one of auto, fp32, bf16, fp16; did you mean bf16?",
     "--precision.dtype zzz": "precision.dtype: 'zzz' is not one of auto, fp32, bf16, fp16",
+    "--deterministic true": "deterministic: no such key; did you mean distributed.reduction?",
+    "--distributed.reduction exakt": "distributed.reduction: unknown name 'exakt'; did you mean 'exact'?",
     "--distributed.timeout_minutes 5": "no such key; it was renamed to distributed.hang_timeout_minutes",
     "--validation.max_batches 5": "no such key; it was renamed to validation.max_global_batches",
     "--max_batches 5": "no such key; did you mean validation.max_global_batches?",
@@ -267,6 +270,7 @@ def test_the_names_that_are_checked_without_torch_are_the_registry_entries():
         "optim.name": {"auto", *OPTIMIZERS},
         "schedule.name": set(SCHEDULES),
         "distributed.strategy": {"auto", *STRATEGIES},
+        "distributed.reduction": set(REDUCTIONS),
     }
     assert load_config(["--optim.name", "my_project.lion:build_lion"]).optim.name == "my_project.lion:build_lion"
 

@@ -72,14 +72,22 @@ def test_files_and_keys_win_over_a_preset_wherever_it_is_given(tmp_path):
     file.write_text("optim:\n  learning_rate: 1e-4\nbatch:\n  global_batch_size: 24\n")
     config = load_config(["--config", str(file), "--model.num_hidden_layers", "3", "--preset", "30m"])
     assert (config.optim.learning_rate, config.model.num_hidden_layers, config.model.hidden_size) == (1e-4, 3, 512)
-    assert (config.batch.global_batch_size, config.batch.micro_batch_size) == (24, 8)  # which divides it
+    assert (config.batch.global_batch_size, config.batch.micro_batch_size) == (24, 3)  # an eighth
 
 
-def test_a_micro_batch_of_a_preset_fits_the_ranks(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "64", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+@pytest.mark.parametrize(
+    ("preset", "ranks", "expected"),
+    [
+        *(("10m", ranks, 32) for ranks in (1, 2, 4, 8)),  # an eighth: the same curve on these
+        ("10m", 16, 16),
+        *(("124m", ranks, 128) for ranks in (1, 2, 4, 8, 16)),  # the most that fits a GPU
+        ("124m", 64, 32),
+    ],
+)
+def test_a_micro_batch_of_a_preset_depends_on_the_ranks_only_if_they_cannot_share_it_out(preset, ranks, expected, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    batch = load_config(["--preset", "124m", "--data.sequence_length", "1024"]).batch
-    assert (batch.global_batch_size, batch.micro_batch_size) == (512, 8)
+    assert load_config(["--preset", preset]).batch.micro_batch_size == expected
 
 
 def test_the_default_file_asks_for_nothing_that_a_preset_says():

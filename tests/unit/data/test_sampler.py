@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dist_trainer.config.schema import BatchConfig, TrainingConfig
+from dist_trainer.config.schema import BatchConfig
 from dist_trainer.data.sampler import (
     FeistelPermutation,
     GlobalOrderSampler,

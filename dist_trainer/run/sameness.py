@@ -1,0 +1,108 @@
+"""What the last bits of a run's losses and weights depend on: the header's line about it, and what resuming changes of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from dist_trainer.config.schema import BatchConfig
+from dist_trainer.errors import counted
+from dist_trainer.parallel.reduction import reduction_name
+from dist_trainer.parallel.registry import unwrap
+from dist_trainer.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+LISTED_RANKS = 8
+"""More numbers of ranks than these are described, not listed."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How the gradients of a step are added up."""
+
+    world_size: int
+    micro_batch_size: int
+    """Sequences."""
+    reduction: str | None
+    """None: as versions did that had only one way."""
+
+    @classmethod
+    def of_checkpoint(cls, metadata: Mapping[str, Any]) -> Sums | None:
+        """Of the run that wrote this `metadata` of a checkpoint; None if it does not tell."""
+        world_size, batch = metadata.get("world_size"), metadata.get("config", {}).get("batch")
+        if not isinstance(world_size, int) or not isinstance(batch, Mapping):
+            return None
+        # When checkpoints did not tell, null meant a rank's share.
+        share = batch.get("global_batch_size", 0) // world_size
+        size = metadata.get("micro_batch_size") or batch.get("micro_batch_size") or share
+        return cls(world_size, size, metadata.get("reduction")) if size else None
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer) -> Sums:
+        """Of the run now."""
+        name = reduction_name(trainer.config.distributed.reduction, trainer.model, trainer.world)
+        return cls(trainer.world.world_size, trainer.sampler.micro_batch_size, name)
+
+
+def format_sums(trainer: Trainer) -> str:
+    """`exact: the same bits on 1, 2, 4 or 8 ranks`."""
+    sums, chosen = Sums.of_trainer(trainer), trainer.config.distributed
+    if sums.reduction == "exact":
+        return f"exact: {_same_bits(trainer.config.batch, sums)}"
+    if sums.reduction != chosen.reduction:
+        why = f"{chosen.strategy} exchanges gradients itself (distributed.strategy)"
+    else:
+        why = "distributed.reduction"
+    return f"{sums.reduction}: the last bits may depend on the number of ranks; {why}"
+
+
+def _same_bits(batch: BatchConfig, sums: Sums) -> str:
+    same, size = batch.ranks_with_same_micro_batches(sums.world_size), sums.micro_batch_size
+    with_this_size = replace(batch, micro_batch_size=size).ranks_with_same_micro_batches(sums.world_size)
+    more = f"; with --batch.micro_batch_size {size} on {_ranks(with_this_size)}" if same != with_this_size else ""
+    return f"the same bits on {_ranks(same)}{more}"
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    """`1, 2, 4 or 8 ranks`, of the divisors of the last one."""
+    if len(numbers) > LISTED_RANKS:
+        return f"any number of ranks that divides {numbers[-1]}"
+    listed = " or ".join(filter(None, [", ".join(map(str, numbers[:-1])), str(numbers[-1])]))
+    return f"{listed} rank{'s' if numbers[-1] > 1 else ''}"
+
+
+def log_changed_sums(trainer: Trainer, metadata: Mapping[str, Any]) -> None:
+    """Log in one line whether a run that resumes from a checkpoint with this `metadata` stays on its curve, and if not, why."""
+    before, now = Sums.of_checkpoint(metadata), Sums.of_trainer(trainer)
+    if before is None or before == now:
+        return
+    changes = []
+    if now.world_size != before.world_size:
+        changes.append(f"{counted(now.world_size, 'rank')} (was {before.world_size})")
+    if now.micro_batch_size != before.micro_batch_size:
+        changes.append(f"micro-batches of {counted(now.micro_batch_size, 'sequence')} (was {before.micro_batch_size})")
+    if now.reduction != before.reduction:
+        changes.append(f"{now.reduction} sums of gradients (was {before.reduction or 'as in an earlier version'})")
+    log.log(*_consequence(before, now, trainer), ", ".join(changes))
+
+
+def _consequence(before: Sums, now: Sums, trainer: Trainer) -> tuple[int, str]:
+    """The level and the message, for the changes to be put into."""
+    if now.micro_batch_size != before.micro_batch_size:
+        drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unwrap(trainer.model).modules())
+        differ = "sums are rounded differently" + (" and dropout masks differ" if drops_out else "")
+        size, parts = before.micro_batch_size, trainer.config.batch.global_batch_size // before.micro_batch_size
+        remedy = f"--batch.micro_batch_size {size}, on a number of ranks that divides {parts}, stays on the same one"
+        return logging.WARNING, f"resuming with %s: another curve from here on, as {differ}; {remedy} (docs/sameness.md)"
+    if before.reduction is None:
+        return logging.INFO, "resuming with %s: the last bits of the curve differ from here on (docs/sameness.md)"
+    if now.reduction != before.reduction:
+        return logging.WARNING, "resuming with %s: another curve from here on, by its last bits (docs/sameness.md)"
+    if now.reduction == "exact":
+        return logging.INFO, "resuming with %s: the same curve, to the last bit"
+    return logging.INFO, "resuming with %s: the global batches stay the same, the last bits do not"

@@ -1,0 +1,39 @@
+"""Sums of a single process's micro-batches: their order, and the memory of sums that wait."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.parallel.reduction import ExactReduction
+
+
+def test_torch_adds_lists_of_tensors_with_the_bits_of_one_by_one():
+    assert hasattr(torch, "_foreach_add_"), "reduction.py adds gradients by it"
+    pairs = [(torch.randn(size), torch.randn(size)) for size in (1, 15, 1000)]
+    sums = [left.clone() for left, _ in pairs]
+    torch._foreach_add_(sums, [right for _, right in pairs])
+    assert all(torch.equal(total, left + right) for total, (left, right) in zip(sums, pairs, strict=True))
+
+
+def by_hand(gradients: list[Tensor]) -> Tensor:
+    """The left branch has the largest power of two that is less than all."""
+    if len(gradients) == 1:
+        return gradients[0]
+    left = 1 << ((len(gradients) - 1).bit_length() - 1)
+    return by_hand(gradients[:left]) + by_hand(gradients[left:])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 5, 8, 13])
+def test_one_process_adds_in_the_order_of_the_tree(micro_batches):
+    model = nn.Linear(40, 1, bias=False)
+    reduction = ExactReduction(model, DistributedContext.single(), micro_batches)
+    gradients = [torch.randn(1, 40) * 10.0 ** (index % 4) for index in range(micro_batches)]
+    for index, gradient in enumerate(gradients):
+        with reduction.micro_batch(index):
+            (model.weight * gradient).sum().backward()
+    assert torch.equal(model.weight.grad, by_hand(gradients))
+    in_a_row = sum(gradients[1:], gradients[0])
+    assert micro_batches < 5 or not torch.equal(in_a_row, by_hand(gradients)), "so another order would show"
