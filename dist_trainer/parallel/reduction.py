@@ -15,7 +15,8 @@ from dist_trainer.config.registry import build
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.exchange import Exchange, build_exchanges
 from dist_trainer.parallel.ddp import LossDDP
-from dist_trainer.parallel.registry import gradient_sync
+from dist_trainer.parallel.determinism import operations_without_deterministic_kernels_named, use_deterministic_kernels
+from dist_trainer.parallel.registry import first_sync_differs, gradient_sync
 from dist_trainer.parallel.summation_tree import Node, largest_nodes, push
 
 Gradients = dict[Tensor, Tensor]
@@ -24,10 +25,12 @@ Gradients = dict[Tensor, Tensor]
 
 @runtime_checkable
 class Reduction(Protocol):
-    """Adds up the gradients of a step's micro-batches over all ranks."""
+    """Adds up the gradients of a step's micro-batches, of all ranks."""
 
     divisor: int
-    """What it divides the sum by."""
+    """What the sum is divided by."""
+    first_differs: bool
+    """Whether the first step would add in another order than later ones."""
 
     def micro_batch(self, index: int) -> AbstractContextManager[None]:
         """The context of the forward and backward pass of this rank's micro-batch `index` of a step."""
@@ -40,6 +43,7 @@ class FastReduction:
     def __init__(self, model: nn.Module, world: DistributedContext, micro_batches: int) -> None:
         """`micro_batches`: of each rank in a step."""
         self.divisor = world.world_size
+        self.first_differs = first_sync_differs(model, world)
         self._model, self._last = model, micro_batches - 1
 
     def micro_batch(self, index: int) -> AbstractContextManager[None]:
@@ -54,7 +58,7 @@ class ExactReduction:
     wait until their neighbours are complete, at most log2(leaves of a rank) - 1 of them at a time, rounded up.
     """
 
-    divisor = 1
+    divisor, first_differs = 1, False
 
     def __init__(self, model: nn.Module, world: DistributedContext, micro_batches: int) -> None:
         """`model`: of a single process, or wrapped by `ddp`; `micro_batches`: of each rank in a step. For all ranks."""
@@ -62,20 +66,23 @@ class ExactReduction:
         self._leaves = range(world.rank * micro_batches, (world.rank + 1) * micro_batches)
         self._parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sums: list[Node[Gradients]] = []
+        self._stream: torch.cuda.Stream | None = None
+        if world.device.type == "cuda":
+            use_deterministic_kernels()
+            self._stream = torch.cuda.Stream(world.device)
         if isinstance(model, LossDDP):
             self._tree = TreeAllReduce(world, self._num_leaves)
-            self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
             model.reduce_buckets_with(self._reduce_bucket)
 
     @contextmanager
     def micro_batch(self, index: int) -> Generator[None]:
-        """See Reduction."""
+        """See Reduction. Raises ConfigError if an operation has no deterministic kernel on a GPU."""
         leaf, is_last = self._leaves[index], index == len(self._leaves) - 1
         if index == 0:
             self._sums.clear()  # an error may have ended the step before
         if is_last and isinstance(self._model, LossDDP) and self._model.find_unused_parameters:
             self._begin_at_zero()
-        with gradient_sync(self._model, enabled=is_last):
+        with gradient_sync(self._model, enabled=is_last), operations_without_deterministic_kernels_named():
             yield
         if is_last and isinstance(self._model, LossDDP):
             self._sums.clear()
@@ -128,10 +135,9 @@ class ExactReduction:
 
 def _add(left: Gradients, right: Gradients) -> Gradients:
     """Their sum, in the memory of `left`."""
-    both = [parameter for parameter in left if parameter in right]
-    if both:
-        torch._foreach_add_([left[parameter] for parameter in both], [right[parameter] for parameter in both])
-    return right | left
+    for parameter, gradient in right.items():
+        left[parameter] = left[parameter].add_(gradient) if parameter in left else gradient
+    return left
 
 
 def _flat(parameters: list[Tensor], gradients: Gradients) -> Tensor:

@@ -16,7 +16,7 @@ from dist_trainer.models.evaluation_mode import evaluation_mode
 from dist_trainer.optim.registry import init_optimizer_state
 from dist_trainer.parallel.compile import compile_settings, is_compiled
 from dist_trainer.parallel.ddp import Buffers
-from dist_trainer.parallel.registry import compute_loss, first_sync_differs, gradient_sync, unwrap
+from dist_trainer.parallel.registry import compute_loss, gradient_sync, unwrap
 from dist_trainer.training.step import seed_dropout
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ def precompile(trainer: Trainer) -> None:
     """Compile and allocate before the first step, where a stop signal can interrupt it; raises StoppedError. For all ranks.
 
     Training and validation are compiled separately. Parameters, buffers and the order of data do not change.
-    With more than two ranks, DDP also sorts its buckets here, by the order in which gradients arrive in its first backward.
-    Otherwise the first step after a resume would sum gradients in another order, and differ in the last bits.
+    With fast reduction on more than two ranks, DDP also sorts its buckets here, by the order in which gradients arrive in its
+    first backward. Otherwise the first step after a resume would sum gradients in another order, and differ in the last bits.
     """
     model, world = trainer.model, trainer.world
 
@@ -61,7 +61,7 @@ def precompile(trainer: Trainer) -> None:
             if varies_in_length(trainer.train_data.dataset):  # after a second length the compiler generalizes to any
                 run_and_share_errors(world, lambda: train_pass(exchange=False, shorter_by=1))
                 run_and_share_errors(world, lambda: validation_pass(shorter_by=1))
-        if first_sync_differs(model, world):
+        if trainer.reduction.first_differs:
             train_pass(exchange=True)
     init_optimizer_state(trainer.optimizer)
 
