@@ -76,7 +76,7 @@ class LossDDP(DistributedDataParallel):
     early. `compile_units`, which are compiled one by one, need no split; and splitting them, on several ranks only, would give
     other code with other last bits.
     """
-    _bucket_hook: BucketHook | None = None
+    bucket_hook: BucketHook | None = None
 
     def compute_loss(self, loss_function: Callable[[nn.Module, Any], Tensor], batch: Any) -> Tensor:
         """`loss_function(module, batch)`; its backward pass exchanges gradients."""
@@ -84,10 +84,10 @@ class LossDDP(DistributedDataParallel):
 
     def reduce_buckets_with(self, hook: BucketHook) -> None:
         """Let `hook` sum each bucket of gradients over the ranks, instead of an average by all-reduce."""
-        is_first, self._bucket_hook = self._bucket_hook is None, hook
+        is_first, self.bucket_hook = self.bucket_hook is None, hook
         if is_first:  # DistributedDataParallel takes a hook only once
             # Not a function: torch would read its annotations, which are strings here.
-            self.register_comm_hook(self, lambda model, bucket: model._bucket_hook(bucket))
+            self.register_comm_hook(self, lambda model, bucket: model.bucket_hook(bucket))
 
     def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
         # torch's method, except for the loss; it always splits.
