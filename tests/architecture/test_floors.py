@@ -46,7 +46,6 @@ PRIVATE_NAMES = {
     "distributed/machine.py": {"_triton"},
     "parallel/compile.py": {"_functorch"},
     "parallel/ddp.py": {"_run_ddp_forward", "_inside_ddp_forward"},
-    "parallel/reduction.py": {"_foreach_add_"},
     "training/nonfinite.py": {"_step_supports_amp_scaling"},
     "training/profiler.py": {"_dump_snapshot", "_record_memory_history"},
     "training/step.py": {"_profiler_enabled"},
