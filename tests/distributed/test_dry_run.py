@@ -181,8 +181,8 @@ def test_the_header_is_short_aligned_and_correct(stories, tmp_path):
     warmup = trainer.config.schedule.warmup_steps
     title, *lines = format_header(trainer, tmp_path / "run").splitlines()
     assert title == f"training run: steps 1-12, output in {tmp_path / 'run'}"
-    assert len(lines) < 8
-    names = ["model", "tokens", "optimizer", "devices", "memory", "output", "resume"]
+    assert len(lines) < 9
+    names = ["model", "tokens", "optimizer", "devices", "sums", "memory", "output", "resume"]
     assert [line[:13].rstrip() for line in lines] == [f"  {name}" for name in names]
     said = dict(line.split(maxsplit=1) for line in lines)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -190,6 +190,7 @@ def test_the_header_is_short_aligned_and_correct(stories, tmp_path):
     assert said["tokens"].startswith("8 x 32 = 256 per step, 3.07k in total: ")
     assert said["optimizer"] == f"AdamW, peak learning rate 0.01 after {warmup} warmup steps, then cosine"
     assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 sequences per step")
+    assert said["sums"] == "exact: the same bits on 1, 2 or 4 ranks"
     weights = 4 * parameters / 1024
     assert said["memory"].startswith(f"{weights:.0f} KiB weights + {weights:.0f} KiB gradients")
     assert "no W&B" in said["output"]

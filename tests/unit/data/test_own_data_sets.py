@@ -15,7 +15,7 @@ from dist_trainer.data.loader import collate_pairs, create_dataloaders
 from dist_trainer.errors import DataError
 from dist_trainer.models.loss import model_loss
 
-CONFIG = TrainingConfig(batch=BatchConfig(global_batch_size=2))
+CONFIG = TrainingConfig(batch=BatchConfig(global_batch_size=2, micro_batch_size=2))
 X, Y = torch.arange(6.0).view(2, 3), torch.tensor([1, -100])
 
 
