@@ -1,4 +1,4 @@
-"""Sums of a single process's micro-batches: their order, and the memory of sums that wait."""
+"""The order in which a single process adds the gradients of its micro-batches."""
 
 from __future__ import annotations
 
@@ -8,14 +8,6 @@ from torch import Tensor, nn
 
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.parallel.reduction import ExactReduction
-
-
-def test_torch_adds_lists_of_tensors_with_the_bits_of_one_by_one():
-    assert hasattr(torch, "_foreach_add_"), "reduction.py adds gradients by it"
-    pairs = [(torch.randn(size), torch.randn(size)) for size in (1, 15, 1000)]
-    sums = [left.clone() for left, _ in pairs]
-    torch._foreach_add_(sums, [right for _, right in pairs])
-    assert all(torch.equal(total, left + right) for total, (left, right) in zip(sums, pairs, strict=True))
 
 
 def by_hand(gradients: list[Tensor]) -> Tensor:
