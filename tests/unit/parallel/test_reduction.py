@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_trainer.distributed.context import DistributedContext
-from dist_trainer.parallel.reduction import ExactReduction
+from dist_trainer.errors import ConfigError
+from dist_trainer.parallel.reduction import ExactReduction, FastReduction, build_reduction
 
 
 def by_hand(gradients: list[Tensor]) -> Tensor:
@@ -29,3 +30,18 @@ def test_one_process_adds_in_the_order_of_the_tree(micro_batches):
     assert torch.equal(model.weight.grad, by_hand(gradients))
     in_a_row = sum(gradients[1:], gradients[0])
     assert micro_batches < 5 or not torch.equal(in_a_row, by_hand(gradients)), "so another order would show"
+
+
+class Own(FastReduction):
+    pass
+
+
+def not_a_reduction(model: nn.Module, world: DistributedContext, micro_batches: int) -> nn.Module:
+    return model
+
+
+def test_a_class_of_the_user_s_own_is_taken_and_anything_else_is_refused():
+    model, world = nn.Linear(2, 1), DistributedContext.single()
+    assert isinstance(build_reduction(f"{__name__}:Own", model, world, micro_batches=2), Own)
+    with pytest.raises(ConfigError, match=r"distributed\.reduction: .* returned a Linear, not a Reduction"):
+        build_reduction(f"{__name__}:not_a_reduction", model, world, micro_batches=2)
