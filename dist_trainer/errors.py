@@ -25,6 +25,8 @@ import signal
 
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
+EXIT_DIFFERS = 1
+"""`verify` has found a difference."""
 EXIT_PREEMPTED = 75
 """Stopped by a signal after saving; EX_TEMPFAIL of sysexits.h: rerunning the same command resumes the run."""
 

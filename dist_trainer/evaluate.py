@@ -49,8 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> EvaluationRequest:
     """The command line. Raises ConfigError."""
-    # argparse would take the values of training's keys for RUN.
-    own_words, key_words = split_off_keys(sys.argv[1:] if argv is None else argv)
+    from dist_trainer.config.command_line import split_off_keys
+
+    own_words, key_words = split_off_keys(sys.argv[1:] if argv is None else argv, own=OWN_OPTIONS, flags=FLAGS)
     arguments = argument_parser().parse_args(own_words)
     from dist_trainer.config.loading import assigned_keys
     from dist_trainer.huggingface.model_files import model_folder
@@ -148,21 +149,6 @@ def check_keys_have_effect(words: Sequence[str]) -> None:
     without_effect = sorted(a.key for a in parse_argv(words).assignments if a.key.split(".")[0] in SECTIONS_WITHOUT_EFFECT)
     if without_effect:
         raise ConfigError(f"{without_effect[0]}: has no effect on the evaluation of an existing model; leave it out")
-
-
-def split_off_keys(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """This command's own words (RUN, --data NAME, --help), and training's keys (`--section.key VALUE`)."""
-    own, others, words = [], [], list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, _ = word.partition("=")
-        is_own = not word.startswith("--") or name in OWN_OPTIONS
-        part = own if is_own else others
-        part.append(word)
-        takes_value = name.startswith("--") and name not in FLAGS and name != "--print_config"
-        if takes_value and not equals and words and not words[0].startswith("--"):
-            part.append(words.pop(0))
-    return own, others
 
 
 def model_context(path: Path) -> int | None:

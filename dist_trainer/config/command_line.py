@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,6 +77,23 @@ def pop_dry_run(argv: Sequence[str] | None) -> tuple[list[str], bool]:
     """`argv` (None: this process's) without --dry_run, and whether that was there."""
     words = list(sys.argv[1:] if argv is None else argv)
     return [word for word in words if word != DRY_RUN], DRY_RUN in words
+
+
+def split_off_keys(argv: Sequence[str], *, own: Collection[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
+    """Another command's own words, with the values of its options `own`, of which `flags` have none; and training's arguments
+    (`--section.key VALUE`), whose values argparse would take for the command's own words.
+    """
+    own_words, others, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        is_own = not word.startswith("--") or name in own
+        part = own_words if is_own else others
+        part.append(word)
+        takes_value = name.startswith("--") and name not in flags and name != PRINT_CONFIG
+        if takes_value and not equals and words and not words[0].startswith("--"):
+            part.append(words.pop(0))
+    return own_words, others
 
 
 def parse_argv(argv: Sequence[str]) -> Arguments:

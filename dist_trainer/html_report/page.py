@@ -77,7 +77,7 @@ def html_report(runs: Sequence[RunHistory]) -> str:
 def without_secrets(run: RunHistory) -> RunHistory:
     """A copy of `run` with its texts masked, sharing its arrays of numbers."""
     samples = [replace(sample, prompt=masked(sample.prompt), text=masked(sample.text)) for sample in run.samples]
-    texts = {name: masked_within(getattr(run, name)) for name in ("events", "config", "status", "environment")}
+    texts = {name: masked_within(getattr(run, name)) for name in ("events", "config", "status", "environment", "certificate")}
     return replace(run, samples=samples, **texts)
 
 

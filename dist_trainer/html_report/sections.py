@@ -19,12 +19,14 @@ from dist_trainer.html_report.charts import legend_key, skipped_steps, style_of
 from dist_trainer.html_report.timeline import numbered_marks
 from dist_trainer.tracking.formatting import duration, memory, quantity, significant
 from dist_trainer.tracking.goodput import Goodput
-from dist_trainer.tracking.run_reader import RunHistory, SampleText
+from dist_trainer.tracking.run_reader import RunHistory, SampleText, number
 
 SAMPLES_SHOWN, SAMPLES_OPEN = 12, 3
 """Samples of a run on the page, evenly spread over all it has; and how many of them are visible at once."""
 SAMPLE_CHARACTERS = 3000
 MARKS_OPEN = 12
+_LATEST_TIME = 1 << 40
+"""Unix seconds that localtime can take."""
 
 PARTS_OF_TIME = (
     ("steps", "step_seconds", "t0"),
@@ -51,7 +53,9 @@ def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[G
         )
         state = html.escape(format_state(runs[0]))
         about = describe_training(runs[0])
-        return f'<h1>{html.escape(labels[0])}</h1>{about}<p class="faded">{state}; {written}</p><dl class="tiles">{tiles}</dl>'
+        verified = html.escape(format_certificate(runs[0]))
+        states = f'<p class="faded">{state}; {written}</p>' + (f'<p class="faded">{verified}</p>' if verified else "")
+        return f'<h1>{html.escape(labels[0])}</h1>{about}{states}<dl class="tiles">{tiles}</dl>'
     all_results = [dict(results(run, each)) for run, each in zip(runs, spent, strict=True)]
     names = list(dict.fromkeys(name for known in all_results for name in known))
     rows = [
@@ -101,6 +105,20 @@ def format_state(run: RunHistory) -> str:
         return "no status.json found"
     reason = f" ({status['reason']})" if status.get("reason") else ""
     return f"{status.get('state', 'unknown')}{reason}, step {status.get('step', '?')} of {status.get('max_steps', '?')}"
+
+
+def format_certificate(run: RunHistory) -> str:
+    """`verified: steps 5-8 on 1, 2, 4 ranks: equal (2026-12-01 04:00)`; empty if nothing was verified."""
+    known = run.certificate
+    ranks, steps = known.get("ranks"), [known.get("first_step"), known.get("last_step")]
+    if known.get("result") not in ("equal", "differs") or not isinstance(ranks, list):
+        return ""
+    found = known["result"]
+    if found == "differs" and isinstance(known.get("differences"), list) and known["differences"]:
+        found = f"differs: {known['differences'][0]}"
+    made = number(known.get("time"))
+    when = f" ({time.strftime('%Y-%m-%d %H:%M', time.localtime(made))})" if 0 <= made < _LATEST_TIME else ""
+    return f"verified: steps {steps[0]}-{steps[1]} on {', '.join(map(str, ranks))} ranks: {found}{when}"
 
 
 def results(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:

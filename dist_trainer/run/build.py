@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,14 @@ def check_registry_names(config: TrainingConfig) -> None:
 
 
 def build_trainer(
-    config: TrainingConfig, world: DistributedContext, start: ResumeState, record: RunRecord | None = None
+    config: TrainingConfig,
+    world: DistributedContext,
+    start: ResumeState,
+    record: RunRecord | None = None,
+    *,
+    callbacks: Sequence[object] = (),
 ) -> Trainer:
-    """All parts of a run, at `start`. Without a `record` nothing is saved or recorded."""
+    """All parts of a run, at `start`. Without a `record` nothing is saved or recorded. `callbacks`: besides the config's."""
     own_callbacks = run_and_share_errors(world, lambda: build_callbacks(config)) or []
     tokenizer = load_tokenizer(config, world, start)
     loaders, data_fingerprints = load_data(config, world, start, tokenizer)
@@ -105,7 +110,12 @@ def build_trainer(
         ),
         checkpoints=build_checkpoints(config, model, tokenizer, record),
         tracker=record,
-        callbacks=[*filter(None, [record]), TextSamples(sample, config.tracking.sample_every_steps), *own_callbacks],
+        callbacks=[
+            *filter(None, [record]),
+            *callbacks,
+            TextSamples(sample, config.tracking.sample_every_steps),
+            *own_callbacks,
+        ],
         token_bytes=build_token_bytes(tokenizer),
         flops_per_token=per_token,
         metadata={

@@ -23,6 +23,8 @@ from dist_trainer.errors import ConfigError
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "logs/events.jsonl"
 PROGRESS_FILE = "logs/progress"
+CERTIFICATE_FILE = "certificate.json"
+"""What `verify` found."""
 OLD_PROGRESS_FILE = "logs/steps_done"
 """Its name in runs made before it was renamed."""
 DIGITS_OF_A_STEP = 15
@@ -46,6 +48,7 @@ VALIDATION_COLUMNS = ("step", "loss", "perplexity", "bits_per_byte", "seconds", 
 _MAX_STEP = 10**DIGITS_OF_A_STEP
 _MAX_EVENTS = 10_000
 _MAX_LINE_LENGTH = 1 << 20
+_MAX_CERTIFICATE_LENGTH = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class RunHistory:
     """Of the latest start."""
     parameters: float = math.nan
     """Number of trainable parameters, from the latest start."""
+    certificate: dict[str, Any] = field(default_factory=dict)
+    """Of the latest `verify`; empty if there is none, or it cannot be read."""
     _read_bytes: int = 0
 
     @property
@@ -94,6 +99,7 @@ class RunHistory:
         self.events = list(read_events(self.folder))
         self.config = self.config or _config_from(text_of(self.folder / RUN_CONFIG))
         self.status = read_status(self.folder)
+        self.certificate = parse_object(text_of(self.folder / CERTIFICATE_FILE), max_length=_MAX_CERTIFICATE_LENGTH) or {}
         environments = [e["environment"] for e in self.events if isinstance(e.get("environment"), dict)]
         self.environment = environments[-1] if environments else {}
         counts = [number(event["parameters"]) for event in self.events if "parameters" in event]

@@ -1,0 +1,92 @@
+"""Starts the ranks of a replay on this machine, and what each of them does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from dist_trainer.distributed.context import DistributedContext
+from dist_trainer.distributed.launch_env import rank_info_or_none
+from dist_trainer.distributed.machine import usable_cpus
+from dist_trainer.distributed.signals import StopRequest
+from dist_trainer.errors import EXIT_CRASHED, EXIT_FINISHED, DistTrainerError, RefusedError, counted
+from dist_trainer.run.lifecycle import on_all_ranks
+from dist_trainer.run.replay import Line, Plan, read_lines, replay, write_lines
+
+FOUND_FILE, ERROR_FILE, OUTPUT_FILE = "found.jsonl", "error.json", "output.txt"
+"""In the scratch folder of a replay."""
+LAST_LINES = 15
+"""Of a crashed replay's output, in the error."""
+OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def replay_as_rank(scratch: Path, *, stop_request: StopRequest | None = None) -> int:
+    """Replay the plan in the folder `scratch` as the rank that this process is; leave there what was found, or the error."""
+
+    def attempt(world: DistributedContext) -> int:
+        lines = replay(plan, world)
+        if world.is_main:
+            write_lines(lines, scratch / FOUND_FILE)
+        return EXIT_FINISHED
+
+    try:
+        plan = Plan.read(scratch)
+        return on_all_ranks(attempt, plan.config, stop_request=stop_request)
+    except DistTrainerError as error:
+        info = rank_info_or_none()
+        if info is None or info.rank == 0:
+            (scratch / ERROR_FILE).write_text(json.dumps([str(error), isinstance(error, RefusedError)]), encoding="utf-8")
+        raise
+
+
+def start_ranks(plan: Plan, ranks: int, threads: int) -> list[Line]:
+    """Replay `plan` on so many ranks of this machine, with so many CPU threads each; what was found.
+
+    Raises RefusedError for what a rank refuses, and DistTrainerError if a rank crashes.
+    """
+    plan.write()
+    words = ["-m", "dist_trainer.verify", "--replay", str(plan.scratch)]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={ranks}"]
+        words = [*torchrun, *words]
+    output = plan.scratch / OUTPUT_FILE
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words], env=_environment(threads), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    return found_by(plan.scratch, ranks, code)
+
+
+def found_by(scratch: Path, ranks: int, code: int = EXIT_CRASHED) -> list[Line]:
+    """What the replay left in `scratch`. Raises its error; if it left none, one with the last lines of its output."""
+    with suppress(OSError):
+        return read_lines(scratch / FOUND_FILE)
+    with suppress(OSError, ValueError):
+        message, is_refused = json.loads((scratch / ERROR_FILE).read_text(encoding="utf-8"))
+        raise (RefusedError if is_refused else DistTrainerError)(f"on {counted(ranks, 'rank')}: {message}")
+    said = (scratch / OUTPUT_FILE).read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    raise DistTrainerError("\n".join([f"the replay on {counted(ranks, 'rank')} ended with exit code {code}; it said:", *said]))
+
+
+def threads_for(ranks: int, environment: Mapping[str, str] = os.environ) -> int:
+    """CPU threads for each of at most `ranks` ranks: OMP_NUM_THREADS, else its share of the cores."""
+    named = environment.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdigit() and int(named) else max(1, usable_cpus() // ranks)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """As the launch files have it: no shared store (pytorch issue 135712), and threads that wait do not spin."""
+    own = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
+    own.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return {**own, "OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
