@@ -111,14 +111,15 @@ def format_certificate(run: RunHistory) -> str:
     """`verified: steps 5-8 on 1, 2, 4 ranks: equal (2026-12-01 04:00)`; empty if nothing was verified."""
     known = run.certificate
     ranks, steps = known.get("ranks"), [known.get("first_step"), known.get("last_step")]
-    if known.get("result") not in ("equal", "differs") or not isinstance(ranks, list):
+    if known.get("result") not in ("equal", "differs") or not isinstance(ranks, list) or not ranks:
         return ""
+    *others, last = [rank if type(rank) is int else 0 for rank in ranks]
     found = known["result"]
     if found == "differs" and isinstance(known.get("differences"), list) and known["differences"]:
         found = f"differs: {known['differences'][0]}"
     made = number(known.get("time"))
     when = f" ({time.strftime('%Y-%m-%d %H:%M', time.localtime(made))})" if 0 <= made < _LATEST_TIME else ""
-    return f"verified: steps {steps[0]}-{steps[1]} on {', '.join(map(str, ranks))} ranks: {found}{when}"
+    return f"verified: steps {steps[0]}-{steps[1]} on {', '.join([*map(str, others), counted(last, 'rank')])}: {found}{when}"
 
 
 def results(run: RunHistory, spent: Goodput) -> Iterator[tuple[str, str]]:

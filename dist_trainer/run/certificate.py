@@ -59,7 +59,7 @@ def write_certificate(
 
 
 def describe(verdict: Verdict, plan: Plan, found: Mapping[int, list[Line]], *, run_ranks: int | None) -> dict[str, Any]:
-    """The certificate's fields, as docs/verifying.md has them."""
+    """The certificate's fields, as in docs/verifying.md."""
     headers = {ranks: next((line for line in lines if line["kind"] == "replay"), {}) for ranks, lines in found.items()}
     environment = next(iter(headers.values())).get("environment", {})
     return {

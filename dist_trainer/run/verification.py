@@ -209,8 +209,9 @@ def check_ranks(subject: Subject, ranks: Sequence[int], *, option: str) -> None:
             )
     numbers = sorted({*ranks, *([subject.run_ranks] if subject.run_ranks else [])})
     if subject.inexact is not None and len(numbers) > 1:
+        named = " and ".join([*map(str, numbers[:-1]), counted(numbers[-1], "rank")])
         raise ConfigError(
-            f"{subject.inexact}: sums on {' and '.join(map(str, numbers))} ranks may differ in their last bits; only exact "
+            f"{subject.inexact}: sums on {named} may differ in their last bits; only exact "
             "sums can be verified on another number of ranks"
         )
     if subject.run_ranks is not None and len(ranks) == 1 and not (subject.lines or subject.plan.saved):

@@ -14,7 +14,7 @@ FLOORS = [
     {"models", "data", "optim", "parallel", "checkpoint", "tracking"},
     {"training", "generation", "html_report"},
     {"run"},
-    {"train", "evaluate", "generate", "report"},
+    {"train", "evaluate", "generate", "report", "verify"},
     {"__init__"},
 ]
 COMMANDS = FLOORS[5]

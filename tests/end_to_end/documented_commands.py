@@ -79,6 +79,12 @@ def cheap(command: str) -> list[str]:
             return words
         case ["python", "-m", "dist_trainer.train", *_]:
             return [*words, *SMALL]
+        case ["torchrun", _, "-m", "dist_trainer.verify", *arguments]:
+            return ["python", "-m", "dist_trainer.verify", *arguments]
+        case ["python", "-m", "dist_trainer.verify", *_] if "--ranks" in words:  # test_verify.py has the real ranks
+            return [*words, "--help"]
+        case ["python", "-m", "dist_trainer.verify", *_]:
+            return words
         case ["python", "-m", "dist_trainer.evaluate" | "dist_trainer.generate" | "dist_trainer.report", *_]:
             return words
         case [first, *_] if first in LOOKING:
