@@ -17,10 +17,14 @@ from dist_trainer.distributed.exchange import Exchange, build_exchanges
 from dist_trainer.parallel.ddp import LossDDP
 from dist_trainer.parallel.determinism import operations_without_deterministic_kernels_named, use_deterministic_kernels
 from dist_trainer.parallel.registry import first_sync_differs, gradient_sync
-from dist_trainer.parallel.summation_tree import Node, largest_nodes, push
+from dist_trainer.parallel.summation_tree import Node, largest_nodes, number_of_leaves, push
 
 Gradients = dict[Tensor, Tensor]
 """By parameter; one on which no loss depends has none."""
+LARGE_MODEL = 2**28
+"""Parameters: 1 GiB of gradients."""
+LEAVES_OF_LARGE_MODELS = 32
+"""One process then keeps up to log2(32) sums, each as large as the gradients; each of 8 ranks keeps 2, of 32 ranks none."""
 
 
 @runtime_checkable
@@ -29,6 +33,8 @@ class Reduction(Protocol):
 
     divisor: int
     """What the sum is divided by."""
+    gradient_copies: int
+    """Copies of the gradients that a rank keeps at most, in addition to the parameters' `grad`."""
     first_differs: bool
     """Whether the first step would add in another order than later ones."""
 
@@ -37,8 +43,16 @@ class Reduction(Protocol):
         ...
 
 
+def leaves_of_step(model: nn.Module, micro_batches: int, ranks: int) -> int:
+    """The leaves of the tree of exact sums, for `micro_batches` of a step over all ranks."""
+    is_large = sum(parameter.numel() for parameter in model.parameters()) > LARGE_MODEL
+    return number_of_leaves(micro_batches, ranks, at_most=LEAVES_OF_LARGE_MODELS if is_large else micro_batches)
+
+
 class FastReduction:
     """Each rank adds up its own gradients, and the strategy averages them over the ranks: the last bits depend on the ranks."""
+
+    gradient_copies = 0
 
     def __init__(self, model: nn.Module, world: DistributedContext, micro_batches: int) -> None:
         """`micro_batches`: of each rank in a step."""
@@ -54,16 +68,19 @@ class FastReduction:
 class ExactReduction:
     """Gradients are added in the order of one tree over a step's micro-batches: the same bits on any number of ranks.
 
-    Each rank computes neighbouring leaves of the tree. autograd adds pairs of them in the parameters' `grad`; the sums of pairs
-    wait until their neighbours are complete, at most log2(leaves of a rank) - 1 of them at a time, rounded up.
+    Each rank computes neighbouring leaves of the tree. autograd adds a leaf's micro-batches in the parameters' `grad`, and a
+    pair of leaves if each is one micro-batch. Other sums wait until that of their neighbour is complete.
     """
 
     divisor, first_differs = 1, False
 
     def __init__(self, model: nn.Module, world: DistributedContext, micro_batches: int) -> None:
         """`model`: of a single process, or wrapped by `ddp`; `micro_batches`: of each rank in a step. For all ranks."""
-        self._model, self._num_leaves = model, world.world_size * micro_batches
-        self._leaves = range(world.rank * micro_batches, (world.rank + 1) * micro_batches)
+        self._model, self._num_leaves = model, leaves_of_step(model, world.world_size * micro_batches, world.world_size)
+        each = self._num_leaves // world.world_size
+        self._leaves, self._per_leaf = range(world.rank * each, (world.rank + 1) * each), micro_batches // each
+        # A sum waits at each level of the rank's part of the tree, but for pairs that autograd adds.
+        self.gradient_copies = max(0, (each - 1).bit_length() - (self._per_leaf == 1))
         self._parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._sums: list[Node[Gradients]] = []
         self._stream: torch.cuda.Stream | None = None
@@ -77,7 +94,8 @@ class ExactReduction:
     @contextmanager
     def micro_batch(self, index: int) -> Generator[None]:
         """See Reduction. Raises ConfigError if an operation has no deterministic kernel on a GPU."""
-        leaf, is_last = self._leaves[index], index == len(self._leaves) - 1
+        leaf, completes_leaf = self._leaves[index // self._per_leaf], (index + 1) % self._per_leaf == 0
+        is_last = completes_leaf and leaf == self._leaves[-1]
         if index == 0:
             self._sums.clear()  # an error may have ended the step before
         if is_last and isinstance(self._model, LossDDP) and self._model.find_unused_parameters:
@@ -86,14 +104,18 @@ class ExactReduction:
             yield
         if is_last and isinstance(self._model, LossDDP):
             self._sums.clear()
-        elif is_last or leaf % 2:
-            push(self._sums, Node(self._start_of_pair(leaf), leaf + 1, self._take_gradients()), self._num_leaves, _add)
+        elif is_last or (completes_leaf and not self._is_first_of_pair(leaf)):
+            push(self._sums, Node(self._start(leaf), leaf + 1, self._take_gradients()), self._num_leaves, _add)
         if is_last and self._sums:
             for parameter, gradient in self._sums.pop().value.items():
                 parameter.grad = gradient
 
-    def _start_of_pair(self, leaf: int) -> int:
-        return max(self._leaves.start, leaf - leaf % 2)
+    def _is_first_of_pair(self, leaf: int) -> bool:
+        return self._per_leaf == 1 and leaf % 2 == 0
+
+    def _start(self, leaf: int) -> int:
+        """The first leaf in the parameters' `grad` when `leaf` is complete."""
+        return leaf - 1 if leaf > self._leaves.start and self._is_first_of_pair(leaf - 1) else leaf
 
     def _begin_at_zero(self) -> None:
         """DDP expects a gradient of each parameter that an earlier micro-batch has used."""
@@ -108,12 +130,12 @@ class ExactReduction:
         return gradients
 
     def _reduce_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """DDP's communication hook: the sums so far, and the gradients of the last pair in the bucket, over all ranks."""
+        """DDP's communication hook: the sums that wait, and the last leaves' in the bucket, over all ranks."""
         nodes: list[Node[Tensor]] = []
         for start, stop, gradients in self._sums:
             push(nodes, Node(start, stop, _flat(bucket.parameters(), gradients)), self._num_leaves, Tensor.add_)
         last = self._leaves[-1]
-        push(nodes, Node(self._start_of_pair(last), last + 1, bucket.buffer()), self._num_leaves, Tensor.add_)
+        push(nodes, Node(self._start(last), last + 1, bucket.buffer()), self._num_leaves, Tensor.add_)
         with self._during_backward(nodes):
             self._tree.sum(nodes, out=bucket.buffer())
             future: Future[Tensor] = Future(devices=None if self._stream is None else [self._stream.device])

@@ -2,7 +2,8 @@
 
 A tree over `leaves` micro-batches: the left child of a node has the largest power of two of its leaves that is not all of them,
 as in a Merkle tree (RFC 6962, section 2.1). Floating-point sums depend on their order; in this order they depend on the
-micro-batches alone. A node is named by its leaves: [start, stop).
+micro-batches alone. A leaf is one micro-batch, or several neighbours that are added in order. A node is named by its leaves:
+[start, stop).
 """
 
 from __future__ import annotations
@@ -19,6 +20,16 @@ class Node(NamedTuple, Generic[T]):
     start: int
     stop: int
     value: T
+
+
+def number_of_leaves(micro_batches: int, ranks: int, *, at_most: int) -> int:
+    """Into how many leaves of equal size the `micro_batches` of a step are divided, `at_most` so many.
+
+    It depends on the number of ranks only if they cannot share these leaves out equally: then there are more.
+    """
+    divisors = [leaves for leaves in range(1, micro_batches + 1) if micro_batches % leaves == 0]
+    leaves = max(leaves for leaves in divisors if leaves <= at_most)
+    return leaves if leaves % ranks == 0 else min(more for more in divisors if more >= leaves and more % ranks == 0)
 
 
 def is_node(start: int, stop: int, leaves: int) -> bool:

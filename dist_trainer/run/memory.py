@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dist_trainer.config.schema import TrainingConfig
-from dist_trainer.data.sampler import sequences_per_micro_batch
+from dist_trainer.data.sampler import accumulation_steps, sequences_per_micro_batch
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import DoesNotFitError, OutOfMemoryError
 from dist_trainer.optim.muon import MuonWithAdamW
@@ -37,10 +37,10 @@ _REQUESTED = re.compile(r"allocate ([\d.]+) (bytes|KiB|MiB|GiB|TiB|PiB)")
 
 
 def state_bytes(trainer: Trainer) -> dict[str, int]:
-    """Bytes that one rank holds for any batch size: `weights`, `gradients`, `optimizer`."""
+    """Bytes that one rank holds for any batch size: `weights`, `gradients` with the sums that wait, `optimizer`."""
     return {
         "weights": _bytes_of([*trainer.model.parameters(), *trainer.model.buffers()]),
-        "gradients": _bytes_of(trainer.parameters),
+        "gradients": _bytes_of(trainer.parameters) * (1 + trainer.reduction.gradient_copies),
         "optimizer": optimizer_state_bytes(trainer.optimizer),
     }
 
@@ -187,9 +187,11 @@ def format_state(trainer: Trainer) -> str:
 def hints(config: TrainingConfig, world: DistributedContext) -> list[str]:
     """What reduces the memory of a run, the least intrusive first."""
     size = sequences_per_micro_batch(config.batch, world.world_size)
+    copies_gradients = config.distributed.reduction == "exact" and accumulation_steps(config.batch, world.world_size) > 2
     return [
         *([f"a smaller --batch.micro_batch_size (now {size}): the curve stays the same, but for rounding"] if size > 1 else []),
         *(["--precision.dtype bf16 (now fp32): activations take about half"] if config.precision.dtype == "fp32" else []),
+        *(["--distributed.reduction fast (now exact): fewer copies of the gradients, other last bits"] * copies_gradients),
         f"a smaller --data.sequence_length (now {config.data.sequence_length}) or a smaller model: "
         "this makes it another run, with its own --run_name",
     ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_trainer.config.schema import BatchConfig
 from dist_trainer.errors import counted
-from dist_trainer.parallel.reduction import reduction_name
+from dist_trainer.parallel.reduction import leaves_of_step, reduction_name
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.training.trainer import Trainer
 
@@ -53,7 +53,7 @@ def format_sums(trainer: Trainer) -> str:
     """`exact: the same bits on 1, 2, 4 or 8 ranks`."""
     sums, chosen = Sums.of_trainer(trainer), trainer.config.distributed
     if sums.reduction == "exact":
-        return f"exact: {_same_bits(trainer.config.batch, sums)}"
+        return f"exact: {_same_bits(trainer.config.batch, trainer.model, sums)}"
     if sums.reduction != chosen.reduction:
         why = f"{chosen.strategy} exchanges gradients itself (distributed.strategy)"
     else:
@@ -61,11 +61,18 @@ def format_sums(trainer: Trainer) -> str:
     return f"{sums.reduction}: the last bits may depend on the number of ranks; {why}"
 
 
-def _same_bits(batch: BatchConfig, sums: Sums) -> str:
-    same, size = batch.ranks_with_same_micro_batches(sums.world_size), sums.micro_batch_size
-    with_this_size = replace(batch, micro_batch_size=size).ranks_with_same_micro_batches(sums.world_size)
+def _same_bits(batch: BatchConfig, model: nn.Module, sums: Sums) -> str:
+    size = sums.micro_batch_size
+    same = _ranks_with_same_sums(batch, model, sums.world_size)
+    with_this_size = _ranks_with_same_sums(replace(batch, micro_batch_size=size), model, sums.world_size)
     more = f"; with --batch.micro_batch_size {size} on {_ranks(with_this_size)}" if same != with_this_size else ""
     return f"the same bits on {_ranks(same)}{more}"
+
+
+def _ranks_with_same_sums(batch: BatchConfig, model: nn.Module, ranks: int) -> list[int]:
+    micro_batches = batch.global_batch_size // batch.sequences_per_micro_batch(ranks)
+    leaves = leaves_of_step(model, micro_batches, ranks)
+    return [n for n in batch.ranks_with_same_micro_batches(ranks) if leaves_of_step(model, micro_batches, n) == leaves]
 
 
 def _ranks(numbers: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from dist_trainer.config.schema import DistributedConfig
 from dist_trainer.distributed import exchange
 from dist_trainer.distributed.context import DistributedContext, init_distributed
+from dist_trainer.parallel import reduction
 from dist_trainer.parallel.ddp import ddp
 from dist_trainer.parallel.reduction import ExactReduction
 from tests.distributed.ranks import run_ranks
@@ -34,11 +35,11 @@ class Lopsided(nn.Module):
 def summed_gradients(world: DistributedContext) -> list[bytes | None]:
     model = ddp(Lopsided(), world)
     each = MICRO_BATCHES // world.world_size
-    reduction = ExactReduction(model, world, each)
+    exact = ExactReduction(model, world, each)
     for _ in range(2):
         model.zero_grad()
         for index in range(each):
-            with reduction.micro_batch(index):
+            with exact.micro_batch(index):
                 model(world.rank * each + index).backward()
     return [None if parameter.grad is None else parameter.grad.numpy().tobytes() for parameter in model.parameters()]
 
@@ -61,3 +62,28 @@ def test_gradients_are_one_sum_on_any_ranks_and_machines_over_any_transport(rank
     assert expected[0] is None, "never used"
     for gradients in run_ranks(ranks, lambda: gradients_of_rank(ranks_per_machine, shares_memory=shares_memory)):
         assert gradients == expected
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_large_model_s_micro_batches_beyond_the_limit_are_added_in_order_before_the_tree(monkeypatch, ranks):
+    all_leaves = summed_gradients(DistributedContext.single())
+    monkeypatch.setattr(reduction, "LARGE_MODEL", 100)
+    monkeypatch.setattr(reduction, "LEAVES_OF_LARGE_MODELS", 4)
+    expected = summed_gradients(DistributedContext.single())
+    assert expected != all_leaves
+    for gradients in run_ranks(ranks, gradients_of_rank):
+        assert gradients == expected
+
+
+@pytest.mark.parametrize(("micro_batches", "copies"), [(1, 0), (2, 0), (4, 1), (6, 2), (8, 2), (32, 4), (64, 5), (128, 5)])
+def test_as_many_copies_of_the_gradients_wait_as_a_run_is_told(monkeypatch, micro_batches, copies):
+    monkeypatch.setattr(reduction, "LARGE_MODEL", 100)
+    model = Lopsided()
+    exact = ExactReduction(model, DistributedContext.single(), micro_batches)
+    assert exact.gradient_copies == copies
+    most = 0
+    for index in range(micro_batches):
+        with exact.micro_batch(index):
+            model(index).backward()
+            most = max(most, len(exact._sums))
+    assert most == copies or (micro_batches == 6 and most < copies), "only a bound if the tree is ragged"

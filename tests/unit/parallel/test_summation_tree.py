@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dist_trainer.parallel.summation_tree import Node, is_node, largest_nodes, push
+from dist_trainer.parallel.summation_tree import Node, is_node, largest_nodes, number_of_leaves, push
 
 
 def tree(start: int, stop: int) -> str:
@@ -48,6 +48,21 @@ def test_few_sums_wait_at_a_time(leaves):
     for leaf in range(leaves):
         push(stack, Node(leaf, leaf + 1, ""), leaves, add)
         assert len(stack) <= math.log2(leaves) + 1
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "ranks", "leaves"),
+    [
+        *((12, ranks, 12) for ranks in (1, 2, 3, 4, 6, 12)),
+        *((512, ranks, 32) for ranks in (1, 8, 32)),
+        (512, 64, 64),  # more ranks than leaves
+        (96, 3, 48),  # 32 leaves cannot be shared out to 3 ranks
+        (37, 1, 1),  # a prime above the limit: all are added in order
+        (37, 37, 37),
+    ],
+)
+def test_a_step_has_as_many_leaves_as_micro_batches_up_to_a_limit(micro_batches, ranks, leaves):
+    assert number_of_leaves(micro_batches, ranks, at_most=32) == leaves
 
 
 def test_nodes_of_a_tree_over_six_leaves():

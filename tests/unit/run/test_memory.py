@@ -79,9 +79,10 @@ def test_other_errors_are_not():
 
 def test_hints_name_only_what_can_be_lowered():
     full = TrainingConfig(data=CONFIG.data, batch=CONFIG.batch, precision=PrecisionConfig(dtype="fp32"))
-    micro, dtype, length = hints(full, CPU)
+    micro, dtype, reduction, length = hints(full, CPU)
     assert micro.startswith("a smaller --batch.micro_batch_size (now 6)")
     assert dtype.startswith("--precision.dtype bf16 (now fp32)")
+    assert reduction.startswith("--distributed.reduction fast (now exact)")
     assert length.startswith("a smaller --data.sequence_length (now 1024)")
     smallest = TrainingConfig(data=CONFIG.data, batch=BatchConfig(4, None), precision=PrecisionConfig(dtype="bf16"))
     assert hints(smallest, DistributedContext(world_size=4)) == [length]
