@@ -37,10 +37,13 @@ _REQUESTED = re.compile(r"allocate ([\d.]+) (bytes|KiB|MiB|GiB|TiB|PiB)")
 
 
 def state_bytes(trainer: Trainer) -> dict[str, int]:
-    """Bytes that one rank holds for any batch size: `weights`, `gradients` with the sums that wait, `optimizer`."""
+    """Bytes that one rank holds for any batch size: `weights`, `gradients`, `partial sums` of them, if any, `optimizer`."""
+    gradients = _bytes_of(trainer.parameters)
+    partial_sums = trainer.reduction.gradient_copies * gradients
     return {
         "weights": _bytes_of([*trainer.model.parameters(), *trainer.model.buffers()]),
-        "gradients": _bytes_of(trainer.parameters) * (1 + trainer.reduction.gradient_copies),
+        "gradients": gradients,
+        **({"partial sums": partial_sums} if partial_sums else {}),
         "optimizer": optimizer_state_bytes(trainer.optimizer),
     }
 

@@ -192,6 +192,7 @@ def test_the_header_is_short_aligned_and_correct(stories, tmp_path):
     assert said["devices"].endswith(", fp32, not compiled, 4 micro-batches of 2 sequences per step")
     assert said["sums"] == "exact: the same bits on 1, 2 or 4 ranks"
     weights = 4 * parameters / 1024
-    assert said["memory"].startswith(f"{weights:.0f} KiB weights + {weights:.0f} KiB gradients")
+    size = f"{weights:.0f} KiB"
+    assert said["memory"].startswith(f"{size} weights + {size} gradients + {size} partial sums + ")
     assert "no W&B" in said["output"]
     assert "saves every 4 steps" in said["resume"]
