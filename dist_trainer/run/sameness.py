@@ -17,6 +17,7 @@ from dist_trainer.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+OF_EARLIER_VERSIONS = "an earlier version's"
 LISTED_RANKS = 8
 """More numbers of ranks than these are described, not listed."""
 
@@ -64,7 +65,7 @@ def format_sums(trainer: Trainer) -> str:
 def _same_bits(batch: BatchConfig, model: nn.Module, sums: Sums) -> str:
     size = sums.micro_batch_size
     same = _ranks_with_same_sums(batch, model, sums.world_size)
-    with_this_size = _ranks_with_same_sums(replace(batch, micro_batch_size=size), model, sums.world_size)
+    with_this_size = _ranks_with_same_sums(_with_size(batch, size), model, sums.world_size)
     more = f"; with --batch.micro_batch_size {size} on {_ranks(with_this_size)}" if same != with_this_size else ""
     return f"the same bits on {_ranks(same)}{more}"
 
@@ -94,22 +95,31 @@ def log_changed_sums(trainer: Trainer, metadata: Mapping[str, Any]) -> None:
     if now.micro_batch_size != before.micro_batch_size:
         changes.append(f"micro-batches of {counted(now.micro_batch_size, 'sequence')} (was {before.micro_batch_size})")
     if now.reduction != before.reduction:
-        changes.append(f"{now.reduction} sums of gradients (was {before.reduction or 'as in an earlier version'})")
+        changes.append(f"reduction {now.reduction} (was {before.reduction or OF_EARLIER_VERSIONS})")
     log.log(*_consequence(before, now, trainer), ", ".join(changes))
 
 
 def _consequence(before: Sums, now: Sums, trainer: Trainer) -> tuple[int, str]:
     """The level and the message, for the changes to be put into."""
-    if now.micro_batch_size != before.micro_batch_size:
-        drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unwrap(trainer.model).modules())
-        differ = "sums are rounded differently" + (" and dropout masks differ" if drops_out else "")
-        size, parts = before.micro_batch_size, trainer.config.batch.global_batch_size // before.micro_batch_size
-        remedy = f"--batch.micro_batch_size {size}, on a number of ranks that divides {parts}, stays on the same one"
-        return logging.WARNING, f"resuming with %s: another curve from here on, as {differ}; {remedy} (docs/sameness.md)"
-    if before.reduction is None:
+    drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unwrap(trainer.model).modules())
+    batch = _with_size(trainer.config.batch, before.micro_batch_size)
+    same = _ranks_with_same_sums(batch, trainer.model, before.world_size)
+    is_regrouped = now.micro_batch_size != before.micro_batch_size
+    if before.reduction is None and not (is_regrouped and drops_out):  # nothing would keep the last bits
         return logging.INFO, "resuming with %s: the last bits of the curve differ from here on (docs/sameness.md)"
+    if is_regrouped:
+        differ = "sums are rounded differently" + (" and dropout masks differ" if drops_out else "")
+        remedy = f"to stay on the same one, set --batch.micro_batch_size {before.micro_batch_size}, on {_ranks(same)}"
+        return logging.WARNING, f"resuming with %s: another curve from here on, as {differ}; {remedy} (docs/sameness.md)"
     if now.reduction != before.reduction:
         return logging.WARNING, "resuming with %s: another curve from here on, by its last bits (docs/sameness.md)"
-    if now.reduction == "exact":
+    if now.reduction == "exact" and now.world_size in same:
         return logging.INFO, "resuming with %s: the same curve, to the last bit"
+    if now.reduction == "exact":
+        bits = f"another curve from here on, by its last bits; it is the same one on {_ranks(same)}"
+        return logging.WARNING, f"resuming with %s: {bits} (docs/sameness.md)"
     return logging.INFO, "resuming with %s: the global batches stay the same, the last bits do not"
+
+
+def _with_size(batch: BatchConfig, sequences: int) -> BatchConfig:
+    return replace(batch, micro_batch_size=sequences)

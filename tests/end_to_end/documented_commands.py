@@ -24,7 +24,7 @@ SMALL = shlex.split(
     "--batch.micro_batch_size 2 --train.max_steps 2 --validation.max_global_batches 1 --tracking.sample_tokens 4 "
     "--tracking.wandb disabled --precision.compile false"
 )
-LOOKING = {"ls", "cat", "head", "tail", "mkdir"}
+LOOKING = {"cat", "cmp", "head", "ls", "mkdir", "tail"}
 """Commands that run as they stand."""
 
 

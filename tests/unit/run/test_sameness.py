@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from dist_trainer.config.schema import BatchConfig, DistributedConfig, TrainingConfig
+from dist_trainer.parallel import reduction
 from dist_trainer.parallel.ddp import LossDDP
 from dist_trainer.run.sameness import format_sums, log_changed_sums
 
@@ -66,7 +68,7 @@ RESUMED = {
         EXACT,
         logging.WARNING,
         "resuming with micro-batches of 4 sequences (was 2): another curve from here on, as sums are rounded differently and "
-        "dropout masks differ; --batch.micro_batch_size 2, on a number of ranks that divides 8, stays on the same one",
+        "dropout masks differ; to stay on the same one, set --batch.micro_batch_size 2, on 1, 2, 4 or 8 ranks",
     ),
     "ranks that make another one": (
         16,
@@ -81,14 +83,14 @@ RESUMED = {
         BatchConfig(16, 8),
         {},
         logging.INFO,
-        "resuming with exact sums of gradients (was as in an earlier version): the last bits of the curve differ from here on",
+        "resuming with reduction exact (was an earlier version's): the last bits of the curve differ from here on",
     ),
     "chosen": (
         2,
         BatchConfig(16, 2),
         EXACT | {"reduction": "fast"},
         logging.WARNING,
-        "resuming with exact sums of gradients (was fast): another curve from here on, by its last bits",
+        "resuming with reduction exact (was fast): another curve from here on, by its last bits",
     ),
 }
 
@@ -101,6 +103,28 @@ def test_one_line_says_whether_a_resumed_run_stays_on_its_curve(case, caplog):
         log_changed_sums(trainer(ranks, batch), metadata(2, BatchConfig(16, batch.micro_batch_size), **known))
     assert [record.levelno for record in caplog.records] == ([] if level is None else [level])
     assert said in caplog.text
+
+
+def test_a_large_model_on_more_ranks_than_its_sum_has_leaves_is_on_another_curve(monkeypatch, caplog):
+    monkeypatch.setattr(reduction, "LARGE_MODEL", 0)
+    now = trainer(64, BatchConfig(64, 1))
+    now.model.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    assert format_sums(now) == "exact: the same bits on 64 ranks"
+    with caplog.at_level(logging.INFO, logger="dist_trainer"):
+        log_changed_sums(now, metadata(8, BatchConfig(64, 1), **EXACT | {"micro_batch_size": 1}))
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "by its last bits; it is the same one on 1, 2, 4, 8, 16 or 32 ranks" in caplog.text
+
+
+def test_without_dropout_a_run_of_an_earlier_version_stays_on_its_curve_but_for_rounding(caplog):
+    now = trainer(1, BatchConfig(16))
+    now.model = nn.Linear(1, 1)
+    with caplog.at_level(logging.INFO, logger="dist_trainer"):
+        log_changed_sums(now, metadata(2, BatchConfig(16)))
+    [record] = caplog.records
+    assert record.levelno == logging.INFO
+    assert "1 rank (was 2), micro-batches of 2 sequences (was 8), reduction exact (was an earlier version's)" in caplog.text
 
 
 def test_with_fast_sums_another_number_of_ranks_changes_the_last_bits(caplog):
