@@ -7,6 +7,7 @@ import logging
 import mmap
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,12 +48,50 @@ class PinnedMemory:
         self._borrower = weakref.ref(snapshot)
 
 
+@dataclass(frozen=True, eq=False)
+class HostCopy:
+    """Copies that may still be under way. Their pinned memory is in use for as long as this object exists."""
+
+    tensors: dict[str, Tensor]
+    done: torch.cuda.Event | None
+    """None: they were made at once."""
+
+    def wait(self) -> dict[str, Tensor]:
+        """The copies, when they are complete. For another thread than the one that trains."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.tensors
+
+
+def start_host_copy(tensors: Mapping[str, Tensor], *, pinned: PinnedMemory) -> HostCopy:
+    """Copies of `tensors` as they are now; this thread does not wait for a GPU.
+
+    The copies from a GPU are queued behind the step, on the same stream, so what follows does not change what they read: it
+    is delayed by as long as they take, which is the size of `tensors` over the speed of the bus.
+    """
+    taken, uses_pinned, is_under_way = _start_copies(tensors, copies=True, pinned=pinned)
+    copy = HostCopy(taken, copies_done() if is_under_way else None)
+    if uses_pinned:
+        pinned.lend_to(copy)
+    return copy
+
+
 def to_host(tensors: Mapping[str, Tensor], *, copies: bool, pinned: PinnedMemory | None) -> tuple[dict[str, Tensor], bool]:
     """`tensors` in host memory, contiguous, each in its own storage; and whether they are in `pinned`.
 
     Without `copies`, tensors in host memory are not copied, if possible. Copies from a GPU run concurrently and are awaited
     once; nothing reads or copies them before that.
     """
+    taken, uses_pinned, is_under_way = _start_copies(tensors, copies=copies, pinned=pinned)
+    if is_under_way:
+        await_copies()
+    return taken, uses_pinned
+
+
+def _start_copies(
+    tensors: Mapping[str, Tensor], *, copies: bool, pinned: PinnedMemory | None
+) -> tuple[dict[str, Tensor], bool, bool]:
+    """What `to_host` returns, and whether copies from a GPU are still under way."""
     taken: dict[str, Tensor] = {}
     on_gpu: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -73,9 +112,7 @@ def to_host(tensors: Mapping[str, Tensor], *, copies: bool, pinned: PinnedMemory
         taken[name] = _empty_like(tensor, memory, offset)
         offset += _aligned(tensor)
         start_copy(taken[name], tensor)
-    if on_gpu:
-        await_copies()
-    return {name: taken[name] for name in tensors}, memory is not None
+    return {name: taken[name] for name in tensors}, memory is not None, bool(on_gpu)
 
 
 def is_on_gpu(tensor: Tensor) -> bool:
@@ -91,6 +128,13 @@ def start_copy(to: Tensor, tensor: Tensor) -> None:
 def await_copies() -> None:
     """Wait for all copies from the GPU."""
     torch.cuda.synchronize()
+
+
+def copies_done() -> torch.cuda.Event:
+    """An event that comes when the copies started so far are complete. Who waits for it sleeps."""
+    event = torch.cuda.Event(blocking=True)
+    event.record()
+    return event
 
 
 def pin(memory: mmap.mmap) -> bool:

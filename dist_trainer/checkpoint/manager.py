@@ -9,12 +9,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from dist_trainer.checkpoint.digest import digest_of_folder
 from dist_trainer.checkpoint.folders import FORMAT_VERSION, best_checkpoint, folder_name, rotate
 from dist_trainer.checkpoint.state import Snapshot, Validated, write_training_state
 from dist_trainer.config.schema import CheckpointConfig
+from dist_trainer.huggingface.model_files import WEIGHTS_FILE
 from dist_trainer.storage.files import format_disk_error
 from dist_trainer.storage.folders import make_folder, publish
 
@@ -145,10 +148,10 @@ class CheckpointManager(Checkpoints):
         config: CheckpointConfig,
         *,
         save_model_fn: SaveModel,
-        on_saved: Callable[[int, float, Validated | None], None] = lambda step, seconds, best: None,
+        on_saved: Callable[[int, float, Validated | None, str | None], None] = lambda step, seconds, best, digest: None,
     ) -> None:
-        """`on_saved(step, seconds, best)` is called when a checkpoint has become visible, with the time of the slowest write so
-        far and the best of the checkpoints that exist.
+        """`on_saved(step, seconds, best, digest)` is called when a checkpoint has become visible, with the time of the slowest
+        write so far, the best of the checkpoints that exist, and the digest of its weights.
         """
         super().__init__()
         self.folder, self.config, self.save_model_fn, self.on_saved = folder, config, save_model_fn, on_saved
@@ -189,7 +192,7 @@ class CheckpointManager(Checkpoints):
                 self._fail(f"step {step}: weights or optimizer state contain NaN/Inf ({spoiled}); checkpoint skipped")
                 return
             save.before_publish()
-            folder = self._publish(snapshot)
+            folder, digest = self._publish(snapshot)
         except BaseException as error:
             disk_error = format_disk_error(error)
             message = f"step {step}: the checkpoint could not be saved ({disk_error or repr(error)})"
@@ -201,7 +204,7 @@ class CheckpointManager(Checkpoints):
         self._failures_in_a_row, self.has_given_up, self.last_error = 0, False, None
         self._slowest_write = max(self._slowest_write, time.perf_counter() - started)
         self._update_best(folder, snapshot.progress.validated)
-        self.on_saved(step, self._slowest_write, self._best)
+        self.on_saved(step, self._slowest_write, self._best, digest)
         rotate(self.folder, latest=folder, best=self._best, keep_last=self.config.keep_last)
         self.published.append((step, folder))
 
@@ -221,13 +224,19 @@ class CheckpointManager(Checkpoints):
         else:  # none so far, or someone has deleted it
             self._best = best_checkpoint(self.folder, verified=saved)
 
-    def _publish(self, snapshot: Snapshot) -> Path:
+    def _publish(self, snapshot: Snapshot) -> tuple[Path, str | None]:
+        """The checkpoint, and the digest of its weights: of those in its file, whose names the saver decides. None if that does
+        not write safetensors.
+        """
         folder = self.folder / folder_name(snapshot.progress.step)
+        metadata: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": snapshot.progress.step}
+        metadata |= {"world_size": snapshot.metadata.get("world_size"), "weights_digest": None}
 
         def write(staging: Path) -> None:
             self.save_model_fn(snapshot.weights, staging)
             write_training_state(snapshot, staging)
+            if (staging / WEIGHTS_FILE).is_file():
+                metadata["weights_digest"] = digest_of_folder(staging)
 
-        metadata = {"format_version": FORMAT_VERSION, "step": snapshot.progress.step}
-        publish(folder, write, metadata={**metadata, "world_size": snapshot.metadata.get("world_size")})
-        return folder
+        publish(folder, write, metadata=metadata)
+        return folder, metadata["weights_digest"]

@@ -32,6 +32,7 @@ _NOT_NEGATIVE = (
     "checkpoint.every_steps",
     "tracking.sample_tokens",
     "tracking.sample_every_steps",
+    "tracking.digest_every_steps",
 )
 """Numbers that may be 0."""
 _FRACTIONS = ("model.dropout", "data.validation_fraction")

@@ -267,6 +267,9 @@ class TrackingConfig:
     of a validation document, or what precedes its first answer; "": no samples."""
     sample_tokens: int = 96
     """Tokens per text sample; 0: no samples."""
+    digest_every_steps: int = 100
+    """Steps between digests of the weights in metrics.jsonl (one is always taken at the end), by which runs can be compared;
+    0: only those of checkpoints, in manifest.json and status.json."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,16 @@ def save_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> Non
         model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="1000TB")
 
 
+def saved_tensors(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `save_weights` writes, by their names in the file, which may differ from the module's: transformers
+    splits what it has fused. `weights` share no memory, so none is left out for being tied to another.
+    """
+    from transformers.modeling_utils import revert_weight_conversion
+
+    ignored = set(model._keys_to_ignore_on_save or ())
+    return dict(revert_weight_conversion(model, {name: weights[name] for name in weights if name not in ignored}))
+
+
 def make_savable(model: Any) -> None:
     """Repair what transformers refuses to save: settings of sampling while sampling is off, as some models have them."""
     settings = getattr(model, "generation_config", None)

@@ -14,7 +14,7 @@ from dist_trainer.errors import CheckpointError, ConfigError, RefusedError
 from dist_trainer.huggingface import transformers_models
 from dist_trainer.huggingface.llama_config import read_hf_config
 from dist_trainer.huggingface.model_files import CONFIG_FILE, WEIGHTS_FILE, find_model, find_valid_model, has_weights
-from dist_trainer.huggingface.weights import write_hf
+from dist_trainer.huggingface.weights import to_hf_names, write_hf
 from dist_trainer.models.decoder_lm import DecoderLM
 
 
@@ -70,3 +70,12 @@ def make_weight_saver(model: nn.Module) -> Callable[[Mapping[str, Tensor], Path]
     if transformers_models.is_transformers_model(model):
         return lambda weights, folder: transformers_models.save_weights(model, weights, folder)
     return lambda weights, folder: save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def make_weight_namer(model: nn.Module) -> Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]:
+    """A function that gives weights of `model`, each in its own memory, the names that `make_weight_saver` gives them."""
+    if isinstance(model, DecoderLM):
+        return to_hf_names
+    if transformers_models.is_transformers_model(model):
+        return lambda weights: transformers_models.saved_tensors(model, weights)
+    return lambda weights: weights

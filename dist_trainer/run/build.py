@@ -38,6 +38,7 @@ from dist_trainer.run.resume import ResumeState, check_same_data
 from dist_trainer.run.summary import warn_of_settings
 from dist_trainer.tracking.subprocess_tracker import check_packages
 from dist_trainer.training.callbacks import build_callbacks
+from dist_trainer.training.digests import WeightDigests
 from dist_trainer.training.precision import build_precision
 from dist_trainer.training.trainer import Trainer
 
@@ -93,6 +94,8 @@ def build_trainer(
         flops=flops_of_run(config, loaders, per_token),
         varying_length=varying_length,
     )
+    every = config.tracking.digest_every_steps
+    digests = WeightDigests(every, model, record) if every and record is not None else None
     trainer = Trainer(
         config,
         world,
@@ -109,9 +112,9 @@ def build_trainer(
             varying_length=varying_length,
         ),
         checkpoints=build_checkpoints(config, model, tokenizer, record),
-        tracker=record,
+        tracker=digests or record,
         callbacks=[
-            *filter(None, [record]),
+            *filter(None, [record, digests]),
             *callbacks,
             TextSamples(sample, config.tracking.sample_every_steps),
             *own_callbacks,

@@ -34,7 +34,7 @@ from dist_trainer.run.folder import RunFolder
 from dist_trainer.run.summary import format_header
 from dist_trainer.tracking.environment import describe_environment
 from dist_trainer.tracking.goodput import Goodput, goodput, restarts_of, steps_to_redo
-from dist_trainer.tracking.run_reader import RunHistory, is_number, read_run, read_status
+from dist_trainer.tracking.run_reader import RunHistory, is_number, number, read_run, read_status
 from dist_trainer.tracking.status import (
     FIRST_CHECKPOINT,
     State,
@@ -153,8 +153,10 @@ class RunRecord:
         self._counter = StepCounter(path)
         self._counter.record(step)  # or the lost steps would be counted again if this attempt ends before its first step
         restarts, lost_steps = restarts_of(path)
-        past, best = {"restarts": restarts, "lost_steps": lost_steps}, _best(trainer.progress.best)
-        write_status(path, "running", step=step, max_steps=trainer.max_steps, **best, **past)
+        past: dict[str, Any] = {"restarts": restarts, "lost_steps": lost_steps, **_best(trainer.progress.best)}
+        if number(read_status(path).get("digest_step")) > step:  # of a lost step
+            past |= {"digest": None, "digest_step": None}
+        write_status(path, "running", step=step, max_steps=trainer.max_steps, **past)
         log.info("%s", format_header(trainer, path))
         self._tracker = build_tracker(run, {"report": lambda run: ReportTracker(run.folder)})
 
@@ -163,12 +165,13 @@ class RunRecord:
         if self._counter is not None:
             self._counter.record(result.step)
 
-    def on_saved(self, step: int, write_seconds: float, best: Validated | None) -> None:
+    def on_saved(self, step: int, write_seconds: float, best: Validated | None, digest: str | None) -> None:
         """The checkpoint of `step` is visible; the slowest write took `write_seconds`. Called by the thread that writes.
 
         Recorded outside of checkpoints/: if all of them are lost, the next start must not start over.
         """
-        amend_status(self._path, checkpoint_seconds=write_seconds, **_best(best))  # slurm/train.sh reads the seconds
+        amend_status(self._path, digest=digest, digest_step=step, **_best(best))
+        amend_status(self._path, checkpoint_seconds=write_seconds)  # slurm/train.sh reads it
         if not self._has_saved:
             self._has_saved = True
             append_event(self._path, FIRST_CHECKPOINT, step=step, durable=True)

@@ -26,7 +26,8 @@ CORRUPT_PREFIX, OLD_CORRUPT_PREFIX = "corrupt-", "damaged-"
 
 
 def publish(folder: Path, write: Callable[[Path], None], *, metadata: dict[str, Any]) -> None:
-    """Make `folder` appear with the files that `write` creates in the folder it is given, and `metadata` in its manifest.
+    """Make `folder` appear with the files that `write` creates in the folder it is given, and in its manifest `metadata`, to
+    which `write` may add what it finds out.
 
     Raises OSError if the disk refuses; then nothing is visible, an earlier `folder` is still there, and the staging folder is
     removed as far as possible.

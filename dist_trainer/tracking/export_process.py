@@ -23,7 +23,7 @@ from dist_trainer.config.secrets import MaskedStream
 from dist_trainer.errors import first_line
 from dist_trainer.storage.locks import NO_LOCKS, try_lock
 from dist_trainer.tracking.run_reader import METRICS_FILE, complete_lines, parse_line
-from dist_trainer.tracking.sink import SECONDS_ALONE, LogFn, Sink
+from dist_trainer.tracking.sink import NOT_SENT, SECONDS_ALONE, LogFn, Sink
 from dist_trainer.tracking.tensorboard_sink import TensorBoardSink
 from dist_trainer.tracking.trackio_sink import TrackioSink
 from dist_trainer.tracking.wandb_sink import WandbSink
@@ -40,7 +40,7 @@ def send_lines(sink: Sink, path: Path, start: int) -> int:
     """Give `sink` the lines of `path` from byte `start` on; the position after the last one."""
     for text, end in complete_lines(path, start=start):
         start = end
-        if (line := parse_line(text)) is not None:
+        if (line := parse_line(text)) is not None and line["kind"] not in NOT_SENT:
             sink.take(line)
     return start
 

@@ -12,6 +12,8 @@ from dist_trainer.storage.files import replace_file
 from dist_trainer.tracking.run_reader import parse_object, text_of
 
 NOT_METRICS = {"kind", "step", "time", "non_finite", "prompt", "text"}
+NOT_SENT = {"digest"}
+"""Kinds of lines without numbers, which a sink is not given. They come late, and some sinks cannot go back a step."""
 
 SECONDS_ALONE = 60.0
 """How long an export process may continue after training was killed, when nobody waits for it any more."""

@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -31,8 +32,10 @@ FIRST_CHECKPOINT = "first checkpoint"
 State = Literal["running", "finished", "preempted", "failed"]
 
 SECONDS_BETWEEN = 5.0
-KEPT = ("best_step", "best_loss", "checkpoint_seconds", "restarts", "lost_steps")
-"""Numbers that keep their last value, also over restarts, until they are given again."""
+KEPT = ("best_step", "best_loss", "checkpoint_seconds", "digest", "digest_step", "restarts", "lost_steps")
+"""They keep their last value, also over restarts, until they are given again."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 _write_lock = threading.Lock()
 
@@ -56,7 +59,7 @@ def write_status(
     _write_lock.acquire()
     try:
         before = read_status(folder)
-        kept = {key: before[key] if is_number(before.get(key)) else None for key in KEPT}
+        kept = {key: before[key] if is_number(before.get(key)) or _is_digest(before.get(key)) else None for key in KEPT}
         _replace(folder, {"state": state, "step": step, "max_steps": max_steps, **kept, **metadata}, durable=durable)
     finally:
         if not is_last:
@@ -78,16 +81,26 @@ def _replace(folder: Path, status: dict[str, Any], *, durable: bool) -> None:
         log.warning("%s could not be written: %s", folder / STATUS_FILE, error.strerror)
 
 
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
 class StatusTracker:
-    """Updates the step of a running run every few seconds; the rest is written by those who save, start and end the run."""
+    """Updates the step of a running run, and the digest of its weights, every few seconds; the rest is written by those who
+    save, start and end the run.
+    """
 
     def __init__(self, folder: Path, max_steps: int) -> None:
         self._folder, self._max_steps = folder, max_steps
-        self._written = time.monotonic()
+        self._written = self._digest_written = time.monotonic()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write the line's step, unless the last write was a moment ago."""
-        if time.monotonic() - self._written >= SECONDS_BETWEEN:
+        """Write the line's step, or digest, unless the last write of one was a moment ago."""
+        if line["kind"] == "digest":  # it comes from a thread, later than other lines of its step
+            if time.monotonic() - self._digest_written >= SECONDS_BETWEEN:
+                self._digest_written = time.monotonic()
+                amend_status(self._folder, digest=line["digest"], digest_step=line["step"])
+        elif time.monotonic() - self._written >= SECONDS_BETWEEN:
             self._written = time.monotonic()
             write_status(self._folder, "running", step=line["step"], max_steps=self._max_steps, durable=False)
 

@@ -27,7 +27,9 @@ class Tracker(Protocol):
     """
 
     def log(self, line: dict[str, Any]) -> None:
-        """Take a line: {"kind": "train" | "validation" | "sample" | "profile", "step": ..., ...}. Costs microseconds."""
+        """Take a line: {"kind": "train" | "validation" | "sample" | "profile" | "digest", "step": ..., ...}. Costs
+        microseconds. May be called by another thread, with lines of kind "digest".
+        """
 
     def close(self, *, state: str, reason: str | None) -> None:
         """The run ends: finished, preempted or failed, and why."""

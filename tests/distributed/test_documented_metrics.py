@@ -40,7 +40,7 @@ def lived(tmp_path_factory):
     return config, stopped
 
 
-@pytest.mark.parametrize("kind", ["train", "validation", "sample", "profile"])
+@pytest.mark.parametrize("kind", ["train", "validation", "sample", "profile", "digest"])
 def test_the_lines_of_each_kind_have_the_documented_fields(lived, kind):
     lines = metrics(lived[0], kind)
     assert lines
@@ -64,7 +64,7 @@ def test_events_have_the_documented_fields(lived):
         assert event.keys() == {name for name, where in fields.items() if where == "all" or f"`{event['event']}`" in where}
 
 
-@pytest.mark.parametrize("example", PYTHON, ids=["pandas", "plain"])
+@pytest.mark.parametrize("example", PYTHON, ids=["digest", "pandas", "plain"])
 def test_the_python_reads_it(lived, example, monkeypatch, capsys):
     if "pandas" in example:
         pytest.importorskip("pandas")

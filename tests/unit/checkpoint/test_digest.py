@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from dist_trainer.checkpoint.digest import digest_of_folder, tensor_digests, weights_digest
+from dist_trainer.checkpoint.host_copy import PinnedMemory, start_host_copy
+from dist_trainer.config.schema import ModelConfig
 from dist_trainer.errors import CheckpointError
+from dist_trainer.models.decoder_lm import DecoderLM
+from dist_trainer.models.weights import make_weight_namer, make_weight_saver
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -88,3 +94,31 @@ def test_shards_have_the_digest_of_one_file(tmp_path):
 def test_a_folder_without_weights_has_none(tmp_path):
     with pytest.raises(CheckpointError, match=r"model\.safetensors is missing"):
         digest_of_folder(tmp_path)
+
+
+class Own(nn.Module):
+    """Two names for one matrix, a part of a larger buffer, and a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("part", torch.zeros(10)[:5])
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+
+
+def decoder(**changes: object) -> DecoderLM:
+    shape = ModelConfig("decoder_lm", 16, 32, 2, num_attention_heads=2, num_key_value_heads=1)
+    return DecoderLM(replace(shape, **changes), vocabulary_size=64, max_position_embeddings=8)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Own(), decoder(tie_word_embeddings=True), decoder(tie_word_embeddings=False), decoder().bfloat16()],
+    ids=["own", "tied", "untied", "bf16"],
+)
+def test_a_model_s_weights_have_the_digest_of_the_file_they_are_saved_in(model, tmp_path):
+    copied = start_host_copy(model.state_dict(), pinned=PinnedMemory()).wait()
+    make_weight_saver(model)(copied, tmp_path)
+    assert weights_digest(make_weight_namer(model)(copied).items()) == digest_of_folder(tmp_path)

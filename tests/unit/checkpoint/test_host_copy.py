@@ -46,6 +46,7 @@ class Gpu:
         monkeypatch.setattr(host_copy, "is_on_gpu", lambda tensor: True)
         monkeypatch.setattr(host_copy, "start_copy", self.start_copy)
         monkeypatch.setattr(host_copy, "await_copies", self.await_copies)
+        monkeypatch.setattr(host_copy, "copies_done", lambda: SimpleNamespace(synchronize=self.await_copies))
         monkeypatch.setattr(host_copy, "pin", lambda memory: self.pinned.append(len(memory)) is None)
         monkeypatch.setattr(host_copy, "unpin", lambda memory: self.unpinned.append(len(memory)))
 
@@ -138,6 +139,26 @@ def test_a_snapshot_that_is_still_written_keeps_its_memory(gpu, take):
     del first
     assert address(take(pinned)) == freed
     assert len(gpu.pinned) == 1
+
+
+def test_copies_that_were_only_started_are_waited_for_by_who_reads_them_and_keep_their_memory(gpu):
+    pinned, tensor = PinnedMemory(), torch.ones(10)
+    copy = host_copy.start_host_copy({"x": tensor}, pinned=pinned)
+    assert gpu.awaited == 0
+    assert copy.tensors["x"].eq(GARBAGE).all()
+    other = host_copy.start_host_copy({"x": tensor}, pinned=pinned)
+    place = copy.tensors["x"].data_ptr()
+    assert other.tensors["x"].data_ptr() != place
+    assert torch.equal(copy.wait()["x"], tensor)
+    del copy
+    assert host_copy.start_host_copy({"x": tensor}, pinned=pinned).tensors["x"].data_ptr() == place
+
+
+def test_on_a_cpu_copies_are_made_at_once():
+    tensor = torch.ones(10)
+    copy = host_copy.start_host_copy({"x": tensor, "tied": tensor}, pinned=PinnedMemory())
+    tensor.zero_()
+    assert {name: value.sum() for name, value in copy.wait().items()} == {"x": 10, "tied": 10}
 
 
 def test_a_state_that_has_grown_gets_larger_memory_and_the_old_one_is_given_back(gpu):

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dist_trainer.checkpoint.digest import digest_of_folder, weights_digest
 from dist_trainer.errors import CheckpointError
 from dist_trainer.huggingface import transformers_models
+from dist_trainer.models.weights import make_weight_namer, make_weight_saver
 
 SHAPE = {
     "vocab_size": 256,
@@ -127,3 +129,12 @@ def test_opening_and_bringing_back_a_model_takes_memory_in_bounds(tmp_path):
     assert 0.9 < copied < 2.2  # its own memory, and the file's pages
     assert mapped < 0.2
     assert 0.9 < converted < 1.7  # in float32, and the file's pages
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mixtral"])
+def test_weights_have_the_digest_of_the_file_they_are_saved_in_also_where_that_names_them_otherwise(tmp_path, kind):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind]))
+    model._keys_to_ignore_on_save = {"model.norm.weight"}  # as Marian's has names
+    apart = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    make_weight_saver(model)(apart, tmp_path)
+    assert weights_digest(make_weight_namer(model)(apart).items()) == digest_of_folder(tmp_path)

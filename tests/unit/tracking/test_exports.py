@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 import dist_trainer
 from dist_trainer.config.schema import TrackingConfig
 from dist_trainer.errors import ConfigError
-from dist_trainer.tracking.export_process import SINKS
+from dist_trainer.tracking.export_process import SINKS, send_lines
 from dist_trainer.tracking.run_reader import parse_line
 from dist_trainer.tracking.sink import LogCursor
 from dist_trainer.tracking.subprocess_tracker import (
@@ -261,3 +262,12 @@ def test_the_cursor_of_a_run_made_under_the_older_name_is_read_so_that_no_step_i
     assert cursor.has_passed(train_line(3))
     cursor.advance(validation_line(3), tmp_path, "wandb")
     assert LogCursor.read(tmp_path, "wandb") == LogCursor(3, ["train", "validation"])
+
+
+def test_lines_that_come_late_and_have_no_numbers_are_not_sent(tmp_path):
+    taken: list[dict[str, Any]] = []
+    lines = [train_line(1, 2.0), train_line(2, 1.9), {"kind": "digest", "step": 1, "digest": "0" * 64}, train_line(3, 1.8)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sink: Any = SimpleNamespace(take=taken.append)
+    assert send_lines(sink, tmp_path / "metrics.jsonl", 0) == (tmp_path / "metrics.jsonl").stat().st_size
+    assert [line["step"] for line in taken] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""logs/progress: written at each step, read back whatever it holds."""
+"""logs/progress: written at each step, read back whatever it holds; and the digest of weights in status.json."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import time
 from pathlib import Path
 
-from dist_trainer.tracking.run_reader import complete_lines, read_progress
-from dist_trainer.tracking.status import StepCounter
+from dist_trainer.tracking import status
+from dist_trainer.tracking.run_reader import complete_lines, read_progress, read_status
+from dist_trainer.tracking.status import StatusTracker, StepCounter, amend_status, write_status
 from tests.pace import allowed
 
 
@@ -52,3 +53,27 @@ def test_a_disk_that_refuses_the_end_of_a_finished_run_does_not_make_it_a_crash(
         changed.setattr(os, "close", close_and_refuse)
         counter.close()
     assert list(complete_lines(Path("/proc/self/mem"))) == [], "it can be opened, but not read"
+
+
+def test_a_digest_stays_until_the_next_one_and_does_not_take_the_step_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(status, "SECONDS_BETWEEN", 0.0)
+    write_status(tmp_path, "running", step=0, max_steps=9)
+    tracker = StatusTracker(tmp_path, 9)
+    tracker.log({"kind": "train", "step": 4})
+    tracker.log({"kind": "train", "step": 5})
+    tracker.log({"kind": "digest", "step": 3, "digest": "0" * 64})
+    assert [read_status(tmp_path)[key] for key in ("step", "digest_step", "digest")] == [5, 3, "0" * 64]
+    amend_status(tmp_path, digest=["damaged"])
+    write_status(tmp_path, "running", step=6, max_steps=9)
+    assert read_status(tmp_path)["digest"] is None
+
+
+def test_a_digest_is_written_every_few_seconds_whatever_other_lines_are(tmp_path, monkeypatch):
+    write_status(tmp_path, "running", step=0, max_steps=9)
+    tracker = StatusTracker(tmp_path, 9)
+    now = time.monotonic() + 60
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for step in (1, 2):
+        tracker.log({"kind": "train", "step": step})
+        tracker.log({"kind": "digest", "step": step, "digest": str(step) * 64})
+    assert [read_status(tmp_path)[key] for key in ("step", "digest_step")] == [1, 1]

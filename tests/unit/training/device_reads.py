@@ -7,6 +7,7 @@ targets before they are copied, what ranks tell one another) may be read as one 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ class DeviceReads(TorchDispatchMode):
         super().__init__()
         self.by_step: dict[int, list[str]] = {0: []}
         self._of_device: Any = WeakIdKeyDictionary()
-        self._step, self._in_step = 0, False
+        self._step, self._in_step, self._thread = 0, False, threading.get_ident()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::").split(".")[0]
@@ -107,6 +108,9 @@ class DeviceReads(TorchDispatchMode):
         class Event:
             recorded_in_step = 0
 
+            def __init__(self, **options: Any) -> None:
+                pass
+
             def record(self) -> None:
                 self.recorded_in_step = reads._step
 
@@ -120,4 +124,5 @@ class DeviceReads(TorchDispatchMode):
         patch.setattr(torch, "empty_like", lambda tensor, *, pin_memory=False, **named: empty_like(tensor, **named))
 
     def _note(self, name: str) -> None:
-        self.by_step[self._step].append(name)
+        if threading.get_ident() == self._thread:  # others may wait
+            self.by_step[self._step].append(name)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_trainer.checkpoint import host_copy
+from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.config.schema import (
     BatchConfig,
     CheckpointConfig,
@@ -23,6 +25,9 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.models.decoder_lm import DecoderLM
 from dist_trainer.models.loss import model_loss
 from dist_trainer.optim.registry import build_optimizer
+from dist_trainer.tracking.tracker import TrackerList
+from dist_trainer.training.callbacks import CallbackList
+from dist_trainer.training.digests import WeightDigests
 from dist_trainer.training.precision import Precision
 from dist_trainer.training.step import StepResult
 from dist_trainer.training.trainer import Trainer
@@ -84,6 +89,19 @@ def reads_of(trainer: Trainer, patch: pytest.MonkeyPatch) -> dict[int, list[str]
 def test_only_the_steps_that_are_logged_wait_for_the_device(dtype, monkeypatch):
     found = reads_of(a_trainer(dtype=dtype), monkeypatch)
     assert found.keys() == {1, STEPS}, found
+
+
+def test_digests_of_the_weights_wait_for_the_device_in_a_thread_of_their_own(monkeypatch):
+    monkeypatch.setattr(host_copy, "is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(PinnedMemory, "take", lambda memory, num_bytes: None)
+    lines: list[dict[str, Any]] = []
+    trainer = a_trainer()
+    digests = WeightDigests(1, trainer.model, TrackerList())
+    monkeypatch.setattr(digests, "log", lines.append)
+    trainer.tracker, trainer.callbacks = digests, CallbackList([*trainer.callbacks.callbacks, digests])
+    found = reads_of(trainer, monkeypatch)
+    assert found.keys() == {1, STEPS}, found
+    assert [line["step"] for line in lines if line["kind"] == "digest"] == [*range(1, STEPS + 1)]
 
 
 def test_whatever_waits_in_a_step_is_noticed(monkeypatch):
