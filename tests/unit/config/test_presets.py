@@ -82,12 +82,13 @@ def test_files_and_keys_win_over_a_preset_wherever_it_is_given(tmp_path):
         ("10m", 16, 16),
         *(("124m", ranks, 128) for ranks in (1, 2, 4, 8, 16)),  # the most that fits a GPU
         ("124m", 64, 32),
+        *(("30m --data.sequence_length 4096 --batch.global_batch_size 72", ranks, 3) for ranks in (1, 3)),  # of an eighth, 9
     ],
 )
 def test_a_micro_batch_of_a_preset_depends_on_the_ranks_only_if_they_cannot_share_it_out(preset, ranks, expected, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    assert load_config(["--preset", preset]).batch.micro_batch_size == expected
+    assert load_config(["--preset", *preset.split()]).batch.micro_batch_size == expected
 
 
 def test_the_default_file_asks_for_nothing_that_a_preset_says():
