@@ -7,11 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -88,6 +90,11 @@ class LossDDP(DistributedDataParallel):
         if is_first:  # DistributedDataParallel takes a hook only once
             # Not a function: torch would read its annotations, which are strings here.
             self.register_comm_hook(self, lambda model, bucket: model.bucket_hook(bucket))
+
+    def average_buckets(self) -> None:
+        """Average each bucket by all-reduce again, as without a hook: DistributedDataParallel cannot remove one."""
+        if self.bucket_hook is not None:
+            self.bucket_hook = partial(allreduce_hook, self.process_group)
 
     def _run_ddp_forward(self, *inputs: Any, **named: Any) -> Any:
         # torch's method, except for the loss; it always splits.

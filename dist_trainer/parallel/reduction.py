@@ -59,6 +59,8 @@ class FastReduction:
         self.divisor = world.world_size
         self.first_differs = first_sync_differs(model, world)
         self._model, self._last = model, micro_batches - 1
+        if isinstance(model, LossDDP):
+            model.average_buckets()  # another trainer may have summed exactly
 
     def micro_batch(self, index: int) -> AbstractContextManager[None]:
         """See Reduction."""

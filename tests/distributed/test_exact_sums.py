@@ -11,7 +11,7 @@ from dist_trainer.distributed import exchange
 from dist_trainer.distributed.context import DistributedContext, init_distributed
 from dist_trainer.parallel import reduction
 from dist_trainer.parallel.ddp import ddp
-from dist_trainer.parallel.reduction import ExactReduction
+from dist_trainer.parallel.reduction import ExactReduction, FastReduction, Reduction
 from tests.distributed.ranks import run_ranks
 
 MICRO_BATCHES = 12
@@ -34,14 +34,28 @@ class Lopsided(nn.Module):
 
 def summed_gradients(world: DistributedContext) -> list[bytes | None]:
     model = ddp(Lopsided(), world)
-    each = MICRO_BATCHES // world.world_size
-    exact = ExactReduction(model, world, each)
+    exact = ExactReduction(model, world, MICRO_BATCHES // world.world_size)
     for _ in range(2):
-        model.zero_grad()
-        for index in range(each):
-            with exact.micro_batch(index):
-                model(world.rank * each + index).backward()
+        a_step(model, exact, world)
     return [None if parameter.grad is None else parameter.grad.numpy().tobytes() for parameter in model.parameters()]
+
+
+def a_step(model: nn.Module, reduction: Reduction, world: DistributedContext) -> None:
+    model.zero_grad()
+    each = MICRO_BATCHES // world.world_size
+    for index in range(each):
+        with reduction.micro_batch(index):
+            (model(world.rank * each + index) * reduction.divisor).backward()
+
+
+def fast_after_exact() -> float:
+    """The largest relative difference between both sums."""
+    with init_distributed(DistributedConfig()) as world:
+        model, sums = ddp(Lopsided(), world), []
+        for kind in (ExactReduction, FastReduction):
+            a_step(model, kind(model, world, MICRO_BATCHES // world.world_size), world)
+            sums.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    return max(float((fast - exact).norm() / exact.norm()) for exact, fast in zip(*sums, strict=True))
 
 
 def gradients_of_rank(ranks_per_machine: int | None = None, *, shares_memory: bool = True) -> list[bytes | None]:
@@ -87,3 +101,8 @@ def test_as_many_copies_of_the_gradients_wait_as_a_run_is_told(monkeypatch, micr
             model(index).backward()
             most = max(most, len(exact._sums))
     assert most == copies or (micro_batches == 6 and most < copies), "only a bound if the tree is ragged"
+
+
+def test_a_model_may_be_reduced_fast_after_it_was_reduced_exactly():
+    for difference in run_ranks(2, fast_after_exact):
+        assert difference < 1e-5
