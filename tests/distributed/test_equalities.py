@@ -64,6 +64,13 @@ def test_one_process_and_several_ranks_have_the_same_bits_and_all_ranks_after_ea
     assert curve[-1] < curve[0] - (0.15 if "optim__name" in changes else 0.3)
 
 
+def test_fast_sums_give_the_same_curve_but_for_rounding(stories, tmp_path, undisturbed):
+    alone = undisturbed(1, DROPOUT_AND_PADDING)
+    config = small_config(stories, tmp_path, **DROPOUT_AND_PADDING, distributed__reduction="fast")
+    assert run(config, 2) == [0, 0]
+    assert losses(config) == pytest.approx(losses(alone), abs=2e-5)
+
+
 def test_the_number_of_accumulation_steps_does_not_matter(stories, tmp_path):
     curves = []
     for micro in (8, 1):
