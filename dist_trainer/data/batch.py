@@ -29,10 +29,10 @@ class Batch:
     other; None: attention over the complete sequence."""
 
     counted_targets: int | None = field(default=None, init=False, repr=False, compare=False)
-    """The result of `num_targets`, if `split` has counted already; batches derived from this one count again."""
+    """The result of `num_targets`, if `split` has already counted; batches derived from this one count again."""
 
     def num_targets(self) -> int:
-        """Positions that are trained on. Call it while the batch is in host memory, where counting waits for nothing."""
+        """Positions that are trained on. Call it while the batch is in host memory, where counting does not wait for a GPU."""
         if self.counted_targets is not None:
             return self.counted_targets
         return int(np.count_nonzero(self.targets.numpy() != IGNORED_TARGET))
@@ -46,7 +46,7 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def shortened(self, by: int) -> Batch:
-        """The sequences without their last `by` positions."""
+        """The sequences, without their last `by` positions."""
         return self if by == 0 else self._map(lambda part: part[:, : part.shape[1] - by].contiguous())
 
     def widened(self, length: int) -> Batch:
@@ -59,9 +59,9 @@ class Batch:
         return self._map(lambda part: part[:count])
 
     def split(self, count: int) -> list[Batch]:
-        """Batches of `count` sequences each, the last one of the rest, with their targets counted.
+        """Batches of `count` sequences each (the last one may be smaller), with their targets counted.
 
-        All at once: for a small model each call would cost a step more than its work.
+        All are made at once: for a small model, one call per batch would take longer than the step's computation.
         """
         input_ids, targets = self.input_ids.split(count), self.targets.split(count)
         document_ids = [None] * len(input_ids) if self.document_ids is None else self.document_ids.split(count)
@@ -97,7 +97,7 @@ def _map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 class DeviceCopy:
-    """Copies batches to a GPU on a stream of its own, while the device computes. On CPUs there is nothing to copy."""
+    """Copies batches to a GPU on a separate stream, while the device computes. On CPUs there is nothing to copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -117,5 +117,5 @@ class DeviceCopy:
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         for batch in batches:
-            # Their memory belongs to the copying stream's pool, and must not return there before the step has read it.
+            # Their memory belongs to the copy stream's pool, and must not return there before the step has read it.
             batch.record_stream(computing)

@@ -1,4 +1,4 @@
-"""From the config's data section to datasets of sequences: opened, tokenised, split by document, packed or padded."""
+"""Builds datasets of sequences from the config's data section: open, tokenise, split by document, pack or pad."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 VALIDATION_KEY = "data.validation_dataset"
 SPLIT_KEY = (0x5917, 0)
-"""Documents are held out independently of the run's seed: runs with other seeds validate on the same text."""
+"""Documents are held out independently of the run's seed: runs with different seeds validate on the same text."""
 
 
 class Documents(NamedTuple):
@@ -90,8 +90,8 @@ def build_datasets(config: DataConfig, tokenizer: Tokenizer) -> tuple[TokenDatas
 
 
 def build_validation_dataset(config: DataConfig, tokenizer: Tokenizer, *, key: str = VALIDATION_KEY) -> TokenDataset | None:
-    """The validation dataset, if there is any. If it is a dataset of its own, called `key` in messages, the training data
-    are not tokenised.
+    """The validation dataset, if there is any. If it is a separate dataset, the training data are not tokenised.
+    Messages name `key`.
     """
     if config.validation_dataset is not None:
         held_out, layout = _validation_split(config.validation_dataset, config, key)
@@ -127,15 +127,15 @@ def _splits(config: DataConfig) -> tuple[Split, DataConfig, Split | None, DataCo
 
 
 def _validation_split(name: str, config: DataConfig, key: str) -> tuple[Split, DataConfig]:
-    """The split to validate on of the dataset `name`: that of data.validation_split, else its validation split, or all of it;
-    and how it is read.
+    """The split of the dataset `name` to validate on, and how it is read: data.validation_split if set, else its validation
+    split, else all of it.
     """
     source, layout = _open(name, config, key)
     return source.held_out(config.validation_split) or source.train, layout
 
 
 def _open(name: str, config: DataConfig, key: str) -> tuple[Source, DataConfig]:
-    """The source called `name`, and `config` with the keys that well-known names of its columns imply."""
+    """The source called `name`, and `config` with the keys that well-known column names in it imply."""
     source = open_source(name, config, key=key)
     layout = infer_layout(config, source.train.column_names())
     if layout == config:
@@ -169,7 +169,7 @@ def _cache_dir(config: DataConfig) -> Path:
 
 
 def split_by_document(documents: Documents, fraction: float, sequence_length: int) -> tuple[Documents, Documents]:
-    """Hold out `fraction` of the documents, at least one, always the same ones; of a single document, its last part.
+    """Hold out `fraction` of the documents, at least one, always the same ones; if there is only one, its last part.
 
     If only parts of the documents are trained on, only those with such a part within `sequence_length` are held out.
     """
@@ -182,8 +182,8 @@ def split_by_document(documents: Documents, fraction: float, sequence_length: in
         return documents, Documents(store, spans[:0])
     if num_usable == 1 and store.loss_mask is not None:
         raise DataError(
-            "data.validation_fraction: there is a single document to train on, of which no part can be held out for "
-            "validation; give more, name data.validation_dataset, or set it to 0"
+            "data.validation_fraction: there is only one document to train on, and no part of it can be held out for "
+            "validation; give more documents, name data.validation_dataset, or set the key to 0"
         )
     if len(spans) == 1:
         start, end = spans[0].tolist()
@@ -203,7 +203,7 @@ def _validation_dataset(documents: Documents, config: DataConfig, tokenizer: Tok
 
 
 def _dataset(documents: Documents, config: DataConfig, tokenizer: Tokenizer, name: str) -> TokenDataset:
-    """Sequences of these documents, which messages call `name`."""
+    """Sequences of these documents; messages call them `name`."""
     store, spans = documents
     if store.loss_mask is not None:
         return _best_fit_dataset(documents, config, tokenizer, name)
@@ -252,7 +252,7 @@ def _format_size(documents: Documents) -> str:
 
 
 def _format_warning(kept: TruncatedDocuments, num_documents: int, sequence_length: int) -> str:
-    """What was truncated or skipped, in a sentence; empty if nothing was."""
+    """What was truncated or skipped, as a sentence; empty if nothing was."""
     total = counted(num_documents, "document")
     parts = {
         f"of {total} truncated to {counted(sequence_length, 'token')} (data.sequence_length)": kept.truncated,

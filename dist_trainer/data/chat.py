@@ -28,22 +28,22 @@ from dist_trainer.errors import DataError, type_named
 log = logging.getLogger(__name__)
 
 MAX_SECONDS = 5.0
-"""CPU time for rendering a conversation, which takes milliseconds."""
+"""Limit on the CPU time for rendering a conversation, which normally takes milliseconds."""
 MAX_BYTES = 1 << 30
-"""Memory that rendering may add to that of the process."""
+"""Limit on the memory that rendering may add to the process."""
 MAX_CHARACTERS = 1 << 26
-"""Length of the rendered text."""
+"""Limit on the length of the rendered text."""
 _MEMORY_IN_USE = Path("/proc/self/statm")
 Result = TypeVar("Result")
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _ASKS_FOR_DATE = "asks for today's date"
 _WITHOUT_DATE = f'{{% macro strftime_now(_) %}}{{{{ raise_exception("{_ASKS_FOR_DATE}") }}}}{{% endmacro %}}\n'
-"""Put before a template, to replace transformers' function for the date. Like that of any tag, its line end is not rendered."""
+"""Prepended to a template, to replace transformers' date function. Like any tag's, its line end is not rendered."""
 _MARKS = "{% generation %} and {% endgeneration %} around the assistant's text"
 
 
 class ChatTemplate:
-    """Renders conversations, and finds the answers in them."""
+    """Renders conversations and locates the answers in them."""
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
         """Raises DataError if there is no template."""
@@ -58,7 +58,7 @@ class ChatTemplate:
         self._is_checked = False
 
     def __call__(self, where: str, messages: list[Message]) -> LossMaskedText:
-        """The text of a conversation; its spans are the answers with their ends. Raises DataError naming `where`."""
+        """The text of a conversation; its spans are the answers with their end tokens. Raises DataError naming `where`."""
         self._check_lost_content(where, messages)
         if self._has_marks:
             text, spans = self._render_with_marks(where, messages)
@@ -99,8 +99,8 @@ class ChatTemplate:
         return spans
 
     def _end_of_turn(self, text: str, start: int) -> int:
-        """The end of the answer that begins at `start` and ends `text`, without the line end that many templates put after the
-        special token that ends a turn: generation stops at that token.
+        """The end of the answer from `start` to the end of `text`, without the newline that many templates put after the
+        end-of-turn token: generation stops at that token.
         """
         stripped = text[start:].rstrip()
         return start + len(stripped) if self._special and stripped.endswith(self._special) else len(text)
@@ -145,7 +145,7 @@ class ChatTemplate:
                 )
             )
             return check_length(text)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template can raise anything
             raise self._render_error(where, messages, error) from error
 
     def _render_with_marks(self, where: str, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
@@ -161,7 +161,7 @@ class ChatTemplate:
                 )
             )
             check_length(texts[0])
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # a template can raise anything
             raise self._render_error(where, messages, error) from error
         spans = [(int(start), int(end)) for start, end in spans_of_texts[0]]
         answers = [message for message in messages if message["role"] == ASSISTANT]
@@ -175,7 +175,7 @@ class ChatTemplate:
         return texts[0], [(start, end) for start, end in spans if end > start]
 
     def _check_lost_content(self, where: str, messages: list[Message]) -> None:
-        """Raises DataError if a message has further content, such as a tool call, that the template does not render."""
+        """Raises DataError if a message has other content, such as a tool call, that the template does not render."""
         for number, message in enumerate(messages, start=1):
             for key in CONTENT_KEYS:
                 if not message.get(key):
@@ -208,7 +208,7 @@ class ChatTemplate:
 
 
 def default_chat_template(tokenizer: Tokenizer) -> str | None:
-    """The chat template of `tokenizer`, of several the default one; None if there is none."""
+    """The chat template of `tokenizer` (the default one if it has several); None if there is none."""
     templates = getattr(tokenizer, "chat_template", None)
     return (templates.get("default") if isinstance(templates, dict) else templates) or None
 
@@ -267,7 +267,7 @@ def check_length(text: str) -> str:
 
 @contextlib.contextmanager
 def _limited_time() -> Generator[None]:
-    """By CPU time, which does not depend on the load of the machine."""
+    """Measured in CPU time, which does not depend on the load of the machine."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -286,7 +286,7 @@ def _limited_time() -> Generator[None]:
 
 @contextlib.contextmanager
 def _limited_memory() -> Generator[None]:
-    """By the size of the address space: any allocation beyond it fails."""
+    """Limits the address space: any allocation beyond it fails."""
     if not _MEMORY_IN_USE.exists():
         yield
         return

@@ -1,4 +1,4 @@
-"""`DATASETS`: what data.dataset can name. A source has splits; a split has records and a digest of its content."""
+"""`DATASETS`: the names that data.dataset accepts. A source has splits; a split has records and a digest of its content."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TEST_WORDS = ("test", "testing")
 METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What the `datasets` library writes next to the data."""
 BESIDE_DATA = ("readme", "license", "licence", "notice", "citation", "changelog", "requirements")
-"""Beginnings of the names of files about the data."""
+"""Name prefixes of files that describe the data."""
 NAMES_SHOWN = 8
 
 
@@ -50,7 +50,7 @@ class Source:
     train: Split
     validation: Split | None = None
     others: Mapping[str, Split] = field(default_factory=dict)
-    """Further splits by name, such as test, which are read only if data.validation_split names them."""
+    """Other splits by name, such as test, which are read only if data.validation_split names them."""
 
     def held_out(self, name: str | None) -> Split | None:
         """The split `name` (data.validation_split); None: the validation split, if there is one. Raises DataError."""
@@ -65,7 +65,7 @@ class Source:
 
 
 def austen(config: DataConfig) -> Source:
-    """Six novels by Jane Austen, inside the package; see corpus/LICENSE.txt."""
+    """Six novels by Jane Austen, included in the package; see corpus/LICENSE.txt."""
     train, validation = (files_split([CORPUS / f"austen_{name}.jsonl.gz"], config) for name in ("train", "validation"))
     return Source("austen", train, validation)
 
@@ -149,7 +149,7 @@ def files_split(files: Iterable[Path], config: DataConfig) -> Split:
 
 
 def _files_by_split(folder: Path, *, reads_test: bool) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The data files under `folder` by split, and separately those of the test split if there are other splits.
+    """The data files under `folder` by split; separately, those of the test split if there are other splits.
 
     Logs how many files are read (including the test split if `reads_test`), and what is skipped.
     """
@@ -161,7 +161,7 @@ def _files_by_split(folder: Path, *, reads_test: bool) -> tuple[dict[str, list[P
         if format_suffix(path) in DATA_SUFFIXES and path.name not in METADATA and not path.name.lower().startswith(BESIDE_DATA)
     ]
     if not files:
-        seen = f"; it holds {', '.join(path.name for path in visible[:4])}" if visible else "; it is empty"
+        seen = f"; it contains {', '.join(path.name for path in visible[:4])}" if visible else "; it is empty"
         raise DataError(f"{folder} has no file of type {ALL_SUFFIXES}{seen}")
     by_split: dict[str, list[Path]] = {}
     for path in files:
@@ -187,15 +187,15 @@ def _files_by_split(folder: Path, *, reads_test: bool) -> tuple[dict[str, list[P
 
 
 def _files_under(folder: Path) -> tuple[list[Path], list[Path]]:
-    """All files under `folder`, sorted, also through links to folders; and the folders that cannot be listed.
+    """All files under `folder`, sorted, including those in linked folders; and the folders that cannot be listed.
 
-    A folder that several paths lead to is read once, so cycles of links end. A broken link counts as a file, which cannot be
-    read. Raises DataError if `folder` itself cannot be listed.
+    A folder that several paths lead to is read once, so cycles of links end. A broken link counts as an unreadable file.
+    Raises DataError if `folder` itself cannot be listed.
     """
     files: list[Path] = []
     errors: list[OSError] = []
     seen: set[str] = set()
-    waiting = [folder]  # then the links in it, after everything else
+    waiting = [folder]  # linked folders are added at the end
     for top in waiting:
         for path, folders, names in os.walk(top, onerror=errors.append):
             real = os.path.realpath(path)
@@ -218,7 +218,7 @@ def _format_names(paths: list[Path], folder: Path) -> str:
 
 
 def _split_word(path: Path) -> str:
-    """train, validation or test, by words in the file's name, else in its folders' names; else train."""
+    """train, validation or test, by words in the file's name, else in its folders' names; train if there are none."""
     for part in reversed(path.parts):
         words = set(re.split(r"[^a-z]+", part.lower()))
         for name, synonyms in (("validation", VALIDATION_WORDS), ("test", TEST_WORDS), ("train", TRAIN_WORDS)):

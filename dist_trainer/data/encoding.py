@@ -1,9 +1,9 @@
-"""Texts to token ids: with gigatoken if it gives the tokenizer's own ids, else with the tokenizer itself.
+"""Encodes texts as token ids: with gigatoken if it gives the same ids as the tokenizer, else with the tokenizer itself.
 
 gigatoken encodes byte-level BPE some forty times as fast as Hugging Face's tokenizers, but is young. So it is used only if it
-gives the same ids for the texts of `probe_texts`, and a sample of each batch is compared again.
+gives the same ids for the texts of `probe_texts`, and a sample of each batch is checked as well.
 
-Documents with loss masks are encoded by the tokenizer itself: their masks follow from each token's place in the text.
+Documents with loss masks are encoded by the tokenizer itself: the masks follow from each token's offsets in the text.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from dist_trainer.errors import DataError, StoppedError, counted
 log = logging.getLogger(__name__)
 
 MAX_THREADS = 4
-"""More would wait for the single thread that reads the text."""
+"""More threads would wait for the single one that reads the text."""
 CHARACTERS_PER_CACHE = 1 << 29
-"""gigatoken caches every word it has seen. After this much text it is replaced, or its memory would grow without bound."""
+"""gigatoken caches every word it has seen. It is replaced after this much text, or its memory would grow without bound."""
 CHARACTERS_COMPARED = 1 << 11
-"""Sample of each batch: a thousandth of it, at a fiftieth of the time."""
+"""Each batch's sample is a thousandth of it, and takes a fiftieth of its time."""
 
 
 class TokenizerMismatchError(Exception):
-    """The fast encoder failed or gave other ids than the tokenizer: nothing it has encoded can be trusted."""
+    """The fast encoder failed or gave different ids from the tokenizer's: nothing it has encoded can be trusted."""
 
 
 class Encoder(Protocol):
@@ -52,7 +52,7 @@ class Encoder(Protocol):
 class HuggingFaceEncoder:
     """The tokenizer itself."""
 
-    threads = 1  # it has its own
+    threads = 1  # it starts its own
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = type(tokenizer).__name__
@@ -67,7 +67,7 @@ class HuggingFaceEncoder:
 class FastEncoder:
     """gigatoken with the tokenizer's vocabulary and rules.
 
-    Raises whatever gigatoken raises for rules that it does not know.
+    Raises whatever gigatoken raises for rules that it does not support.
     """
 
     name = "gigatoken"
@@ -97,7 +97,7 @@ class FastEncoder:
 
 
 def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
-    """gigatoken for `tokenizer`; None if it is not installed, does not know such tokenizers, or gives other ids."""
+    """gigatoken for `tokenizer`; None if it is not installed, does not support the tokenizer, or gives different ids."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         return None
     try:
@@ -130,8 +130,8 @@ class EncodedPieces(NamedTuple):
     pieces: list[TextPiece]
     ids: list[np.ndarray]
     loss_masks: list[np.ndarray] | None = None
-    """For documents with loss masks: which of their tokens are trained on, bool [tokens]. Their ids include the EOS then, if
-    there is to be one."""
+    """For documents with loss masks: which of their tokens are trained on, bool [tokens]. Their ids already include the EOS,
+    if they have one."""
 
     @property
     def text_bytes(self) -> int:
@@ -142,10 +142,10 @@ class EncodedPieces(NamedTuple):
 def encode(
     batches: Iterable[PieceBatch], encoder: Encoder, own: Encoder, prefix: Sequence[int] = ()
 ) -> Generator[EncodedPieces, None, None]:
-    """The batches in order with their ids, with `prefix` before each document. While one batch is read, those before it are
-    encoded.
+    """The batches in order with their ids, with `prefix` before each document. Reading the next batch and encoding the
+    previous ones overlap.
 
-    Raises TokenizerMismatchError if `encoder` is not `own` and fails, or gives other ids for a sample of the batch.
+    Raises TokenizerMismatchError if `encoder` is not `own` and fails, or gives different ids for a sample of the batch.
     """
     waiting: deque[tuple[PieceBatch, Future[list[np.ndarray]]]] = deque()
     pool = ThreadPoolExecutor(encoder.threads, thread_name_prefix="tokenising")
@@ -182,9 +182,9 @@ def _result(
 
 
 def encode_with_loss_masks(batches: Iterable[PieceBatch], tokenizer: Tokenizer) -> Generator[EncodedPieces, None, None]:
-    """The batches in order with their ids, including each document's BOS and EOS if there are to be any, and loss masks.
+    """The batches in order with their ids, including each document's BOS and EOS if it has them, and loss masks.
 
-    Each document is tokenised as one text, so its ids are those that it has anywhere else. Its first token is never trained
+    Each document is tokenised as one text, so its ids are the same as everywhere else. Its first token is never trained
     on: nothing comes before it. Raises DataError if the tokenizer does not give the offsets of its tokens.
     """
     backend, prefix = _backend_with_offsets(tokenizer), text_prefix(tokenizer)
@@ -227,7 +227,7 @@ def _backend_with_offsets(tokenizer: Tokenizer) -> Any:
             f"data.tokenizer: {type(tokenizer).__name__} does not say which characters a token represents, so the tokens "
             "of the answers are unknown; give a tokenizer with a tokenizer.json"
         )
-    # It would add no special tokens here, but exclude white space from the offsets.
+    # Its post-processor would add no special tokens here, but would exclude white space from the offsets.
     backend.post_processor = None
     backend.no_truncation()
     backend.no_padding()

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub, and folders in the formats of the `datasets` library."""
+"""Datasets of the Hugging Face Hub, and folders in the formats of the `datasets` library."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_arrow_folder(folder: Path) -> bool:
 
 
 def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
-    """The splits of a save_to_disk folder, or of a folder whose README.md declares them as on the Hub."""
+    """The splits of a save_to_disk folder, or of a folder whose README.md declares them as Hub datasets do."""
     import datasets
 
     try:
@@ -63,7 +63,7 @@ def arrow_folder_splits(folder: Path, config: DataConfig) -> dict[str, Split]:
 
 
 def _load_inside(root: str, name: str, config: DataConfig) -> Any:
-    """Like `datasets.load_dataset`, but only of files under `root`. Raises DataError."""
+    """`datasets.load_dataset`, restricted to files under `root`. Raises DataError."""
     import datasets
 
     builder = datasets.load_dataset_builder(name, config.dataset_config)
@@ -73,7 +73,7 @@ def _load_inside(root: str, name: str, config: DataConfig) -> Any:
 
 
 def _check_inside(root: str, files: Iterable[str]) -> None:
-    """Raises DataError if the description of a dataset, which may come from a stranger, names files outside `root`."""
+    """Raises DataError if the dataset's description, which is untrusted, names files outside `root`."""
     for file in files:
         path = file if "://" in file else os.path.abspath(file)
         if not path.startswith(f"{root}/"):
@@ -99,7 +99,7 @@ def _split(where: str, table: Any, config: DataConfig) -> Split:
                 row += 1
                 yield f"{where} row {row}", dict(zip(columns, values, strict=True))
 
-    # Not the library's fingerprint, which does not change with the function that made the table.
+    # The library's fingerprint is no substitute: it does not change with the function that made the table.
     files = [Path(file["filename"]) for file in table.cache_files]
     return Split(
         where,

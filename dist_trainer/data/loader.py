@@ -1,4 +1,4 @@
-"""`create_dataloaders`: from the config to loaders of this rank's micro-batches, which may read several at once."""
+"""`create_dataloaders`: builds the loaders of this rank's micro-batches, which may read several at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dist_trainer.errors import ConfigError, DataError, counted, type_named
 log = logging.getLogger(__name__)
 
 TOKENS_AT_ONCE = 2**15
-"""If micro-batches have fewer, several are read at once."""
+"""If micro-batches have fewer sequences, several are read at once."""
 
 
 def varies_in_length(dataset: Dataset) -> bool:
@@ -36,15 +36,15 @@ def varies_in_length(dataset: Dataset) -> bool:
 
 
 def are_conversations(dataset: Dataset) -> bool:
-    """Whether the sequences are conversations. The config does not say it if they were found by the name of their column."""
+    """Whether the sequences are conversations. The config does not say so if they were recognised by their column's name."""
     return getattr(dataset, "are_conversations", False)
 
 
 class Dataloaders(NamedTuple):
-    """This rank's share of the data."""
+    """Loaders of this rank's share of the data."""
 
     train: DataLoader
-    """One epoch, that of its sampler's `set_epoch`; the trainer has its sampler continue without end."""
+    """Iterates over one epoch, set by its sampler's `set_epoch`; the trainer makes the sampler continue without end."""
     validation: DataLoader | None
 
 
@@ -93,7 +93,7 @@ def create_dataloaders(
 def create_validation_loader(
     config: TrainingConfig, world: DistributedContext, *, tokenizer: Tokenizer, key: str = VALIDATION_KEY
 ) -> DataLoader:
-    """Only the validation loader, to evaluate a model. Messages use `key` for the dataset to validate on.
+    """Only the validation loader, to evaluate a model. In messages, `key` is the key of the validation dataset.
 
     Raises DataError if the config names no validation data.
     """
@@ -135,11 +135,11 @@ def _train_sampler(
 def _validation_sampler(
     data: TokenDataset, batch: BatchConfig, world: DistributedContext, *, max_batches: int | None, key: str = VALIDATION_KEY
 ) -> ValidationSampler:
-    """At most `max_batches` global batches, however many ranks and micro-batches there are. Raises DataError if the data,
-    which messages call `key`, are empty.
+    """At most `max_batches` global batches, however many ranks and micro-batches there are. Raises DataError that names `key`
+    if there are no data.
     """
     if len(data.dataset) == 0:  # type: ignore[arg-type]
-        raise DataError(f"the validation data give no sequence; give more of them, or name {key}")
+        raise DataError(f"the validation data give no sequence; give more data, or name {key}")
     return ValidationSampler(
         data.dataset,
         micro_batch_size=sequences_per_validation_block(batch),
@@ -172,13 +172,13 @@ def _loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=world.device.type == "cuda",
-        # Its own generator, so that making an iterator draws nothing from the model's random numbers.
+        # Its own generator, so that making an iterator does not advance the model's random number generator.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
 class ChunkedDataLoader(DataLoader):
-    """A DataLoader that reads several micro-batches at once, since reading costs by the call; the batches are the same."""
+    """A DataLoader that reads several micro-batches at once, since each read has a fixed cost; the batches are the same."""
 
     def __init__(self, *arguments: Any, sequences_at_once: int, **options: Any) -> None:
         super().__init__(*arguments, **options)

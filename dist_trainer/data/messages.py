@@ -11,12 +11,12 @@ from dist_trainer.errors import DataError
 Message = dict[str, Any]
 ASSISTANT = "assistant"
 FLAGS = ("weight", "train", "training")
-"""Keys of a message that say whether it is trained on: 1 or true, 0 or false."""
+"""Keys of a message that say whether to train on it: 1 or true, 0 or false."""
 CONTENT_KEYS = (
     *("tool_calls", "function_call", "tools", "functions"),
     *("reasoning_content", "reasoning", "thinking", "refusal", "images", "audio", "videos"),
 )
-"""Keys of a message with further content. The chat template must render them, or they would be lost silently."""
+"""Keys of a message with other content. The chat template must render them, or they would be lost silently."""
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot"), ASSISTANT),
@@ -55,10 +55,10 @@ def is_trained_on(message: Message) -> bool:
 
 
 def _message(where: str, name: str, message: Any) -> Message:
-    """The message with "role" and "content" as text and valid flags. Raises DataError naming place and message."""
+    """The message, with "role" and "content" as text and valid flags. Raises DataError naming the record and message."""
     if not isinstance(message, dict):
         raise DataError(f'{where}: {name} is {describe_type(message)}, not an object with "role" and "content"')
-    # In tables each message has the fields of all messages.
+    # In tables, each message has the fields of all messages, null where unused.
     message = {key: value for key, value in message.items() if value is not None or key in ("role", "content")}
     if "role" not in message and "from" in message:
         message = _from_sharegpt(where, name, message)
@@ -92,7 +92,7 @@ def _from_sharegpt(where: str, name: str, message: Message) -> Message:
 
 
 def _with_parsed_arguments(call: Any) -> Any:
-    """A tool call with its arguments as an object: OpenAI's are JSON, which templates write themselves."""
+    """A tool call with its arguments as an object. OpenAI's are a JSON string, but templates convert to JSON themselves."""
     try:
         arguments = json.loads(call["function"]["arguments"])
     except (TypeError, KeyError, ValueError, RecursionError):

@@ -1,16 +1,16 @@
-"""Sequences of documents: packed, or one document per sequence. T is data.sequence_length, B the sequences of a batch.
+"""Turns documents into sequences: packed, or one per sequence. T is data.sequence_length, B the sequences of a batch.
 
-**Text that is all trained on.** Packed, the documents of a split are one long stream of N tokens (each document ends with EOS),
+**Text without a loss mask.** If packed, the documents of a split are one long stream of N tokens (each ends with EOS),
 and sequence i is the T + 1 tokens from position i * T: the first T are the inputs, the last T the targets. So every token but
 the very first is a target exactly once; only the last sequence is padded.
 
 With data.document_mask, each token comes with its document's number, and the first token of a document is not a target, as with
-one document per sequence. Document borders are those of the token store, not the EOS tokens: text may contain their spelling.
+one document per sequence. Document borders come from the token store, not from EOS tokens: text may contain their spelling.
 
-**Documents of which only parts are trained on**: conversations, prompts with their completions. They are not divided among
-sequences, or answers would be separated from their questions. Packed, several documents share a sequence of at most T + 1
-tokens, by best-fit decreasing: the longest first, each into the fullest sequence that has room for it. A document of more than
-T + 1 tokens is truncated; if no answer is left in it, it is skipped.
+**Documents with a loss mask**: conversations, prompts with their completions. They are not divided among sequences, or answers
+would be separated from their questions. If packed, several documents share a sequence of at most T + 1 tokens, by best-fit
+decreasing: the longest first, each into the fullest sequence that has room for it. A document of more than T + 1 tokens is
+truncated; if no answer is left in it, it is skipped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TokenStream:
         segments = np.flatnonzero(np.append(True, starts[1:] != ends[:-1])[: len(starts)])
         self._tokens = np.asarray(store.tokens)  # the same memory map, without the overhead of np.memmap per call
         self._document_ends = (ends - starts).cumsum()
-        # Segments are documents that are adjacent in the store, too: where they begin there and in the stream, and the end.
+        # A segment is a run of documents that are adjacent in the store: its start there and in the stream, and the end.
         self._starts = starts[segments]
         self._virtual = np.append((self._document_ends - (ends - starts))[segments], len(self))
 
@@ -55,7 +55,7 @@ class TokenStream:
         if len(self._tokens) < length:
             rows = np.zeros((len(positions), length), self._tokens.dtype)
         else:
-            # A view of all windows of the store, which copies nothing: each sequence is then copied at once, at memory speed.
+            # A view of all windows of the store, without copying; each sequence is then one copy, at memory speed.
             num_windows, stride = len(self._tokens) - length + 1, self._tokens.strides[0]
             windows = np.ndarray((num_windows, length), self._tokens.dtype, self._tokens, strides=(stride, stride))
             starts = positions + (self._starts - self._virtual[:-1])[segments]
@@ -76,7 +76,7 @@ class TokenStream:
             segment += 1
 
     def borders(self, positions: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row and column (from 1) in the result of `gather` of each token that begins a document, or follows the last one."""
+        """Row and column (from 1), in the result of `gather`, of each token that starts a document or follows the last one."""
         first, end = (self._document_ends.searchsorted(edge, side="right") for edge in (positions, positions + (length - 1)))
         counts = end - first
         rows = np.arange(len(positions)).repeat(counts)
@@ -131,7 +131,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def identity_collate(batch: Batch) -> Batch:
-    """The collate function of datasets that read a micro-batch at once."""
+    """The collate function of datasets that read a full micro-batch at once."""
     return batch
 
 
@@ -160,7 +160,7 @@ class DocumentDataset(torch.utils.data.Dataset):
 
 
 class PaddingCollator:
-    """Pads documents to the longest of them, with transformers' collator; padding is not trained on."""
+    """Pads documents to the longest one, with transformers' collator; padding is not trained on."""
 
     def __init__(self, tokenizer: Any) -> None:
         from transformers import DataCollatorForLanguageModeling
@@ -182,11 +182,10 @@ class PaddingCollator:
 
 
 class TruncatedDocuments(NamedTuple):
-    """Documents that fit into sequences."""
+    """Documents, truncated to fit into sequences."""
 
     spans: np.ndarray
-    """int64 [documents, 2]: [start, end) positions in the store, at most T + 1 tokens each, of which at least one is trained
-    on."""
+    """int64 [documents, 2]: [start, end) positions in the store, at most T + 1 tokens each, at least one of them trained on."""
     truncated: int
     """How many were longer, and truncated."""
     without_answer: int
@@ -200,7 +199,7 @@ def truncate_and_filter(store: TokenStore, spans: np.ndarray, sequence_length: i
 
     Documents without anything to train on are skipped.
     """
-    assert store.loss_mask is not None, "without one all tokens are trained on"
+    assert store.loss_mask is not None, "without a loss mask, all tokens are trained on"
     starts, ends = spans[:, 0], spans[:, 1]
     short_ends = np.minimum(ends, starts + sequence_length + 1)
     targets, targets_left = np.zeros((2, len(spans)), dtype=np.int64)
@@ -222,8 +221,8 @@ def truncate_and_filter(store: TokenStore, spans: np.ndarray, sequence_length: i
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """The sequence of each document, int64 [documents]; `lengths` [documents] are at most `capacity`, the tokens of a sequence.
 
-    Sequences are numbered in the order of their first documents, or the longest documents would come first. A bit for each size
-    of room that some sequence has left finds the tightest fit at once.
+    Sequences are numbered in the order of their first documents, or the longest documents would come first. A bit set of the
+    free sizes that some sequence has finds the tightest fit in one operation.
     """
     sequences = np.zeros(len(lengths), dtype=np.int64)
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]

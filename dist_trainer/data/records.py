@@ -1,7 +1,7 @@
-"""Records of local files, each with its place: text, JSONL and CSV, compressed or not, and Parquet.
+"""Records of local files, each with its location: text, JSONL and CSV, compressed or not, and Parquet.
 
-Our own readers, because users need the path and line of a malformed record. Instead of a record that cannot be read, its error
-is yielded, so that the caller can skip it.
+These are our own readers, because users need the path and line of a malformed record. For a record that cannot be read, its
+error is yielded, so that the caller can skip it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dist_trainer.errors import DataError, counted
 
 Record = dict[str, Any]
 Records = Iterator[tuple[str, Record | DataError]]
-"""(place, record): the place is for messages, such as "stories.jsonl:17". An error instead of a record says why it cannot be
+"""(place, record): the place is for messages, such as "stories.jsonl:17". An error in place of a record says why it cannot be
 read."""
 
 PARQUET_BATCH_ROWS = 4096
 FIRST_BYTES = 1 << 20
-"""What is read of a file that may be an array of records, to find its columns."""
+"""How much is read of a file that may be an array of records, to find its columns."""
 
 
 def read_text(path: Path) -> Records:
-    """One document: the complete file, under the column `text`; a LongText if it is long."""
+    """The file as one document, in the column `text`; a LongText if it is long."""
     parts = text_parts(path)
     text = next(parts, "")
     if next(parts, None) is not None:
@@ -41,7 +41,7 @@ def read_text(path: Path) -> Records:
 
 
 def read_jsonl(path: Path, text_column: str | None = None) -> Records:
-    """One record per line; a .json file may also be an array of records. Plain texts are records with a `text_column`."""
+    """One record per line; a .json file may also be an array of records. A plain string becomes a record with `text_column`."""
     try:
         with open_binary(path) as file:
             for number, line in enumerate(file, start=1):
@@ -105,13 +105,13 @@ class _Lines:
 
 
 def read_csv(path: Path, delimiter: str) -> Records:
-    """One record per line (or several lines, between quotes); the first line names the columns. Values are text."""
+    """One record per line (a quoted value may span lines); the first line names the columns. Values are text."""
     csv.field_size_limit(sys.maxsize)
     try:
         with open_binary(path) as file:
             rows = _csv_rows(path, _Lines(file), delimiter)
             place, names = next(rows, ("", []))
-            if isinstance(names, DataError):  # not to be skipped: the next line would be taken for the names
+            if isinstance(names, DataError):  # never skipped: the next line would be taken for the column names
                 raise names
             columns = _column_names(path, names)
             for place, values in rows:
@@ -127,7 +127,7 @@ def read_csv(path: Path, delimiter: str) -> Records:
 
 
 def _csv_rows(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[str, list[str] | DataError]]:
-    """(place of its first line, values) of each row. An error instead of values says why it cannot be read."""
+    """(place of its first line, values) of each row. An error in place of values says why the row cannot be read."""
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         place = f"{path}:{lines.number + 1}"
@@ -150,7 +150,7 @@ def _column_names(path: Path, values: list[str]) -> list[str]:
 
 
 def read_parquet(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Records:
-    """One record per row, with these columns and the `optional` ones that exist; a few thousand rows in memory at a time."""
+    """One record per row, with these columns and the `optional` ones that exist. It holds a few thousand rows at a time."""
     import pyarrow
     import pyarrow.parquet
 
@@ -216,7 +216,8 @@ def format_suffix(path: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """How `read_file` reads `path`, judging by its name: equal bytes that are read differently give different documents."""
+    """The format in which `read_file` reads `path`. It is part of the digest: equal bytes read differently give different
+    documents."""
     suffix, compression = format_suffix(path), path.suffix.lower()
     if suffix != ".parquet":
         reader = READERS.get(suffix, read_text)

@@ -24,7 +24,7 @@ class Split:
     """For log lines and messages."""
     records: Callable[[], Records]
     files: list[Path] = field(default_factory=list)
-    """The files it consists of, whose bytes give its digest unless it has a `content_digest`."""
+    """The files it consists of; their bytes give its digest unless it has a `content_digest`."""
     known_digest: str | None = None
     """An identifier of the content, if the source has one."""
     content_digest: Callable[[], str] | None = None
@@ -58,7 +58,7 @@ def _cached(files: list[Path], memory: Path, compute: Callable[[], str], *, what
         digest = compute()
     except OSError as error:
         raise unreadable(Path(error.filename or files[0]), error) from error
-    with contextlib.suppress(OSError):  # such as a full disk: it is computed again the next time
+    with contextlib.suppress(OSError):  # such as a full disk: it is computed again next time
         note.parent.mkdir(parents=True, exist_ok=True)
         replace_file(note, [_with_checksum(note, digest).encode()], durable=False)
     return digest

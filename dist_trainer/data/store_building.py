@@ -1,9 +1,9 @@
-"""Building a token store from shards, so that a build that was killed resumes after the shards it has completed.
+"""Builds a token store from shards, so that a killed build resumes after the shards it has completed.
 
-The text is divided into shards of about SHARD_CHARACTERS characters (text_pieces.py), which depend on the text alone. Each is
+The text is divided into shards of about SHARD_CHARACTERS characters (text_pieces.py), which depend only on the text. Each is
 tokenised by itself, written to `shard-000000.npz` in the folder of the build, and renamed when complete; a build skips those
-that exist. The store is its shards, joined in order. A piece's ids depend on no other piece, so the bytes are the same however
-often the build was killed.
+that exist. The store is its shards, joined in order. A piece's ids depend on no other piece, so the store's bytes are the same
+however often the build was killed.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ FORMAT_VERSION = 2
 DTYPES = ("uint16", "uint32")
 LOSS_MASK = "loss.bin"
 JOINED = "store"
-"""The folder, inside that of the build, in which the shards are joined."""
+"""Subfolder of the build in which the shards are joined."""
 WITHOUT_GIGATOKEN = "without_gigatoken"
 """A file that marks a build for which gigatoken gave wrong ids."""
 SECONDS_BETWEEN_LINES = 30.0
-"""How often progress is logged if no terminal shows a bar."""
+"""How often progress is logged if there is no terminal for a bar."""
 
 
 class Shard(NamedTuple):
@@ -85,7 +85,7 @@ def build_store(staging: Path, split: Split, tokenizer: Tokenizer, formatter: Re
             return write(fast)
         except TokenizerMismatchError as error:
             log.warning("tokenising %s again, with the tokenizer itself: %s", split.description, error)
-        # Shards first: a build killed in between must not keep any of them.
+        # Remove the shards first: a build killed in between must not keep any of them.
         for path in staging.glob("shard-*"):
             path.unlink()
         (staging / WITHOUT_GIGATOKEN).touch()
@@ -101,7 +101,7 @@ def _write_store(
     own: Encoder,
     bad_records: BadRecords,
 ) -> int:
-    """Write the shards that are missing, join all, and return the number of tokens. Texts with loss masks need no `encoder`."""
+    """Write the missing shards, join all, and return the number of tokens. Texts with loss masks need no `encoder`."""
     dtype = np.dtype(DTYPES[0] if vocabulary_size(tokenizer) <= 1 << 16 else DTYPES[1])
     border = detect_border(tokenizer)
     layout = shard_layout(border)
@@ -136,7 +136,7 @@ def _shard_path(staging: Path, number: int) -> Path:
 def _complete_shards(staging: Path, layout: str) -> dict[int, int]:
     """The numbers of the shards that are complete, and the bytes of text in each.
 
-    Those that are damaged, or divided differently by another version, are removed.
+    Damaged shards, and those divided differently by another version, are removed.
     """
     complete = {}
     for path in sorted(staging.glob(f"shard-{'[0-9]' * 6}.npz")):
@@ -160,7 +160,7 @@ def _read_shard(path: Path) -> Shard:
 
 
 def _build_shard(batches: Iterable[EncodedPieces], dtype: np.dtype, eos: int, layout: str, display: _Display) -> Shard:
-    """The shard of these batches, with `eos` after each document; those with loss masks have theirs already."""
+    """The shard of these batches, with `eos` after each document; documents with loss masks have theirs already."""
     tokens, ends, masks = [], [], []
     num_tokens = text_bytes = 0
     for batch in batches:
@@ -192,7 +192,7 @@ def _join(paths: list[Path], folder: Path, dtype: np.dtype, made_of: str, skippe
     for path in paths:
         with np.load(path, allow_pickle=False) as arrays:
             num_documents += len(arrays["ends"])
-    # A memory map: there may be more documents than memory holds.
+    # A memory map, since the offsets may not fit in memory.
     offsets = np.lib.format.open_memmap(folder / "offsets.npy", mode="w+", dtype=np.int64, shape=(num_documents + 1,))
     offsets[0] = 0
     num_tokens, document = 0, 1
@@ -228,7 +228,7 @@ def _join(paths: list[Path], folder: Path, dtype: np.dtype, made_of: str, skippe
 
 
 class _Display:
-    """Shows how much text is tokenised: in a bar on a terminal, else in a line of the log now and then."""
+    """Shows how much text has been tokenised: a progress bar on a terminal, else periodic log lines."""
 
     def __init__(self, description: str, resumed_bytes: int) -> None:
         self._description = description

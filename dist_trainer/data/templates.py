@@ -13,7 +13,7 @@ from dist_trainer.data.text_file import LongText
 from dist_trainer.errors import DataError, type_named
 
 BESIDE_MESSAGES = ("tools", "functions", "system")
-"""Columns that some datasets of conversations have next to the messages; their content would be lost."""
+"""Columns that some conversation datasets have in addition to the messages; their content would be lost."""
 PROMPT_COLUMNS = ("instruction", "input", "prompt", "question", "query", "context")
 COMPLETION_COLUMNS = ("output", "completion", "response", "answer")
 
@@ -28,20 +28,20 @@ ALPACA_PROMPT_WITH_INPUT = (
 ALPACA_COMPLETION = "{output}"
 ALPACA_COLUMNS = {"instruction", "output"}
 NOT_IN_ALPACA_PROMPT = ("system", "history")
-"""Columns that some datasets with Alpaca's columns have too."""
+"""Columns that some datasets have in addition to Alpaca's."""
 CONVERSATION_COLUMNS = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
 class LossMaskedText:
-    """A document of which only parts are trained on."""
+    """A document with a loss mask: only parts of it are trained on."""
 
     text: str
     loss_spans: Sequence[tuple[int, int]]
     """[start, end) in characters, ascending, disjoint."""
     is_complete: bool
-    """Whether the text itself marks its beginning and end; otherwise BOS and EOS are added, and the EOS is trained on if there
-    are any `loss_spans`."""
+    """Whether the text already includes its BOS and EOS; otherwise they are added, and the EOS is trained on if there are any
+    `loss_spans`."""
 
 
 RecordToText = Callable[[str, dict[str, Any]], str | LongText | LossMaskedText]
@@ -50,11 +50,11 @@ RecordToText = Callable[[str, dict[str, Any]], str | LongText | LossMaskedText]
 
 @dataclass(frozen=True)
 class RecordFormatter:
-    """Makes documents of records."""
+    """Turns records into documents."""
 
     text: RecordToText
     identity: str
-    """Distinguishes formatters that make different documents of the same record."""
+    """Differs between formatters that make different documents of the same record."""
     has_loss_mask: bool = False
     """Whether `text` returns LossMaskedTexts."""
 
@@ -62,7 +62,7 @@ class RecordFormatter:
 def infer_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
     """`config` with the keys that well-known column names imply: Alpaca's, or those of conversations.
 
-    Unchanged if the config says how records become text, or if they have the column `text`.
+    Unchanged if the config says how records become text, or if there is a column `text`.
     """
     is_set = config.text_column != DataConfig.text_column or config.text_column in columns
     if is_set or any(key is not None for key in (config.template, config.completion_template, config.messages_column)):
@@ -74,14 +74,14 @@ def infer_layout(config: DataConfig, columns: Collection[str]) -> DataConfig:
 
 
 def text_formatter(column: str, template: str | None) -> RecordToText:
-    """The function that makes a record's text, by data.text_column or data.template."""
+    """The function that returns a record's text, by data.text_column or data.template."""
     if template == ALPACA:
         return _alpaca_prompt
     return _column(column) if template is None else template_formatter(template)
 
 
 def completion_template_of(config: DataConfig) -> str | None:
-    """data.completion_template; Alpaca's records have one already."""
+    """data.completion_template, or that of Alpaca's records."""
     return config.completion_template or (ALPACA_COMPLETION if config.template == ALPACA else None)
 
 
@@ -171,7 +171,7 @@ def _look_up(record: dict[str, Any], name: str, indices: str, where: str) -> str
         except IndexError:
             return ""  # such as an empty list of answers
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{where} asks for {name}{indices}, but [{index}] is not there") from error
+            raise DataError(f"{where} asks for {name}{indices}, but [{index}] does not exist") from error
     if isinstance(value, (list, dict)) or value is None:
         raise DataError(f"{where}'s {name}{indices} is {describe_type(value)}, not text")
     return str(value)

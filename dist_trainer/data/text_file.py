@@ -1,4 +1,4 @@
-"""Text files: decompressed by their suffix, decoded strictly, and long ones read in parts."""
+"""Text files: decompressed according to their suffix, decoded strictly, and read in parts if long."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ DECOMPRESSORS: dict[str, Callable[[Path], IO[bytes]]] = {
 }
 COMPRESSIONS = tuple(DECOMPRESSORS)
 READING_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error)
-"""The errors of reading files."""
+"""The errors that reading a file can raise."""
 
 
 class LongText:
-    """The text of a file that is too long for memory."""
+    """The text of a file that is too large for memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -72,11 +72,11 @@ def text_parts(path: Path) -> Generator[str, None, None]:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """The file's content, decompressed by its suffix."""
+    """The file's content, decompressed according to its suffix."""
     return DECOMPRESSORS.get(path.suffix.lower(), partial(Path.open, mode="rb"))(path)
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
-    """The error for a file that cannot be read, whether because of the system or its content."""
+    """The error for a file that cannot be read, because of either the system or its content."""
     reason = getattr(error, "strerror", None) or error
     return DataError(f"{path}: cannot be read ({reason})")

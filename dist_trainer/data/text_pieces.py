@@ -1,6 +1,6 @@
-"""Documents as texts short enough to tokenise: complete ones, or pieces of long ones that give the same ids.
+"""Divides documents into texts short enough to tokenise: complete ones, or pieces of long ones that give the same ids.
 
-Pieces are counted into shards, the units in which a token store is built. How text is divided depends only on the text.
+Pieces are grouped into shards, the units in which a token store is built. How text is divided depends only on the text.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 BATCH_PIECES = 1024
 """Largest batch that is tokenised at once, in pieces."""
 BATCH_CHARACTERS = 1 << 21
-"""And in characters; the last piece may exceed it."""
+"""The same in characters; the last piece may exceed it."""
 SHARD_CHARACTERS = 1 << 26
-"""Size of a shard: seconds of work, which is what a kill may cost."""
+"""Size of a shard: a few seconds of work, the most that a kill can lose."""
 PIECE_CHARACTERS = 1 << 20
-"""A longer document is tokenised in pieces: a tokenizer needs a hundred times the size of a text in memory."""
+"""A longer document is tokenised in pieces: a tokenizer's memory is a hundred times the size of the text."""
 Border = Literal["with the next", "dropped", "none"]
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
@@ -110,8 +110,8 @@ def shard_layout(border: Border) -> str:
 
 
 def detect_border(tokenizer: Tokenizer) -> Border:
-    """What to do with the space between two words at which a document is cut: it goes with the next piece, it is dropped
-    (the tokenizer puts one before every text), or neither gives the ids of the complete text, so documents are not cut.
+    """What to do with the space at which a document is cut: keep it with the next piece, drop it (the tokenizer puts one
+    before every text), or never cut, because neither gives the ids of the complete text.
     """
     first, second = "the first words", "and then others"
 
@@ -125,7 +125,7 @@ def detect_border(tokenizer: Tokenizer) -> Border:
 
 
 def pieces_of(document: str | LongText, border: Border = "with the next") -> Iterator[TextPiece]:
-    """The document, or pieces of a long one. They end between two words if possible, where tokens end anyway.
+    """The document, or pieces of a long one. They end between two words if possible, where tokens end as well.
 
     Where they end does not depend on the parts in which a LongText is read.
     """
@@ -146,13 +146,13 @@ def _cut(document: str, start: int, border: Border) -> int | None:
     places = [match.start() for match in _BETWEEN_WORDS.finditer(document, limit - PIECE_CHARACTERS // 8, limit)]
     if places or border == "with the next":
         return places[-1] if places else limit
-    later = _BETWEEN_WORDS.search(document, limit)  # without a space no cut: the tokenizer would add one there
+    later = _BETWEEN_WORDS.search(document, limit)  # never cut within a word: the tokenizer would add a space there
     return later.start() if later else None
 
 
 def _check_surrogates(where: str, document: str) -> None:
-    """Raises DataError for lone surrogates, which JSON can hold and no tokenizer takes."""
-    if document.isascii():  # a flag of the string: costs nothing
+    """Raises DataError for lone surrogates, which JSON can contain but no tokenizer accepts."""
+    if document.isascii():  # a flag of the string: no scan
         return
     try:
         document.encode()

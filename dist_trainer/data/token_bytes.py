@@ -1,8 +1,8 @@
 """How many bytes of text each token represents, to compute bits per byte.
 
-The bytes are those of the UTF-8 text that a token decodes to. Tokens without text (EOS, BOS, a chat template's markers) have
-none. If a character consists of several tokens, which are bytes then (byte-level BPE, SentencePiece's byte fallback), each
-counts its own. V is the vocabulary.
+They are the bytes of the UTF-8 text that a token decodes to. Tokens without text (EOS, BOS, a chat template's markers) have
+none. If a character is divided among several byte tokens (byte-level BPE, SentencePiece's byte fallback), each counts its own.
+V is the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dist_trainer.data.batch import IGNORED_TARGET, Batch
 from dist_trainer.data.tokenizers import PROBE, Tokenizer, text_prefix, vocabulary_size
 
 SPACE = "▁"
-"""A space in SentencePiece."""
+"""How SentencePiece writes a space."""
 SPACES = (SPACE, "Ġ")
-"""And in GPT-2."""
+"""How GPT-2 writes a space."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 SizeOf = Callable[[str, bool], int]
-"""(entry of the vocabulary, whether it was added to it and so spelled as in text) to bytes."""
+"""(vocabulary entry, whether it is an added token and so spelled as in text) to bytes."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class TokenBytes:
     sizes: np.ndarray
     """int64 [V]: bytes of the text of each token."""
     leads: np.ndarray
-    """bool [V]: begins with the space that the tokenizer puts before a text, if it puts one."""
+    """bool [V]: the token begins with the space that the tokenizer puts before a text, if it does."""
     borders: np.ndarray
-    """bool [V]: such a space follows, which is not in the text."""
+    """bool [V]: such a space, which is not in the text, follows the token."""
 
     def count(self, batch: Batch) -> int:
         """Bytes of the targets of `batch` that are trained on. Call it while the batch is in host memory."""
@@ -50,8 +50,8 @@ class TokenBytes:
 def build_token_bytes(tokenizer: Tokenizer) -> TokenBytes | None:
     """The table of `tokenizer`; None if tokens do not spell the text exactly (unknown characters, lower-casing, lost spaces).
 
-    The result for a decoder's kind is used only if it gives the size of each text of PROBE, in NFC, to which many tokenizers
-    normalise.
+    A table is used only if it gives the correct size of each text of PROBE. They are compared in NFC, to which many
+    tokenizers normalise.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
@@ -71,7 +71,7 @@ def build_token_bytes(tokenizer: Tokenizer) -> TokenBytes | None:
 
 
 def _unchanged(text: str) -> str:
-    """A text that exact tokenizers do not change: they may add a space before it, and take ▁ for a space."""
+    """The text, except for what exact tokenizers change: they may add a space before it, and read ▁ as a space."""
     return unicodedata.normalize("NFC", text).replace(SPACE, "_").lstrip(" ")
 
 
@@ -96,7 +96,7 @@ def _table(tokenizer: Tokenizer, size_of: SizeOf) -> TokenBytes | None:
         sizes[token], leads[token] = size_of(added.content, True), False
     without_text = sorted(special)
     sizes[without_text], leads[without_text] = 0, False
-    if puts_space:  # before each part between special tokens, or only before the complete text
+    if puts_space:  # before each part between special tokens, or only at the start of the text
         after_each = _begins_with_space(tokenizer, f"{tokenizer.eos_token}a", part=1)
         borders[without_text if after_each else [tokenizer.eos_token_id, *text_prefix(tokenizer)[-1:]]] = True
     return TokenBytes(sizes, leads, borders)

@@ -1,8 +1,8 @@
 """The token store: a split's token ids in a memory-mapped file, built once per content, under a lock.
 
-A folder per content: tokens.bin (uint16, or uint32 for large vocabularies), offsets.npy (where documents begin, and the
-end), index.json (with the digests of the others), and loss.bin (a byte per token: 1 if it is trained on) if only parts of the
-documents are. It is built in a hidden folder (store_building.py) and renamed when complete.
+There is one folder per content: tokens.bin (uint16, or uint32 for large vocabularies), offsets.npy (where documents start, and
+the end of the last), index.json (with the digests of the other files), and, with a loss mask, loss.bin (a byte per token: 1 if
+it is trained on). A store is built in a hidden folder (store_building.py) and renamed when complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SECONDS_KEPT = 7 * 24 * 3600.0
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Token ids of documents, each with its EOS, one after the other."""
+    """Token ids of documents, concatenated, each with its EOS."""
 
     tokens: np.ndarray
     """Memory map, uint16 or uint32."""
@@ -48,7 +48,7 @@ class TokenStore:
     key: str
     """Digest of content and tokenizer."""
     loss_mask: np.ndarray | None = None
-    """Memory map, bool: which tokens are trained on; None: all. Never a document's first token."""
+    """Memory map, bool: which tokens are trained on (never a document's first); None: all."""
     skipped_records: int = 0
     """How many records could not be read or used."""
 
@@ -56,7 +56,7 @@ class TokenStore:
 def token_store(
     split: Split, tokenizer: Tokenizer, formatter: RecordFormatter, *, cache_dir: Path, max_bad_records: int = 0
 ) -> TokenStore:
-    """The store of `split`, built first if there is none. Up to `max_bad_records` that cannot be read or used are skipped.
+    """The store of `split`, built if there is none. Up to `max_bad_records` unreadable or unusable records are skipped.
 
     Raises DataError.
     """
@@ -110,7 +110,7 @@ def _lock_path(folder: Path) -> Path:
 
 
 def _remove_abandoned(stores: Path) -> None:
-    """Remove what interrupted builds left, if no shard was added for SECONDS_KEPT."""
+    """Remove the remains of interrupted builds to which no shard was added for SECONDS_KEPT."""
     for staging in stores.glob(f"{BUILDING_PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - staging.lstat().st_mtime < SECONDS_KEPT:

@@ -21,7 +21,7 @@ from dist_trainer.huggingface.tokenizer_files import tokenizer_from_folder, toke
 log = logging.getLogger(__name__)
 
 Tokenizer = Any
-"""A transformers.PreTrainedTokenizerBase, which is not imported just for its name."""
+"""A transformers.PreTrainedTokenizerBase; importing transformers only for the type would be slow."""
 
 TOKENIZER_KEY = "data.tokenizer"
 EOS_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "[SEP]", "[EOS]")
@@ -90,10 +90,10 @@ _ALPHABETS = (
 
 
 def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
-    """The tokenizer `austen` (inside the package), of a folder (a run's, a checkpoint's, any), or of a Hub name.
+    """The tokenizer `austen` (included in the package), of a folder (a run's, a checkpoint's or any other), or of a Hub name.
 
-    It gets an EOS token (the separator if need be) and a padding token if it has none. Raises DataError naming the `key` (or
-    option of a command) that holds the name, and the remedy.
+    If it has no EOS token (or padding token), one is set; its separator may serve as EOS. Raises DataError with the remedy,
+    naming the `key` (or command-line option) that gave the name.
     """
     path = CORPUS / "tokenizer" if name == "austen" else user_path(name)
     if path.is_file() and path.name == TOKENIZER_FILE:
@@ -104,13 +104,13 @@ def load_tokenizer(name: str, *, key: str = TOKENIZER_KEY) -> Tokenizer:
         tokenizer = tokenizer_from_folder(folder, key)
     else:
         state = "has no tokenizer in it" if path.exists() else "does not exist"
-        others = ", a Hub name, or austen" if key == TOKENIZER_KEY else ""  # which are no models
+        others = ", a Hub name, or austen" if key == TOKENIZER_KEY else ""  # other keys take folders of models
         raise DataError(f"{key}: {path} {state}; give a folder with {TOKENIZER_FILE}{others}")
     return _with_eos_and_padding(tokenizer, name)
 
 
 def configured_tokenizer(config: DataConfig, *, key: str = TOKENIZER_KEY) -> Tokenizer:
-    """The tokenizer data.tokenizer, with the template data.chat_template if there is one, so that it is saved with it.
+    """The tokenizer data.tokenizer, with the template data.chat_template (if set), so that both are saved together.
 
     Raises DataError, which names `key` for the tokenizer.
     """
@@ -137,9 +137,10 @@ def read_chat_template(name: str) -> str:
 
 def _with_eos_and_padding(tokenizer: Tokenizer, name: str) -> Tokenizer:
     templates = getattr(tokenizer, "chat_template", None)
-    # Each is saved with checkpoints in a file of its name.
+    # Checkpoints save each template in a file of that name.
     if isinstance(templates, dict) and not all(re.fullmatch(r"\w[\w.-]*", str(template)) for template in templates):
-        raise DataError(f"data.tokenizer: {name} has a chat template whose name is no file name: {sorted(map(str, templates))}")
+        names = sorted(map(str, templates))
+        raise DataError(f"data.tokenizer: {name} has a chat template whose name is not a file name: {names}")
     if tokenizer.eos_token_id is None:
         known = tokenizer.get_added_vocab()
         eos = tokenizer.sep_token or next((token for token in EOS_NAMES if token in known), None)
@@ -176,13 +177,13 @@ def text_prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def with_prefix(ids: Sequence[int], prefix: Sequence[int]) -> list[int]:
-    """`prefix` and `ids`; just `ids` if they begin with it already."""
+    """`prefix` followed by `ids`; only `ids` if they already begin with it."""
     return list(ids) if list(ids[: len(prefix)]) == list(prefix) else [*prefix, *ids]
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text to continue, beginning as texts did in training: with the tokenizer's prefix. For an empty text without a
-    prefix the EOS, which ends the text before.
+    """Ids of a text to continue, starting as texts did in training, with the tokenizer's prefix. For an empty text without a
+    prefix: the EOS, which ended the previous text.
     """
     ids = with_prefix(tokenizer.encode(text, add_special_tokens=False), text_prefix(tokenizer))
     return ids or [tokenizer.eos_token_id]
