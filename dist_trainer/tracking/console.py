@@ -29,11 +29,11 @@ progress = logging.getLogger(PROGRESS_LOGGER)
 _SAMPLE_CHARACTERS = 800
 _BAR_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 _BAR_CHARACTERS = 36
-"""What it takes without name, step numbers and postfix: 10 for the bar itself and 5 for each of the two times."""
+"""Columns it takes without name, step numbers and postfix: 10 for the bar itself and 5 for each of the two times."""
 
 
 class ConsoleTracker:
-    """Shows training lines on a progress bar if stderr is a terminal, and as a plain line each in the log."""
+    """Shows training lines on a progress bar if stderr is a terminal, and as plain lines in the log."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class ConsoleTracker:
         self._step, now = line["step"], self._clock()
         if self._first is None:
             self._first = (self._step, now)
-            if not self._bar.disable:  # its time left, too, is estimated without the first line
+            if not self._bar.disable:  # its estimate of the time left also excludes the first line
                 self._bar.n = self._bar.initial = self._bar.last_print_n = self._step
                 self._bar.unpause()
         if not self._bar.disable:
@@ -102,7 +102,7 @@ class ConsoleTracker:
         progress.info("%s", self._format_line(line, now))
 
     def _fields_that_fit(self, line: dict[str, Any]) -> str:
-        """What follows the bar. tqdm alone would shorten the bar to one character and cut the last field off."""
+        """What follows the bar. On its own, tqdm would shorten the bar to one character and cut off the last field."""
         columns = self._bar.format_dict["ncols"] or 0  # 0: the terminal is gone
         room = columns - _BAR_CHARACTERS - len(self._bar.desc) - 2 * len(str(self._max_steps))
         text = f"loss {line['loss']:.4f}"
@@ -170,8 +170,8 @@ def next_steps(folder: Path, *, can_open: bool, chats: bool = False) -> str:
 
 
 def _width() -> dict[str, Any]:
-    """tqdm's arguments for its width: that of the terminal, also when it changes. One that reports 0 columns or rows (a serial
-    line, a container without a window) would get no bar, so $COLUMNS or 80, $LINES or 24 are used there.
+    """tqdm's arguments for its width: that of the terminal, even as it changes. A terminal that reports 0 columns or rows (a
+    serial line, a container without a window) would get no bar, so $COLUMNS or 80, and $LINES or 24, are used instead.
     """
     try:
         known = min(os.get_terminal_size(sys.stderr.fileno())) > 0

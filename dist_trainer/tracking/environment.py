@@ -1,4 +1,4 @@
-"""Where a run ran: code, versions, machine. No secrets: no environment variables, no user, no remote addresses."""
+"""What a run ran on: code, versions, machine. No secrets: no environment variables, user names or remote addresses."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "
 
 
 def describe_environment(world: DistributedContext) -> dict[str, Any]:
-    """Metadata for the report and W&B, by name; None for what is unknown."""
+    """Metadata for the report and W&B, by name; unknown values are None."""
     return {
         "dist_trainer": __version__,
         "python": platform.python_version(),
@@ -72,9 +72,9 @@ def describe_commit(folder: Path | None = None) -> dict[str, Any]:
 
 
 def describe_own_commit(file: Path = Path(__file__)) -> dict[str, Any]:
-    """The same of the repository that has this package's code.
+    """The same for the repository that contains this package's code.
 
-    Both None if `file` is not tracked: an installed package may be inside a repository that is not its own.
+    Both None if `file` is not tracked: an installed package may be inside an unrelated repository.
     """
     try:
         command = ["git", "ls-files", "--error-unmatch", "--", file.name]

@@ -33,11 +33,11 @@ SINKS: dict[str, Callable[[dict[str, Any], LogFn], Sink]] = {
     "tensorboard": TensorBoardSink,
     "trackio": TrackioSink,
 }
-"""By entry of EXPORTS. Not in that table, so that the trainer does not import them."""
+"""Sinks by the names in EXPORTS. They are separate from it so that the trainer does not import them."""
 
 
 def send_lines(sink: Sink, path: Path, start: int) -> int:
-    """Give `sink` the lines of `path` from byte `start` on; the position after the last one."""
+    """Give `sink` the lines of `path` from byte `start` on; returns the position after the last one."""
     for text, end in complete_lines(path, start=start):
         start = end
         if (line := parse_line(text)) is not None and line["kind"] not in NOT_SENT:
@@ -46,7 +46,7 @@ def send_lines(sink: Sink, path: Path, start: int) -> int:
 
 
 def _open_log() -> LogFn:
-    """A function that sends messages to the trainer; from here on stdout goes to stderr, with whatever a sink prints."""
+    """A function that sends messages to the trainer. From here on, whatever is printed to stdout goes to stderr."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -61,7 +61,7 @@ def _open_log() -> LogFn:
 
 
 class TrainerMessages:
-    """What training sends, received by a thread, also while this process waits for a server or an earlier process."""
+    """What training sends. A thread receives it, even while this process waits for a server or an earlier process."""
 
     def __init__(self, stdin: int) -> None:
         self.was_killed = threading.Event()
@@ -71,12 +71,12 @@ class TrainerMessages:
     def _receive(self, stdin: int) -> None:
         for message in _read_messages(stdin):
             if message == {}:
-                signal.alarm(round(SECONDS_ALONE))  # nobody else ends this process if a server does not answer
+                signal.alarm(round(SECONDS_ALONE))  # nothing else ends this process if a server does not answer
                 self.was_killed.set()
             self._messages.put(message)
 
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
-        """None when there may be new lines; last the state in which the run ended, {} if it was killed."""
+        """None when there may be new lines; finally the state in which the run ended, or {} if it was killed."""
         message = None
         while message is None:
             message = self._messages.get()
@@ -86,7 +86,7 @@ class TrainerMessages:
 
 
 def _read_messages(stdin: int) -> Iterator[dict[str, Any] | None]:
-    """None for each message that there are new lines; last the state in which the run ended, {} if it was killed."""
+    """None for each message that there are new lines; finally the state in which the run ended, or {} if it was killed."""
     buffer = b""
     while block := os.read(stdin, 1 << 16):
         *lines, buffer = (buffer + block).split(b"\n")
@@ -99,10 +99,10 @@ def _read_messages(stdin: int) -> Iterator[dict[str, Any] | None]:
 
 
 def _wait_for_earlier_process(path: Path, messages: TrainerMessages) -> None:
-    """Take a lock on `path` until this process ends, so that the export process of an earlier start that was killed has sent
-    what it had: two at the same time would overwrite each other's lines. No lock if the file system has none, or after a while.
+    """Lock `path` until this process ends, after the export process of an earlier, killed attempt has sent what it had: two at
+    the same time would overwrite each other's lines. Continues without a lock if the file system has none, or after a while.
 
-    Exits if training is killed meanwhile: whoever has the lock, or comes next, reads its lines too.
+    Exits if training is killed meanwhile: the process that holds the lock, or the next one, reads its lines too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + SECONDS_ALONE + 5.0
@@ -122,10 +122,10 @@ def main() -> None:
     """Follow one run to its end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # this process ends when training does
-    os.nice(10)  # imports take seconds of a core: with few cores they must not slow the first steps
+    os.nice(10)  # imports take seconds of a core and must not slow the first steps if there are few cores
     log = _open_log()
     sys.stdout, sys.stderr = MaskedStream(sys.stdout), MaskedStream(sys.stderr)  # both are logs/NAME.log now
-    # Unbuffered: what follows the first line is read from the descriptor itself.
+    # Unbuffered: everything after the first line is read from the descriptor itself.
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
         description = json.loads(unbuffered.readline())
     messages, folder, label = TrainerMessages(sys.stdin.fileno()), Path(description["folder"]), description["label"]

@@ -45,7 +45,7 @@ def memory(num_bytes: float) -> str:
 
 
 def significant(value: float, digits: int = 4) -> str:
-    """`value` with `digits` significant digits, as 2e-05 if it is very small or large; `nan` and `inf` by name."""
+    """`value` with `digits` significant digits, such as 2e-05 if it is very small or large; `nan` and `inf` by name."""
     if not math.isfinite(value):
         return str(value)
     if value == 0:
@@ -58,5 +58,5 @@ def significant(value: float, digits: int = 4) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, which a terminal would obey, replaced; except newlines and tabs."""
+    """`text` with control characters, which a terminal would obey, replaced, except for newlines and tabs."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

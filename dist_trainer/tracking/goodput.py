@@ -1,6 +1,6 @@
-"""What a run's time was spent on, over all its attempts: steps, validation, and everything else.
+"""How a run's time was spent, over all its attempts: steps, validation, and everything else.
 
-An attempt is one execution of the command, from its start to its end; a run has another one after each stop or crash.
+An attempt is one execution of the command, from its start to its end; each stop or crash is followed by another one.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ END_EVENTS = ("finished", "preempted", "failed")
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds since the run first started, downtime between restarts included."""
+    """Seconds since the run first started, including downtime between restarts."""
 
     wall_seconds: float = 0.0
     step_seconds: float = 0.0
-    """In the steps of metrics.jsonl (those lost and repeated count once), without the waiting of `data_seconds`."""
+    """In the steps of metrics.jsonl (those lost and repeated count once), excluding `data_seconds`."""
     data_seconds: float = 0.0
-    """In these steps, waiting for data."""
+    """Waiting for data in these steps."""
     validation_seconds: float = 0.0
     sample_seconds: float = 0.0
     saving_seconds: float = 0.0
-    """Training paused for checkpoints."""
+    """Training was paused for checkpoints."""
     starting_seconds: float = 0.0
     """From the start of a command to its first step: imports, data, loading, compilation."""
     redone_seconds: float = 0.0
-    """In steps lost to a restart; estimated from their number and the mean time of a step."""
+    """In steps lost to restarts; estimated from their number and the mean time of a step."""
     downtime_seconds: float = 0.0
     """Between the end of an attempt and the start of the next one."""
     restarts: int = 0
-    """Starts in this folder after the first, which may itself have started from another run's checkpoint."""
+    """Starts in this folder after the first one (which may have started from another run's checkpoint)."""
     lost_steps: int = 0
-    """Steps that had to be repeated, since they came after the checkpoint resumed from."""
+    """Steps that had to be repeated, since they came after the checkpoint that was resumed from."""
 
     @property
     def useful_seconds(self) -> float:
@@ -61,7 +61,7 @@ class Goodput:
 
 
 def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
-    """The goodput of `run` up to `now` (unix seconds; None: up to its last line)."""
+    """The goodput of `run` until `now` (unix seconds; None: until its last line)."""
     times = sorted(t for t in _times(run) if math.isfinite(t))
     starts = _starts(run.events)
     if not starts:
@@ -93,12 +93,12 @@ def goodput(run: RunHistory, *, now: float | None = None) -> Goodput:
 
 
 def restarts_of(folder: Path) -> tuple[int, int]:
-    """How often the run in `folder` was restarted, and how many steps were lost by that."""
+    """How often the run in `folder` was restarted, and how many steps that lost."""
     return _restarts(_starts(read_events(folder)))
 
 
 def steps_to_redo(folder: Path, *, start_step: int) -> int:
-    """Steps past `start_step` that the run in `folder` has done before and will do again."""
+    """Steps past `start_step` that the run in `folder` has already done and will repeat."""
     return max(0, last_logged_step(folder) - start_step, read_progress(folder) - start_step)
 
 
@@ -107,13 +107,13 @@ def _times(run: RunHistory) -> Iterable[float]:
 
 
 def _began(start: dict[str, Any]) -> float:
-    """When the attempt of `start` began: before imports and tokenising, if the event says so."""
+    """When the attempt of `start` started: before imports and tokenising, if the event says so."""
     began = number(start.get("began"))
     return began if math.isfinite(began) else start["time"]
 
 
 def _starting(run: RunHistory, starts: list[dict[str, Any]]) -> float:
-    """Seconds before the first step of each attempt: up to its start event, and then up to its first line, less its steps."""
+    """Seconds before the first step of each attempt: until its start event, then until its first line, minus its steps."""
     train, seconds = run.train, 0.0
     for start, following in zip_longest(starts, starts[1:]):
         seconds += max(0.0, start["time"] - _began(start))
@@ -129,7 +129,7 @@ def _starting(run: RunHistory, starts: list[dict[str, Any]]) -> float:
 def _between_attempts(
     run: RunHistory, starts: list[dict[str, Any]], times: list[float], *, mean_step_seconds: float
 ) -> tuple[float, float]:
-    """Seconds in steps that were lost, and seconds between attempts; one without an end event ended after its lost steps."""
+    """Seconds in lost steps, and between attempts. An attempt without an end event is taken to end after its lost steps."""
     redone = downtime = 0.0
     for before, start in pairwise(starts):
         began = _began(start)

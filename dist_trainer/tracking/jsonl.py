@@ -23,17 +23,17 @@ _MAX_PENDING_LINES = 100_000
 
 
 class JsonlTracker:
-    """Appends each line with one write, so that a killed process leaves complete lines; on resume, drops what comes after.
+    """Appends each line with one write, so that a killed process leaves complete lines; on resume, drops later lines.
 
-    A validation or sample that is repeated at the step of a resume may be in the file already, if the earlier process was
-    killed before it could save a checkpoint after it: then it is not written again.
+    A validation or sample at the step of the resume may be in the file already, if the earlier process was killed before it
+    could save a checkpoint after it. It is repeated but not written again.
 
     Floats round-trip exactly. JSON has no NaN or infinity: such a value becomes null, and `non_finite` names it:
     `{"loss": null, "non_finite": {"loss": "nan"}}`.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        """Open the file of the run in `folder`, truncated to `start_step`; if the disk refuses, each line tries again."""
+        """Open the file of the run in `folder`, truncated to `start_step`; if that fails, each line tries again."""
         self._path = folder / METRICS_FILE
         self._start_step = start_step
         self._file: int | None = None
@@ -48,7 +48,7 @@ class JsonlTracker:
             log.warning("%s cannot be written yet (%s); its lines are kept in memory", self._path, error.strerror)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append `line`. Raises OSError if the disk refuses; the next line tries again."""
+        """Append `line`. Raises OSError if writing fails; the next line tries again."""
         with self._lock:
             if line["step"] == self._start_step and self._file is not None and line["kind"] in self._kinds_at_start:
                 return
@@ -56,7 +56,7 @@ class JsonlTracker:
             self._write_pending()
 
     def sync(self) -> None:
-        """Return when all lines so far are on the disk; lines that are logged meanwhile do not wait for it."""
+        """Return when all lines so far are on disk; lines that are logged meanwhile do not wait."""
         with self._lock:
             file = self._write_pending()
         sync_file(file, self._path)
@@ -95,7 +95,7 @@ class JsonlTracker:
 
 
 def encode_line(line: dict[str, Any]) -> bytes:
-    """`line` as one line of JSON, with null for what is not finite."""
+    """`line` as one line of JSON, with null for NaN and infinity."""
     try:
         text = _encode(line)
     except ValueError:
@@ -105,10 +105,10 @@ def encode_line(line: dict[str, Any]) -> bytes:
 
 
 def _truncate_to_step(path: Path, start_step: int) -> set[str]:
-    """Drop lines past `start_step`, duplicates, and what is not a line of ours, such as an incomplete one; the kinds of the
-    lines of `start_step` itself.
+    """Drop lines past `start_step`, duplicates, and invalid or incomplete lines; returns the kinds of the lines of
+    `start_step` itself.
 
-    What is dropped is mostly at the end, which is truncated: that needs no room on the disk. Else the file is replaced.
+    If all of these are at the end, the file is truncated, which needs no disk space; otherwise it is replaced.
     """
     if not path.exists():
         return set()
@@ -131,7 +131,7 @@ def _truncate_to_step(path: Path, start_step: int) -> set[str]:
 
 
 def _lines_to_keep(path: Path, start_step: int, seen: set[tuple[str, int]]) -> Iterator[bytes | None]:
-    """Each line; None for one that is to be dropped. The kind and step of each are added to `seen`."""
+    """Each line; None for one to drop. The kind and step of each are added to `seen`."""
     with path.open("rb") as file:
         for line in file:
             fields = parse_line(line) if line.endswith(b"\n") else None

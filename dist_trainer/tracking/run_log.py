@@ -1,4 +1,4 @@
-"""Where log messages go: one file per rank in the run's folder, and the console."""
+"""Configures logging: one file per rank in the run's folder, and the console."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dist_trainer.storage.files import open_for_writing
 
 PACKAGE_LOGGER = "dist_trainer"
 PROGRESS_LOGGER = "dist_trainer.progress"
-"""For what the progress bar shows: goes to the file, and to the console unless that is a terminal."""
+"""Level of what the progress bar shows: it goes to the file, and to the console unless that is a terminal."""
 
 
 def configure_logging(log_folder: Path | None, *, rank: int) -> None:
-    """Send this package's messages to `log_folder`/rank-N.log and to stderr; without a folder to stderr only.
+    """Send this package's messages to `log_folder`/rank-N.log and to stderr; without a folder, only to stderr.
 
-    On the console, rank 0 has all messages, other ranks only warnings, prefixed with the rank. Another call replaces the
-    handlers of the last one; other libraries' loggers are left alone. If the file cannot be written, there is one warning.
+    On the console, rank 0 shows all messages, other ranks only warnings, prefixed with the rank. Another call replaces the
+    handlers of the previous one; other libraries' loggers are left alone. If the file cannot be written, there is one warning.
     """
     logger = logging.getLogger(PACKAGE_LOGGER)
     logger.setLevel(logging.INFO)
@@ -46,7 +46,7 @@ class ConsoleHandler(logging.Handler):
 
     def __init__(self, rank: int, *, is_terminal: bool) -> None:
         super().__init__(logging.INFO if rank == 0 else logging.WARNING)
-        # tqdm's own lock is shared with forked processes: one that is killed while it writes would hold it forever.
+        # tqdm's default lock is shared with forked processes: one that is killed while it writes would hold it forever.
         tqdm.set_lock(threading.RLock())
         self._prefix = f"[rank {rank}] " if rank else ""
         self._with_time = not is_terminal
@@ -54,15 +54,15 @@ class ConsoleHandler(logging.Handler):
             self.addFilter(lambda record: record.name != PROGRESS_LOGGER)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The message, with the time unless on a terminal, and the level from warnings up; secrets are masked, since launchers
-        write the console to files.
+        """The message, with the time (unless on a terminal) and the level (for warnings and errors). Secrets are masked, since
+        launchers write the console to files.
         """
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         time = f"{_TIME.formatTime(record, '%H:%M:%S')} " if self._with_time else ""
         return masked(f"{time}{self._prefix}{level}{_MESSAGE.format(record)}")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record; a console that is gone is ignored."""
+        """Write a record; a closed console is ignored."""
         try:
             tqdm.write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
@@ -73,7 +73,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class RankFileHandler(logging.FileHandler):
-    """Appends to a file, not through a symlink; a full disk is ignored, and what did not fit is written once it does."""
+    """Appends to a file, never through a symlink. A full disk is ignored; pending records are written once there is space."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")

@@ -1,7 +1,7 @@
 """Reads a run's folder: metrics, events, config, status, progress. Imports no torch.
 
-Tolerant: the files may be damaged or someone else's. What is not valid (incomplete lines, foreign lines, values that are not
-numbers) is skipped, never raised.
+Tolerant: the files may be damaged or not ours. Anything invalid (incomplete lines, unknown lines, values that are not numbers)
+is skipped and never raises.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PROGRESS_FILE = "logs/progress"
 CERTIFICATE_FILE = "certificate.json"
 """What `verify` found."""
 OLD_PROGRESS_FILE = "logs/steps_done"
-"""Its name in runs made before it was renamed."""
+"""Its name in runs from before it was renamed."""
 DIGITS_OF_A_STEP = 15
 
 TRAIN_COLUMNS = (
@@ -59,16 +59,16 @@ class SampleText:
     prompt: str
     text: str
     seconds: float = math.nan
-    """How long it took."""
+    """How long sampling took."""
 
 
 @dataclass
 class RunHistory:
-    """What the files of a run say; `refresh` reads what was added since the last time."""
+    """The contents of a run's files; `refresh` reads what has been added since the last call."""
 
     folder: Path
     train: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in TRAIN_COLUMNS})
-    """Columns of the training lines; NaN if a line has no such number."""
+    """Columns of the training lines; NaN if a line lacks the number."""
     validation: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in VALIDATION_COLUMNS})
     skipped: list[int] = field(default_factory=list)
     """Logged steps whose update was skipped (NaN/Inf)."""
@@ -79,16 +79,16 @@ class RunHistory:
     """The resolved config, nested; empty if it cannot be read."""
     status: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    """Of the latest start."""
+    """Metadata of the latest start."""
     parameters: float = math.nan
     """Number of trainable parameters, from the latest start."""
     certificate: dict[str, Any] = field(default_factory=dict)
-    """Of the latest `verify`; empty if there is none, or it cannot be read."""
+    """Certificate of the latest `verify`; empty if there is none, or it cannot be read."""
     _read_bytes: int = 0
 
     @property
     def name(self) -> str:
-        """The run's name, which is that of its folder."""
+        """The run's name, which is its folder's."""
         return self.folder.name or str(self.folder)
 
     def refresh(self) -> None:
@@ -133,7 +133,7 @@ def read_run(folder: Path) -> RunHistory:
 
 
 def has_history(folder: Path) -> bool:
-    """Whether `folder` has metrics or events of a run."""
+    """Whether `folder` contains metrics or events of a run."""
     return any((folder / name).is_file() for name in (METRICS_FILE, EVENTS_FILE))
 
 
@@ -163,7 +163,7 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def was_validated(folder: Path) -> bool:
-    """Whether metrics.jsonl of the run in `folder` has a validation."""
+    """Whether metrics.jsonl of the run in `folder` contains a validation."""
     return any(
         b'"validation"' in text and (parse_object(text) or {}).get("kind") == "validation"
         for text, _ in complete_lines(folder / METRICS_FILE)
@@ -177,13 +177,13 @@ def last_logged_step(folder: Path) -> int:
 
 
 def read_progress(folder: Path) -> int:
-    """The last step that was recorded in logs/progress of the run in `folder`; 0 if there is none."""
+    """The last step recorded in logs/progress of the run in `folder`; 0 if there is none."""
     digits = (text_of(folder / PROGRESS_FILE) or text_of(folder / OLD_PROGRESS_FILE)).strip()
     return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= DIGITS_OF_A_STEP else 0
 
 
 def complete_lines(path: Path, *, start: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Each line that ends in a newline, from byte `start` on, with the position after it; ends where `path` cannot be read."""
+    """Each line that ends in a newline, from byte `start` on, with the position after it; stops if `path` cannot be read."""
     try:
         file = path.open("rb")
     except OSError:
@@ -240,7 +240,7 @@ def text_of(path: Path) -> str:
         return ""
 
 
-@functools.lru_cache(maxsize=4)  # a run reads its own several times, and YAML takes 50 ms
+@functools.lru_cache(maxsize=4)  # a run reads its own config several times, and parsing YAML takes 50 ms
 def _config_from(text: str) -> dict[str, Any]:
     try:
         config = load_yaml(text, RUN_CONFIG)

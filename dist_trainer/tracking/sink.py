@@ -1,4 +1,4 @@
-"""What W&B, TensorBoard and trackio share: an interface, the names of metrics, and the last line that each was given."""
+"""What W&B, TensorBoard and trackio share: an interface, the names of metrics, and a record of the last line sent."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ NOT_SENT = {"digest"}
 """Kinds of lines without numbers, which a sink is not given. They come late, and some sinks cannot go back a step."""
 
 SECONDS_ALONE = 60.0
-"""How long an export process may continue after training was killed, when nobody waits for it any more."""
+"""How long an export process may continue after training was killed and nothing waits for it."""
 
 CURSOR_FILE = "cursor.json"
-"""In the sink's own folder inside the run's."""
+"""File in the sink's subfolder of the run's folder."""
 OLD_CURSOR_FILE = "logged.json"
-"""Its name in runs made before it was renamed."""
+"""Its name in runs from before it was renamed."""
 
 LogFn = Callable[..., None]
-"""Writes to the trainer's log: a text, and its level (default: INFO)."""
+"""Writes to the trainer's log, given a text and its level (default: INFO)."""
 
 
 class Sink(Protocol):
-    """One run in one place other than its metrics.jsonl."""
+    """Sends one run to one other tool."""
 
     def take(self, line: dict[str, Any]) -> None:
-        """Take a line of metrics.jsonl. At each start of the run all lines are given again, from the first one: the sink makes
-        sure that no step is there twice.
+        """Take a line of metrics.jsonl. At each start of the run all lines are given again, from the first one: the sink must
+        make sure that no step appears twice.
         """
 
     def finish(self, state: str) -> None:
@@ -44,13 +44,13 @@ class Sink(Protocol):
 
 @dataclass
 class LogCursor:
-    """The last line that a sink was given, kept in the run's folder: for sinks that cannot go back a step."""
+    """The last line that a sink was given, kept in the run's folder, for sinks that cannot go back a step."""
 
     step: int = -1
     kinds: list[str] = field(default_factory=list)
     """Kinds of the lines of that step."""
     is_synced: bool = False
-    """Whether everything is known to have arrived; stays False for a sink that never reports it."""
+    """Whether everything is known to have arrived; stays False if the sink never reports it."""
 
     @staticmethod
     def read(folder: Path, sink: str) -> LogCursor:
@@ -67,7 +67,7 @@ class LogCursor:
         return line["step"] < self.step or (line["step"] == self.step and line["kind"] in self.kinds)
 
     def advance(self, line: dict[str, Any], folder: Path, sink: str) -> None:
-        """Record `line` as logged. Called before it is: to lose a line to a kill is better than to log a step twice."""
+        """Record `line` as logged. Called before logging it: losing a line to a kill is better than logging a step twice."""
         if line["step"] != self.step:
             self.step, self.kinds = line["step"], []
         self.kinds.append(line["kind"])
@@ -85,7 +85,7 @@ class LogCursor:
 
 
 def metrics_of(line: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a line, named `train/loss` and the like; what is unknown (null) is left out."""
+    """The numbers of a line, named `train/loss` and so on; unknown values (null) are left out."""
     non_finite = line.get("non_finite")
     values = {**line, **(non_finite if isinstance(non_finite, dict) else {})}
     return {

@@ -1,5 +1,5 @@
-"""How a run is doing, for people, scripts and schedulers: status.json, logs/events.jsonl (when it started, resumed, ended) and
-logs/progress (how many steps it has finished).
+"""The state of a run, for people, scripts and schedulers: status.json, logs/events.jsonl (when it started, resumed, ended)
+and logs/progress (how many steps it has finished).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class StatusTracker:
             write_status(self._folder, "running", step=line["step"], max_steps=self._max_steps, durable=False)
 
     def close(self, *, state: str, reason: str | None) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def has_saved(folder: Path) -> bool:
@@ -116,8 +116,8 @@ def has_saved(folder: Path) -> bool:
 def append_event(folder: Path, event: str, *, step: int, durable: bool = False, **metadata: Any) -> None:
     """Append `event` (start, resume, first checkpoint, or how the run ended) to the events of the run in `folder`.
 
-    The file only grows; resuming removes nothing from it. Never stops a run. `durable`: so that it survives a power cut. If a
-    killed process left the last line incomplete, that line is closed first, so that this one stays readable.
+    The file only grows; resuming removes nothing from it. Never stops a run. `durable`: the event must survive a power cut. If
+    a killed process left the last line incomplete, that line is terminated first, so that this one stays readable.
     """
     line = masked(json.dumps({"event": event, "step": step, "time": time.time(), **metadata}, default=str)).encode() + b"\n"
     path = folder / EVENTS_FILE
@@ -138,13 +138,13 @@ def append_event(folder: Path, event: str, *, step: int, durable: bool = False, 
 
 
 class StepCounter:
-    """Records each finished step in logs/progress, since metrics.jsonl has only every so many.
+    """Records each finished step in logs/progress, since metrics.jsonl has only every few steps.
 
-    One small write over the previous one, about a microsecond; a killed process leaves it complete.
+    It overwrites a few bytes, which takes about a microsecond; a killed process leaves a complete number.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the file of the run in `folder`; if the disk refuses, there is one warning."""
+        """Open the file of the run in `folder`; if that fails, there is one warning."""
         self._file: int | None = None
         path = folder / PROGRESS_FILE
         try:
@@ -154,7 +154,7 @@ class StepCounter:
             self._give_up(error)
 
     def record(self, step: int) -> None:
-        """`step` steps are finished."""
+        """Record that `step` steps are finished."""
         if self._file is not None:
             try:
                 os.pwrite(self._file, b"%*d\n" % (DIGITS_OF_A_STEP, step), 0)

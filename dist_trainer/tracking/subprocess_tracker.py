@@ -1,9 +1,9 @@
 """W&B, TensorBoard and trackio, each in its own process that follows metrics.jsonl, so that nothing in it can delay or
 end training.
 
-Not a thread, because W&B hooks into its process (exception hook, exit hooks that wait for its server), and all three hold the
-interpreter while they import (seconds) and while they write. The export process shares only a pipe with training. It reads the
-lines from metrics.jsonl, so there is no queue to overflow, and what it missed is sent later.
+A thread would not do: W&B hooks into its process (exception hook, exit hooks that wait for its server), and all three hold the
+GIL while they import (seconds) and while they write. The export process shares only a pipe with training. It reads the lines
+from metrics.jsonl, so there is no queue to overflow, and lines it missed are sent later.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ log = logging.getLogger(__name__)
 
 EXPORT_PROCESS = "dist_trainer.tracking.export_process"
 SHOWN_BY_WANDB = ("WANDB_NAME", "WANDB_NOTES", "WANDB_TAGS", "WANDB_JOB_TYPE", "WANDB_RUN_GROUP", "WANDB_ENTITY")
-"""Variables that W&B itself reads, and shows."""
+"""Environment variables that W&B reads and shows."""
 SECONDS_TO_FINISH = 20.0
 SECONDS_TO_STOP = 6.0
-"""If a signal or an error ended the run: whoever sent it waits for all processes to exit."""
+"""How long to wait if a signal or an error ended the run: the launcher is waiting for all processes to exit."""
 SECONDS_TO_DIE = 5.0
-"""After SIGKILL."""
+"""How long to wait after SIGKILL."""
 
 
 @dataclass(frozen=True)
 class ExportEntry:
-    """What differs between them on the trainer's side."""
+    """What differs between the tools on the trainer's side."""
 
     label: str
     is_enabled: Callable[[TrackingConfig], bool]
-    """By the config, or WANDB_MODE."""
+    """Whether the config (or WANDB_MODE) enables it."""
     details: Callable[[TrackingConfig], str]
     """Follows the label in the run's header."""
     must_be_installed: bool = True
-    """If it is enabled; otherwise a missing package costs a warning."""
+    """Whether a missing package is an error if the tool is enabled; otherwise it is a warning."""
 
 
 def _wandb_mode(tracking: TrackingConfig) -> str:
@@ -78,7 +78,7 @@ EXPORTS = {
         details=lambda tracking: f" (project {_project(tracking)})",
     ),
 }
-"""Entries of TRACKERS. The name is also that of the package, of the config key, and of the entry in SINKS."""
+"""Entries of TRACKERS. The package, the config key and the entry in SINKS have the same name."""
 
 
 def check_packages(tracking: TrackingConfig) -> None:
@@ -92,7 +92,7 @@ def check_packages(tracking: TrackingConfig) -> None:
 
 
 def format_exports(tracking: TrackingConfig) -> str:
-    """Those that are enabled: `W&B offline (project dist_trainer), TensorBoard`."""
+    """The enabled entries: `W&B offline (project dist_trainer), TensorBoard`."""
     enabled = [f"{entry.label}{entry.details(tracking)}" for entry in EXPORTS.values() if entry.is_enabled(tracking)]
     return ", ".join(enabled) or "no W&B"
 
@@ -122,12 +122,12 @@ class SubprocessTracker:
     """Starts the export process, tells it when metrics.jsonl has grown, and passes its messages on to the log."""
 
     def __init__(self, description: dict[str, Any]) -> None:
-        """Start the process for the run that `describe_run` describes; if the package is missing or the process cannot start,
+        """Start the process for the run described by `describe_run`; if the package is missing or the process cannot start,
         there is one warning.
         """
         name, self._label = description["sink"], description["label"]
         self._can_catch_up = name == "wandb" and description["mode"] == "online"
-        """Whether the same command sends what is missing even after the run has finished."""
+        """Whether rerunning the command sends what is missing even after the run has finished."""
         self._process: subprocess.Popen[bytes] | None = None
         self._deadline: float | None = None
         if importlib.util.find_spec(name) is None:
@@ -144,7 +144,7 @@ class SubprocessTracker:
         assert self._process.stdin is not None
         self._pipe = self._process.stdin.fileno()
         self._send(json.dumps(description).encode() + b"\n")
-        # From here on a slow process never blocks training: a full pipe has more than enough to wake it up.
+        # From here on a slow process never blocks training: a full pipe is more than enough to wake it up.
         os.set_blocking(self._pipe, False)
         arguments = (self._process, self._label, output)
         self._reader_thread = threading.Thread(target=_log_messages, args=arguments, name=f"{name} messages", daemon=True)
@@ -155,12 +155,12 @@ class SubprocessTracker:
         self._send(b"\n")
 
     def ask_to_finish(self, state: str) -> None:
-        """Tell the process how the run ended, without waiting: `close` waits, when all processes have been told."""
+        """Tell the process how the run ended, without waiting: `close` waits once all processes have been told."""
         if self._process is None or self._process.stdin is None or self._deadline is not None:
             return
         patience = _patience(state)
         self._deadline = time.monotonic() + patience
-        # A process that no longer reads must not block this either. Not `select`: it rejects descriptors above 1,023.
+        # A process that no longer reads must not block this one either. `select` would reject descriptors above 1,023.
         writable = select.poll()
         writable.register(self._pipe, select.POLLOUT)
         writable.poll(1000 * patience)
@@ -169,7 +169,7 @@ class SubprocessTracker:
             self._process.stdin.close()
 
     def close(self, *, state: str, reason: str | None) -> None:
-        """Wait some seconds for the process to finish, then end it, and log what it left undone."""
+        """Wait a few seconds for the process to finish, then end it, and log what it left undone."""
         self.ask_to_finish(state)
         process, deadline = self._process, self._deadline
         if process is None or deadline is None:
@@ -195,7 +195,7 @@ class SubprocessTracker:
 
 
 def is_wandb_behind(folder: Path, tracking: TrackingConfig) -> bool:
-    """Whether W&B is online, and its server is not known to have all of the run in `folder`."""
+    """Whether W&B is online and its server may lack part of the run in `folder`."""
     return _wandb_mode(tracking) == "online" and not LogCursor.read(folder, "wandb").is_synced
 
 
@@ -216,13 +216,13 @@ def _start_process(output: Path) -> subprocess.Popen[bytes]:
             stdout=subprocess.PIPE,
             stderr=stderr,
             env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
-            # Out of reach of Ctrl-C and of signals to the job's process group: it ends when this process does.
+            # Its own session: Ctrl-C and signals to the job's process group do not reach it; it ends when this process does.
             start_new_session=True,
         )
 
 
 def _log_messages(process: subprocess.Popen[bytes], label: str, output: str) -> None:
-    """Log the process's messages, and warn if it ends without its last one."""
+    """Log the process's messages, and warn if it ends without a final one."""
     assert process.stdout is not None
     has_ended_well = False
     with process.stdout as messages:
@@ -239,8 +239,8 @@ def _log_messages(process: subprocess.Popen[bytes], label: str, output: str) -> 
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End the process and those that it started."""
+    """Kill the process and its children."""
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one in a system call of a dead disk does not die of it
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process blocked on a dead disk cannot be killed
         process.wait(SECONDS_TO_DIE)

@@ -17,12 +17,12 @@ _SECONDS_BETWEEN_FLUSHES = 5
 
 
 class TensorBoardSink:
-    """Writes everything from the first step on: no step is there twice, and none that was undone by a restart, in any reader,
-    whether or not it respects TensorBoard's own marks of a restart. 10,000 lines take about two seconds.
+    """Writes everything again from the first step, so that no step appears twice and none that a restart undid appears at all,
+    even in readers that ignore TensorBoard's restart marks. 10,000 lines take about two seconds.
     """
 
     def __init__(self, description: dict[str, Any], log: LogFn) -> None:
-        """Open the file. Raises OSError if the disk refuses, ImportError without the package."""
+        """Open the file. Raises OSError if it cannot be written, ImportError without the package."""
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -32,12 +32,12 @@ class TensorBoardSink:
         self._writer = EventFileWriter(str(self._folder), flush_secs=_SECONDS_BETWEEN_FLUSHES)
         for file in earlier:
             file.unlink()
-        # Makes a TensorBoard that was watching the earlier file forget it.
+        # Makes a running TensorBoard forget the earlier file.
         self._write(0, time.time(), session_log=SessionLog(status=SessionLog.START))
         self._write_text("config", f"```yaml\n{yaml.safe_dump(description['config'], sort_keys=False)}```", 0, time.time())
 
     def take(self, line: dict[str, Any]) -> None:
-        """Write its numbers as scalars, a sample as text."""
+        """Write its numbers as scalars; a sample also as text."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         step, when = line["step"], float(line.get("time") or 0)

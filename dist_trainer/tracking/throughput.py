@@ -56,16 +56,16 @@ PEAK_FLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 """Part of a device's name → its peak FLOP/s by number format, without sparsity; the first match counts.
 
-From the makers' data sheets; figures given with sparsity are halved. A power limit below the data sheet's lowers what can be
-reached, not these figures. Turing and Volta have no bf16 units, so no bf16 entry.
+From the manufacturers' data sheets; figures given with sparsity are halved. A power limit below the data sheet's lowers what
+can be reached, but not these figures. Turing and Volta have no bf16 units, hence no bf16 entry.
 """
 
 
 def peak_flops(name: str, dtype: str) -> float | None:
     """Peak FLOP/s of the device called `name` in `dtype` (fp32, bf16, fp16); None if it is unknown, and for fp32.
 
-    The peak of fp32 depends on whether TF32 is allowed, so none is given; nor for a part of a GPU (MIG) or one in a laptop,
-    whose names contain that of the full GPU.
+    The peak of fp32 depends on whether TF32 is allowed, so none is given. Nor is one given for a part of a GPU (MIG) or a
+    laptop's, whose names contain that of the full GPU.
     """
     if re.search(r"\b(MIG|Laptop|Max-Q)\b", name):
         return None
@@ -84,7 +84,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Adds up the seconds spent inside and counts the uses; cannot be nested. A generator would cost more per step."""
+    """Adds up the seconds spent inside and counts the uses; cannot be nested. A generator-based one would be slower."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.is_open = False
@@ -93,7 +93,7 @@ class Stopwatch:
         self.clear()
 
     def clear(self) -> None:
-        """Start again at zero."""
+        """Reset to zero."""
         self.seconds, self.count = 0.0, 0
 
     def __enter__(self) -> None:
@@ -117,18 +117,18 @@ class Throughput:
         flops_per_token: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`dtype` is that of the matrix products; `flops_per_token` is of forward and backward together."""
+        """`dtype`: of the matrix products. `flops_per_token`: forward and backward together."""
         self._device = world.device
         peak = peak_flops(device_name(world.device), dtype) if world.device.type == "cuda" else None
         self._peak_tokens_per_second = peak * world.world_size / flops_per_token if peak and flops_per_token else None
-        """At which every device would be at its peak FLOP/s."""
+        """The rate at which every device would be at its peak FLOP/s."""
         self._clock = clock
         self.paused = Stopwatch(clock)
         """Time inside is not part of the steps."""
         self.waiting_for_data = Stopwatch(clock)
         """Time inside is part of the steps, and also counted in `data_seconds`."""
         self.saving = Stopwatch(clock)
-        """Time inside is training waiting for a checkpoint, counted in `checkpoint_stall_ms`."""
+        """Time inside is spent waiting for a checkpoint, and counted in `checkpoint_stall_ms`."""
         self.start(step=0, tokens=0)
 
     def start(self, *, step: int, tokens: int) -> None:

@@ -1,4 +1,4 @@
-"""Where a run's metrics go: the table of trackers, and the one object that training logs to."""
+"""Where a run's metrics go: the registry of trackers, and the object that training logs to."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tracker(Protocol):
         """
 
     def close(self, *, state: str, reason: str | None) -> None:
-        """The run ends: finished, preempted or failed, and why."""
+        """The run has ended: finished, preempted or failed, and why."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def export_tracker(run: RunContext, name: str) -> SubprocessTracker:
     return SubprocessTracker(describe_run(name, run.folder, run.tracking, run_name=run.name, config=config))
 
 
-# The first one writes what the others read.
+# The first entry writes the file that the others read.
 TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
     "jsonl": lambda run: JsonlTracker(run.folder, run.start_step),
     "console": lambda run: ConsoleTracker(
@@ -81,7 +81,7 @@ TRACKERS: dict[str, Callable[[RunContext], Tracker]] = {
 
 
 class TrackerList:
-    """Passes each line to every tracker, if there are any; an error in one costs a warning and affects nothing else."""
+    """Passes each line to every tracker, if there are any; an error in one is logged as a warning and affects nothing else."""
 
     def __init__(self, trackers: Mapping[str, Tracker] | None = None) -> None:
         self._trackers = dict(trackers or {})
@@ -111,14 +111,14 @@ class TrackerList:
     def _try(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
-        except (Exception, SystemExit) as error:  # some libraries leave by sys.exit
+        except (Exception, SystemExit) as error:  # some libraries call sys.exit
             if name not in self._warned:
                 self._warned.add(name)
                 log.warning("tracking: %s failed (%s: %s); training continues", name, type(error).__name__, error)
 
 
 def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], Tracker]]) -> TrackerList:
-    """Every entry of TRACKERS (of EXPORTS only those enabled) and of `others`; one that cannot start costs a warning."""
+    """Every entry of TRACKERS (of EXPORTS, only enabled ones) and of `others`; one that cannot start is a warning."""
     trackers: dict[str, Tracker] = {}
     for name, build in {**TRACKERS, **others}.items():
         if name in EXPORTS and not EXPORTS[name].is_enabled(run.tracking):
@@ -131,7 +131,7 @@ def build_tracker(run: RunContext, others: Mapping[str, Callable[[RunContext], T
 
 
 def send_to_wandb(run: RunContext) -> None:
-    """Send W&B's server what it lacks of a run that has finished; an error costs a warning."""
+    """Send W&B's server what it lacks of a finished run; an error is logged as a warning."""
     try:
         export_tracker(run, "wandb").close(state="finished", reason=None)
     except Exception as error:

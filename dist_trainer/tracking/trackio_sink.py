@@ -15,10 +15,10 @@ FOLDER = "trackio"
 
 
 class TrackioSink:
-    """One run in trackio, also over restarts: the run's trackio/ keeps its id there and the last line it was given."""
+    """One run in trackio, even across restarts: the run's trackio/ stores its trackio id and the last line sent."""
 
     def __init__(self, description: dict[str, Any], log: LogFn) -> None:
-        """Open the run: the earlier one, or a new one, which then gets everything. Raises whatever trackio raises."""
+        """Open the earlier run, or a new one, which then gets all lines. Raises whatever trackio raises."""
         self._folder = Path(description["folder"])
         self._project = description["project"]
         (self._folder / FOLDER).mkdir(exist_ok=True)
@@ -26,7 +26,7 @@ class TrackioSink:
         self._run = self._open(description, resume="allow" if saved_id else "never")
         if saved_id and self._run.id != saved_id:
             # trackio finds runs by name only, and returns the latest.
-            log(f"trackio has another run named {self._run.name} by now, or lost this one; sending all of this one again")
+            log(f"trackio now has another run named {self._run.name}, or has lost this one; sending all of this one again")
             self._run.finish()
             self._run = self._open(description, resume="never")
         is_new = self._run.id != saved_id
@@ -35,7 +35,7 @@ class TrackioSink:
             replace_file(self._folder / FOLDER / "run_id", [self._run.id.encode() + b"\n"], durable=True)
 
     def take(self, line: dict[str, Any]) -> None:
-        """Log its numbers, and a sample as text."""
+        """Log its numbers; a sample also as text."""
         if self._cursor.has_passed(line):
             return
         self._cursor.advance(line, self._folder, FOLDER)

@@ -1,4 +1,4 @@
-"""Weights & Biases: a run online, or files that `wandb sync` sends later."""
+"""Weights & Biases: an online run, or files that `wandb sync` sends later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOLDER = "wandb"
 INIT_TIMEOUT_SECONDS = 30.0
 PROBE_TIMEOUT_SECONDS = 5.0
 MAX_SAMPLES = 500
-"""Rows of the table of samples, the newest ones: the table is sent again with each sample."""
+"""Rows kept in the table of samples (the newest): the table is sent again with each sample."""
 _GOOD_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -34,7 +34,7 @@ class WandbSink:
     def __init__(self, description: dict[str, Any], log: LogFn) -> None:
         """Open the run, online if configured and possible; raises whatever W&B raises if not even offline works."""
         self._folder = Path(description["folder"])
-        # Else tables are kept in the user's home until they are sent.
+        # Otherwise tables are kept in the user's home until they are sent.
         os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(self._folder / FOLDER)
         self._cursor = LogCursor.read(self._folder, FOLDER)
         self._best: tuple[float, int] | None = None
@@ -43,7 +43,7 @@ class WandbSink:
         self._log_start = self._log.stat().st_size if self._log.exists() else 0
         self._run, self._is_online = _open_run(description, run_id(self._folder), log)
         if self._is_online and not (self._cursor.is_synced and self._run.resumed):
-            # What an earlier start logged may have been lost, or be here in files for `wandb sync`: the server knows.
+            # Lines that an earlier attempt logged may be lost, or be in files for `wandb sync`: ask the server.
             self._cursor = LogCursor(self._run.starting_step)
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("validation/loss", step_metric="step", summary="min")
@@ -51,13 +51,13 @@ class WandbSink:
             self._run.log_code(description["code"], name=f"source-{self._run.id}", include_fn=lambda path: path.endswith(".py"))
 
     def take(self, line: dict[str, Any]) -> None:
-        """Log it, unless it was logged before; the best loss and the samples come from all lines."""
+        """Log the line, unless it was logged before; the best loss and the samples come from all lines."""
         self._update_summary(line)
         if self._cursor.has_passed(line):
             return
         self._cursor.advance(line, self._folder, FOLDER)
-        # The step is given twice: as W&B's own counter it keeps a resumed run in order and puts all lines of a step together;
-        # as a metric it is the axis of every chart.
+        # The step is given twice: as W&B's step counter it keeps a resumed run in order and combines all lines of a step; as a
+        # metric it is the x-axis of every chart.
         self._run.log(self._row(line), step=line["step"])
 
     def finish(self, state: str) -> None:
@@ -71,7 +71,7 @@ class WandbSink:
             _mark_offline_files_synced(self._folder / FOLDER, self._run.id)
 
     def summary(self) -> str:
-        """Where the run is, or how to send it there."""
+        """Where the run is, or how to upload it."""
         if self._is_online and not self._cursor.is_synced:
             return f"its server refused part of {self._run.url} (see {self._log}); the same command sends what is missing"
         if self._is_online:
@@ -80,7 +80,7 @@ class WandbSink:
         return f"recorded offline; upload it with `{command_path('wandb')} sync {folders}`"
 
     def _gave_up(self) -> bool:
-        """Whether W&B stopped sending. Its `finish` returns normally then, and only what it prints for its user says so."""
+        """Whether W&B stopped sending. Its `finish` then returns normally, and only its printed output says so."""
         try:
             with self._log.open("rb") as file:
                 file.seek(self._log_start)
@@ -93,7 +93,7 @@ class WandbSink:
         if line["kind"] == "sample":
             row["samples"] = _table(self._samples)
         if line["kind"] == "validation" and self._best is not None:
-            row["validation/best_loss"] = self._best[0]  # a plain number, for sweeps
+            row["validation/best_loss"] = self._best[0]  # a plain metric, for sweeps
         return row
 
     def _update_summary(self, line: dict[str, Any]) -> None:
@@ -107,10 +107,10 @@ class WandbSink:
 
 
 def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
-    """The W&B id of the run in `folder`: at first WANDB_RUN_ID, which sweeps set, or a random one; then always the same."""
+    """The W&B id of the run in `folder`: initially WANDB_RUN_ID (set by sweeps) or random, then fixed."""
     path = folder / FOLDER / "run_id"
     saved = text_of(path).strip()
-    if _GOOD_ID.fullmatch(saved):  # W&B names folders by it
+    if _GOOD_ID.fullmatch(saved):  # W&B names folders after it
         return saved
     chosen = environment.get("WANDB_RUN_ID", "")
     if not _GOOD_ID.fullmatch(chosen):
@@ -121,7 +121,7 @@ def run_id(folder: Path, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _mark_offline_files_synced(folder: Path, identity: str) -> None:
-    """Make `wandb sync` skip what was recorded offline: the server has it now."""
+    """Make `wandb sync` skip what was recorded offline, since the server now has it."""
     for recorded in folder.glob(f"offline-run-*/run-{identity}.wandb"):
         recorded.with_suffix(".wandb.synced").touch()
 
@@ -142,7 +142,7 @@ def _open_run(description: dict[str, Any], identity: str, log: LogFn) -> tuple[A
         "console": "off",
         "init_timeout": INIT_TIMEOUT_SECONDS,
         "x_stats_pid": description["trainer_pid"],
-        # The environment is in the run's config; W&B's own search would add the repository's address and the user.
+        # The environment is in the run's config; W&B's own detection would add the repository's address and the user.
         "disable_git": True,
         "disable_code": True,
         "disable_job_creation": True,
@@ -157,7 +157,7 @@ def _open_run(description: dict[str, Any], identity: str, log: LogFn) -> tuple[A
             id=identity,
             project=description["project"],
             entity=description["entity"],
-            # W&B fills in what is None from its environment variables.
+            # W&B fills in None from its environment variables.
             name=None if os.environ.get("WANDB_NAME") else description["name"],
             group=description["group"],
             tags=description["tags"],
@@ -180,7 +180,7 @@ def _open_run(description: dict[str, Any], identity: str, log: LogFn) -> tuple[A
 
 
 def _reach(base_url: str) -> None:
-    """Raises OSError if W&B's server does not answer within seconds: `wandb.init` alone would try for minutes."""
+    """Raises OSError if W&B's server does not answer within seconds: `wandb.init` by itself would try for minutes."""
     address = urlsplit(base_url)
     if address.hostname and not any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy")):
         port = address.port or (80 if address.scheme == "http" else 443)
