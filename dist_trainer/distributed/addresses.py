@@ -1,4 +1,4 @@
-"""The address and network interface by which this machine reaches the others. Its own host name is never looked up."""
+"""The address and network interface through which this machine reaches the others. Its host name is never looked up."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 _ANY_PORT = 9
-"""Nothing is sent to it: connecting a UDP socket only asks the routing table."""
+"""Nothing is sent to it: connecting a UDP socket only consults the routing table."""
 _ADDRESS_IN_SOCKADDR: dict[int, slice] = {socket.AF_INET: slice(4, 8), socket.AF_INET6: slice(8, 24)}
-"""Bytes of Linux's sockaddr_in and sockaddr_in6."""
+"""Size of Linux's sockaddr_in and sockaddr_in6."""
 
 
 def own_address(towards: str) -> str | None:
@@ -31,10 +31,10 @@ def own_address(towards: str) -> str | None:
 
 
 def address_among(addresses: Sequence[str | None], own: str | None) -> str | None:
-    """This machine's address as the other machines see it; `addresses` are those that all ranks found for themselves.
+    """This machine's address as the other machines see it; `addresses` are what all ranks found for themselves.
 
-    Usually `own`. But the machine of rank 0 looks for a route to itself, and its own name may resolve to a loopback address in
-    /etc/hosts (127.0.1.1 on Debian): then its address towards a machine that found a better one.
+    Usually `own`. But rank 0's machine looks for a route to itself, and /etc/hosts may map its name to a loopback address
+    (127.0.1.1 on Debian). Then the result is its address towards a machine that found a better one.
     """
     if own is not None and not _is_loopback(own):
         return own

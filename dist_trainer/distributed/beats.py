@@ -1,4 +1,4 @@
-"""What each rank reports (a beat), and the judge: which ranks have failed, by the last beat of each. Pure functions."""
+"""Beats, the status reports of ranks, and which ranks have failed according to the last beat of each. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 FIRST_STEP_MINUTES, LATER_MINUTES = 10.0, 2.0
-"""distributed.hang_timeout_minutes if that is null: until a process's first step is done (it may compile), and later."""
+"""What null means for distributed.hang_timeout_minutes: until a process's first step is done (it may compile), and later."""
 STEPS_OF_PATIENCE = 10.0
 """A rank may make no progress for this many times its longest step so far, if that is more than the timeout."""
 
@@ -29,30 +29,30 @@ Phase = Literal[
 ]
 """What the main thread is doing. `backward`: the last backward pass of a step, which exchanges gradients."""
 UNLIMITED: frozenset[Phase] = frozenset({"preparing", "saving", "in a callback"})
-"""These may take hours, as long as the process sends beats."""
+"""These phases may take hours, as long as the process sends beats."""
 WAITING: frozenset[Phase] = frozenset({"waiting for others", "backward", "updating", "logging", "summing losses"})
-"""A rank without progress in one of these may be waiting for another one."""
+"""In these phases, a rank without progress may be waiting for another one."""
 STEPPING: frozenset[Phase] = frozenset({"reading data", "training", "backward", "updating", "logging"})
 """The phases of a step, apart from waiting for others before it."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank reports of itself."""
+    """What a rank reports about itself."""
 
     step: int = 0
     """Finished steps."""
     phase: Phase = "preparing"
     idle_seconds: float = 0.0
-    """Since it last made progress: entered the phase, or finished another micro-batch or batch in it."""
+    """Seconds since it last made progress: entered the phase, or finished another micro-batch or batch in it."""
     patience_seconds: float = 60 * FIRST_STEP_MINUTES
-    """After this long without a beat it has failed; in a limited phase it may make no progress for at least as long."""
+    """It has failed after this long without a beat; in a limited phase it may also make no progress for at least this long."""
     longest_step_seconds: float = 0.0
-    """Of its steps so far; without the first one, which may compile, once there is a second."""
+    """Its longest step so far; once there is a second step, without the first one, which may compile."""
     gone: tuple[int, ...] = ()
-    """Ranks that it knows have died."""
+    """Ranks it knows to be dead."""
     number: int = 0
-    """Counts the beats: if it does not change, the rank is silent."""
+    """Number of the beat: if it does not change, the rank is silent."""
 
     @property
     def lacks_progress(self) -> bool:
@@ -62,13 +62,13 @@ class Beat:
 
     @property
     def waits(self) -> int:
-        """0: for nobody; 1: possibly, in a collective; 2: for what others still have to do."""
+        """0: it is not waiting; 1: possibly, in a collective; 2: it is waiting for other ranks."""
         return (self.phase in WAITING) + (self.phase == "waiting for others")
 
 
 @dataclass(frozen=True)
 class FailedRank:
-    """A rank without which the run cannot continue."""
+    """A rank that has failed, so that the run cannot continue."""
 
     rank: int
     reason: str
@@ -86,12 +86,12 @@ IS_GONE = "is gone"
 
 
 def find_failed_ranks(beats: Sequence[Beat], silent_seconds: Sequence[float]) -> list[FailedRank]:
-    """The ranks that are dead, silent, or without progress, by the last beat of each and its age.
+    """The ranks that are dead, silent or without progress, given the last beat of each and its age.
 
-    If one rank makes no progress, none does, since the others wait for it. Those that do not wait have failed; if all wait,
-    those that are still in a collective when others are past it. None has failed if all are in the same phase of the same step:
-    no rank is behind another, so they are slow, or a collective of theirs never completes, and ends by its own timeout. But if
-    all wait for each other, they cannot be slow.
+    If one rank makes no progress, none does, since the others wait for it. The ranks that are not waiting have failed; if all
+    are waiting, those still in a collective that others have left. If all are in the same phase of the same step, none has
+    failed: either they are slow, or their collective never completes, and its own timeout ends it. The exception is "waiting
+    for others": if all are in that phase, they are not just slow.
     """
     if gone := sorted({rank for beat in beats for rank in beat.gone}):
         return [FailedRank(rank, IS_GONE, beats[rank]) for rank in gone]
@@ -109,7 +109,7 @@ def find_failed_ranks(beats: Sequence[Beat], silent_seconds: Sequence[float]) ->
 
 
 def find_silent_ranks(ranks: Iterable[tuple[int, Beat, float]]) -> list[FailedRank]:
-    """Those of (rank, last beat, seconds since it) that have been silent for longer than their patience_seconds."""
+    """Of these (rank, last beat, seconds since it), the ranks that have been silent for longer than their patience_seconds."""
     return [
         FailedRank(rank, f"stopped responding for {seconds:.0f} s", beat)
         for rank, beat, seconds in ranks

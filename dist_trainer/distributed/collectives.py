@@ -24,7 +24,7 @@ def all_reduce_sum(tensor: Tensor, world: DistributedContext) -> Tensor:
 
 
 def gather_numbers(values: Tensor, world: DistributedContext) -> list[float]:
-    """The elements of every rank's `values`, vectors of one size, in the order of ranks. Waits for the device."""
+    """The elements of every rank's `values` (vectors of one size), in rank order. Waits for the device."""
     values = values.double()
     if world.world_size == 1:
         return values.tolist()
@@ -34,7 +34,7 @@ def gather_numbers(values: Tensor, world: DistributedContext) -> list[float]:
 
 
 def sum_exactly(values: list[float]) -> float:
-    """The sum of `values`, rounded once; infinities and NaN as in any sum."""
+    """The sum of `values`, rounded once; infinities and NaN propagate as in any sum."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
@@ -49,7 +49,7 @@ class PendingSum:
             self._work = dist.all_reduce(self._sums, group=world.cpu_group, async_op=True)
 
     def wait(self) -> list[int]:
-        """The sums, as soon as every rank has contributed."""
+        """The sums, once every rank has contributed."""
         if self._sums is None:
             return self._values
         with self._heartbeat.waiting():
@@ -67,7 +67,7 @@ def broadcast_object(value: T, world: DistributedContext) -> T:
 
 
 def gather_objects(value: T, world: DistributedContext) -> list[T]:
-    """The `value` of every rank, by rank, on every rank."""
+    """Every rank's `value`, in rank order, on every rank."""
     if world.cpu_group is None:
         return [value]
     values: list[T] = [value] * world.world_size
@@ -76,7 +76,7 @@ def gather_objects(value: T, world: DistributedContext) -> list[T]:
 
 
 def barrier(world: DistributedContext) -> None:
-    """Wait until every rank is here, for hours if necessary; signal handlers run meanwhile."""
+    """Wait until every rank gets here, for hours if necessary; signal handlers run meanwhile."""
     if world.cpu_group is None:
         return
     with world.heartbeat.waiting():
@@ -112,7 +112,7 @@ def run_on_rank0(world: DistributedContext, act: Callable[[], T]) -> T:
 
 
 def local_rank0_first(world: DistributedContext, prepare: Callable[[], T]) -> T:
-    """Run `prepare` on one rank of each machine, then on the others, which can use what the first one left in a cache.
+    """Run `prepare` on one rank of each machine, then on the others, which can use what the first one has cached.
 
     An error on one rank is raised on all ranks.
     """

@@ -31,14 +31,14 @@ from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import ConfigError, DistTrainerError, OutOfMemoryError, PeerLostError, counted
 
 CPU_GROUP_TIMEOUT = timedelta(days=7)
-"""Of the CPU group: a rank may wait in it for hours while others prepare a dataset."""
+"""Timeout of the CPU group: a rank may wait in it for hours while others prepare a dataset."""
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
-"""Of collectives on the device, at least; the heartbeat notices sooner, and knows which waits are legitimate."""
+"""Minimum timeout of collectives on the device. The heartbeat notices sooner, and knows which waits are legitimate."""
 MOST_COMPILE_THREADS = 32
-"""torch compiles with one process per core, up to this many, and does not know about quotas."""
+"""torch compiles with one process per core, up to this many, and ignores CPU quotas."""
 ERROR_PATIENCE_SECONDS = 20.0
 FIRST_POLL_SECONDS, POLL_SECONDS = 0.001, 0.02
-"""Between looks whether a collective is complete, at first and later: most are at once, some take hours."""
+"""Time between checks whether a collective is complete, at first and later: most complete at once, some take hours."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class DistributedContext(RankInfo):
     """Which rank this process is, on which device, and its connections with the other ranks."""
 
     device: torch.device = field(default=torch.device("cpu"))
-    """What this rank computes on."""
+    """The device that this rank computes on."""
     cpu_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     """gloo group for small values in host memory; None for a single process."""
     stop_request: StopRequest = field(default_factory=StopRequest, repr=False, compare=False)
     """Whether a signal asked this rank to stop."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat, repr=False, compare=False)
-    """Marks the progress of this rank, and watches the others."""
+    """Marks the progress of this rank and watches the others."""
 
     @property
     def is_main(self) -> bool:
@@ -72,12 +72,12 @@ def init_distributed(
     stop_request: StopRequest | None = None,
     on_fatal: Callable[[str], None] | None = None,
 ) -> Generator[DistributedContext]:
-    """Join the ranks that torchrun or srun started, and leave them in order; a single process if there is no launcher.
+    """Join the ranks that torchrun or srun started, and leave them cleanly; a single process if there is no launcher.
 
-    `stop_request`: the one that the command started with. `on_fatal` is called with a sentence on one of the remaining ranks
-    before this process exits because the launcher or another rank is lost. Raises ConfigError if the launcher's variables
-    contradict each other, the ranks outnumber the machine's GPUs, or the backend does not fit the machine; PeerLostError if
-    the launcher or another rank is gone; StoppedError if a signal arrived before all ranks had joined.
+    `stop_request`: the command's. `on_fatal` is called, with a sentence, on one of the remaining ranks before it exits because
+    the launcher or another rank is lost. Raises ConfigError if the launcher's variables contradict each other, if there are
+    more ranks than GPUs, or if the machine does not support the backend; PeerLostError if the launcher or another rank is gone;
+    StoppedError if a signal arrived before all ranks had joined.
     """
     begin_as_rank()
     info = rank_info()
@@ -86,7 +86,7 @@ def init_distributed(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     heartbeat = Heartbeat(rank=info.rank, timeout_minutes=config.hang_timeout_minutes, on_fatal=on_fatal)
-    stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
+    stop_request = StopRequest() if stop_request is None else stop_request  # not `or`: without a signal it is false
     if is_launched():
         heartbeat.watch_launcher(living_launcher(), stop_request.note_lost_launcher)
     try:
@@ -141,7 +141,7 @@ def _process_groups(
         except (PeerLostError, OutOfMemoryError):
             raise  # at once: the others may be waiting for this rank elsewhere
         except DistTrainerError:
-            # Usually all ranks share the error, but a rank that failed in another way never gets here.
+            # Usually all ranks raise the same error, but a rank that failed in another way never gets here.
             _leave(cpu_group, heartbeat, patience_seconds=ERROR_PATIENCE_SECONDS)
             raise
     _leave(cpu_group, heartbeat)
@@ -149,7 +149,7 @@ def _process_groups(
 
 @contextmanager
 def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
-    """Turn an error that a lost peer caused into a PeerLostError that names it."""
+    """Turn an error caused by a lost peer into a PeerLostError that names it."""
     try:
         yield
     except DistTrainerError:
@@ -161,7 +161,7 @@ def _lost_peers_named(heartbeat: Heartbeat) -> Generator[None]:
 
 
 def _choose_network_interface(info: RankInfo, address: str | None) -> None:
-    """Set gloo's network interface to the one by which the others are reached, unless the user did.
+    """Set gloo's network interface to the one that reaches the other machines, unless the user has set one.
 
     By default gloo takes the address that this machine's host name resolves to: 127.0.1.1, or none at all, on many machines.
     """

@@ -1,10 +1,10 @@
-"""The heartbeat: notices in time that a rank or the launcher is dead, or that a rank hangs. No collective does.
+"""The heartbeat: detects in time that a rank or the launcher is dead, or that a rank hangs. Collectives do not.
 
-The main thread marks its progress here, and may wait in a collective forever. Two more threads of each rank look after that:
-one (peers.py) sends the rank's progress to rank 0 several times a second and reads rank 0's judgement of all
-ranks (beats.py); the other (watcher.py) looks whether the launcher and this machine's ranks are alive. A run whose launcher
-is gone saves and exits. If the run cannot continue without a rank, this process is ended, after one line in the log that names
-the rank, its machine, and where it was last seen.
+The main thread marks its progress here, and may wait in a collective forever. So each rank has two more threads: one (peers.py)
+sends the rank's progress to rank 0 several times a second and reads which ranks have failed according to rank 0 (beats.py); the
+other (watcher.py) checks whether the launcher and this machine's ranks are alive. If the launcher is gone, the run saves and
+exits. If a rank has failed, this process ends, after one line in the log that names the rank, its machine, and where it was
+last seen.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ LOST_PEERS_SECONDS = 2.0
 
 
 class Mark(NamedTuple):
-    """How far the main thread was."""
+    """How far the main thread has got."""
 
     phase: Phase
     step: int
     """Finished steps."""
     time: float
-    """By the heartbeat's clock."""
+    """When it was set, by the heartbeat's clock."""
 
 
 class Heartbeat:
-    """The progress of this rank's main thread, and what watches the others. Until `watch_launcher` or `watch_peers` is called
-    it only notes progress.
+    """Records the progress of this rank's main thread and watches the other ranks. Until `watch_launcher` or `watch_peers` is
+    called, it only records progress.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Heartbeat:
         """`on_fatal`: called with a sentence, on one of the remaining ranks, before this process exits."""
         self.rank = rank
         self.timeout_minutes = timeout_minutes
-        self._clock = RunningClock()  # all ranks may have been suspended at once, and none was silent then
+        self._clock = RunningClock()  # if all ranks are suspended at once, none counts as silent
         self._mark = Mark("preparing", 0, self._clock.now())
         self._step_seconds = self._longest_step_seconds = 0.0
         self._steps_done = 0
@@ -65,8 +65,8 @@ class Heartbeat:
     # ----------------------------------------------------------------------------- progress of the main thread
 
     def mark(self, phase: Phase, *, step: int | None = None) -> None:
-        """The main thread has made progress: it has entered `phase`, or got further in it. `step`: finished steps (None: as
-        many as before).
+        """The main thread has made progress: it has entered `phase`, or got further in it. `step`: finished steps (None:
+        unchanged).
         """
         before, now = self._mark, self._clock.now()
         step = before.step if step is None else step
@@ -77,13 +77,13 @@ class Heartbeat:
                 self._longest_step_seconds, self._step_seconds = max(longest, self._step_seconds), 0.0
                 self._steps_done += 1
         self._has_begun_to_train |= phase == "reading data"
-        # What may take long only once, such as compilation, is over when another step begins.
+        # Slow first-time work such as compilation is over when another step starts.
         self._first_step_is_done |= phase == "training" and self._steps_done > 0
         self._mark = Mark(phase, step, now)
 
     @contextmanager
     def waiting(self, phase: Phase = "waiting for others") -> Generator[None]:
-        """While the context lasts the main thread waits for other ranks, which may be slower."""
+        """Inside this context the main thread is waiting for other ranks, which may be slower."""
         before = self._mark.phase
         self.mark(phase)
         yield
@@ -113,23 +113,23 @@ class Heartbeat:
     # -------------------------------------------------------------------------------------- watching the others
 
     def watch_launcher(self, parent: int, on_lost_launcher: Callable[[str], None]) -> None:
-        """Soon after `parent`, the process that started this one, has ended, call `on_lost_launcher` with a sentence: the main
-        thread is to save and exit. If it has not begun to train, or makes no progress, end this process instead.
+        """Call `on_lost_launcher`, with a sentence, soon after `parent` (the process that started this one) has ended, so that
+        the main thread saves and exits. If it has not started to train, or makes no progress, end this process instead.
         """
         self._watcher.watch_launcher(parent, on_lost_launcher)
 
     def watch_peers(self, processes: Sequence[ProcessId], store: dist.Store) -> None:
-        """Watch all ranks, over `store`, which rank 0 keeps and all have reached."""
+        """Watch all ranks through `store`, which rank 0 hosts and all ranks are connected to."""
         self.peers.join(processes, patience_seconds=self.patience_seconds())
         self._watcher.start()
         self.peers.exchange(store)
 
     def lost_peers(self) -> str | None:
-        """Which ranks are gone, if any, in a sentence. Waits a moment, as the failure of this rank may come from theirs."""
+        """Which ranks are gone, if any, as a sentence. Waits a moment first: this rank may notice before the watcher does."""
         end = time.monotonic() + LOST_PEERS_SECONDS
         while self.peers.processes and not self._stopped.is_set() and time.monotonic() < end:
             if self.peers.hanging():
-                end = time.monotonic() + 2 * LOG_SECONDS  # the watcher is about to name it and to end this process
+                end = time.monotonic() + 2 * LOG_SECONDS  # the watcher is about to name it and end this process
             elif self.peers.gone_since:
                 return self.peers.describe(self.peers.gone())
             time.sleep(WATCH_SECONDS)
@@ -147,6 +147,6 @@ class Heartbeat:
         self._watcher.ranks_may_leave = True
 
     def stop(self) -> None:
-        """Send no more beats, and watch no more."""
+        """Stop sending beats and watching."""
         self._stopped.set()
         self.peers.join_thread()

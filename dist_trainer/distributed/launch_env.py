@@ -15,15 +15,15 @@ from dist_trainer.storage.processes import ProcessId, command_of
 LAUNCHER_PID = "DIST_TRAINER_LAUNCHER_PID"
 """The variable with the pid of torchrun: set by the launch files, which exec torchrun, otherwise by the ranks themselves."""
 PORT = "DIST_TRAINER_PORT"
-"""The variable with which launch files choose the ports of rank 0's two stores, this one and the next, which firewalls must let
-through. Without it the rendezvous is at MASTER_PORT, and the second store gets any free port."""
+"""The variable with which launch files choose the ports of rank 0's two stores, this one and the next, for firewalls to open.
+Without it the rendezvous is at MASTER_PORT, and the second store gets any free port."""
 MOST_OPEN_FILES = 65_536
-"""More than any number of ranks needs, and few enough for programs that close all descriptors one by one."""
+"""More than any number of ranks needs, but few enough for programs that close all descriptors one by one."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Which of the ranks a process is."""
+    """Which rank a process is."""
 
     rank: int = 0
     """0 to world_size - 1."""
@@ -36,13 +36,13 @@ class RankInfo:
 
 
 def rank_info(environment: Mapping[str, str] = os.environ) -> RankInfo:
-    """From torchrun's variables, else from srun's (if MASTER_ADDR is set), else a single process.
+    """From torchrun's variables, else from srun's (if MASTER_ADDR is set), else for a single process.
 
-    RANK or WORLD_SIZE without the other, which some machines set for everyone, is ignored. Raises ConfigError for numbers that
-    contradict each other, and for several ranks without an address to meet at.
+    RANK without WORLD_SIZE, or the reverse, is ignored: some machines set one for everyone. Raises ConfigError for numbers that
+    contradict each other, and for several ranks without a rendezvous address.
     """
     info = _from_variables(environment)
-    # The numbers on this machine are not checked against each other: srun may spread its tasks unevenly over the nodes.
+    # The local numbers are not checked against world_size: srun may distribute its tasks unevenly over the nodes.
     if not (0 <= info.rank < info.world_size and info.local_rank >= 0 and info.local_world_size >= 1):
         raise ConfigError(
             f"the launcher's variables contradict each other: rank {info.rank} of {info.world_size}, on this machine "
@@ -94,20 +94,20 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _is_started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Whether srun started the ranks, and not just a shell or torchrun: only then is MASTER_ADDR set for it."""
+    """Whether srun started the ranks themselves, not just a shell or torchrun: only then is MASTER_ADDR set for it."""
     return "SLURM_PROCID" in environment and "MASTER_ADDR" in environment
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the ranks of a launch meet."""
+    """The address of the rendezvous of a launch."""
 
     address: str
     port: int
     heartbeat_port: int
-    """Of rank 0's second store; 0: any free one."""
+    """Port of rank 0's second store; 0: any free one."""
     launcher_keeps_store: bool
-    """Whether torchrun keeps the store at `port`, as for torch's own env://, and not rank 0."""
+    """Whether torchrun hosts the store at `port`, as for torch's env://, rather than rank 0."""
     run_id: str
     """Distinguishes runs that use the same port; empty if the launcher gives none."""
 
@@ -117,7 +117,7 @@ class Endpoint:
 
 
 def rendezvous_endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint:
-    """From the variables of the launcher and of the launch files; for several ranks, after `rank_info` has checked them."""
+    """From the variables of the launcher and of the launch files; for several ranks, `rank_info` must have checked them."""
     launcher_keeps_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     own_port = environment.get(PORT)
     port = environment["MASTER_PORT"] if launcher_keeps_store or not own_port else own_port
@@ -131,7 +131,7 @@ def rendezvous_endpoint(environment: Mapping[str, str] = os.environ) -> Endpoint
 
 
 def may_see_one_gpu_each(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether srun started the tasks: it may show each of them only its own GPU, which then is number 0 for each."""
+    """Whether srun started the tasks: it may show each task only its own GPU, which then is number 0 for each."""
     return "SLURM_LOCALID" in environment
 
 
@@ -146,8 +146,8 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
 def begin_as_rank() -> None:
     """The first thing a launched rank does, before any heavy import. A second call changes nothing.
 
-    Notes the launcher's pid, and raises this process's limit of open files, often 1,024, as far as the system allows: rank 0
-    has three or more connections with each of the other ranks. Raises PeerLostError if the launcher has died already.
+    Records the launcher's pid, and raises this process's limit on open files, often 1,024, as far as the system allows: rank 0
+    has three or more connections to each of the other ranks. Raises PeerLostError if the launcher has already died.
     """
     if not is_launched():
         return
@@ -165,15 +165,15 @@ def begin_as_rank() -> None:
 def living_launcher(environment: Mapping[str, str] = os.environ) -> int:
     """The pid of the process that started this one and must be watched.
 
-    Raises PeerLostError if it has died. A process cannot see that directly: it then has another parent, and does not know its
-    first one. It has died if the parent is not the noted launcher and that process has ended. If none was noted, process 1 is
-    taken for a foster parent, unless it is a Python: in a container torchrun may be the first process.
+    Raises PeerLostError if it has died. A process cannot see that directly: it then has another parent, and its first one is
+    unknown. The launcher has died if the parent is not the recorded launcher and that process has ended. If none was recorded,
+    process 1 counts as an adoptive parent, unless it is Python: in a container torchrun may be process 1.
     """
     parent = os.getppid()
     noted = environment.get(LAUNCHER_PID, "")
     command = command_of(parent)
     if noted.isdigit():
-        # PYTHON may be a wrapper that stays, or one that enters a container with separate process ids.
+        # PYTHON may be a wrapper that keeps running, or one that enters a container with separate process ids.
         alive = parent == int(noted) or "torch.distributed.run" in command or ProcessId.of(int(noted)).is_alive()
     else:
         alive = parent != 1 or _is_started_by_srun(environment) or "python" in os.path.basename(command[0] if command else "")
@@ -183,12 +183,12 @@ def living_launcher(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def launcher_id(environment: Mapping[str, str] = os.environ) -> str | None:
-    """Identifies the torchrun that launched this process, the same over its restarts; None without one."""
+    """Identifies the torchrun that launched this process, the same across its restarts; None without one."""
     run_id = environment.get("TORCHELASTIC_RUN_ID")
     return None if run_id is None else f"torchrun {run_id}, pid {os.getppid()} on {socket.gethostname()}"
 
 
 def is_restarted_by(launcher: str | None, environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this rank is one that the launcher with this id has restarted."""
+    """Whether the launcher with this id has restarted this rank."""
     restarts = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
     return restarts > 0 and launcher is not None and launcher == launcher_id(environment)

@@ -1,4 +1,4 @@
-"""What this machine has: CPUs that this process may use, compilers that torch calls, and the device's name.
+"""Facts about this machine: CPUs that this process may use, compilers that torch calls, and the device's name.
 
 Imported before torch, by launch files too.
 """
@@ -22,16 +22,16 @@ _USUAL_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacc
 def usable_cpus(root: Path = Path("/")) -> int:
     """How many CPUs this process may use: those it may run on, up to the container's quota; at least 1. `root` contains /proc.
 
-    Neither `os.cpu_count` nor OpenMP knows quotas (`docker run --cpus`, Kubernetes' limits.cpu): with one thread per core of
-    the machine, threads wait most of the time for their share. A quota of 2.5 CPUs keeps 2 threads busy.
+    Neither `os.cpu_count` nor OpenMP respects quotas (`docker run --cpus`, Kubernetes' limits.cpu): with one thread per core of
+    the machine, threads would spend most of their time throttled. A quota of 2.5 CPUs keeps 2 threads busy.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cpus, *map(int, _quotas(root))]))
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Quotas in CPUs, of this process's control group and all groups around it; none if nothing limits, or not on Linux."""
-    # The usual mounts too: what a sandbox reports about its mounts may be wrong.
+    """Quotas in CPUs of this process's control group and all its ancestors; none if unlimited, or not on Linux."""
+    # Also try the usual mounts: what a sandbox reports about its mounts may be wrong.
     for usual in _USUAL_MOUNTS:
         yield from _quota_of(root / usual)
     for folder, mount in _groups(root):
@@ -57,13 +57,13 @@ def _groups(root: Path) -> Iterator[tuple[Path, Path]]:
         if kind in paths and (kind == "cgroup2" or _has_cpu(options.split()[-1])):
             within, at = first.split()[3:5]
             mount = root / at.lstrip("/")
-            # A container often sees its own group as the root of the mount, but gets its path as seen from outside.
+            # A container often sees its own group as the root of the mount, but gets the path as seen from outside.
             group = mount / paths[kind].removeprefix(within).lstrip("/")
             yield (group if group.is_dir() else mount), mount
 
 
 def _quota_of(folder: Path) -> Iterator[float]:
-    """Quota of one control group: cpu.max of v2 ("250000 100000", or "max 100000"), else the two files of v1 (-1: none)."""
+    """Quota of one control group: v2's cpu.max ("250000 100000", or "max 100000"), else v1's two files (-1: none)."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text().split()
@@ -97,7 +97,7 @@ def missing_compiler(device: torch.device) -> str | None:
     """What torch.compile needs for `device` and this machine lacks, with the remedy; None if nothing is missing."""
     if device.type == "cuda":
         return _missing_on_gpu()
-    # As torch chooses it for CPU code.
+    # The compiler that torch would choose for CPU code.
     if _find_program([os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]):
         return None
     return (
@@ -108,8 +108,8 @@ def missing_compiler(device: torch.device) -> str | None:
 
 @cache
 def _missing_on_gpu() -> str | None:
-    """Once per process: asking torch about Triton imports Triton's compiler, which takes seconds."""
-    # As Triton chooses the one that builds its launcher.
+    """Cached: asking torch about Triton imports Triton's compiler, which takes seconds."""
+    # The compiler that Triton would choose to build its launcher.
     if _find_program([os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]) is None:
         return (
             "a C compiler on a GPU, with which Triton builds its launcher, and there is neither gcc nor clang; install one, "
@@ -124,7 +124,7 @@ def _missing_on_gpu() -> str | None:
 
 
 def _has_triton() -> bool:
-    """Whether torch finds Triton and a GPU that it supports, by a private function of torch; True if this torch has none."""
+    """Whether torch finds Triton and a supported GPU, by a private function of torch; True if this torch lacks the function."""
     try:
         from torch.utils._triton import has_triton
     except ImportError:

@@ -1,5 +1,5 @@
-"""What a rank knows of all ranks (their processes, their last beats, which of them have failed), and the thread that exchanges
-it over a TCPStore that rank 0 keeps.
+"""What a rank knows about all ranks (their processes, last beats, and which have failed), and the thread that exchanges it
+through a TCPStore that rank 0 hosts.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from dist_trainer.storage.processes import ProcessId
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 0.2
-"""Between two beats of a rank, for up to RANKS_READ_AT_ONCE ranks; rank 0 reads all of them, so more ranks send less often."""
+"""Between two beats of a rank, for up to RANKS_READ_AT_ONCE ranks. Rank 0 reads all beats, so if there are more ranks, they
+send less often."""
 RANKS_READ_AT_ONCE = 64
 STOPPING_SECONDS = 5.0
 FAILED_RANKS_KEY = "failed ranks"
 SUSPENDED_SECONDS = 2.0
-"""If a clock that is read several times a second was not read for this long, its process was suspended."""
+"""If a clock that is normally read several times a second was not read for this long, its process was suspended."""
 
 
 class RunningClock:
-    """Seconds, by a clock that stops while this process is suspended: by SIGSTOP, by a scheduler, in a paused container."""
+    """A clock in seconds that stops while this process is suspended: by SIGSTOP, a scheduler, or a paused container."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -44,12 +45,12 @@ class RunningClock:
         self._ticks = False
 
     def tick(self) -> None:
-        """To be called several times a second from the first call on."""
+        """Must be called several times a second from the first call on."""
         self.now()
         self._ticks = True
 
     def now(self) -> float:
-        """The time, in seconds since some moment."""
+        """The time in seconds, since an arbitrary moment."""
         with self._lock:
             now = time.monotonic()
             if self._ticks and now - self._last > SUSPENDED_SECONDS:
@@ -59,28 +60,28 @@ class RunningClock:
 
 
 class Peers:
-    """All ranks, this one included. Empty until `join`.
+    """All ranks, including this one. Empty until `join`.
 
-    The thread of `exchange` writes `beats` and `failed`, it and the watcher's thread write `gone_since`; any thread reads.
+    The thread of `exchange` writes `beats` and `failed`; it and the watcher's thread write `gone_since`; any thread may read.
     """
 
     def __init__(self, rank: int, own_beat: Callable[[], Beat], clock: RunningClock, stopped: threading.Event) -> None:
         self.processes: list[ProcessId] = []
-        """By rank."""
+        """The process of each rank."""
         self.beats: dict[int, Beat] = {}
-        """The last one received, by rank; on other ranks than 0 only rank 0's."""
+        """The last beat received from each rank; on ranks other than 0, only rank 0's."""
         self.failed: list[FailedRank] = []
-        """As rank 0 judges."""
+        """The failed ranks, according to rank 0."""
         self.gone_since: dict[int, float] = {}
-        """When this rank learned that the process of another one has ended, by rank, in time.monotonic()."""
+        """By rank: when this rank learned that the rank's process has ended, in time.monotonic()."""
         self.last_sent = Beat()
-        """The last beat of this rank that the others can know."""
+        """This rank's last beat that the others may have received."""
         self._rank, self._own_beat, self._clock, self._stopped = rank, own_beat, clock, stopped
         self._received: dict[int, float] = {}
         self._thread: threading.Thread | None = None
 
     def join(self, processes: Sequence[ProcessId], *, patience_seconds: float) -> None:
-        """Start with these ranks, of which nothing is known yet."""
+        """Start with these ranks; nothing is known about them yet."""
         self.beats = {rank: Beat(patience_seconds=patience_seconds) for rank in range(len(processes))}
         self._received = {rank: self._clock.now() for rank in range(len(processes))}
         self.processes = list(processes)
@@ -90,7 +91,7 @@ class Peers:
         return self._clock.now() - self._received[rank]
 
     def mark_gone(self, rank: int) -> None:
-        """The process of `rank` has ended."""
+        """Record that the process of `rank` has ended."""
         self.gone_since.setdefault(rank, time.monotonic())
 
     def hanging(self) -> list[FailedRank]:
@@ -102,7 +103,7 @@ class Peers:
         return [FailedRank(rank, IS_GONE, self.beats[rank]) for rank in sorted(self.gone_since)]
 
     def describe(self, failed: Sequence[FailedRank]) -> str:
-        """Which ranks these are, what happened to them, and where they were last seen."""
+        """Names these ranks, what happened to them, and where they were last seen."""
         return "; ".join(
             f"rank {one.rank} on {self.processes[one.rank].host} (pid {self.processes[one.rank].pid}) {one.reason} "
             f"(last seen in step {one.beat.step + 1}, {one.beat.phase})"
@@ -110,14 +111,14 @@ class Peers:
         )
 
     def exchange(self, store: dist.Store) -> None:
-        """From now on send this rank's beats and read what others sent, in a thread: rank 0 all beats, the others rank 0's beat
-        and which ranks have failed according to it. The thread ends if the store cannot be reached.
+        """Start a thread that sends this rank's beats and reads those of others: rank 0 all, other ranks only rank 0's, and
+        which ranks have failed according to it. The thread ends if the store is unreachable.
         """
         self._thread = threading.Thread(target=self._exchange, args=(store,), name="heartbeat", daemon=True)
         self._thread.start()
 
     def join_thread(self) -> None:
-        """Wait for the thread: if it is inside the store's C++ code when the interpreter ends, that aborts the process."""
+        """Wait for the thread: if it is inside the store's C++ code when the interpreter exits, the process aborts."""
         if self._thread is not None:
             self._thread.join(STOPPING_SECONDS)
 
@@ -144,7 +145,7 @@ class Peers:
 
     def _share_failed_ranks(self, store: dist.Store) -> None:
         if self.hanging():
-            return  # they are the cause: ranks that are gone by now have left because of them
+            return  # these are the cause: ranks that have left since then did so because of them
         if self._rank == 0:
             self.failed = find_failed_ranks(list(self.beats.values()), [self.silent_seconds(rank) for rank in self.beats])
             store.set(FAILED_RANKS_KEY, encode_failed_ranks(self.failed))
@@ -161,7 +162,7 @@ def beat_key(rank: int) -> str:
 
 
 def fill_store(store: dist.Store, num_ranks: int, *, patience_seconds: float) -> None:
-    """On rank 0: create all keys, so that no rank waits for one that was not sent yet."""
+    """On rank 0: create all keys, so that no rank waits for one that has not been sent yet."""
     for rank in range(num_ranks):
         store.set(beat_key(rank), encode_beat(Beat(patience_seconds=patience_seconds)))
     store.set(FAILED_RANKS_KEY, encode_failed_ranks([]))

@@ -1,4 +1,4 @@
-"""The rendezvous: all ranks join within the first step's patience, before they compute together, or the missing are named."""
+"""The rendezvous: all ranks join within the first step's timeout, before they compute together, or missing ranks are named."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from dist_trainer.errors import ConfigError, PeerLostError, StoppedError
 from dist_trainer.storage.processes import ProcessId, environment_of
 
 STORE_TIMEOUT = timedelta(days=7)
-"""Of the stores' own calls: the threads that make them are watched, or watch the time themselves."""
+"""Timeout of the stores' calls: the threads that make them are watched, or check the time themselves."""
 POLL_SECONDS = 0.05
 STUCK_SECONDS = 1.0
-"""A thread that is this much later than its time limit is stuck in the store: rank 0, which keeps it, is the missing rank."""
+"""A thread that exceeds its time limit by this much is stuck in the store: rank 0, which hosts it, is the missing rank."""
 LINGER_SECONDS = 1.0
-"""Rank 0, which keeps the store, stays this long after the missing ranks were found, so that the others can read their
-numbers. The others stay twice as long: once a rank exits the launcher ends all, and the rank that prints must exit first."""
+"""Rank 0, which hosts the store, stays this long after finding that ranks are missing, so that the others can read which. The
+others stay twice as long: once a rank exits, the launcher ends all, and the rank that prints must exit first."""
 PORT_SECONDS = 10.0
 """How long rank 0 waits for a port that is in use: a rank 0 that has just been killed may still hold it."""
 _ALL_JOINED, _MISSING = "all joined", "missing"
 
 
 def rendezvous(info: RankInfo, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple[dist.Store, str | None]:
-    """Wait for all ranks, and begin to watch them.
+    """Wait for all ranks, and start to watch them.
 
     Returns the store for creating process groups, and this machine's address as the others see it, if known. Raises
-    ConfigError if another process uses the rendezvous port, or if ranks that should all be on one machine are not;
-    StoppedError if a signal arrives meanwhile; PeerLostError if ranks have not joined within the first step's patience, after
-    killing those of them that are on this machine: a stopped process would outlive all others.
+    ConfigError if another process uses the rendezvous port, or if ranks that should be on one machine are not; StoppedError if
+    a signal arrives meanwhile; PeerLostError if ranks have not joined within the first step's timeout. Missing ranks on this
+    machine are killed first: a process suspended by SIGSTOP would outlive all others.
     """
     attempt = _Rendezvous(info, heartbeat)
-    # The store's calls can block forever, in a rank 0 that froze while it answered, and then no signal handler runs.
+    # The store's calls can block forever, if rank 0 freezes while answering, and then no signal handler runs.
     thread = threading.Thread(target=attempt.run, name="rendezvous", daemon=True)
     thread.start()
     while thread.is_alive() and time.monotonic() < attempt.end + STUCK_SECONDS:
@@ -67,7 +67,7 @@ def rendezvous(info: RankInfo, heartbeat: Heartbeat, stop_request: StopRequest) 
 
 
 class _Rendezvous:
-    """One rank's part, for a separate thread: report that this rank has joined, and read which others have."""
+    """One rank's part, run in a separate thread: report that this rank has joined, and read which others have."""
 
     def __init__(self, info: RankInfo, heartbeat: Heartbeat) -> None:
         self.info, self.heartbeat, self.endpoint = info, heartbeat, rendezvous_endpoint()
@@ -88,7 +88,7 @@ class _Rendezvous:
     def _join(self) -> None:
         info, address = self.info, self.endpoint.address
         self.store = self._launch_store()
-        # Named after the run: another one may have found the same port.
+        # Keys contain the run's id: another run may use the same port.
         joined = dist.PrefixStore(f"rendezvous {self.endpoint.run_id}", self.store)
         heartbeat_store, port = None, 0
         if info.rank == 0:
@@ -102,7 +102,7 @@ class _Rendezvous:
         while not joined.check([_ALL_JOINED]):
             if time.monotonic() > self.end or joined.check([_MISSING]):
                 missing = [rank for rank in range(info.world_size) if not joined.check([str(rank)])]
-                # The first rank to find out decides for all.
+                # The first rank to notice decides for all.
                 self.missing = json.loads(joined.compare_set(_MISSING, "", json.dumps(missing)))
                 return
             time.sleep(POLL_SECONDS)
@@ -159,7 +159,7 @@ def _leave_without(missing: list[int], info: RankInfo, endpoint: Endpoint, patie
 
 
 def _siblings() -> dict[int, dict[str, str]]:
-    """The other child processes of this one's parent, with the environments they were started with, as far as can be seen."""
+    """The other children of this process's parent, with the environments they were started with, as far as visible."""
     siblings: dict[int, dict[str, str]] = {}
     for children in Path(f"/proc/{os.getppid()}/task").glob("*/children"):
         with suppress(OSError):
@@ -170,7 +170,7 @@ def _siblings() -> dict[int, dict[str, str]]:
 
 
 def _rank_of(environment: dict[str, str], world_size: int) -> int | None:
-    """The rank that a process was started as; None if it is no rank of this run."""
+    """The rank that a process was started as; None if it is not a rank of this run."""
     try:
         info = rank_info(environment)
     except ConfigError:

@@ -2,10 +2,10 @@
 
 The handler only sets a flag, which the trainer shares with all ranks once per step: all stop at the same step. During the long
 preparations before the first step, when nothing can be lost, it raises StoppedError instead, and raises it again if a library
-swallowed it (torch's probe of the C++ compiler takes any exception for its answer). A second signal changes nothing. A third
-one ends the process at once, even if the main thread hangs in a collective, where Python runs no handlers: a thread counts
-signals too, by reading the descriptor to which Python writes each signal's number. Once the outcome is decided and the process
-is about to exit, signals change nothing at all.
+swallowed it (torch's probe of the C++ compiler treats any exception as its answer). A second signal changes nothing. A third
+ends the process at once, even if the main thread hangs in a collective, where Python runs no handlers: a thread also counts
+signals, by reading the descriptor to which Python writes each signal's number. Once the outcome is decided and the process is
+about to exit, signals change nothing at all.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any
 from dist_trainer.errors import StoppedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""These ask a run to stop. SIGHUP: its terminal was closed, or the connection to it was lost."""
+"""Signals that ask a run to stop. SIGHUP: its terminal was closed, or the connection to it was lost."""
 SECONDS_TO_RAISE_AGAIN = 0.5
 """A tick: the time after which StoppedError is raised again if it was swallowed."""
 TICKS_TO_CLEAN_UP = 10
-"""For this many ticks an error handler is left to finish; then it is interrupted too: it may be a library that carries on."""
+"""An error handler gets this many ticks to finish; then it is interrupted too: it may be a library's that carries on."""
 PATIENCE = 3
-"""The third signal ends the process without saving. SIGHUP does not count: nobody sends it out of impatience, and closing a
-terminal may send several, from the shell, the kernel and the session manager."""
+"""The third signal ends the process without saving. SIGHUP does not count: closing a terminal may send several, from the shell,
+the kernel and the session manager."""
 _END = b"\0"
-"""No signal has the number 0."""
+"""Ends the thread that counts: no signal has the number 0."""
 
 
 def heeded_stop_signals() -> list[signal.Signals]:
@@ -45,13 +45,13 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_number = 0
         self.lost_launcher = ""
-        """A sentence, if the loss of the launcher asked to stop, and not a signal."""
+        """A sentence, if the reason to stop is the loss of the launcher, not a signal."""
         self._count = 0
         self._listening = False
         self._is_interruptible = False
         self._is_answered = False
         self._alarm_before: Any = None
-        """Handler of SIGALRM outside `interruptible`; None: ours is not installed."""
+        """Handler of SIGALRM to restore after `interruptible`; None: ours is not installed."""
         self._timer_before = (0.0, 0.0)
         self._ticks = 0
 
@@ -59,14 +59,14 @@ class StopRequest:
         return self.signal_number != 0 or self.lost_launcher != ""
 
     def note_lost_launcher(self, reason: str) -> None:
-        """Ask this rank to stop because its launcher has died; called by the thread that noticed it."""
+        """Ask this rank to stop because its launcher has died. Called by the thread that noticed."""
         self.lost_launcher = reason
 
     @contextmanager
     def listen(self, *, for_good: bool = False) -> Generator[StopRequest]:
-        """Handle the stop signals while the context lasts (in the main thread, where Python delivers them).
+        """Handle the stop signals inside this context (in the main thread, where Python delivers them).
 
-        `for_good`: they are ignored afterwards instead of handled as before, for a process that is about to exit.
+        `for_good`: afterwards they are ignored instead of handled as before, for a process that is about to exit.
         """
         if self._listening or threading.current_thread() is not threading.main_thread():
             yield self
@@ -82,14 +82,14 @@ class StopRequest:
                 signal.signal(number, signal.SIG_IGN if for_good else handler)
 
     def mark_answered(self) -> None:
-        """The outcome is decided, and the process is about to exit: further signals change nothing, however many there are."""
+        """The outcome is decided and the process is about to exit: from now on any number of signals changes nothing."""
         self._is_answered = True
 
     @contextmanager
     def interruptible(self) -> Generator[None]:
-        """Raise StoppedError as soon as a signal arrives, in the middle of what is done inside.
+        """Raise StoppedError as soon as a signal arrives, in the middle of the code inside.
 
-        Not for collectives: a rank that interrupts one leaves the others waiting.
+        Do not use it around collectives: a rank that interrupts one leaves the others waiting.
         """
         if self:
             raise StoppedError(self.signal_number)
@@ -101,7 +101,7 @@ class StopRequest:
             finally:
                 self._is_interruptible = False
         except Exception as error:
-            # A library may have wrapped or replaced what the handler raised within it.
+            # A library may have wrapped or replaced the exception that the handler raised in it.
             if self and not isinstance(error, StoppedError):
                 raise StoppedError(self.signal_number) from error
             raise
@@ -116,7 +116,7 @@ class StopRequest:
         if self._count >= PATIENCE and not self._is_answered:
             os._exit(128 + number)
         first = self.signal_number == 0
-        if first:  # later ones may come from a launcher that hurries: the first one is the reason
+        if first:  # the first signal is the reason; later ones may come from an impatient launcher
             self.signal_number = number
         if first and self._is_interruptible:
             if self._alarm_before is not None:
@@ -154,7 +154,7 @@ class StopRequest:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            os.write(writing, _END)  # closing it is not enough: forked data workers hold it open too
+            os.write(writing, _END)  # closing it is not enough: forked data workers also hold it open
             counter.join()
             os.close(writing)
             os.close(reading)

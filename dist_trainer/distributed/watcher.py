@@ -1,4 +1,4 @@
-"""Watches the launcher and the other ranks, and ends this process if it cannot continue without one of them."""
+"""Watches the launcher and the other ranks, and ends this process if one of them has failed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.25
 GRACE_SECONDS = 4.0
-"""For a rank whose peer is gone: to notice that by a closed connection, and to exit in order."""
+"""Time for a rank whose peer is gone to notice it by a closed connection and exit cleanly."""
 LOG_SECONDS = 3.0
 HEAD_START_SECONDS = 1.0
-"""The rank that names a hanging one exits this much earlier than the others: else it might take their exit for the cause."""
+"""The rank that names a hung one exits this much earlier than the others; otherwise it might take their exit for the cause."""
 
 
 class Watcher:
-    """The thread that looks several times a second whether the launcher and the ranks of this machine are alive, and which
-    ranks have failed according to `peers`.
+    """The thread that checks several times a second whether the launcher and this machine's ranks are alive, and which ranks
+    have failed according to `peers`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Watcher:
     ) -> None:
         """`can_stop_in_order`: whether the main thread can act on a request to stop."""
         self.ranks_may_leave = False
-        """Whether ranks may exit without being missed."""
+        """Whether ranks may exit without counting as lost."""
         self._rank, self._peers, self._clock, self._stopped = rank, peers, clock, stopped
         self._can_stop_in_order, self._on_fatal = can_stop_in_order, on_fatal
         self._launcher: int | None = None
@@ -47,12 +47,12 @@ class Watcher:
         self._thread: threading.Thread | None = None
 
     def watch_launcher(self, parent: int, on_lost_launcher: Callable[[str], None]) -> None:
-        """Watch `parent`, the process that started this one, too."""
+        """Also watch `parent`, the process that started this one."""
         self._launcher, self._on_lost_launcher = parent, on_lost_launcher
         self.start()
 
     def start(self) -> None:
-        """Begin to watch, unless it does already."""
+        """Start to watch, unless it already does."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
             self._thread.start()
@@ -81,7 +81,7 @@ class Watcher:
                 self._peers.mark_gone(rank)
 
     def _failed_ranks(self) -> list[FailedRank]:
-        """Those because of which this process must end now."""
+        """The failed ranks that require this process to end now."""
         peers = self._peers
         if hanging := peers.hanging():
             return hanging
@@ -103,11 +103,11 @@ class Watcher:
         if self._rank == next((rank for rank in able if processes[rank].is_local()), None):
             for process in (processes[rank] for rank in lost - {self._rank}):
                 if process.is_local():
-                    process.kill()  # a stopped process would outlive all others
+                    process.kill()  # a process suspended by SIGSTOP would outlive all others
         os._exit(EXIT_CRASHED)
 
     def _log_fatal(self, reason: str) -> None:
-        """In a separate thread: a log that blocks must not keep this process."""
+        """Log in a separate thread: a log that blocks must not keep this process alive."""
 
         def act() -> None:
             log.error("%s. Aborting; rerun to resume from the last checkpoint", reason)
