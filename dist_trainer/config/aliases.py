@@ -1,4 +1,4 @@
-"""What other trainers, and earlier versions of this one, call keys and values; messages suggest ours.
+"""Names of keys and values in other trainers and in earlier versions of this one; messages suggest ours.
 
 Names are those of Hugging Face's TrainingArguments, Lightning's Trainer, torchtune and nanoGPT.
 """
@@ -15,7 +15,7 @@ RENAMED_KEYS = {
     "distributed.timeout_minutes": "distributed.hang_timeout_minutes",
     "validation.max_batches": "validation.max_global_batches",
 }
-"""Keys of earlier versions and their present names. Only the config.yaml that a run wrote may still use the old ones."""
+"""Keys of earlier versions and their current names. Only a config.yaml written by a run may still use the old ones."""
 OTHER_NAMES = {
     "run_name": "name experiment experiment_name exp_name wandb_run_name",
     "output_dir": "output out out_dir save_dir checkpoint_dir default_root_dir",
@@ -73,7 +73,7 @@ NOT_KEYS = {
         "no such key: it is the number of processes; start them with torchrun or launch/local.sh"
     ),
 }
-"""Names without a key here, and what to do instead."""
+"""Names that have no key here, and what to do instead."""
 OTHER_VALUES = {
     "disabled": "none null off false no disable 0",
     "online": "on true yes wandb all 1",
@@ -85,7 +85,7 @@ OTHER_VALUES = {
 
 
 def unknown_key_message(key: str) -> str:
-    """What to say about a key that does not exist: what it was renamed to, why there is none, or which one may be meant."""
+    """The message for a key that does not exist: what it was renamed to, why there is none, or which one may be meant."""
     if key in RENAMED_KEYS:
         return f"no such key; it was renamed to {RENAMED_KEYS[key]}"
     name = key.rsplit(".", 1)[-1].replace("-", "_")

@@ -19,7 +19,7 @@ from dist_trainer.errors import ConfigError
 
 CONSOLE_SCRIPT, MODULE = "dist-train", "python -m dist_trainer.train"
 COMMAND_LINE = "command line"
-"""The place that messages name for what is on it."""
+"""How messages refer to it."""
 DRY_RUN, PRINT_CONFIG, VERSION = "--dry_run", "--print_config", "--version"
 FLAGS = (PRINT_CONFIG, VERSION)
 HELP = ("--help", "-h")
@@ -31,9 +31,9 @@ VALUES_NEEDED = {
     "preset": f"a name: {', '.join(PRESETS)}",
     "print_completion": f"one of {', '.join(SHELLS)}",
 }
-"""Options that are no keys, and what they need."""
+"""Options that are not keys, and what they need."""
 TEMPLATE_KEYS = ("data.template", "data.completion_template")
-"""Keys whose value may have escapes on the command line. In YAML its own quotes say what a backslash means."""
+"""Keys whose value may have escapes on the command line. In YAML, the quoting style decides what a backslash means."""
 
 
 @dataclass
@@ -45,24 +45,24 @@ class Arguments:
     flags: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     help_topic: str | None = None
-    """"" (the first screen), a section, or `all`; None: no help is wanted."""
+    """"" (the first screen), a section, or `all`; None: help was not requested."""
     preset: str | None = None
     lists_presets: bool = False
     completion_shell: str | None = None
 
     def add_problem(self, problem: str) -> None:
-        """Note what is wrong, and that it is on the command line."""
+        """Record a problem on the command line."""
         self.problems.append(f"{COMMAND_LINE}: {problem}")
 
 
 def program() -> str:
-    """How this process was called, for usage lines."""
+    """How this process was started, for usage lines."""
     return CONSOLE_SCRIPT if Path(sys.argv[0]).name == CONSOLE_SCRIPT else MODULE
 
 
 def command_path(program: str = "python", *, path: str | None = None) -> str:
-    """How to call this process's Python, or a `program` installed with it, from the shell that started this process: by its
-    name if the search path (None: $PATH) finds it, else by its file, which needs no activated environment.
+    """How to call this process's Python, or a `program` installed with it, from the shell that started this process: by name if
+    it is on the search path (None: $PATH), else by its full path, which needs no activated environment.
     """
     python = Path(sys.executable)
     installed = python if program == "python" else python.with_name(program)
@@ -80,8 +80,8 @@ def pop_dry_run(argv: Sequence[str] | None) -> tuple[list[str], bool]:
 
 
 def split_off_keys(argv: Sequence[str], *, own: Collection[str], flags: Collection[str]) -> tuple[list[str], list[str]]:
-    """Another command's own words, with the values of its options `own`, of which `flags` have none; and training's arguments
-    (`--section.key VALUE`), whose values argparse would take for the command's own words.
+    """Split another command's arguments into its own (options `own` with their values, and `flags` without) and training's
+    (`--section.key VALUE`), whose values argparse would take for positional arguments of the command.
     """
     own_words, others, words = [], [], list(argv)
     while words:
@@ -97,7 +97,7 @@ def split_off_keys(argv: Sequence[str], *, own: Collection[str], flags: Collecti
 
 
 def parse_argv(argv: Sequence[str]) -> Arguments:
-    """The command line `argv`. What cannot be parsed is in its `problems`."""
+    """Parse the command line `argv`. Errors are in the result's `problems`."""
     arguments = Arguments()
     words = list(argv)
     while words:
@@ -119,7 +119,7 @@ def parse_argv(argv: Sequence[str]) -> Arguments:
 
 
 def _parse_help(words: list[str], arguments: Arguments) -> None:
-    """--help, and the section that may follow; this may be written as the beginning of its keys, `--optim`."""
+    """Parse --help and an optional section, which may also be written like the start of its keys, `--optim`."""
     topic = words[0].lstrip("-").rstrip(".") if words else ""
     if topic in (*section_names(), ALL_SECTIONS):
         words.pop(0)
@@ -152,7 +152,7 @@ def _set(key: str, value: str, arguments: Arguments) -> None:
 
 
 def _assignments(key: str, value: str) -> list[Assignment]:
-    """One assignment; or those of a section's keys, if a W&B sweep of nested parameters gives them as one dictionary."""
+    """One assignment; or one per key of a section, if a W&B sweep with nested parameters gives them as one dictionary."""
     if key in section_names() and value.startswith("{"):
         try:
             nested = load_yaml(value, COMMAND_LINE)

@@ -62,7 +62,7 @@ _OPTIONS = {
 
 
 def help_text(topic: str, program: str, *, coloured: bool = False) -> str:
-    """The first screen for an empty topic, the keys of the section `topic`, or `all`; `program` is how it is called."""
+    """The first screen for an empty topic, the keys of the section `topic`, or `all` keys; `program` is how it is called."""
     bold = _bold if coloured and not os.environ.get("NO_COLOR") else str
     if topic:
         sections = section_classes() if topic == ALL_SECTIONS else {topic: section_classes()[topic]}
@@ -91,7 +91,7 @@ def help_text(topic: str, program: str, *, coloured: bool = False) -> str:
 
 
 def completion_script(shell: str) -> str:
-    """The script that `shell` evaluates to complete `dist-train`'s arguments; pressing TAB then starts no Python.
+    """The script that `shell` evaluates to complete `dist-train`'s arguments; pressing TAB then does not start Python.
 
     Raises ConfigError if shtab, an optional dependency, is not installed.
     """
@@ -108,7 +108,7 @@ def completion_script(shell: str) -> str:
 
 
 def completion_parser() -> argparse.ArgumentParser:
-    """Every option of the training command, with its values if there are only a few."""
+    """A parser with every option of the training command, and its values if there are only a few."""
     parser = argparse.ArgumentParser(prog=CONSOLE_SCRIPT, add_help=False)
     choices = {"--preset": [*PRESETS, LIST_PRESETS], "--print_completion": SHELLS}
     for words, text in _OPTIONS.items():
@@ -144,7 +144,7 @@ def _format_entry(words: str, text: str) -> str:
 
 
 def _width() -> int:
-    """The terminal's width, at most MAX_WIDTH. Commands, which are to be copied, are not wrapped."""
+    """The terminal's width, at most MAX_WIDTH. Commands are not wrapped, so that they can be copied."""
     return max(_COLUMN + 20, min(MAX_WIDTH, shutil.get_terminal_size((MAX_WIDTH, 24)).columns))
 
 
@@ -155,7 +155,7 @@ def _summary(key: str) -> str:
 
 
 def _first_clause(text: str) -> str:
-    """Without a bracket that is not closed."""
+    """The first clause of `text`, without an unclosed bracket."""
     clause = text.split(". ")[0].split("; ")[0].removesuffix(".")
     return clause if clause.count("(") == clause.count(")") else clause[: clause.rindex("(")].rstrip()
 

@@ -1,4 +1,4 @@
-"""Which keys there are, with their types and descriptions, as config/schema.py defines them."""
+"""The keys, with their types and descriptions, as defined in config/schema.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def key_types() -> dict[str, Any]:
 
 @cache
 def section_classes() -> dict[str, type]:
-    """The dataclass of each section, in order. First that of the keys outside all sections, under an empty name."""
+    """The dataclass of each section, in order; first the one for keys outside all sections, under an empty name."""
     kinds = get_type_hints(TrainingConfig)
     return {"": TrainingConfig, **{name: kind for name, kind in kinds.items() if dataclasses.is_dataclass(kind)}}
 
@@ -42,13 +42,13 @@ def section_names() -> list[str]:
 
 
 def keys_of(section: str) -> list[str]:
-    """The dotted keys of a section; for an empty name the keys outside all sections."""
+    """The dotted keys of a section; for an empty name, the keys outside all sections."""
     return [key for key in key_types() if key.rpartition(".")[0] == section]
 
 
 @cache
 def descriptions() -> dict[str, str]:
-    """What the string under each field in config/schema.py says, by dotted key."""
+    """The string under each field in config/schema.py, by dotted key."""
     texts: dict[str, str] = {}
     for section, kind in section_classes().items():
         [definition] = ast.parse(inspect.getsource(kind)).body

@@ -1,4 +1,4 @@
-"""From files and arguments to one TrainingConfig, with all problems in one message; and back to YAML."""
+"""Builds a TrainingConfig from files and arguments, reporting all problems in one message; and writes it back to YAML."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def config_from_argv(
     count_ranks: Callable[[], int],
     derive_keys: Callable[[Mapping[str, Any]], dict[str, Any]],
 ) -> TrainingConfig:
-    """What run.configure.load_config returns. This package knows neither launchers nor models, so it is given both:
-    `count_ranks` returns the number of ranks; `derive_keys` returns values for dotted keys that the ones set imply. Either may
-    raise RefusedError, which is reported together with all other problems.
+    """What run.configure.load_config returns. This package knows neither launchers nor models, so the caller passes two
+    functions: `count_ranks` returns the number of ranks; `derive_keys` returns values for dotted keys implied by those set.
+    Either may raise RefusedError, which is reported together with all other problems.
     """
     arguments = parse_argv(sys.argv[1:] if argv is None else argv)
     if arguments.help_topic is not None:
@@ -66,7 +66,7 @@ def config_from_argv(
 
 
 def assigned_keys(argv: Sequence[str]) -> set[str]:
-    """The dotted keys that the command line `argv` sets, itself or in its --config files, as far as these can be read."""
+    """The dotted keys that the command line `argv` sets, directly or in --config files, as far as these can be read."""
     arguments = parse_argv(argv)
     in_files = [each for name in arguments.configs for each in read_assignments(user_path(name), section_names())[0]]
     return {assignment.key for assignment in (*in_files, *arguments.assignments)}
@@ -78,7 +78,7 @@ def dump_config(config: TrainingConfig) -> str:
 
 
 def as_dict(config: TrainingConfig) -> dict[str, Any]:
-    """Nested dictionaries of plain values, without the keys of the model section that this kind of model ignores."""
+    """Nested dictionaries of plain values, without the model keys that this kind of model ignores."""
     plain = dataclasses.asdict(config)
     if config.model.name == TRANSFORMERS:
         plain["model"] = {"name": TRANSFORMERS, "init_from": config.model.init_from}
@@ -102,7 +102,7 @@ class _Settings:
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     in_complete_files: set[str] = field(default_factory=set)
-    """Keys set by a file that has every key there is, such as configs/default.yaml."""
+    """Keys set by a file that contains every key, such as configs/default.yaml."""
     problems: list[str] = field(default_factory=list)
 
     def assign(self, assignment: Assignment, *, in_complete_file: bool) -> None:
@@ -118,7 +118,7 @@ class _Settings:
 
     def drop_defaults(self, group: Iterable[str]) -> None:
         """Unset the keys in `group` that a complete file sets, if it leaves all of them at their defaults: people copy such a
-        file to change other keys, and do not mean to ask for these.
+        file to change other keys, and do not mean to set these.
         """
         defaults = flatten(dataclasses.asdict(TrainingConfig()))
         stated = [key for key in group if key in self.in_complete_files]
@@ -127,7 +127,7 @@ class _Settings:
                 del self.values[key], self.places[key]
 
     def locate(self, problem: str) -> str:
-        """`problem` after the place that set the first of the keys it names; as it is if all of them are defaults."""
+        """`problem`, prefixed with the place that set the first key it names; unchanged if all of them are defaults."""
         words = (word.strip(":,()") for word in problem.split())
         place = next((self.places[word] for word in words if word in self.places), None)
         return f"{place}: {problem}" if place else problem
@@ -150,7 +150,7 @@ def _read_settings(arguments: Arguments) -> _Settings:
 
 
 def _check_assignment(assignment: Assignment) -> Any:
-    """The value, in the type of its key. Raises ConfigError that says what is expected."""
+    """The value, converted to its key's type. Raises ConfigError that says what is expected."""
     key, value, where = assignment.key, assignment.value, assignment.where
     if key in section_names():
         raise ConfigError(f"{where}: {key}: is a section; set its keys, such as {keys_of(key)[0]}")
@@ -199,7 +199,7 @@ def _derived_keys(settings: _Settings, derive_keys: Callable[[Mapping[str, Any]]
 
 
 def _build_config(values: Mapping[str, Any]) -> TrainingConfig:
-    """The config in which dotted keys have these values, and all others their defaults."""
+    """The config with these values for dotted keys, and defaults for all others."""
     by_section: dict[str, dict[str, Any]] = {name: {} for name in section_classes()}
     for key, value in values.items():
         section, _, name = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""Paths: as users write them, in a run's folder, of the caches; and the run name that a sweep's runs need."""
+"""Paths that users write, paths in a run's folder, cache folders; and run names in a sweep."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ STATUS_FILE = "status.json"
 
 
 def user_path(name: str) -> Path:
-    """The path `name`, with a leading `~` or `~user` replaced by the home folder. A shell does that for separate words only,
-    neither in `--key=~/folder` nor in a YAML file.
+    """The path `name`, with a leading `~` or `~user` replaced by the home folder. A shell does that only for separate words,
+    not in `--key=~/folder` or in a YAML file.
 
-    Raises ConfigError if that home folder is not known.
+    Raises ConfigError if the home folder is unknown.
     """
     expanded = os.path.expanduser(name)
     if name.startswith("~") and expanded == name:
@@ -28,14 +28,14 @@ def user_path(name: str) -> Path:
 
 
 def is_same_path(first: object, second: object) -> bool:
-    """Whether two values of a config are paths, as users write them, to the same place."""
+    """Whether two config values are paths to the same place."""
     if not (isinstance(first, str) and isinstance(second, str)):
         return False
     return os.path.realpath(os.path.expanduser(first)) == os.path.realpath(os.path.expanduser(second))
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether `path` has what every run's folder has: a config and a folder of checkpoints, which may be empty."""
+    """Whether `path` contains what every run's folder does: a config and a (perhaps empty) folder of checkpoints."""
     return (path / RUN_CONFIG).is_file() and (path / CHECKPOINTS).is_dir()
 
 
@@ -47,9 +47,9 @@ def has_checkpoints(run: Path) -> bool:
 def sweep_run_name(run_name: str, environment: Mapping[str, str] = os.environ) -> str:
     """`run_name` with the W&B id of a sweep's run appended; unchanged if `wandb agent` did not start this process.
 
-    All runs of a sweep share one command line except for what the sweep varies: with one run_name, the second would find the
-    folder of the first and be refused as another run. A preempted run gets the same id from W&B again, finds its folder, and
-    resumes.
+    All runs of a sweep share one command line except for what the sweep varies: with one run_name, the second run would find
+    the folder of the first and be rejected as another run. A preempted run gets the same id from W&B again, finds its folder,
+    and resumes.
     """
     run_id = environment.get("WANDB_RUN_ID", "")
     if not environment.get("WANDB_SWEEP_ID") or not run_id or run_name.endswith(f"-{run_id}"):

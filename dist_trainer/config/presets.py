@@ -42,11 +42,11 @@ class Preset:
     """A power of two."""
     warmup_steps: int
     micro_batch_tokens: int | None = None
-    """The most tokens of one forward pass; None: what batch.micro_batch_size: null means.
+    """The maximum number of tokens in one forward pass; None: as for batch.micro_batch_size: null.
 
-    For a GPU of 24 GB (1b: 40 GB) in bf16, by 16 bytes a parameter (weights, gradients, AdamW; Muon takes less) and
-    34 x hidden_size bytes a token and layer (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without the attention
-    matrices, which fused kernels do not keep); logits exist in chunks only. An estimate: --dry_run measures.
+    For a GPU with 24 GB (1b: 40 GB) in bf16, assuming 16 bytes per parameter (weights, gradients, AdamW; Muon takes less) and
+    34 x hidden_size bytes per token and layer (Korthikanti et al. 2022, arXiv:2205.05198, equation 2 without the attention
+    matrices, which fused kernels do not store); logits exist only in chunks. An estimate: --dry_run measures.
     """
 
 
@@ -108,8 +108,8 @@ def preset_keys(name: str, assigned: Mapping[str, Any], *, ranks: int = 1) -> di
 
 
 def _micro_batch_size(batch: BatchConfig, at_most: int, ranks: int) -> int:
-    """The largest that divides what null means for one process, at most `at_most`: the same on as many numbers of ranks as
-    possible. If `ranks` cannot share these micro-batches out, the largest that divides what null means on so many.
+    """The largest size up to `at_most` that divides the default for one process: it is the same on as many numbers of ranks as
+    possible. If `ranks` ranks cannot share these micro-batches evenly, the largest that divides their default.
     """
     size = 1
     for count in (1, ranks):
@@ -121,5 +121,5 @@ def _micro_batch_size(batch: BatchConfig, at_most: int, ranks: int) -> int:
 
 
 def sequences_of(tokens: int, sequence_length: int) -> int:
-    """How many sequences `tokens` make: a power of two, so that ranks and accumulation divide it; at least one."""
+    """How many sequences `tokens` make: a power of two, so that ranks and accumulation steps divide it; at least one."""
     return 1 << max(0, (tokens // max(1, sequence_length)).bit_length() - 1)

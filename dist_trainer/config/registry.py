@@ -1,4 +1,4 @@
-"""Registries (OPTIMIZERS, SCHEDULES, ...): their entries by name, found or built, and functions of the user's own."""
+"""Registries (OPTIMIZERS, SCHEDULES, ...): looks up and builds their entries by name, and users' own functions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ENTRY_NAMES: dict[str, tuple[str, ...]] = {
     "distributed.strategy": ("auto", "single", "ddp"),
     "distributed.reduction": ("exact", "fast"),
 }
-"""By config key; `auto` chooses among the others. Configs are checked against these, as the registries themselves import torch.
-A test holds them equal.
+"""Entry names by config key; `auto` chooses among the others. Configs are checked against these, as the registries themselves
+import torch. A test keeps the two equal.
 """
 
 
@@ -58,7 +58,7 @@ def _where_modules_are_found() -> str:
 
 
 def unknown_entry_message(names: Iterable[str], name: str, key: str) -> str:
-    """The message for a `name` that is none of the `names`, with the nearest of them."""
+    """The message for a `name` that is not one of the `names`, with the nearest of them."""
     known = list(names)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? Choose" if near else "choose"
@@ -66,10 +66,10 @@ def unknown_entry_message(names: Iterable[str], name: str, key: str) -> str:
 
 
 def build(registry: Mapping[str, Callable[..., T]], name: str, key: str, *arguments: Any, kind: type[T]) -> T:
-    """What the entry that `name` means returns for `arguments`.
+    """Call the entry `name` with `arguments`, and return its result.
 
-    Raises ConfigError as `resolve` does, and if a function of the user's own takes other arguments or returns something that is
-    no `kind`. An error inside it is not caught.
+    Raises ConfigError as `resolve` does, and if a user's function takes other arguments or does not return a `kind`. An error
+    inside it is not caught.
     """
     entry = resolve(registry, name, key)
     try:

@@ -36,11 +36,11 @@ _NOT_NEGATIVE = (
 )
 """Numbers that may be 0."""
 _FRACTIONS = ("model.dropout", "data.validation_fraction")
-"""Numbers from 0 up to 1, which itself is too much."""
+"""Numbers from 0 up to, but not including, 1."""
 
 
 def check_config(config: TrainingConfig) -> None:
-    """Raises ConfigError with every rule that `config` violates."""
+    """Raises ConfigError that lists every rule that `config` violates."""
     raise_problems(rule_violations(config))
 
 
@@ -67,7 +67,7 @@ def rule_violations(config: TrainingConfig, *, world_size: int | None = None) ->
 
 
 def _ranges(config: TrainingConfig) -> Iterator[str]:
-    """All other numbers must be more than 0, so that nobody forgets a new key."""
+    """Numbers that are not listed above must be more than 0, so that new keys are checked too."""
     for key in key_types():
         section, _, name = key.rpartition(".")
         value = getattr(getattr(config, section) if section else config, name)
@@ -101,7 +101,7 @@ def _names(config: TrainingConfig) -> Iterator[str]:
 
 
 def _entries(config: TrainingConfig) -> Iterator[str]:
-    """Names that no registry has. A function of the user's own may import torch: run/build.py looks it up."""
+    """Names that are in no registry. A user's function may import torch, so run/build.py looks it up."""
     for key, names in ENTRY_NAMES.items():
         section, _, field = key.rpartition(".")
         name = getattr(getattr(config, section), field)

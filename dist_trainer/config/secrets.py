@@ -12,11 +12,11 @@ from typing import Any, TextIO
 
 MASK = "***"
 _SHORTEST = 8
-"""Shorter values are hardly secrets, and occur in too many words."""
+"""Shorter values are unlikely to be secrets, and occur in too many words."""
 _ANYWHERE = r"[a-z0-9_-]*(?:api_?key|token|secret|passw(?:or)?d|passphrase|credentials?)"
-"""Unambiguous words, also as part of longer ones: PGPASSWORD."""
+"""Unambiguous words, even as part of longer ones: PGPASSWORD."""
 _AS_A_WORD = r"(?:[a-z0-9]+[_-])*(?:key|pass|pat)|(?:[a-z0-9]+[_-])+pwd"
-"""Words that also end others (monkey, compass), and PWD, which alone is the working folder."""
+"""Words that also end other words (monkey, compass), and PWD, which by itself is the working folder."""
 _SECRET_NAME = re.compile(rf"(?:{_ANYWHERE}|{_AS_A_WORD})(?:[_-](?:id|value|base))?", re.IGNORECASE)
 _USER_IN_URL = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s'\"]+@", re.IGNORECASE)
 _QUERY = re.compile(r"([?&;]([\w.-]+)=)[^&;#\s'\"]+")
@@ -32,7 +32,7 @@ _KNOWN_FORM = re.compile(
 
 def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
     """`text` with these masked: values of environment variables with secret-sounding names, users and passwords in URLs, URL
-    parameters with secret-sounding names, and tokens of well-known forms.
+    parameters with secret-sounding names, and tokens in well-known formats.
     """
     secrets = {value for name, value in environment.items() if len(value) >= _SHORTEST and _sounds_secret(name)}
     for value in sorted(secrets, key=len, reverse=True):  # one may be the start of another
@@ -44,8 +44,8 @@ def masked(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def masked_within(value: Any, environment: Mapping[str, str] = os.environ) -> Any:
-    """`value` with every text in it masked: values of dictionaries and elements of lists. For output whose format (HTML,
-    YAML, a table) would change how a secret looks.
+    """`value` with every string in it masked: dictionary values and list elements. For output whose format (HTML, YAML, a
+    table) would change how a secret looks.
     """
     if isinstance(value, str):
         return masked(value, environment)
@@ -57,8 +57,8 @@ def masked_within(value: Any, environment: Mapping[str, str] = os.environ) -> An
 
 
 class MaskedStream:
-    """A text stream that masks what is written to it, also by other libraries. Errors are ignored: the stream may be closed, or
-    its disk full.
+    """A text stream that masks whatever is written to it, even by other libraries. Errors are ignored: the stream may be
+    closed, or its disk full.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -1,4 +1,4 @@
-"""Values of keys: checked against the key's type, shown in messages, and, for keys that have a syntax of their own, parsed."""
+"""Values of keys: checks them against the key's type, formats them for messages, and parses those with a special syntax."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dist_trainer.errors import ConfigError
 ALPACA = "alpaca"
 """Value of data.template for records with Alpaca's columns."""
 MAX_PROFILED_STEPS = 50
-"""Each takes some megabytes of trace, held in memory until the last one."""
+"""Each step takes several megabytes of trace, held in memory until the last one."""
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE]\+?\d{1,2})?")
-"""What may be a whole number, as 1e3 and 2.0 are. YAML would read 010 as octal."""
+"""Spellings that may be a whole number, such as 1e3 and 2.0. YAML would read 010 as octal."""
 _FIELD = re.compile(r"([^\[\].{}!:]+)((?:\[[^\[\]{}]+\])*)")
 _STEPS = re.compile(r"\s*([1-9]\d*)\s*(?:-\s*([1-9]\d*)\s*)?", re.ASCII)
 
 
 def parse_value(value: Any, kind: Any) -> Any:
-    """`value`, plain YAML or a word of the command line, as one of type `kind`. Raises ValueError if it is not one."""
+    """`value`, plain YAML or a command-line argument, converted to type `kind`. Raises ValueError if that is impossible."""
     for option in union_members(kind):
         try:
             return _parse_as(value, option)
@@ -75,7 +75,7 @@ def format_type(kind: Any) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """A value as a config file has it, on one line: null, true, [0.9, 0.95]; text without quotes."""
+    """A value as in a config file, on one line: null, true, [0.9, 0.95]; text without quotes."""
     return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
 
 
@@ -85,7 +85,7 @@ def format_value(value: Any) -> str:
 
 
 def choices_of(kind: Any) -> list[str]:
-    """The values of a type that has only a few, and `true`, `false`; as they are typed."""
+    """The values, as typed, of a type that has only a few, such as `true` and `false`."""
     choices: list[str] = []
     for option in union_members(kind):
         choices += map(str, get_args(option)) if get_origin(option) is Literal else ["true", "false"] if option is bool else []
@@ -93,7 +93,7 @@ def choices_of(kind: Any) -> list[str]:
 
 
 def union_members(kind: Any) -> list[Any]:
-    """The types of a union, without None; else the type alone."""
+    """The types of a union, without None; of another type, just itself."""
     is_union = get_origin(kind) is Union or type(kind).__name__ == "UnionType"
     return [option for option in get_args(kind) if option is not type(None)] if is_union else [kind]
 
@@ -139,7 +139,7 @@ def parse_profile_steps(text: str) -> range:
         raise ConfigError(f"profile.steps: {text!r} is neither a step such as 5 nor a range of steps such as 5-8")
     first, last = int(match[1]), int(match[2] or match[1])
     if last < first:
-        raise ConfigError(f"profile.steps: {text!r} ends before it begins; write {last}-{first}")
+        raise ConfigError(f"profile.steps: {text!r} ends before it starts; write {last}-{first}")
     if last - first >= MAX_PROFILED_STEPS:
         longest = f"{first}-{first + MAX_PROFILED_STEPS - 1}"
         raise ConfigError(f"profile.steps: {text!r} are {last - first + 1} steps, too many for a trace; at most {longest}")

@@ -1,4 +1,4 @@
-"""YAML files as dotted keys with their lines. Duplicate keys are errors, and nothing is ever executed."""
+"""Reads YAML files as dotted keys with line numbers. Duplicate keys are errors, and nothing is ever executed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from dist_trainer.errors import ConfigError
 
 MAX_NODES = 100_000
-"""Keys and values of a file with aliases expanded: a few lines of nested aliases can expand beyond any memory."""
+"""Maximum number of keys and values in a file, with aliases expanded: a few lines of nested aliases can exceed any memory."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Assignment:
 def read_assignments(path: Path, sections: Collection[str]) -> tuple[list[Assignment], list[str]]:
     """The keys of the file, those in `sections` joined with a dot, and a sentence for each problem.
 
-    Problems are a file that is missing, is not YAML or is not a mapping, a value that a config must not hold, and a duplicate
-    key, also as `model.dropout: 0` and as `dropout: 0` under `model:`.
+    Problems are a file that is missing, is not YAML or is not a mapping, a value that is not allowed in a config, and a
+    duplicate key, including `model.dropout: 0` together with `dropout: 0` under `model:`.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -51,13 +51,13 @@ def read_assignments(path: Path, sections: Collection[str]) -> tuple[list[Assign
 
 
 def load_yaml(text: str, name: str) -> Any:
-    """The plain values in `text`, which messages call `name`; None if it is empty. Raises ConfigError."""
+    """The plain values in `text`; messages call it `name`. None if it is empty. Raises ConfigError."""
     root = _composed(text, name)
     return None if root is None else _plain(root, name)
 
 
 def _composed(text: str, name: str) -> yaml.Node | None:
-    """Raises ConfigError if `text` is not YAML, or larger than any config."""
+    """Raises ConfigError if `text` is not YAML, or larger than any config could be."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -78,7 +78,7 @@ def _composed(text: str, name: str) -> yaml.Node | None:
 def _walk(
     node: yaml.MappingNode, path: Path, prefix: str, sections: Collection[str], first_lines: dict[str, int]
 ) -> Iterator[Assignment | str]:
-    """Each assignment, or a sentence on what is wrong with it."""
+    """Each assignment, or a sentence that says what is wrong with it."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         try:
@@ -95,9 +95,9 @@ def _walk(
 
 
 def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
-    """How many nodes `node` has with aliases expanded; infinite if one refers to a node that contains it.
+    """The number of nodes in `node` with aliases expanded; infinite if an alias refers to a node that contains it.
 
-    `sizes` are those of the nodes that are known.
+    `sizes`: the known sizes of nodes.
     """
     if id(node) not in sizes:
         sizes[id(node)] = math.inf  # until its parts are known
@@ -107,7 +107,7 @@ def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
 
 
 def _plain(node: yaml.Node, path: Path | str) -> Any:
-    """The value of a node, by the safe constructors only: a tag for a Python object is an error."""
+    """The value of a node, using only safe constructors: a tag for a Python object is an error."""
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)

@@ -174,7 +174,7 @@ REFUSED = {
     "--seed null": "seed: 'null' is not a whole number",
     "--profile.steps 5-": "command line: profile.steps: '5-' is neither a step such as 5 nor a range of steps such as 5-8",
     "--profile.steps 0-3": "profile.steps: '0-3' is neither a step",
-    "--profile.steps 8-5": "profile.steps: '8-5' ends before it begins; write 5-8",
+    "--profile.steps 8-5": "profile.steps: '8-5' ends before it starts; write 5-8",
     "--profile.steps 5-500": "profile.steps: '5-500' are 496 steps, too many for a trace; at most 5-54",
     "--distributed.hang_timeout_minutes 0": "distributed.hang_timeout_minutes: 0.0 must be more than 0",
 }
