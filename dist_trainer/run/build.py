@@ -1,4 +1,4 @@
-"""The table of contents of a run: each part is built from its own section of the config and handed on."""
+"""The table of contents of a run: builds each part from its section of the config."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from dist_trainer.training.trainer import Trainer
 
 
 def check_entries(config: TrainingConfig, world: DistributedContext) -> None:
-    """Raises ConfigError, the same one on every rank, for what only the ranks and imports show: before data are prepared."""
+    """Raises ConfigError, the same one on every rank, for what only ranks or imports reveal, before data are prepared."""
     accumulation_steps(config.batch, world.world_size)
     run_and_share_errors(world, lambda: check_registry_names(config))
     run_and_share_errors(world, lambda: check_packages(config.tracking), acts=world.is_main)
 
 
 def check_registry_names(config: TrainingConfig) -> None:
-    """Raises ConfigError if a function of the user's own cannot be imported."""
+    """Raises ConfigError if a user's function cannot be imported."""
     resolve(MODELS, config.model.name, "model.name")
     if config.optim.name != "auto":
         resolve(OPTIMIZERS, config.optim.name, "optim.name")
@@ -71,7 +71,7 @@ def build_trainer(
     *,
     callbacks: Sequence[object] = (),
 ) -> Trainer:
-    """All parts of a run, at `start`. Without a `record` nothing is saved or recorded. `callbacks`: besides the config's."""
+    """All parts of a run, at `start`. Without a `record`, nothing is saved or recorded. `callbacks`: added to the config's."""
     own_callbacks = run_and_share_errors(world, lambda: build_callbacks(config)) or []
     tokenizer = load_tokenizer(config, world, start)
     loaders, data_fingerprints = load_data(config, world, start, tokenizer)
@@ -139,7 +139,7 @@ def build_trainer(
 
 
 def load_tokenizer(config: TrainingConfig, world: DistributedContext, start: ResumeState) -> Any:
-    """The tokenizer of data.tokenizer; a resumed run has it in its checkpoint, if the folder it came from is gone."""
+    """The tokenizer of data.tokenizer; a resumed run takes it from its checkpoint if the original folder is gone."""
     name = config.data.tokenizer
     is_gone = name != "austen" and not is_hub_name(name) and not user_path(name).exists()
     section = replace(config.data, tokenizer=str(start.checkpoint)) if is_gone and start.checkpoint else config.data
@@ -149,9 +149,9 @@ def load_tokenizer(config: TrainingConfig, world: DistributedContext, start: Res
 def load_data(
     config: TrainingConfig, world: DistributedContext, start: ResumeState, tokenizer: Any
 ) -> tuple[Dataloaders, dict[str, Any]]:
-    """The loaders, and the fingerprints by which a resumed run recognises its text. Raises AnotherRunError for other text."""
+    """The loaders, and the fingerprints by which a resumed run recognises its text. Raises AnotherRunError if it differs."""
     is_renamed = start.renamed_data(config)
-    if is_renamed:  # another run's data must not be tokenised for hours before they are refused
+    if is_renamed:  # check first: another run's data must not be tokenised for hours before they are rejected
         check_same_data(config, start, local_rank0_first(world, lambda: fingerprints(config.data, tokenizer)))
     loaders = create_dataloaders(config, world, tokenizer=tokenizer)
     datasets = {"data_fingerprint": loaders.train.dataset}
@@ -185,7 +185,7 @@ def load_model(config: TrainingConfig, world: DistributedContext, start: ResumeS
 
 
 def build_checkpoints(config: TrainingConfig, model: nn.Module, tokenizer: Any, record: RunRecord | None) -> Checkpoints:
-    """Those of the run's folder, on rank 0."""
+    """The checkpoints of the run's folder, on rank 0; a stand-in that saves nothing on other ranks."""
     if record is None or record.folder is None:
         return Checkpoints()
     save_model = make_model_saver(model, tokenizer)
@@ -205,13 +205,13 @@ def make_model_saver(model: nn.Module, tokenizer: Any) -> SaveModel:
 
 
 def flops_per_token(model: nn.Module, config: TrainingConfig) -> float | None:
-    """As the model counts them; None if it does not."""
+    """Floating-point operations per token, as counted by the model; None if it does not count them."""
     count: Any = getattr(model, "flops_per_token", None)
     return count(config.data.sequence_length) if count is not None else None
 
 
 def flops_of_run(config: TrainingConfig, loaders: Dataloaders, per_token: float | None) -> float | None:
-    """Floating-point operations from the first step to the last, whether or not it is resumed in between."""
+    """Floating-point operations from the first step to the last, including those before a resume."""
     if per_token is None:
         return None
     steps = total_steps(config.train, loaders.train.sampler.steps_per_epoch)  # type: ignore[attr-defined]

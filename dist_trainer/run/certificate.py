@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the comparison came to."""
+    """The result of the comparison."""
 
     is_equal: bool
     lines: tuple[str, ...]
     """A sentence for each comparison."""
     differences: tuple[str, ...] = ()
-    """Those of them that name a difference."""
+    """The sentences that name a difference."""
 
 
 def write_certificate(
@@ -41,8 +41,8 @@ def write_certificate(
     output: Path | None,
     run_ranks: int | None,
 ) -> Path:
-    """Write it to `output` (None: into `folder`), and renew the report if `folder` has one; the file. Raises ConfigError if the
-    disk refuses.
+    """Write the certificate to `output` (None: into `folder`), and rebuild the report if `folder` has one; returns the file.
+    Raises ConfigError if it cannot be written.
     """
     file = folder / CERTIFICATE_FILE if output is None else output
     content = masked_within(describe(verdict, plan, found, run_ranks=run_ranks))

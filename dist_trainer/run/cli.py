@@ -37,7 +37,7 @@ HOLD_BACK_SECONDS = 5.0
 def run_cli(command: Callable[[], int]) -> int:
     """The exit code of `command`; a DistTrainerError is printed, once per machine, and becomes its exit code.
 
-    Secrets are masked in all that goes to stderr. Output that nobody reads does not change the exit code.
+    Secrets are masked in everything that goes to stderr. A closed stdout does not change the exit code.
     """
     open_standard_streams()
     ensure_home()
@@ -62,12 +62,12 @@ def run_cli(command: Callable[[], int]) -> int:
 
 
 def end_process(code: int) -> NoReturn:
-    """sys.exit without the interpreter's clean-up, which takes 0.7 s of CPU time per rank once torch is imported, while the
+    """sys.exit without the interpreter's clean-up, which, once torch is imported, takes 0.7 s of CPU time per rank while the
     launcher waits. Threads are joined, exit handlers called, and output flushed.
     """
 
     def end() -> None:
-        # Registered last, so called first, after all threads have ended: the other handlers are called from here.
+        # Registered last, so called first, after all threads have ended; it calls the other handlers.
         atexit.unregister(end)
         atexit._run_exitfuncs()
         _exit_now(code)
@@ -78,10 +78,10 @@ def end_process(code: int) -> NoReturn:
 
 
 def _exit_now(code: int) -> NoReturn:
-    """Not sys.exit: while ranks are still connected, the interpreter's clean-up may wait for them forever."""
+    """Exit without clean-up: while ranks are still connected, the interpreter's may wait for them forever."""
     flush_standard_streams()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).fflush(None)  # what C libraries such as NCCL have printed
+        ctypes.CDLL(None).fflush(None)  # output of C libraries such as NCCL
     os._exit(code)
 
 
@@ -91,8 +91,8 @@ def _exit_now(code: int) -> NoReturn:
 def exit_on_error(error: DistTrainerError) -> int:
     """Print the error, once per machine, and return its exit code; one of several ranks exits here.
 
-    torchrun stops all ranks as soon as one has exited. So ranks that print nothing wait until the printing one has exited,
-    which the launcher's signal tells them, and no rank lets that signal change its exit code.
+    torchrun stops all ranks as soon as one has exited. So ranks that do not print wait for the launcher's signal, which means
+    that the printing rank has exited, and no rank lets that signal change its exit code.
     """
     info = rank_info_or_none()
     is_single = info is not None and info.world_size == 1
@@ -107,7 +107,7 @@ def exit_on_error(error: DistTrainerError) -> int:
 
 
 def _prints(error: DistTrainerError, info: RankInfo | None) -> bool:
-    """Whether this process prints the error; without rank info it is unknown which other one could."""
+    """Whether this process prints the error; without rank info it does, since no other process is known to."""
     if info is None:
         return True
     if isinstance(error, PeerLostError) and error.printed_by is not None:
@@ -116,9 +116,9 @@ def _prints(error: DistTrainerError, info: RankInfo | None) -> bool:
 
 
 def _catch_stop_signals() -> threading.Event:
-    """From now on the stop signals only set the event."""
+    """Make the stop signals only set the event from now on."""
     signalled = threading.Event()
-    if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+    if threading.current_thread() is threading.main_thread():  # the only thread that may set handlers
         for number in heeded_stop_signals():
             signal.signal(number, lambda *_: signalled.set())
     return signalled
@@ -146,8 +146,8 @@ def missing_package(error: Exception) -> MissingPackageError | None:
 
 
 def open_standard_streams() -> None:
-    """Open /dev/null for standard streams that were closed at the start: otherwise the next files to be opened get their
-    numbers, and receive whatever is printed.
+    """Open /dev/null for standard streams that were closed at the start: otherwise the next files to be opened would get their
+    descriptors and receive whatever is printed.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -155,8 +155,8 @@ def open_standard_streams() -> None:
 
 
 def flush_standard_streams() -> None:
-    """Flush stdout and stderr. One that cannot be written becomes /dev/null, because the interpreter flushes both at its end
-    and exits with 120 if that fails.
+    """Flush stdout and stderr. A stream that cannot be written is replaced by /dev/null, because the interpreter flushes both
+    at exit and returns 120 if that fails.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

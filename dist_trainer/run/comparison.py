@@ -28,7 +28,7 @@ class Difference:
 
 
 def compare(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[int, Difference | None]:
-    """How many numbers and digests both have, and the first that differs."""
+    """The number of values and digests that both have, and the first that differs."""
     others = {(line["kind"], line["step"]): line for line in theirs if line["kind"] in COMPARED}
     kinds, compared = list(COMPARED), 0
     both = [(line, others[line["kind"], line["step"]]) for line in ours if (line["kind"], line["step"]) in others]
@@ -62,7 +62,7 @@ def first_tensor(ours: Sequence[Line], theirs: Sequence[Line]) -> tuple[int, str
 
 
 def in_words(difference: Difference | None, tensor: tuple[int, str, float | None] | None, *, of: str) -> str:
-    """What differs, the earlier step first; empty if nothing does. `tensor`: step, name, and the largest difference between its
+    """What differs, in order of steps; empty if nothing does. `tensor`: step, name, and the largest difference between its
     elements (None: a second replay did not show it); `of`: what was compared.
     """
     parts = [] if difference is None else [(difference.step, f"{difference} ({of})")]

@@ -1,4 +1,4 @@
-"""From a command line to a TrainingConfig, with what the launcher, the initial model and an earlier run imply. No torch."""
+"""Builds a TrainingConfig from a command line, the launcher, the initial model and an earlier run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def load_config(argv: Sequence[str] | None = None, *, trains: bool = True) -> Tr
 
 
 def _keys_of_earlier_run(keys: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The dotted keys of model and data of the run that the config with these `keys` resumes; None if it resumes none, or if
-    that one started from another model.
+    """The dotted model and data keys of the run that a config with these `keys` resumes; None if it resumes none, or if that
+    run started from another model.
     """
     defaults = TrainingConfig()
     run_name = sweep_run_name(keys.get("run_name", defaults.run_name))

@@ -1,6 +1,6 @@
-"""`--dry_run`: start-up as for a run, the largest batch, then what a run will need. No run is started or disturbed.
+"""`--dry_run`: starts up like a run, tries the largest batch, and reports what a run will need. No run is started or disturbed.
 
-The run's folder is only read: nothing is locked, written or moved there. Prepared data stay in the cache for the run.
+The run's folder is only read: nothing is locked, written or moved there. Prepared data stay in the cache for the real run.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _dry_run(config: TrainingConfig, world: DistributedContext) -> int:
     log.info("%s", format_header(trainer, folder, is_dry=True))
     with explain_out_of_memory(config, world, trainer):
         cost = measure(trainer)
-    if world.is_main:  # the rank that checked the folder
+    if world.is_main:  # only this rank has checked the folder
         log.info("%s", format_cost(cost, trainer, folder))
     return EXIT_FINISHED
 
 
 def build_without_folder(config: TrainingConfig, world: DistributedContext) -> Trainer:
-    """All parts of the run but those that write its folder. Another job may be training there and replace its checkpoints."""
+    """All parts of the run except those that write to its folder: another job may be training there and replace checkpoints."""
     return build_where_found(
         world,
         find=lambda: preview_resume(config, config.run_folder),
@@ -78,10 +78,10 @@ def check_writable(folder: Path) -> None:
 
 
 def measure(trainer: Trainer) -> Cost:
-    """Take real steps on batches of the largest shape, and part of a validation. The trainer cannot be used afterwards.
+    """Take real steps on batches of the largest shape, and run part of a validation. The trainer cannot be used afterwards.
 
-    For all ranks; raises StoppedError between steps, with one rank also within one, and TrainingDivergedError if the first loss
-    or gradient is not finite.
+    For all ranks; raises StoppedError between steps (with a single rank, also within one), and TrainingDivergedError if the
+    first loss or gradient is not finite.
     """
     world, (steps, validations) = trainer.world, left_to_do(trainer)
     world.heartbeat.mark("warming up", step=trainer.progress.step)
@@ -120,7 +120,7 @@ def check_first_step(trainer: Trainer, loss: float, grad_norm: float) -> None:
 
 
 def left_to_do(trainer: Trainer) -> tuple[int, int]:
-    """Steps, and validations."""
+    """The number of steps and of validations left."""
     steps = range(trainer.progress.step + 1, trainer.max_steps + 1)
     if trainer.validation_data is None:
         return len(steps), 0
@@ -129,7 +129,7 @@ def left_to_do(trainer: Trainer) -> tuple[int, int]:
 
 
 def largest_step(trainer: Trainer) -> tuple[list[Batch], int]:
-    """A step's micro-batches with each sequence of the maximum length, and their target tokens over all ranks."""
+    """A step's micro-batches, each sequence at its maximum length, and their target tokens over all ranks."""
     trainer.sampler.seek(trainer.progress.step)
     batches, length = iter(trainer.train_data), trainer.config.data.sequence_length
     micro_batches = [next(batches).widened(length) for _ in range(trainer.accumulation_steps)]
@@ -138,7 +138,7 @@ def largest_step(trainer: Trainer) -> tuple[list[Batch], int]:
 
 
 def _time_steps(trainer: Trainer, micro_batches: list[Batch], target_tokens: int, *, count: int) -> tuple[float, StepResult]:
-    """Seconds of `count` steps on the same batch, and the result of the last one."""
+    """Seconds for `count` steps on the same batch, and the result of the last one."""
 
     def step() -> StepResult:
         run_and_share_errors(trainer.world, lambda: None)  # raises StoppedError after a signal
@@ -153,7 +153,7 @@ def _time_steps(trainer: Trainer, micro_batches: list[Batch], target_tokens: int
 
 
 def _time_validation(trainer: Trainer) -> float:
-    """Seconds of a complete validation on this rank, estimated from its first block, the second time."""
+    """Seconds for a complete validation on this rank, estimated from the second pass over its first block."""
     if trainer.validation_data is None:
         return 0.0
     world, length = trainer.world, trainer.config.data.sequence_length

@@ -1,7 +1,7 @@
 """Evaluating a finished model: its loss on validation data, on any number of ranks; or the tasks of EleutherAI's
 lm-evaluation-harness (the package lm_eval, the extra `harness`).
 
-A checkpoint is a Hugging Face folder, so lm_eval's own model class runs it, and its numbers are comparable to those published.
+A checkpoint is a Hugging Face folder, so lm_eval's own model class runs it, and the numbers are comparable to published ones.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from dist_trainer.training.validation import evaluate
 log = logging.getLogger(__name__)
 
 RESULTS_FOLDER = "evaluations"
-"""In a run's folder."""
+"""Subfolder of a run's folder."""
 INSTALL = f"`EXTRAS=harness launch/setup.sh`, or `{command_path()} -m pip install lm_eval accelerate`"
 OFFLINE = (
-    ". The Hub cannot be reached: download the task's data into the local cache (HF_HOME) on a machine that reaches it, or "
+    ". The Hub cannot be reached: download the task's data into the local cache (HF_HOME) on a machine with network access, or "
     "name tasks whose data are in local files (--harness_tasks)"
 )
 AUTOCAST = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
@@ -57,17 +57,17 @@ AUTOCAST = {"fp32": None, "bf16": "bfloat16", "fp16": "float16"}
 
 
 def evaluate_model(path: Path, config: TrainingConfig, option_names: Mapping[str, str] | None = None) -> dict[str, Any] | None:
-    """Loss, perplexity, bits per byte and the number of tokens of the model at `path` (or of that name on the Hub), on rank 0.
+    """Loss, perplexity, bits per byte and number of tokens for the model at `path` (or with that name on the Hub), on rank 0.
 
-    `option_names`: for keys that the command derived from one of its options, that option; messages name it. Raises
-    DistTrainerError, the same one on every rank.
+    `option_names`: the command-line options from which keys were derived; messages name the option. Raises DistTrainerError,
+    the same one on every rank.
     """
     names = option_names or {}
     with init_distributed(config.distributed) as world:
         configure_logging(None, rank=world.rank)
         if world.device.type == "cpu":
             keep_freed_memory()
-        # Before the data, which may take long. Of a model on the Hub only config.json was fetched so far.
+        # Before the data, which may take long. So far, only config.json of a Hub model has been downloaded.
         folder = local_rank0_first(world, lambda: model_folder(str(path), weights=True, key="RUN"))
         find_model(folder)
         tokenizer_key = names.get("data.tokenizer", "data.tokenizer")
@@ -117,8 +117,8 @@ class HarnessOptions:
 
 
 def evaluate_tasks(path: Path, options: HarnessOptions, precision: PrecisionConfig) -> dict[str, Any]:
-    """lm_eval's results by task and metric for the model at `path` (or of that name on the Hub), and the file with everything
-    that lm_eval reports, which is kept in the run's folder (None: the model is not in one). Raises DistTrainerError.
+    """lm_eval's results by task and metric for the model at `path` (or with that name on the Hub), and the file in the run's
+    folder with everything that lm_eval reports (None: the model is not in a run). Raises DistTrainerError.
     """
     configure_logging(None, rank=0)
     model = model_folder(str(path), weights=True, key="RUN")
@@ -147,7 +147,7 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(f"--harness: lm_eval cannot be imported ({error}); install it with {INSTALL}") from error
-    with contextlib.redirect_stdout(sys.stderr):  # standard output carries the result alone
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is only for the result
         manager = TaskManager(include_path=None if options.tasks_folder is None else str(options.tasks_folder))
         names = find_tasks(options.tasks, manager)
         try:
@@ -165,12 +165,12 @@ def run_harness(path: Path, options: HarnessOptions, precision: PrecisionConfig)
             is_missing = isinstance(error, ConnectionError) or "Hub" in reason or "cache" in reason
             hint = OFFLINE if is_missing and not online else ""
             raise ConfigError(f"--harness: lm_eval cannot evaluate {', '.join(names)}: {reason}{hint}") from error
-    # Through JSON once, so that the values returned equal those written.
+    # A round trip through JSON, so that the values returned equal those written.
     return json.loads(json.dumps(results, default=_as_json))
 
 
 def limit_chat_template(tokenizer: Tokenizer, name: str) -> None:
-    """Make `tokenizer` render its chat template, called `name` in messages, within limits of time and memory.
+    """Limit the time and memory that `tokenizer` may use to render its chat template; messages call it `name`.
 
     Raises DataError if the template cannot be limited.
     """
@@ -190,7 +190,7 @@ def limit_chat_template(tokenizer: Tokenizer, name: str) -> None:
 
 
 def find_tasks(patterns: tuple[str, ...], manager: Any) -> list[str]:
-    """The names that `manager` knows `patterns` by. Raises ConfigError naming each unknown one."""
+    """The tasks of `manager` that match `patterns`. Raises ConfigError naming each pattern without a match."""
     names: list[str] = []
     unknown = []
     for pattern in patterns:
@@ -211,13 +211,13 @@ def open_for_harness(
 ) -> Any:
     """lm_eval's HFLM (`model_class`) with the model in `folder`, computing as `evaluate` does.
 
-    Each text is preceded by what preceded it in training: the tokenizer's own prefix, or else the EOS of the previous text. A
-    chat template writes its own prefix.
+    Each text has the same prefix as in training: the tokenizer's, or else the EOS of the previous text. A chat template writes
+    its own prefix.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prefix = text_prefix(tokenizer)
     model = model_class(
-        # opened here because lm_eval would also open pickles
+        # loaded here because lm_eval would also load pickles
         pretrained=transformers_models.load_model(folder).to(device).eval(),
         tokenizer=tokenizer,
         mixed_precision_dtype=AUTOCAST[build_precision(precision, device).name],
@@ -241,7 +241,7 @@ def open_for_harness(
 
 
 def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:
-    """Write `results` of the checkpoint `folder` into the run's folder; the file. Raises ConfigError if the disk refuses."""
+    """Write `results` of the checkpoint `folder` into the run's folder; returns the file. Raises ConfigError if that fails."""
     to = run / RESULTS_FOLDER
     file = to / f"{folder.name}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     if to.is_symlink():
@@ -255,7 +255,7 @@ def write_results(run: Path, folder: Path, results: Mapping[str, Any]) -> Path:
 
 
 def _as_json(value: Any) -> Any:
-    """JSON for what is not JSON, as lm_eval writes it: numpy numbers, sets, function names."""
+    """Convert values that are not JSON, as lm_eval does: numpy numbers, sets, functions."""
     if hasattr(value, "item"):
         return value.item()
     return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)

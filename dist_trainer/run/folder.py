@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 FILES = (RUN_CONFIG, METRICS_FILE, STATUS_FILE, REPORT_FILE)
 FOLDERS = (CHECKPOINTS, "logs", "wandb", "tensorboard", "trackio")
 WANDB_FILES = ("run_id", "cursor.json", "logged.json", "wandb", "wandb/logs", "artifacts")
-"""The files in wandb/ that the next start opens again; W&B's own links to its newest files are not among them."""
+"""The files in wandb/ that the next start opens again; W&B's links to its newest files are not among them."""
 ARCHIVE_PREFIX, OLD_ARCHIVE_PREFIX = "archived-", "replaced-"
-"""Of folders with earlier runs: since version 0.1, and before."""
+"""Name prefixes of folders with earlier runs: since version 0.1, and before."""
 _MOVING = ".moving-aside"
 
 
@@ -35,24 +35,24 @@ class RunFolder:
     """OUTPUT_DIR/RUN_NAME, locked against other jobs for as long as this process lives."""
 
     def __init__(self, path: Path) -> None:
-        """Create and lock the folder, check what is in it, and remove what a killed run left.
+        """Create and lock the folder, check its content, and remove what a killed run left.
 
-        Raises ConfigError if it cannot be written, CheckpointError naming the owner if another job holds it, or naming a
-        symbolic link that leads out of it.
+        Raises ConfigError if it cannot be written; CheckpointError that names the owner if another job holds it, or a symbolic
+        link that leads out of it.
         """
         self.path = path
         self.is_new = False
-        """Whether this process has created it, and nothing has happened in it yet: then it may be deleted."""
+        """Whether this process has created it and not used it yet, so that it may be deleted."""
         self.is_to_be_archived = False
-        """Whether it holds an earlier run that is to be archived, and must not be changed before."""
+        """Whether it contains an earlier run that will be archived and must not be changed before."""
         self.progress: Progress | None = None
-        """How far the run has come, once a valid checkpoint was found."""
+        """The run's progress, once a valid checkpoint has been found."""
         existed = path.exists()
         with self._writing("choose another --output_dir"):
             make_folder(path)
             self._lock = RunLock(path)
         try:
-            # Only valid under the lock: another job may have created the folder, and have run in it, since `existed`.
+            # Only valid under the lock: another job may have created and used the folder since `existed` was determined.
             self.is_new = not existed and not self._entries()
             with self._writing("choose another --output_dir"):
                 self._reject_symlinks()
@@ -70,13 +70,13 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     def close(self, *, unused: bool = False) -> None:
-        """Release the lock; a new folder that stayed `unused` is deleted."""
+        """Release the lock; a new folder is deleted if `unused`."""
         if unused and self.is_new:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
     def write_config(self, text: str) -> None:
-        """Write the resolved config. Raises ConfigError if the disk refuses."""
+        """Write the resolved config. Raises ConfigError if that fails."""
         path = self.path / RUN_CONFIG
         with self._writing("free some space, or choose another --output_dir"):
             if not path.is_file() or path.read_bytes() != text.encode():
@@ -85,8 +85,8 @@ class RunFolder:
     def archive_run(self) -> None:
         """Move an earlier run into a numbered folder inside; nothing is deleted.
 
-        It is collected under a hidden name first: if this process is killed meanwhile, the next start finishes the move, or
-        half of that run could be taken for the new one.
+        It is first collected under a hidden name. If this process is killed meanwhile, the next start finishes the move;
+        otherwise half of the old run could be taken for the new one.
         """
         with self._writing("free some space, or choose another --run_name"):
             if any(not path.is_dir() or any(path.iterdir()) for path in self._entries()):
@@ -113,7 +113,7 @@ class RunFolder:
         return [path for path in self.path.iterdir() if path.name not in kept and not path.name.startswith(archives)]
 
     def _reject_symlinks(self) -> None:
-        """Whoever made this folder must not make us write, or wait, somewhere else."""
+        """The folder's creator must not be able to make us write, or block, somewhere else."""
         for name in (*FILES, *FOLDERS, _MOVING, *(f"wandb/{name}" for name in WANDB_FILES)):
             _reject_symlink(self.path / name)
         for name in FILES:
@@ -143,6 +143,6 @@ def _reject_symlink(path: Path) -> None:
 
 
 def _expect(path: Path, is_kind: Callable[[int], bool]) -> None:
-    """Rename whatever has the name of a file or a folder and is none, such as a pipe, which a reader would wait at."""
+    """Rename anything of the wrong kind under the name of a file or folder, such as a pipe, on which a reader would block."""
     if path.exists() and not is_kind(path.stat().st_mode):
         quarantine(path)

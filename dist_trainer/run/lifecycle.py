@@ -1,4 +1,4 @@
-"""An attempt at a run, from joining the ranks to its exit code."""
+"""One attempt at a run, from joining the ranks to its exit code."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 
 
 def run(config: TrainingConfig, *, began: float | None = None, stop_request: StopRequest | None = None) -> int:
-    """Train in the run's folder, from scratch or resumed; the exit code. Raises DistTrainerError, the same one on every rank.
+    """Train in the run's folder, from scratch or resumed; returns the exit code. Raises DistTrainerError, the same one on every
+    rank.
 
-    `began` (unix seconds; None: now): when the command was entered; its imports are part of the run's time. `stop_request`: the
-    one that the command started with.
+    `began` (unix seconds; None: now): when the command started; its imports are part of the run's time. `stop_request`: the
+    command's.
     """
     record = RunRecord(config, began=time.time() if began is None else began)
 
@@ -47,7 +48,7 @@ def on_all_ranks(
     stop_request: StopRequest | None,
     on_fatal: Callable[[str], None] | None = None,
 ) -> int:
-    """Join the ranks, check the config, and return what `attempt` does, or the exit code for a signal before the first step."""
+    """Join the ranks, check the config and run `attempt`; returns its result, or the exit code for a signal before training."""
     with (
         init_distributed(config.distributed, stop_request=stop_request, on_fatal=on_fatal) as world,
         world.stop_request.listen(),
@@ -80,7 +81,7 @@ def open_run_folder(config: TrainingConfig, world: DistributedContext) -> Genera
 
 
 def train(config: TrainingConfig, world: DistributedContext, record: RunRecord) -> int:
-    """Build the run and train it; the exit code. Raises StoppedError if a signal comes before training starts."""
+    """Build the run and train it; returns the exit code. Raises StoppedError if a signal arrives before training starts."""
     with explain_out_of_memory(config, world):
         trainer = prepare(config, world, record)
     if trainer.has_finished:
@@ -104,7 +105,7 @@ def prepare(config: TrainingConfig, world: DistributedContext, record: RunRecord
         if not start.replaces_run:
             configure_logging(logs, rank=world.rank)
         trainer = build_trainer(config, world, start, record)
-        if start.replaces_run:  # only now that the new run is valid: if it is refused, the earlier one stays in place
+        if start.replaces_run:  # only now, as the new run is valid: if it is rejected, the earlier one stays in place
             run_on_rank0(world, lambda: _folder_of(record).archive_run())
             configure_logging(logs, rank=world.rank)
         return trainer
@@ -115,7 +116,7 @@ def prepare(config: TrainingConfig, world: DistributedContext, record: RunRecord
 def build_where_found(
     world: DistributedContext, *, find: Callable[[], ResumeState], build: Callable[[ResumeState], Trainer]
 ) -> Trainer:
-    """`build` at what rank 0 finds. A checkpoint that is damaged or gone since then costs another search."""
+    """`build` from where rank 0 finds to start. If that checkpoint has been damaged or removed since, search again."""
     start = run_on_rank0(world, find)
     while True:
         try:
@@ -141,7 +142,7 @@ def check_visible(start: ResumeState, world: DistributedContext) -> None:
 
 
 def format_finished(trainer: Trainer) -> str:
-    """That nothing is left to do, and what would change that."""
+    """A message that nothing is left to do, with the remedy."""
     train, step, folder = trainer.config.train, trainer.progress.step, trainer.config.run_folder
     key = "max_steps" if train.epochs is None or train.max_steps is not None else "epochs"
     if step > trainer.max_steps:

@@ -1,4 +1,4 @@
-"""Bytes of memory: what a run's state takes, what a device has, and the message when it runs out."""
+"""Memory in bytes: the size of a run's state, of a device's memory, and the message when it runs out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dist_trainer.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 AVERAGES = {torch.optim.Adam: 2, torch.optim.Muon: 1}
-"""Running averages that an optimizer keeps of each parameter."""
+"""Running averages that an optimizer keeps for each parameter."""
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "PiB": 2**50}
 _ON_GPU = re.compile(r"CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
 _REQUESTED = re.compile(r"allocate ([\d.]+) (bytes|KiB|MiB|GiB|TiB|PiB)")
@@ -37,7 +37,7 @@ _REQUESTED = re.compile(r"allocate ([\d.]+) (bytes|KiB|MiB|GiB|TiB|PiB)")
 
 
 def state_bytes(trainer: Trainer) -> dict[str, int]:
-    """Bytes that one rank holds for any batch size: `weights`, `gradients`, `partial sums` of them, if any, `optimizer`."""
+    """Bytes on each rank at any batch size: `weights`, `gradients`, their `partial sums` (if any), and `optimizer`."""
     gradients = _bytes_of(trainer.parameters)
     partial_sums = trainer.reduction.gradient_copies * gradients
     return {
@@ -49,15 +49,15 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
 
 
 def snapshot_bytes(trainer: Trainer) -> int:
-    """Bytes of host memory that rank 0 copies weights and optimizer state into when it saves. With a GPU that memory is pinned
+    """Bytes of host memory into which rank 0 copies weights and optimizer state when it saves. With a GPU, it is pinned
     at the first save and kept.
     """
     return _bytes_of(unwrap(trainer.model).state_dict().values()) + optimizer_state_bytes(trainer.optimizer)
 
 
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the optimizer's state; before its first step, of the running averages that AdamW and Muon will keep (0 for other
-    optimizers).
+    """Bytes of the optimizer's state; before its first step, an estimate: the running averages that AdamW and Muon will keep (0
+    for other optimizers).
     """
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     if held:
@@ -97,10 +97,10 @@ def explain_out_of_memory(config: TrainingConfig, world: DistributedContext, tra
         if not is_out_of_memory(error):
             raise
         explained = _explain(error, config, world, trainer)
-    if explained is not None:  # only here: what the frames of the error held is free again
+    if explained is not None:  # only here, after the error's frames have released their memory
         if not world.is_main:
             log.error("%s", explained.summary)
-            log.info("%s", explained.advice)  # to the log file: these ranks print warnings only
+            log.info("%s", explained.advice)  # to the log file: these ranks print only warnings
         raise explained
 
 
@@ -125,11 +125,11 @@ class DeviceMemory:
 
     total: int
     peak: int
-    """The most that this rank has held."""
+    """Peak memory of this rank."""
     in_use: int | None = None
-    """By this rank's tensors; None on a CPU."""
+    """Held by this rank's tensors; None on a CPU."""
     fragmented: int = 0
-    """Reserved by torch's allocator, but not in use: pieces that are too small."""
+    """Reserved by torch's allocator but unused: fragments that are too small."""
     others: int = 0
     """Held by other processes."""
 
@@ -163,7 +163,7 @@ def _explain(
 
 
 def format_shortage(requested: int | None, device_memory: DeviceMemory, *, rank: int, device: torch.device) -> str:
-    """What was requested, and what there is, as part of a sentence."""
+    """What was requested and what is available, as part of a sentence."""
     size = "more memory" if requested is None else f"{memory(requested)} more"
     used = [] if device_memory.in_use is None else [f"{memory(device_memory.in_use)} in use"]
     used.append(f"peak {memory(device_memory.peak)}")
@@ -174,7 +174,7 @@ def format_shortage(requested: int | None, device_memory: DeviceMemory, *, rank:
 
 
 def format_state(trainer: Trainer) -> str:
-    """Bytes that do not depend on the batch, and those of a micro-batch's logits: tokens * vocabulary * 4 bytes."""
+    """Memory that does not depend on the batch, and that of a micro-batch's logits: tokens * vocabulary * 4 bytes."""
     sizes = ", ".join(f"{name} {memory(size)}" for name, size in state_bytes(trainer).items())
     vocabulary = getattr(unwrap(trainer.model), "vocabulary_size", None)
     if not isinstance(vocabulary, int):

@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How an attempt ended; status.json, events and exit code all follow it."""
+    """How an attempt ended; determines status.json, events and the exit code."""
 
     state: State
     reason: str | None = None
@@ -64,14 +64,14 @@ class RunOutcome:
 
     @staticmethod
     def of_result(result: TrainingResult, world: DistributedContext) -> RunOutcome:
-        """Training came to an end."""
+        """The outcome of training that ended without an error."""
         if result.state == "finished":
             return RunOutcome("finished", result.reason)
         return RunOutcome("preempted", signal_name(result.signal_number), exit_code_if_preempted(world))
 
     @staticmethod
     def of_error(error: BaseException, world: DistributedContext) -> RunOutcome:
-        """The reason is one sentence; for a broken connection it names the rank that was lost."""
+        """The outcome of an error. The reason is one sentence; for a broken connection it names the lost rank."""
         if isinstance(error, StoppedError):
             return RunOutcome("preempted", signal_name(error.signal_number), exit_code_if_preempted(world))
         if not isinstance(error, DistTrainerError):
@@ -83,21 +83,21 @@ class RunOutcome:
 
 
 def exit_code_if_preempted(world: DistributedContext) -> int:
-    """75; for one of several ranks 0, because launchers take anything else for a crash. status.json has the real outcome."""
+    """75; with several ranks 0, because launchers treat anything else as a crash. status.json has the real outcome."""
     return EXIT_PREEMPTED if world.world_size == 1 else EXIT_FINISHED
 
 
 class RunRecord:
     """Records one attempt in the run's folder, whatever happens: the heartbeat's `on_fatal`, the trainer's tracker, a callback.
 
-    Made before the ranks meet. Rank 0, which has locked the folder, writes; if it is lost, another rank does.
+    Created before the ranks join. Rank 0, which has locked the folder, writes; if it is lost, another rank does.
     """
 
     def __init__(self, config: TrainingConfig, *, began: float) -> None:
-        """`began` (unix seconds): when the command was entered."""
+        """`began` (unix seconds): when the command started."""
         self._config, self._path, self._began = config, config.run_folder, began
         self.folder: RunFolder | None = None
-        """On rank 0, once it is locked."""
+        """Set on rank 0, once it is locked."""
         self._is_open = False
         self._trainer: Trainer | None = None
         """None: training has not started."""
@@ -107,7 +107,7 @@ class RunRecord:
 
     @contextmanager
     def attempt(self, folder: RunFolder | None, world: DistributedContext) -> Generator[None]:
-        """Record the error or signal that ends what is inside. `folder`: locked, on rank 0; None on other ranks."""
+        """Record the error or signal that ends the code inside. `folder`: locked, on rank 0; None on other ranks."""
         self.folder, self._is_open = folder, True
         try:
             yield
@@ -125,7 +125,7 @@ class RunRecord:
     def _record_error(self, error: BaseException, outcome: RunOutcome, folder: RunFolder) -> None:
         if self._trainer is not None:
             self.finish(outcome)
-        elif not (folder.is_new and isinstance(error, RefusedError)):  # else the folder is about to be removed
+        elif not (folder.is_new and isinstance(error, RefusedError)):  # otherwise the folder is about to be removed
             folder.is_new = False
             self._write_unstarted(outcome, is_anothers=isinstance(error, ConfigError | AnotherRunError))
 
@@ -140,11 +140,11 @@ class RunRecord:
     # -------------------------------------------------------------------------------- while it trains
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """From here on the folder is this run's: its status, events, progress and trackers."""
+        """From here on the folder belongs to this run: its status, events, progress and trackers."""
         self._trainer, folder, path, step = trainer, self.folder, self._path, trainer.progress.step
         if folder is None:
             return
-        folder.is_new = False  # from now on it contains what must not be lost
+        folder.is_new = False  # from now on its content must not be lost
         run = self._context(trainer)  # takes a while; nothing has started before
         lost_steps = steps_to_redo(path, start_step=step)
         metadata = {"lost_steps": lost_steps, "environment": run.environment, "parameters": run.parameters}
@@ -168,7 +168,7 @@ class RunRecord:
     def on_saved(self, step: int, write_seconds: float, best: Validated | None, digest: str | None) -> None:
         """The checkpoint of `step` is visible; the slowest write took `write_seconds`. Called by the thread that writes.
 
-        Recorded outside of checkpoints/: if all of them are lost, the next start must not start over.
+        Recorded outside checkpoints/: if all of them are lost, the next attempt must not start over.
         """
         amend_status(self._path, digest=digest, digest_step=step, **_best(best))
         amend_status(self._path, checkpoint_seconds=write_seconds)  # slurm/train.sh reads it
@@ -199,12 +199,12 @@ class RunRecord:
             self._counter.close()
 
     def mark_finished(self, trainer: Trainer) -> None:
-        """Nothing was left to do. Record that if the attempt before was killed before it could; send W&B what it lacks."""
-        if self.folder is None or not step_folders(self.folder.checkpoints):  # what has finished is the run resumed from
+        """Nothing was left to do. Record that, if the previous attempt was killed before it could; send W&B what it lacks."""
+        if self.folder is None or not step_folders(self.folder.checkpoints):  # then another run, resumed from, has finished
             return
         history, progress = read_run(self._path), trainer.progress
         if history.status.get("state") != "finished":
-            spent = goodput(history)  # up to its last line: no time was spent after that
+            spent = goodput(history)  # until its last line: no time was spent after that
             best = _best(progress.best)
             self._write(RunOutcome("finished"), step=progress.step, max_steps=trainer.max_steps, spent=spent, **best)
             append_event(self._path, "finished", step=progress.step, reason=None)
@@ -216,10 +216,10 @@ class RunRecord:
             send_to_wandb(self._context(trainer))
 
     def _write_unstarted(self, outcome: RunOutcome, *, is_anothers: bool = False, is_last: bool = False) -> None:
-        """The outcome of an attempt that did not train; what it does not know keeps its last value.
+        """Write the outcome of an attempt that did not train; values it does not know stay unchanged.
 
-        `is_anothers`: the run in the folder is not the refused one (or is to be replaced by it), so its status stays, unless
-        that is `running`, which is no longer true.
+        `is_anothers`: the run in the folder is not the rejected one (or would have been replaced by it), so its status stays,
+        unless that is `running`, which is no longer true.
         """
         folder, status = self.folder, read_status(self._path)
         is_anothers |= self._config.checkpoint.resume == "never" if folder is None else folder.is_to_be_archived
@@ -239,7 +239,7 @@ class RunRecord:
         self._write(outcome, step=progress.step, max_steps=max_steps, is_last=is_last, **_best(progress.best))
 
     def _write_crash(self, outcome: RunOutcome) -> None:
-        """A rank or the launcher is lost. Only the first rank to notice knows why; the others see that it has exited."""
+        """A rank or the launcher is lost. Only the first rank to notice knows why; the others only see that it has exited."""
         status, trainer = read_status(self._path), self._trainer
         assert trainer is not None, "it trains"
         if status.get("state") == "failed" and is_number(status.get("time")) and status["time"] >= self._began:
@@ -290,5 +290,5 @@ class RunRecord:
 
 
 def _best(best: Validated | None) -> dict[str, Any]:
-    """For status.json, which names a best checkpoint only if there is one."""
+    """The fields of status.json for the best checkpoint, if there is one."""
     return {"best_step": None, "best_loss": None} if best is None else {"best_step": best.step, "best_loss": best.loss}

@@ -36,7 +36,7 @@ from dist_trainer.training.trainer import Trainer
 from dist_trainer.training.validation import ValidationResult
 
 PLAN_FILE, CONFIG_FILE, WEIGHTS_FILE = "plan.json", "config.yaml", "weights.safetensors"
-"""In the scratch folder of a replay."""
+"""File in the scratch folder of a replay."""
 
 Line = dict[str, Any]
 
@@ -46,18 +46,18 @@ class Plan:
     """What to replay."""
 
     config: TrainingConfig
-    """Of the run, its micro-batch size filled in."""
+    """The run's config, with its micro-batch size filled in."""
     first: int
     last: int
     """The steps to compare; those between the checkpoint and `first` are replayed too."""
     scratch: Path
     """A folder on this machine for what the replay must write."""
     checkpoint: Path | None = None
-    """To start from; None: from step 0."""
+    """The checkpoint to start from; None: step 0."""
     saved: tuple[Path, ...] = ()
-    """Checkpoints of these steps, whose weights are compared with the replay's."""
+    """Checkpoints whose weights are compared with the replay's."""
     weights_of: int = 0
-    """A step whose weights are kept in the scratch folder; 0: none."""
+    """The step whose weights are kept in the scratch folder; 0: none."""
 
     def write(self) -> None:
         """Write it into its scratch folder, for `read`."""
@@ -77,7 +77,7 @@ class Plan:
 
 
 def without_traces(config: TrainingConfig, scratch: Path) -> TrainingConfig:
-    """`config` without what writes to a run's folder or elsewhere, and changes no number."""
+    """`config` without the keys that write to a run's folder or elsewhere but change no number."""
     tracking = TrackingConfig(wandb="disabled", sample_tokens=0, log_every_steps=config.tracking.log_every_steps)
     return replace(config, output_dir=str(scratch), tracking=tracking, profile=ProfileConfig())
 
@@ -109,20 +109,20 @@ def replay(plan: Plan, world: DistributedContext) -> list[Line]:
 
 @dataclass
 class Recorder:
-    """A callback that notes what each step gives, and stops after the last one."""
+    """A callback that records the result of each step, and stops after the last one."""
 
     plan: Plan
     world: DistributedContext
     lines: list[Line] = field(default_factory=list)
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Note where this is."""
+        """Record the machine, device and versions."""
         environment = describe_environment(trainer.world) if self.world.is_main else {}
         reduction = type(trainer.reduction).__name__
         self._add("replay", trainer.progress.step, ranks=self.world.world_size, reduction=reduction, environment=environment)
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """Note the numbers and weights of the step."""
+        """Record the numbers and weights of the step."""
         metrics = result.metrics(trainer.world)
         if result.step >= self.plan.last:
             trainer.stop("all steps to compare are replayed")
@@ -144,7 +144,7 @@ class Recorder:
                     self._add("checkpoint", result.step, tensor=tensor, difference=difference)
 
     def on_validation_end(self, trainer: Trainer, result: ValidationResult) -> None:
-        """Note the loss."""
+        """Record the loss."""
         if trainer.progress.step >= self.plan.first:
             self._add("validation", trainer.progress.step, loss=result.loss)
 
@@ -153,7 +153,7 @@ class Recorder:
             self.lines.append({"kind": kind, "step": step, **values})
 
     def _compare(self, trainer: Trainer, saved: Path) -> tuple[str | None, float]:
-        """With a checkpoint, by the files: they have Hugging Face's names, whatever the model calls its parameters."""
+        """Compare with a checkpoint's files: they use Hugging Face's names, whatever the model calls its parameters."""
         own = self.plan.scratch / saved.name
         own.mkdir()
         model = unwrap(trainer.model)
@@ -178,16 +178,16 @@ def first_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -
 
 
 def named_as_saved(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of `model` by the names that they have in a checkpoint."""
+    """The weights of `model`, by their names in a checkpoint."""
     state = model.state_dict()
     return to_hf_names(state) if isinstance(model, DecoderLM) else state
 
 
 def write_lines(lines: list[Line], file: Path) -> None:
-    """One JSON object a line; NaN and infinity as Python's json writes them."""
+    """Write one JSON object per line; NaN and infinity as Python's json writes them."""
     replace_file(file, [f"{json.dumps(line)}\n".encode() for line in lines], durable=False)
 
 
 def read_lines(file: Path) -> list[Line]:
-    """What `write_lines` wrote."""
+    """Read what `write_lines` wrote."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""Starts the ranks of a replay on this machine, and what each of them does."""
+"""Starts the ranks of a replay on this machine, and runs each of them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dist_trainer.run.lifecycle import on_all_ranks
 from dist_trainer.run.replay import Line, Plan, read_lines, replay, write_lines
 
 FOUND_FILE, ERROR_FILE, OUTPUT_FILE = "found.jsonl", "error.json", "output.txt"
-"""In the scratch folder of a replay."""
+"""File in the scratch folder of a replay."""
 LAST_LINES = 15
-"""Of a crashed replay's output, in the error."""
+"""Lines of a crashed replay's output that the error quotes."""
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def replay_as_rank(scratch: Path, *, stop_request: StopRequest | None = None) -> int:
-    """Replay the plan in the folder `scratch` as the rank that this process is; leave there what was found, or the error."""
+    """Replay the plan in the folder `scratch` as this process's rank; write the result, or the error, into that folder."""
 
     def attempt(world: DistributedContext) -> int:
         lines = replay(plan, world)
@@ -45,9 +45,9 @@ def replay_as_rank(scratch: Path, *, stop_request: StopRequest | None = None) ->
 
 
 def start_ranks(plan: Plan, ranks: int, threads: int) -> list[Line]:
-    """Replay `plan` on so many ranks of this machine, with so many CPU threads each; what was found.
+    """Replay `plan` on `ranks` ranks of this machine, with `threads` CPU threads each; returns the lines found.
 
-    Raises RefusedError for what a rank refuses, and DistTrainerError if a rank crashes.
+    Raises RefusedError if a rank rejects the plan, and DistTrainerError if a rank crashes.
     """
     plan.write()
     words = ["-m", "dist_trainer.verify", "--replay", str(plan.scratch)]
@@ -69,7 +69,7 @@ def start_ranks(plan: Plan, ranks: int, threads: int) -> list[Line]:
 
 
 def found_by(scratch: Path, ranks: int, code: int = EXIT_CRASHED) -> list[Line]:
-    """What the replay left in `scratch`. Raises its error; if it left none, one with the last lines of its output."""
+    """The result of the replay in `scratch`. Raises its error; if it left none, an error with the last lines of its output."""
     with suppress(OSError):
         return read_lines(scratch / FOUND_FILE)
     with suppress(OSError, ValueError):
@@ -80,13 +80,13 @@ def found_by(scratch: Path, ranks: int, code: int = EXIT_CRASHED) -> list[Line]:
 
 
 def threads_for(ranks: int, environment: Mapping[str, str] = os.environ) -> int:
-    """CPU threads for each of at most `ranks` ranks: OMP_NUM_THREADS, else its share of the cores."""
+    """CPU threads for each of at most `ranks` ranks: OMP_NUM_THREADS, else an equal share of the cores."""
     named = environment.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdigit() and int(named) else max(1, usable_cpus() // ranks)
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """As the launch files have it: no shared store (pytorch issue 135712), and threads that wait do not spin."""
+    """The same as in the launch files: no shared store (pytorch issue 135712), and waiting threads do not spin."""
     own = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     own.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return {**own, "OMP_NUM_THREADS": str(threads), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

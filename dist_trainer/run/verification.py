@@ -43,7 +43,7 @@ STEPS_OF_A_CONFIG = (1, 20)
 OWN_STRATEGIES = ("auto", "single", "ddp")
 
 Start = Callable[[Plan, int], list[Line]]
-"""Replays a plan on so many ranks."""
+"""Replays a plan on a number of ranks."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Request:
     """What the command line asks for."""
 
     run: Path | None
-    """A run's folder; None: the config alone."""
+    """A run's folder; None: only the config is given."""
     config: TrainingConfig | None = None
     """None: the run's."""
     steps: tuple[int, int] | None = None
@@ -72,11 +72,11 @@ class Subject:
     run_ranks: int | None = None
     """Ranks that the run had; None: there is no run."""
     inexact: str | None = None
-    """Why its sums depend on the number of ranks; None: they do not."""
+    """Why the sums depend on the number of ranks; None: they do not."""
 
     @property
     def micro_batches(self) -> int:
-        """Of a step, over all ranks."""
+        """Micro-batches of a step, over all ranks."""
         batch = self.plan.config.batch
         return batch.global_batch_size // batch.sequences_per_micro_batch(self.run_ranks or 1)
 
@@ -155,7 +155,7 @@ def _subject_of_run(run: Path, steps: tuple[int, int] | None, ranks: tuple[int, 
     if last > done:
         raise ConfigError(f"--steps: up to {last}, but {run} has finished {counted(done, 'step')}")
     raw = _raw_config(run)
-    # A checkpoint knows the config of the steps before it; the run may have continued with another one.
+    # A checkpoint has the config of the steps before it; the run may have continued with another one.
     state = next((read_training_state(folder) for folder in kept if step_of(folder) >= last), {})
     config = _config_of(state.get("config") or raw, scratch)
     begin = steps[0] - 1 if steps else step_of(kept[-2]) if len(kept) > 1 else None
@@ -245,19 +245,19 @@ def _raw_config(run: Path) -> Mapping[str, Any]:
 def _config_of(raw: Mapping[str, Any], scratch: Path) -> TrainingConfig:
     file = scratch / RUN_CONFIG
     file.write_text(yaml.safe_dump(dict(raw), sort_keys=False, allow_unicode=True), encoding="utf-8")
-    # What the run started from may be gone.
+    # The model that the run started from may be gone.
     return load_config(["--config", str(file), "--checkpoint.resume", "auto"], trains=False)
 
 
 def _with_micro_batch(config: TrainingConfig, size: int, ranks: tuple[int, ...]) -> TrainingConfig:
-    """`config`, by which all these numbers of ranks have micro-batches of `size` sequences."""
+    """`config`, changed so that all these numbers of ranks have micro-batches of `size` sequences."""
     if all(config.batch.sequences_per_micro_batch(each) == size for each in ranks):
         return config
     return replace(config, batch=replace(config.batch, micro_batch_size=size))
 
 
 def _shareable(config: TrainingConfig) -> TrainingConfig:
-    """`config` that any number of ranks accepts: whether they can share its micro-batches is checked later, with the plan."""
+    """`config`, valid for any number of ranks: whether they can share its micro-batches is checked later, with the plan."""
     return replace(config, batch=replace(config.batch, global_batch_size=rank_info().world_size, micro_batch_size=1))
 
 
