@@ -55,6 +55,11 @@ def snapshot_bytes(trainer: Trainer) -> int:
     return _bytes_of(unwrap(trainer.model).state_dict().values()) + optimizer_state_bytes(trainer.optimizer)
 
 
+def digest_bytes(trainer: Trainer) -> int:
+    """Bytes of host memory that rank 0 copies weights into for digests, apart from saves; 0 if only checkpoints have one."""
+    return _bytes_of(unwrap(trainer.model).state_dict().values()) if trainer.config.tracking.digest_every_steps else 0
+
+
 def optimizer_state_bytes(optimizer: Optimizer) -> int:
     """Bytes of the optimizer's state; before its first step, an estimate: the running averages that AdamW and Muon will keep (0
     for other optimizers).

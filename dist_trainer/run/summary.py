@@ -23,7 +23,7 @@ from dist_trainer.optim.muon import MuonWithAdamW
 from dist_trainer.optim.schedules import build_schedule, initial_learning_rate, total_steps
 from dist_trainer.parallel.compile import is_compiled
 from dist_trainer.parallel.registry import unwrap
-from dist_trainer.run.memory import snapshot_bytes, state_bytes, total_memory
+from dist_trainer.run.memory import digest_bytes, snapshot_bytes, state_bytes, total_memory
 from dist_trainer.run.resume import ResumeState
 from dist_trainer.run.sameness import format_sums, log_changed_sums
 from dist_trainer.tracking.formatting import duration, memory, quantity, significant
@@ -185,10 +185,11 @@ def _peak_memory(cost: Cost, trainer: Trainer) -> str:
 
 
 def _pinned(trainer: Trainer) -> str:
-    """With a GPU, the host memory that saves pin."""
+    """With a GPU, the host memory that saves and digests pin."""
     if trainer.world.device.type != "cuda":
         return ""
-    return f"; saves pin {memory(snapshot_bytes(trainer))} of host memory on rank 0"
+    digests = f" and digests {memory(size)}" if (size := digest_bytes(trainer)) else ""
+    return f"; saves pin {memory(snapshot_bytes(trainer))}{digests} of host memory on rank 0"
 
 
 def _aligned(lines: Mapping[str, str]) -> list[str]:

@@ -101,6 +101,12 @@ def test_saving_is_measured_against_torch_save():
 
 
 @pytest.mark.slow
+def test_digests_are_measured_against_the_same_run_without():
+    made = bench("benchmarks.digest_cost", "--size", "overhead", "--every", "3", "--pairs", "2")
+    assert "| tokens/s with digests, of those without | " in made
+
+
+@pytest.mark.slow
 def test_resuming_is_measured_against_a_script_that_loads():
     assert "ours against the script: " in bench("benchmarks.restarting", "--size", "overhead", "--rounds", "1")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dist_trainer.checkpoint import host_copy
 from dist_trainer.checkpoint.host_copy import PinnedMemory
 from dist_trainer.checkpoint.state import Progress, Snapshot, take_snapshot
+from dist_trainer.config.schema import TrainingConfig
 from dist_trainer.run import summary
 
 GARBAGE = 77.0
@@ -205,13 +206,14 @@ def test_memory_that_cuda_does_not_pin_is_used_as_it_is(monkeypatch, caplog, cod
     assert ("could not be pinned" in caplog.text) == (code != 0)
 
 
-def test_the_header_of_a_run_on_gpus_says_how_much_host_memory_saves_pin(monkeypatch):
+def test_the_header_of_a_run_on_gpus_says_how_much_host_memory_is_pinned(monkeypatch):
     model = nn.Linear(1024, 1024, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     world = SimpleNamespace(device=torch.device("cuda"))
     trainer = SimpleNamespace(model=model, parameters=[*model.parameters()], optimizer=optimizer, world=world)
+    trainer.config, trainer.reduction = TrainingConfig(), SimpleNamespace(gradient_copies=0)
     monkeypatch.setattr(summary, "total_memory", lambda device: 80 << 30)
     said = summary.format_memory(trainer)
-    assert said.endswith("cuda has 80.0 GiB; saves pin 12.0 MiB of host memory on rank 0")
+    assert said.endswith("cuda has 80.0 GiB; saves pin 12.0 MiB and digests 4.00 MiB of host memory on rank 0")
     world.device = torch.device("cpu")
     assert "pin" not in summary.format_memory(trainer)
