@@ -20,9 +20,8 @@ from dist_trainer.config.loading import dump_config
 from dist_trainer.config.schema import ProfileConfig, TrackingConfig, TrainingConfig
 from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.errors import ConfigError, StoppedError, counted
-from dist_trainer.huggingface.weights import read_hf_weights, to_hf_names
-from dist_trainer.models.decoder_lm import DecoderLM
-from dist_trainer.models.weights import make_weight_saver
+from dist_trainer.huggingface.weights import read_hf_weights
+from dist_trainer.models.weights import make_weight_namer, make_weight_saver
 from dist_trainer.optim.evaluation_weights import evaluation_weights
 from dist_trainer.parallel.registry import unwrap
 from dist_trainer.run.build import build_trainer
@@ -179,8 +178,7 @@ def first_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -
 
 def named_as_saved(model: nn.Module) -> dict[str, Tensor]:
     """The weights of `model`, by their names in a checkpoint."""
-    state = model.state_dict()
-    return to_hf_names(state) if isinstance(model, DecoderLM) else state
+    return dict(make_weight_namer(model)(model.state_dict()))
 
 
 def write_lines(lines: list[Line], file: Path) -> None:
