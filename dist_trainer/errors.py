@@ -10,6 +10,7 @@
     │   └── DoesNotFitError    memory ran out before there was a model to train; also an OutOfMemoryError
     ├── OutOfMemoryError       exit code 1: memory ran out
     ├── TrainingDivergedError  exit code 3: the loss or the gradients are not finite
+    ├── RanksDisagreeError    exit code 3: ranks have different bits where they must be equal
     ├── SavingFailedError      exit code 1: checkpoints could not be saved, several times in a row
     ├── CallbackError          exit code 1: a callback raised; or the code of the DistTrainerError that it raised
     ├── PeerLostError          exit code 1: another rank has died
@@ -84,6 +85,12 @@ class DoesNotFitError(OutOfMemoryError, RefusedError):
 
 class TrainingDivergedError(DistTrainerError):
     """The loss or the gradients are not finite."""
+
+    exit_code = 3
+
+
+class RanksDisagreeError(DistTrainerError):
+    """Ranks have different bits where they must be equal: memory or arithmetic of one of them has failed."""
 
     exit_code = 3
 

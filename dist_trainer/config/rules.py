@@ -13,6 +13,7 @@ from dist_trainer.config.schema import (
     TRANSFORMERS,
     BatchConfig,
     DataConfig,
+    DistributedConfig,
     ModelConfig,
     ProfileConfig,
     TrainingConfig,
@@ -33,6 +34,7 @@ _NOT_NEGATIVE = (
     "tracking.sample_tokens",
     "tracking.sample_every_steps",
     "tracking.digest_every_steps",
+    "distributed.sentinel_every_steps",
 )
 """Numbers that may be 0."""
 _FRACTIONS = ("model.dropout", "data.validation_fraction")
@@ -63,6 +65,7 @@ def rule_violations(config: TrainingConfig, *, world_size: int | None = None) ->
         *_data(config.data),
         *_batch(config.batch, world_size),
         *_profile(config.profile),
+        *_distributed(config.distributed),
     ]
 
 
@@ -182,3 +185,11 @@ def _profile(profile: ProfileConfig) -> Iterator[str]:
             parse_profile_steps(profile.steps)
         except ConfigError as error:
             yield str(error)
+
+
+def _distributed(distributed: DistributedConfig) -> Iterator[str]:
+    if distributed.sentinel_every_steps > 0 and distributed.reduction != "exact":
+        yield (
+            f"distributed.sentinel_every_steps: {distributed.sentinel_every_steps} needs distributed.reduction exact, with "
+            f"which two ranks compute the same bits; it is {distributed.reduction}"
+        )

@@ -297,6 +297,12 @@ class DistributedConfig:
     run aborts; null: 10 until the first step is done (compilation, loading), then 2. Each micro-batch, each batch that is read
     and each validation batch counts as progress; the limit is never less than ten times the longest step so far. Preparing data
     and saving may take longer."""
+    sentinel_every_steps: int = 0
+    """Every so many steps a second rank computes one micro-batch as well, and all ranks compare their weights and optimizer
+    state, to the last bit; 0: never. Needs two ranks and distributed.reduction exact."""
+    on_disagreement: Literal["stop", "redo"] = "stop"
+    """What to do if the two computations differ: stop the run (exit code 3), or redo the step, and stop if it happens again.
+    Different weights or optimizer state always stop it."""
 
 
 @dataclass(frozen=True)

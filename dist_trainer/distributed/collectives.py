@@ -57,12 +57,12 @@ class PendingSum:
         return self._sums.tolist()
 
 
-def broadcast_object(value: T, world: DistributedContext) -> T:
-    """Rank 0's `value`, on every rank."""
+def broadcast_object(value: T, world: DistributedContext, *, source: int = 0) -> T:
+    """The `value` of rank `source`, on every rank."""
     if world.cpu_group is None:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, group=world.cpu_group)
+    dist.broadcast_object_list(values, src=source, group=world.cpu_group)
     return values[0]
 
 

@@ -132,15 +132,24 @@ class Buffers:
     @contextmanager
     def unchanged(self) -> Generator[None]:
         """Inside, buffers may change; afterwards they have their previous tensors and values again."""
-        before = [getattr(module, name) for module, name, _ in self._slots]
-        copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in before]
+        restore = self.remember()
         try:
             yield
         finally:
+            restore()
+
+    def remember(self) -> Callable[[], None]:
+        """A function that gives buffers the tensors and values again that they have now."""
+        before = [getattr(module, name) for module, name, _ in self._slots]
+        copies = [value.detach().clone() if isinstance(value, Tensor) else value for value in before]
+
+        def restore() -> None:
             for (module, name, _), value, copy in zip(self._slots, before, copies, strict=True):
                 if isinstance(value, Tensor) and not _is_expanded(value):
                     value.detach().copy_(copy)
                 setattr(module, name, value)
+
+        return restore
 
     def _tensors(self) -> list[Tensor]:
         """The buffers as all ranks can exchange them, with equal sizes: in place of one whose size has changed, such as a table

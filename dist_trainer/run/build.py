@@ -40,12 +40,14 @@ from dist_trainer.tracking.subprocess_tracker import check_packages
 from dist_trainer.training.callbacks import build_callbacks
 from dist_trainer.training.digests import WeightDigests
 from dist_trainer.training.precision import build_precision
+from dist_trainer.training.sentinel import check_has_second_rank
 from dist_trainer.training.trainer import Trainer
 
 
 def check_entries(config: TrainingConfig, world: DistributedContext) -> None:
     """Raises ConfigError, the same one on every rank, for what only ranks or imports reveal, before data are prepared."""
     accumulation_steps(config.batch, world.world_size)
+    check_has_second_rank(config.distributed, world)
     run_and_share_errors(world, lambda: check_registry_names(config))
     run_and_share_errors(world, lambda: check_packages(config.tracking), acts=world.is_main)
 

@@ -76,9 +76,10 @@ class Plan:
 
 
 def without_traces(config: TrainingConfig, scratch: Path) -> TrainingConfig:
-    """`config` without the keys that write to a run's folder or elsewhere but change no number."""
+    """`config` without the keys that change no number: those that write to a run's folder or elsewhere, and the sentinel's."""
     tracking = TrackingConfig(wandb="disabled", sample_tokens=0, log_every_steps=config.tracking.log_every_steps)
-    return replace(config, output_dir=str(scratch), tracking=tracking, profile=ProfileConfig())
+    distributed = replace(config.distributed, sentinel_every_steps=0)
+    return replace(config, output_dir=str(scratch), tracking=tracking, profile=ProfileConfig(), distributed=distributed)
 
 
 def replay(plan: Plan, world: DistributedContext) -> list[Line]:

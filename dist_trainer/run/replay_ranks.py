@@ -16,7 +16,7 @@ from dist_trainer.distributed.machine import usable_cpus
 from dist_trainer.distributed.signals import StopRequest
 from dist_trainer.errors import EXIT_CRASHED, EXIT_FINISHED, DistTrainerError, RefusedError, counted
 from dist_trainer.run.lifecycle import on_all_ranks
-from dist_trainer.run.replay import Line, Plan, read_lines, replay, write_lines
+from dist_trainer.run.replay import Line, Plan, read_lines, replay, without_traces, write_lines
 
 FOUND_FILE, ERROR_FILE, OUTPUT_FILE = "found.jsonl", "error.json", "output.txt"
 """File in the scratch folder of a replay."""
@@ -36,7 +36,7 @@ def replay_as_rank(scratch: Path, *, stop_request: StopRequest | None = None) ->
 
     try:
         plan = Plan.read(scratch)
-        return on_all_ranks(attempt, plan.config, stop_request=stop_request)
+        return on_all_ranks(attempt, without_traces(plan.config, scratch), stop_request=stop_request)
     except DistTrainerError as error:
         info = rank_info_or_none()
         if info is None or info.rank == 0:

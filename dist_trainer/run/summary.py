@@ -68,6 +68,7 @@ def format_header(trainer: Trainer, folder: Path, *, is_dry: bool = False) -> st
         "optimizer": _optimizer(trainer),
         "devices": _devices(trainer),
         "sums": format_sums(trainer),
+        **_sentinel(trainer),
         "memory": format_memory(trainer),
         "output": output,
         "resume": _resume(trainer),
@@ -149,6 +150,16 @@ def _devices(trainer: Trainer) -> str:
     micro_batches = counted(trainer.accumulation_steps, "micro-batch", "es")
     sequences = counted(trainer.sampler.micro_batch_size, "sequence")
     return f"{ranks}, {trainer.precision.name}, {compiled}, {micro_batches} of {sequences} per step"
+
+
+def _sentinel(trainer: Trainer) -> dict[str, str]:
+    """`every 100 steps a second rank computes a micro-batch as well; stops if they disagree`; nothing without a sentinel."""
+    distributed = trainer.config.distributed
+    if distributed.sentinel_every_steps == 0:
+        return {}
+    every = counted(distributed.sentinel_every_steps, "step")
+    policy = {"stop": "stops if they disagree", "redo": "redoes the step if they disagree"}[distributed.on_disagreement]
+    return {"sentinel": f"every {every} a second rank computes a micro-batch as well; {policy}"}
 
 
 def _output(trainer: Trainer, folder: Path) -> str:

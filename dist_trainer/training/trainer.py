@@ -43,6 +43,7 @@ from dist_trainer.training.precision import Precision
 from dist_trainer.training.precompile import precompile
 from dist_trainer.training.profiler import Profiler
 from dist_trainer.training.saving import TrainingResult, TrainingState, finalize_checkpoint, fit_result, stop_after_failed_saves
+from dist_trainer.training.sentinel import build_take_step
 from dist_trainer.training.step import StepInput, StepResult, clip_gradients, seed_dropout, trace_range
 from dist_trainer.training.validation import LossFunction, evaluate, validation_is_due
 
@@ -102,6 +103,7 @@ class Trainer:
         self._device_copy, self._token_bytes = DeviceCopy(world.device), token_bytes
         self._is_saved, self._is_over, self._stop_reason = True, False, ""
         self._resumed_from: Path | None = None
+        self._take_step = build_take_step(self)
 
     def fit(self) -> TrainingResult:
         """Train to `max_steps`, or until `stop` is called or a rank receives a stop signal; then save.
@@ -146,7 +148,7 @@ class Trainer:
                 self._mark("training")
                 self._device_copy.wait(upcoming.micro_batches)
                 with trace_range(f"step {self.progress.step + 1}"):
-                    result = self.train_step(upcoming.micro_batches, target_tokens)
+                    result = self._take_step(upcoming.micro_batches, target_tokens)
                 self._is_saved = False
                 first_step_check.after_step()
                 self.divergence.observe(result)
@@ -174,7 +176,7 @@ class Trainer:
             is_last = index == len(micro_batches) - 1
             seed_dropout(self.config.seed, step, block=self.world.rank * self.accumulation_steps + index)
             with self.step_context(), self.reduction.micro_batch(index):
-                losses.append(self._forward_backward(batch, weight, exchanges=is_last))
+                losses.append(self.forward_backward(batch, weight, exchanges=is_last))
             self._garbage.collect()
 
         self._mark("updating")
@@ -191,7 +193,7 @@ class Trainer:
         self.progress.record_step(target_tokens)
         return StepResult(step + 1, losses, grad_norm, learning_rate, target_tokens, self.progress.target_tokens)
 
-    def _forward_backward(self, batch: Batch, weight: float, *, exchanges: bool) -> Tensor:
+    def forward_backward(self, batch: Batch, weight: float, *, exchanges: bool) -> Tensor:
         """The sum of the batch's token losses; adds the gradients of `weight` times this sum to the parameters' gradients.
 
         `exchanges`: whether this backward pass exchanges gradients, and so waits for other ranks.

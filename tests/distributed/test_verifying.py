@@ -104,7 +104,7 @@ def test_a_changed_weight_of_a_checkpoint_is_found(finished):
 
 def test_a_config_is_replayed_on_several_numbers_of_ranks(stories, tmp_path, capsys):
     certificate = tmp_path / "one.json"
-    request = Request(None, small_config(stories, tmp_path), (1, 2), (1, 2), certificate)
+    request = Request(None, small_config(stories, tmp_path, distributed__sentinel_every_steps=1), (1, 2), (1, 2), certificate)
     assert verify(request, start=forked()) == 0
     found = json.loads(certificate.read_text())
     assert found["digests"]["1"] == found["digests"]["2"]
