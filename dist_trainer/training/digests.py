@@ -63,18 +63,30 @@ class WeightDigests:
             return
         self._wait()  # only if hashing takes longer than `every_steps` steps: no digest is left out, and one copy is held
         with evaluation_weights(trainer.optimizer):
-            copy = start_host_copy(unwrap(trainer.model).state_dict(), pinned=self._pinned)
-        self._thread = threading.Thread(target=self._log_digest, args=(trainer, step, copy), name="weight-digest")
-        self._thread.start()
+            copy = self._copy(trainer, step)
+        if copy is not None:
+            self._thread = threading.Thread(target=self._log_digest, args=(trainer, step, copy), name="weight-digest")
+            self._thread.start()
+
+    def _copy(self, trainer: Any, step: int) -> HostCopy | None:
+        try:
+            return start_host_copy(unwrap(trainer.model).state_dict(), pinned=self._pinned)
+        except Exception as error:  # the host may have no room for it
+            _warn(step, error)
+            return None
 
     def _log_digest(self, trainer: Any, step: int, copy: HostCopy) -> None:
         try:
             digest = weights_digest(self._as_saved(copy.wait()).items())
             trainer.log({"kind": "digest", "step": step, "digest": digest})
         except Exception as error:
-            log.warning("step %d: no digest of the weights (%s: %s); training continues", step, type(error).__name__, error)
+            _warn(step, error)
 
     def _wait(self) -> None:
         thread = self._thread
         if thread is not None:
             thread.join()
+
+
+def _warn(step: int, error: Exception) -> None:
+    log.warning("step %d: no digest of the weights (%s: %s); training continues", step, type(error).__name__, error)

@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.fp16_loss import errors, in_chunks, plain_amp, problem_of
-from dist_trainer.checkpoint.host_copy import PinnedMemory
+from dist_trainer.checkpoint.digest import weights_digest
+from dist_trainer.checkpoint.host_copy import PinnedMemory, start_host_copy
 from dist_trainer.checkpoint.state import Progress, take_snapshot
 from dist_trainer.config.schema import ModelConfig
 from dist_trainer.models.attention import attention, dense_document_mask
@@ -119,6 +120,21 @@ def test_snapshots_reuse_pinned_memory_of_exactly_their_size_and_hold_what_the_g
         del snapshot
     assert len(addresses) == 1
     assert torch.zeros(1, device="cuda").item() == 0, "no error is left behind"
+
+
+def test_copies_for_digests_hold_what_was_there_when_they_were_started_and_the_host_does_not_wait_for_them():
+    weights = {"a": torch.randn(4096, 4096, device="cuda"), "strided": torch.randn(300, 512, device="cuda").t()}
+    before, pinned = {name: tensor.cpu() for name, tensor in weights.items()}, PinnedMemory()
+    start_host_copy(weights, pinned=pinned).wait()  # pins
+    torch.cuda._sleep(1 << 30)  # the step before is still computed
+    copy = start_host_copy(weights, pinned=pinned)
+    for tensor in weights.values():
+        tensor.zero_()  # the next step
+    assert copy.done is not None
+    assert not copy.done.query()
+    assert all(tensor.is_pinned() for tensor in copy.tensors.values())
+    assert all(torch.equal(copy.wait()[name], tensor) for name, tensor in before.items())
+    assert weights_digest(copy.tensors.items()) == weights_digest(before.items())
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")

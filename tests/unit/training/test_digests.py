@@ -125,13 +125,17 @@ def test_training_goes_on_and_a_checkpoint_waits_until_the_digests_before_it_are
     assert trainer.lines.logged[0]["digest"] == expected
 
 
-def test_one_that_cannot_be_computed_costs_a_warning(monkeypatch, caplog):
-    def fail(weights: Any) -> str:
+@pytest.mark.parametrize("what", ["weights_digest", "start_host_copy"])
+def test_one_that_cannot_be_computed_costs_a_warning_and_changes_no_weights(monkeypatch, caplog, what):
+    def fail(*_: Any, **__: Any) -> str:
         raise MemoryError("no room")
 
-    monkeypatch.setattr(digests, "weights_digest", fail)
+    monkeypatch.setattr(digests, what, fail)
     monkeypatch.setattr(digests.log, "propagate", True)
-    watch, trainer = a_trainer()
-    train(watch, trainer)
+    watch, trainer = a_trainer(optimizer=Switching)
+    before = digest_of(trainer.model)
+    watch.on_step_end(trainer, SimpleNamespace(step=3))  # type: ignore[arg-type]
+    watch.close(trainer, None)
     assert "step 3: no digest of the weights (MemoryError: no room); training continues" in caplog.text
     assert trainer.lines.logged == []
+    assert digest_of(trainer.model) == before
