@@ -10,7 +10,8 @@ from dist_trainer.run.replay import Line
 
 COMPARED = {"train": ("loss", "grad_norm"), "digest": ("digest",), "validation": ("loss",)}
 """Fields of lines, by kind, in the order in which a step makes them."""
-NAMES = {("validation", "loss"): "validation loss", ("digest", "digest"): "digest of the weights"}
+DIGEST = "digest of the weights"
+NAMES = {("validation", "loss"): "validation loss", ("digest", "digest"): DIGEST}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def in_words(difference: Difference | None, tensor: tuple[int, str, float | None
     """What differs, in order of steps; empty if nothing does. `tensor`: step, name, and the largest difference between its
     elements (None: a second replay did not show it); `of`: what was compared.
     """
+    if difference is not None and difference.name == DIGEST and tensor is not None:
+        difference = None  # the tensor says it better
     parts = [] if difference is None else [(difference.step, f"{difference} ({of})")]
     if tensor is not None:
         step, name, largest = tensor

@@ -157,18 +157,21 @@ def _subject_of_run(run: Path, steps: tuple[int, int] | None, ranks: tuple[int, 
     raw = _raw_config(run)
     # A checkpoint has the config of the steps before it; the run may have continued with another one.
     state = next((read_training_state(folder) for folder in kept if step_of(folder) >= last), {})
-    config = _config_of(state.get("config") or raw, scratch)
+    of_run = _config_of(state.get("config") or raw, scratch)
     begin = steps[0] - 1 if steps else step_of(kept[-2]) if len(kept) > 1 else None
     checkpoint = _checkpoint_before(run, kept, begin, flatten(raw).get("checkpoint.resume", "auto"))
     first = steps[0] if steps else (1 if checkpoint is None else read_training_state(checkpoint)["progress"].step + 1)
     run_ranks = _count_of(state.get("world_size")) or _count_of(read_run(run).environment.get("world_size")) or 1
-    size = _count_of(state.get("micro_batch_size")) or config.batch.sequences_per_micro_batch(run_ranks)
-    saved = tuple(folder for folder in kept if first <= step_of(folder) <= last)
-    plan = Plan(_with_micro_batch(config, size, ranks), first, last, scratch, checkpoint, saved)
+    size = _count_of(state.get("micro_batch_size")) or of_run.batch.sequences_per_micro_batch(run_ranks)
+    config = _with_micro_batch(of_run, size, ranks)
     found = (parse_line(text) for text, _ in complete_lines(run / METRICS_FILE))
     lines = [line for line in found if line is not None and first <= line["step"] <= last]
-    if sequences_per_validation_block(config.batch) != sequences_per_validation_block(plan.config.batch):
+    if sequences_per_validation_block(config.batch) != sequences_per_validation_block(of_run.batch):
         lines = [line for line in lines if line["kind"] != "validation"]  # sums of other blocks
+    if all(line["kind"] != "validation" for line in lines):  # none to compare, but one is due after the last step
+        config = replace(config, validation=replace(config.validation, max_global_batches=1))
+    saved = tuple(folder for folder in kept if first <= step_of(folder) <= last)
+    plan = Plan(config, first, last, scratch, checkpoint, saved)
     if "reduction" not in (state or flatten(raw.get("distributed", {}))):
         raise ConfigError(
             f"{run} was trained before sums had a fixed order (distributed.reduction): a replay may differ in the last bits"
