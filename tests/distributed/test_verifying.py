@@ -14,7 +14,7 @@ from dist_trainer.run.replay import Line, Plan
 from dist_trainer.run.replay_ranks import found_by, replay_as_rank
 from dist_trainer.run.verification import Request, check_ranks, find_subject, verify
 from tests.distributed.ranks import run_ranks
-from tests.distributed.small_runs import changed, folder, small_config
+from tests.distributed.small_runs import changed, folder, run, small_config, stop_after
 
 
 @pytest.fixture
@@ -112,6 +112,30 @@ def test_a_config_is_replayed_on_several_numbers_of_ranks_and_those_that_differ_
     assert "1 and 2 ranks, 1 step: equal\n" in said
     assert "1 and 4 ranks, 1 step: step 1: weights differ, first model.embed_tokens.weight, by up to " in said
     assert said.endswith("differs\n")
+
+
+OF_ALL_KINDS = {
+    "fp16, muon, dropout": {"precision__dtype": "fp16", "optim__name": "muon", "model__dropout": 0.2},
+    "bf16, clipping, documents kept apart": {
+        "precision__dtype": "bf16",
+        "optim__max_grad_norm": 0.1,
+        "data__document_mask": True,
+    },
+    "padded": {"data__packing": False},
+    "micro-batches of three ranks": {"batch__global_batch_size": 12, "batch__micro_batch_size": None},
+}
+
+
+@pytest.mark.slow  # tests/distributed/test_equalities.py holds the runs themselves equal
+@pytest.mark.parametrize("changes", OF_ALL_KINDS.values(), ids=OF_ALL_KINDS.keys())
+def test_runs_of_all_kinds_that_went_on_with_other_ranks_and_another_end_are_replayed(stories, tmp_path, changes):
+    config = small_config(stories, tmp_path, **changes)
+    assert run(config, 3 if config.batch.micro_batch_size is None else 2, before=stop_after(6)) != [1]
+    longer = changed(config, train__max_steps=16, batch__micro_batch_size=config.batch.micro_batch_size or 4)
+    assert run(longer, 1) == [0]
+    for steps, ranks in (((1, 6), 1), ((5, 6), 3 if config.batch.micro_batch_size is None else 4), ((9, 16), 1), ((7, 16), 1)):
+        codes, certificate = verified(Request(folder(config), steps=steps), ranks)
+        assert codes == {0}, certificate["differences"]
 
 
 @pytest.mark.parametrize(
