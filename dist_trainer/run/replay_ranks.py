@@ -14,12 +14,14 @@ from dist_trainer.distributed.context import DistributedContext
 from dist_trainer.distributed.launch_env import rank_info_or_none
 from dist_trainer.distributed.machine import usable_cpus
 from dist_trainer.distributed.signals import StopRequest
-from dist_trainer.errors import EXIT_CRASHED, EXIT_FINISHED, DistTrainerError, RefusedError, counted
+from dist_trainer.errors import EXIT_CRASHED, EXIT_FINISHED, DistTrainerError, RefusedError, StoppedError, counted
 from dist_trainer.run.lifecycle import on_all_ranks
 from dist_trainer.run.replay import Line, Plan, read_lines, replay, without_traces, write_lines
 
 FOUND_FILE, ERROR_FILE, OUTPUT_FILE = "found.jsonl", "error.json", "output.txt"
 """File in the scratch folder of a replay."""
+POLL_SECONDS, SECONDS_TO_STOP = 0.5, 30.0
+"""How often a signal is looked for, and how long the ranks may take to stop."""
 LAST_LINES = 15
 """Lines of a crashed replay's output that the error quotes."""
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -44,10 +46,10 @@ def replay_as_rank(scratch: Path, *, stop_request: StopRequest | None = None) ->
         raise
 
 
-def start_ranks(plan: Plan, ranks: int, threads: int) -> list[Line]:
+def start_ranks(plan: Plan, ranks: int, *, threads: int, stop_request: StopRequest) -> list[Line]:
     """Replay `plan` on `ranks` ranks of this machine, with `threads` CPU threads each; returns the lines found.
 
-    Raises RefusedError if a rank rejects the plan, and DistTrainerError if a rank crashes.
+    Raises RefusedError if a rank rejects the plan, DistTrainerError if a rank crashes, and StoppedError after a signal.
     """
     plan.write()
     words = ["-m", "dist_trainer.verify", "--replay", str(plan.scratch)]
@@ -59,13 +61,22 @@ def start_ranks(plan: Plan, ranks: int, threads: int) -> list[Line]:
         process = subprocess.Popen(
             [sys.executable, *words], env=_environment(threads), stdin=subprocess.DEVNULL, stdout=file, stderr=file
         )
-        try:
-            code = process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+        code = _wait_for(process, stop_request)
     return found_by(plan.scratch, ranks, code)
+
+
+def _wait_for(process: subprocess.Popen[bytes], stop_request: StopRequest) -> int:
+    """The exit code of `process`. Raises StoppedError after a signal, when `process` and its ranks have stopped."""
+    while not stop_request:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=POLL_SECONDS)
+    process.terminate()
+    try:
+        process.wait(timeout=SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    raise StoppedError(stop_request.signal_number)
 
 
 def found_by(scratch: Path, ranks: int, code: int = EXIT_CRASHED) -> list[Line]:

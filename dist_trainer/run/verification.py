@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,9 +89,9 @@ def verify(request: Request, *, stop_request: StopRequest | None = None, start: 
     if not request.ranks:
         return _on_own_ranks(request, stop_request)
     configure_logging(None, rank=0)
-    start = start or partial(start_ranks, threads=threads_for(max(request.ranks)))
-    stops = nullcontext() if stop_request is None else stop_request.interruptible()
-    with stops, _scratch() as scratch:
+    stop_request = StopRequest() if stop_request is None else stop_request  # one without a signal is false
+    start = start or partial(start_ranks, threads=threads_for(max(request.ranks)), stop_request=stop_request)
+    with _scratch() as scratch:
         subject = find_subject(request, request.ranks, scratch)
         check_ranks(subject, request.ranks, option="--ranks")
         found: dict[int, list[Line]] = {}

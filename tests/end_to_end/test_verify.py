@@ -41,8 +41,8 @@ def test_a_stopped_verify_leaves_no_rank_and_no_scratch_folder(tmp_path):
     while "replaying steps" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGTERM)
-    process.stderr.read()
-    assert process.wait() == 75
+    assert process.wait(120) == 75
+    process.stderr.close()
     assert not list(tmp_path.glob("dist_trainer-verify-*"))
     assert not (tmp_path / "c.json").exists()
     with pytest.raises(ProcessLookupError):
