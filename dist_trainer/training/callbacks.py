@@ -1,4 +1,4 @@
-"""Callbacks: the one way in for whatever happens around steps, a user's own code included."""
+"""Callbacks: the single interface for everything that happens around steps, including users' own code."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ log = logging.getLogger(__name__)
 
 
 class Callback(Protocol):
-    """What a callback may have. Any object with some of these methods is one; inheriting from this class is not needed.
+    """The methods that a callback may have. Any object with some of them is a callback; it need not inherit from this class.
 
-    Callbacks are called in the order of the list, on every rank, each on the thread that trains. A callback itself decides on
-    which ranks it acts (`trainer.world.rank`); what communicates between ranks must be called on all of them.
+    Callbacks are called in the order of the list, on every rank, in the training thread. Each decides on which ranks it acts
+    (`trainer.world.rank`); anything that communicates between ranks must be called on all of them.
     """
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Before anything is compiled or trained; `trainer.progress` is that of the checkpoint if the run is resumed."""
+        """Before anything is compiled or trained. If the run is resumed, `trainer.progress` is the checkpoint's."""
 
     def on_step_end(self, trainer: Trainer, result: StepResult) -> None:
-        """After each step. Reading a tensor of `result` waits for the device; doing that at each step makes training slower.
+        """After each step. Reading a tensor of `result` waits for the device, so doing it at each step slows down training.
 
-        Whatever takes time belongs in `with trainer.between_steps():`.
+        Put anything that takes time inside `with trainer.between_steps():`.
         """
 
     def on_validation_end(self, trainer: Trainer, result: ValidationResult) -> None:
-        """After each validation, which a signal has not interrupted; its time is not part of a step's."""
+        """After each validation that was not interrupted by a signal; this time does not count as step time."""
 
     def on_checkpoint(self, trainer: Trainer, step: int, folder: Path) -> None:
-        """At the end of the first step after the checkpoint of `step` has become visible in `folder`; for the last ones, when
-        training has ended. Checkpoints are written in the background, so training is some steps further by then.
+        """At the end of the first step after the checkpoint of `step` has become visible in `folder`; for the last ones, after
+        training has ended. Checkpoints are written in the background, so training is a few steps further by then.
         """
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
-        """`fit` is about to raise `error`, here or on all ranks; nothing is being written any more. Do not communicate."""
+        """`fit` is about to raise `error`, here or on all ranks; no checkpoint is being written. Do not communicate."""
 
     def close(self, trainer: Trainer, result: TrainingResult | None) -> None:
         """Always the last call; `result` is None after an error."""
@@ -55,7 +55,7 @@ class Callback(Protocol):
 
 HOOKS = ("on_fit_start", "on_step_end", "on_validation_end", "on_checkpoint", "on_error", "close")
 LONG_HOOKS = ("on_validation_end", "on_checkpoint")
-"""May take hours, as far as the other ranks' heartbeats are concerned."""
+"""Phases that may take hours without other ranks considering this one hung."""
 
 
 def build_callbacks(config: TrainingConfig) -> list[object]:

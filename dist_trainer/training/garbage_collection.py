@@ -1,6 +1,6 @@
-"""Python's garbage collector, run at the same points of a step on all ranks, not whenever one of them has made enough objects.
+"""Runs Python's garbage collector at the same points of a step on all ranks, not whenever one has made enough objects.
 
-A collection of everything takes a tenth of a second or more, and while one rank collects, the others wait for its gradients.
+A full collection takes a tenth of a second or more, and while one rank collects, the others wait for its gradients.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 MIDDLE_EVERY, ALL_EVERY = 10, 100
-"""Micro-batches between collections of the middle generation, of objects that survived one collection, and of everything."""
+"""Micro-batches between collections of the middle generation (objects that survived one collection), and full collections."""
 
 
 class GarbageCollector:
-    """Within this context it runs when `collect` is called; afterwards as before. Does nothing if it was disabled."""
+    """Inside this context the collector only runs when `collect` is called. Does nothing if it was disabled before."""
 
     def __init__(self) -> None:
         self._is_open = self._freezes = False
@@ -33,9 +33,9 @@ class GarbageCollector:
         self._calls = 0
 
     def collect(self) -> None:
-        """After each micro-batch: new objects, in about 20 us; every so often older ones, or all, in 0.2 ms.
+        """Call after each micro-batch. Collects new objects, in about 20 us; occasionally older ones, or all, in 0.2 ms.
 
-        The first time all includes those made before training: 0.1 to 0.2 s. Those that remain are not examined again.
+        The first full collection includes objects made before training: 0.1 to 0.2 s. Survivors are not examined again.
         """
         if not self._is_open:
             return
@@ -52,7 +52,7 @@ class GarbageCollector:
 
     @contextmanager
     def automatic(self) -> Generator[None]:
-        """Between steps, when no rank waits for another at each batch: the collector runs by itself."""
+        """For use between steps, when ranks do not wait for each other at each batch: the collector runs by itself inside."""
         if self._calls == 0:
             yield
             return

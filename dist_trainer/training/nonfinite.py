@@ -1,7 +1,7 @@
-"""NaN and infinity in losses and gradients: the update is skipped, on all ranks, without waiting for the device.
+"""Skips updates with NaN or infinity in losses or gradients, on all ranks, without waiting for the device.
 
-A loss that is not finite on one rank makes its gradients NaN; their exchange tells all ranks. The norm of exchanged gradients
-is the same number on all of them, so all skip an update or none does.
+A non-finite loss on one rank makes its gradients NaN, and the exchange spreads them to all ranks. The norm of the exchanged
+gradients is the same on all ranks, so all skip an update or none does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dist_trainer.training.step import StepResult
 
 
 def nan_unless_finite(loss: Tensor, factor: float, *, on_host: bool) -> float | Tensor:
-    """`factor`, or NaN if `loss` is not finite; a tensor unless reading the loss waits for nothing (`on_host`)."""
+    """`factor`, or NaN if `loss` is not finite; a tensor unless the loss is in host memory (`on_host`)."""
     if on_host:
         return factor if math.isfinite(loss.item()) else math.nan
     return (loss.detach().float() * 0.0).add_(factor)
@@ -37,8 +37,8 @@ def step_if_finite(optimizer: Optimizer, grad_norm: Tensor, *, on_host: bool) ->
 
 
 class DivergenceWatch:
-    """Counts skipped updates, and ends the run. Reads each step's gradient norm: at once on a CPU; on a GPU one step later,
-    when it has long been computed.
+    """Counts skipped updates, and ends the run if necessary. Reads each step's gradient norm: immediately on a CPU; one step
+    later on a GPU, when it has been computed.
     """
 
     def __init__(self, policy: Literal["stop", "skip"], *, max_skipped_steps: int, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class DivergenceWatch:
         self.skipped_steps = 0
         """Skipped updates so far."""
         self.skipped_in_a_row = 0
-        """Of these, consecutive ones up to now."""
+        """Consecutive skipped updates up to now."""
         self.diverged_at: StepResult | None = None
         """The step that ended the run."""
         self._pending: tuple[StepResult, Tensor, torch.cuda.Event | None] | None = None

@@ -26,7 +26,7 @@ class Precision:
         self.name = dtype
         self.dtype = DTYPES[dtype]
         self.device_type = device.type
-        self._is_on_host = device.type == "cpu"  # reading a number waits for nothing
+        self._is_on_host = device.type == "cpu"  # reading a number needs no synchronisation
         # If disabled, every method of the scaler is the identity.
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
@@ -35,13 +35,13 @@ class Precision:
         if self.dtype is not torch.float32:
             return torch.autocast(self.device_type, dtype=self.dtype)
         if torch.is_autocast_enabled(self.device_type):
-            return torch.autocast(self.device_type, enabled=False)  # a caller's
+            return torch.autocast(self.device_type, enabled=False)  # turns off a caller's
         return nullcontext()
 
     def backward(self, loss: Tensor, factor: float = 1.0) -> None:
         """Gradients of `loss` * `factor`, all NaN if the loss is not finite."""
         weight = nan_unless_finite(loss, factor, on_host=self._is_on_host)
-        # Not as the gradient that `backward` starts with: for that torch imports sympy, two seconds of the first step.
+        # Not passed to `backward` as a gradient: torch would import sympy, which adds two seconds to the first step.
         self.scaler.scale(loss.float() * weight).backward()
 
     def unscale(self, optimizer: Optimizer) -> None:
@@ -72,7 +72,7 @@ def build_precision(config: PrecisionConfig, device: torch.device) -> Precision:
     Sets whether fp32 matrix products of this process may be TF32 on GPUs.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32 and device.type == "cuda"
-    if not config.tf32:  # the user's decision, which torch's compiler would question on every rank
+    if not config.tf32:  # the user's choice; torch's compiler would warn about it on every rank
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32")
     if config.dtype != "auto":
         return Precision(config.dtype, device)
@@ -93,7 +93,7 @@ def emulates_bf16(device: torch.device) -> bool:
 
 
 def warn_of_emulated_bf16(precision: Precision, device: torch.device) -> None:
-    """Warn before the first step: on a CPU the run takes tens of times as long as in fp32."""
+    """Warn before the first step: on a CPU, the run would take tens of times as long as in fp32."""
     if precision.dtype is torch.bfloat16 and emulates_bf16(device):
         slower, better = ("tens of times slower than fp32", "fp32") if device.type == "cpu" else ("slowly", "fp16")
         log.warning(

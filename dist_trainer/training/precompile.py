@@ -1,4 +1,4 @@
-"""Compilation and allocation before the first step, which would otherwise happen in it."""
+"""Compiles and allocates before the first step instead of in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def precompile(trainer: Trainer) -> None:
 
     Training and validation are compiled separately. Parameters, buffers and the order of data do not change.
     With fast reduction on more than two ranks, DDP also sorts its buckets here, by the order in which gradients arrive in its
-    first backward. Otherwise the first step after a resume would sum gradients in another order, and differ in the last bits.
+    first backward pass. Otherwise the first step after a resume would sum gradients in another order, with other last bits.
     """
     model, world = trainer.model, trainer.world
 

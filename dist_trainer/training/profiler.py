@@ -1,5 +1,5 @@
-"""Records the steps of profile.steps: a trace of each rank that Perfetto opens, on GPUs the memory's history too, and what
-exchanging gradients costs.
+"""Records the steps of profile.steps: a trace of each rank for Perfetto, the memory history on GPUs, and the cost of exchanging
+gradients.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 PROFILE_FOLDER = "profile"
 MEMORY_HISTORY_ENTRIES = 200_000
-"""Allocations remembered at most, the newest: some tens of megabytes."""
+"""Maximum number of recorded allocations (the newest): some tens of megabytes."""
 
 
 class Profiler:
-    """A callback that records steps. What cannot be written costs a warning."""
+    """A callback that records steps. Files that cannot be written are warnings."""
 
     def __init__(self, steps: str | None) -> None:
         """`steps`: the value of profile.steps."""
@@ -47,7 +47,7 @@ class Profiler:
         self._has_recorded = False
 
     def on_fit_start(self, trainer: Trainer) -> None:
-        """Find out which of the steps the run is going to do; log which it is not."""
+        """Find out which of the steps the run will reach; log those it will not."""
         requested = range(0) if self._text is None else parse_profile_steps(self._text)
         done, last = trainer.progress.step, trainer.max_steps
         self._steps = range(max(requested.start, done + 1), min(requested.stop, last + 1))
@@ -68,7 +68,7 @@ class Profiler:
                 self._profile.step()
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
-        """Leave the memory's history, which may show why, and no more."""
+        """Write only the memory history, which may show the reason."""
         if self._profile is not None:
             with suppress(OSError, RuntimeError):
                 write_memory_history(self._path(trainer, range(self._first_step, trainer.progress.step + 2), "memory"))
@@ -77,7 +77,7 @@ class Profiler:
             self._profile = None
 
     def close(self, trainer: Trainer, result: TrainingResult | None) -> None:
-        """Write what there is if the run ends before the last of the steps."""
+        """Write what was recorded if the run ends before the last of the steps."""
         if result is not None and trainer.progress.step >= self._first_step:
             self._finish(trainer)
         if self._profile is not None:
@@ -155,14 +155,14 @@ def _format_steps(steps: range) -> str:
 
 
 def record_memory_history(entries: int | None) -> None:
-    """Keep a history of the newest `entries` allocations from now on; None: no longer."""
+    """Start to keep a history of the newest `entries` allocations; None: stop."""
     if hasattr(torch.cuda.memory, "_record_memory_history"):
         options: dict[str, Any] = {"enabled": None} if entries is None else {"max_entries": entries, "stacks": "python"}
         torch.cuda.memory._record_memory_history(**options)
 
 
 def write_memory_history(path: Path) -> None:
-    """Write the history to `path`.pickle, and keep it no longer."""
+    """Write the history to `path`.pickle, and stop recording it."""
     if not hasattr(torch.cuda.memory, "_dump_snapshot"):
         return
     try:
@@ -182,13 +182,13 @@ _EXCHANGE = re.compile(r"reduce|gather", re.IGNORECASE)
 
 
 def exchange_cost(events: Iterable[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Of a Chrome trace: for how many ms a step gradients are being exchanged, waiting for other ranks included; and for how
-    many of these this rank computes nothing. None if the trace holds no step.
+    """From a Chrome trace: ms per step in which gradients are being exchanged, including waiting for other ranks; and how many
+    of these this rank spends without computing. None if the trace contains no step.
 
-    An exchange is a reduction or gathering that begins within a step's range: on a GPU one of NCCL's kernels, by when it was
-    launched, and computing is any other kernel. On a CPU it lasts from the call until gloo's thread has the result, and
-    computing is any operator or node of the backward pass, except while it hands a bucket over to gloo. Cores that gloo's
-    threads take from computing are not counted.
+    An exchange is a reduction or gather that starts within a step's range. On a GPU, it is an NCCL kernel (by its launch time),
+    and computing is any other kernel. On a CPU, it lasts from the call until gloo's thread has the result, and computing is any
+    operator or node of the backward pass, except while it hands a bucket over to gloo. Cores that gloo's threads take away from
+    computing are not counted.
     """
     spans = [event for event in events if event.get("ph") == "X" and "dur" in event]
     steps = [span for span in spans if span.get("cat") == "user_annotation" and _STEP.fullmatch(span["name"])]

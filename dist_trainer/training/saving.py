@@ -1,4 +1,4 @@
-"""How training is saved and how it ends: what checkpoints hold, the last save, and the result of `Trainer.fit`."""
+"""How training is saved and how it ends: the content of checkpoints, the last save, and the result of `Trainer.fit`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECONDS_BEFORE_SAVING_AGAIN = (0.5, 1.0, 2.0)
 
 
 class TrainingState:
-    """What checkpoints hold: model, optimizer, scaler, progress, and `metadata`."""
+    """The content of checkpoints: model, optimizer, scaler, progress, and `metadata`."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, precision: Precision, metadata: Mapping[str, Any]) -> None:
         """`model` is the module itself, not wrapped."""
@@ -44,7 +44,7 @@ class TrainingState:
             )
 
     def restore(self, checkpoint: Path, world: DistributedContext) -> None:
-        """Take over what `checkpoint` holds. For all ranks; raises CheckpointError on all of them."""
+        """Load the state in `checkpoint`. For all ranks; raises CheckpointError on all of them."""
         verifies, load_scaler = world.local_rank == 0, self.precision.load_state_dict
         load = partial(restore, load_weights=load_weights, load_scaler=load_scaler, verifies=verifies)
         weights = run_and_share_errors(world, lambda: load(checkpoint, self.model, self.optimizer))
@@ -64,8 +64,8 @@ class TrainingResult:
 
 
 def finalize_checkpoint(checkpoints: Checkpoints, world: DistributedContext, *, save_again: Callable[[], None]) -> None:
-    """Return when the last checkpoint is on the disk. Raises, on all ranks, SavingFailedError if it cannot be saved, and
-    TrainingDivergedError if it must not be: after the last step there is no later one whose loss would show it.
+    """Return when the last checkpoint is on disk. Raises, on all ranks, SavingFailedError if it cannot be saved, and
+    TrainingDivergedError if it contains NaN or infinity: after the last step, no later loss would show that.
     """
     for pause in (*SECONDS_BEFORE_SAVING_AGAIN, None):
         checkpoints.wait()  # before the barrier: a rank that has passed it may exit

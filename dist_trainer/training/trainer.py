@@ -49,7 +49,7 @@ from dist_trainer.training.validation import LossFunction, evaluate, validation_
 
 
 class Trainer:
-    """Trains `model` on `train_data`; any module, and any loaders that `create_dataloaders` made."""
+    """Trains `model` on `train_data`: any module, and loaders made by `create_dataloaders`."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class Trainer:
     def _agree(self, upcoming: StepInput) -> int | None:
         """The next step's target tokens over all ranks; None if training ends here. Raises on all ranks what ends it on any.
 
-        One small sum in host memory tells all ranks what they must know of each other before a step.
+        One small sum in host memory tells all ranks what they must know about each other before a step.
         """
         flags = (
             bool(self.world.stop_request),
@@ -242,7 +242,7 @@ class Trainer:
         return None if stop_requested or stop_called else target_tokens
 
     def _validate_if_due(self) -> bool:
-        """Validate the current step if that is due and not done yet; whether it was done and not interrupted."""
+        """Validate after the current step, if due and not done yet; returns whether a validation was completed."""
         step = self.progress.step
         if self.validation_data is None or self.progress.validated_step == step:
             return False
@@ -269,7 +269,7 @@ class Trainer:
         return True
 
     def _best_saved(self) -> Validated | None:
-        """`progress.best`, or the best that is saved if its save has failed, which only rank 0 knows."""
+        """`progress.best`, or, if its save has failed (which only rank 0 knows), the best that is saved."""
         return broadcast_object(self.checkpoints.best(self.progress.best), self.world)
 
     def _save_is_due(self) -> bool:
@@ -294,7 +294,7 @@ class Trainer:
         self.world.heartbeat.mark(phase, step=self.progress.step)
 
     def stop(self, reason: str) -> None:
-        """End training after this step on all ranks, as finished: validate and save. It is enough that one rank calls it."""
+        """End training after this step on all ranks, as finished: validate and save. One rank calling it is enough."""
         self._stop_reason = reason or "stopped by a callback"
 
     def log(self, line: dict[str, Any]) -> None:
