@@ -1,6 +1,6 @@
 """The digest of a model's weights: equal for equal bits, whatever they were computed with and wherever they are.
 
-It depends on names, number formats, shapes and bytes alone; not on the strategy, the number of ranks, the device, compilation,
+It depends only on names, number formats, shapes and bytes; not on the strategy, the number of ranks, the device, compilation,
 or the order and memory layout of the tensors. It detects differences, not forgery.
 """
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which exist, which are valid, which is the best, and the links `latest` and `best`."""
+"""The checkpoints of a run: which ones exist, are valid, and are best; and the links `latest` and `best`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def step_of(folder: Path) -> int:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first; complete ones, as only these get such a name."""
+    """The checkpoints in `folder`, newest first. They are complete, as only complete ones get such a name."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and not path.is_symlink()]
@@ -54,7 +54,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def latest_valid(folder: Path) -> Path | None:
-    """The newest valid checkpoint in `folder`: all its files are as they were written. None if there is no checkpoint at all.
+    """The newest valid checkpoint in `folder`: all its files are unchanged since they were written. None if there is none.
 
     Warns of damaged and missing ones. Raises CheckpointError if there are or were some, but none is valid.
     """
@@ -105,7 +105,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def resume_point(folder: Path, *, keep_last: int) -> tuple[Path, Progress] | None:
-    """The newest valid checkpoint in `folder` and its progress, after `folder` was cleaned up; None if there is no checkpoint.
+    """Clean up `folder`; returns its newest valid checkpoint and the progress in it, or None if there is no checkpoint.
 
     Raises CheckpointError if there are some, but none is valid.
     """
@@ -122,8 +122,8 @@ def resume_point(folder: Path, *, keep_last: int) -> tuple[Path, Progress] | Non
 
 
 def repair_folder(folder: Path) -> None:
-    """Before the search: remove what a killed process left in `folder`, and restore a checkpoint that was about to be replaced,
-    or that only exists under the name `latest` or `best`.
+    """Before the search: remove what a killed process left in `folder`, and restore a checkpoint that was about to be replaced
+    or only exists under the name `latest` or `best`.
     """
     remove_stale(folder)
     for name in (LATEST, BEST):
@@ -133,8 +133,8 @@ def repair_folder(folder: Path) -> None:
 def repair_pointers(folder: Path, checkpoint: Path, *, keep_last: int) -> Validated | None:
     """After the search: make `folder` consistent with a resume from `checkpoint`, the newest valid one; returns the best one.
 
-    Later ones are damaged and get another name. The links are only hints and are set again. What a killed process has left of
-    its last rotation is deleted.
+    Later ones are damaged and are renamed. The links are only hints and are set again. The rotation that a killed process may
+    have left unfinished is completed.
     """
     for candidate in step_folders(folder):
         if step_of(candidate) > step_of(checkpoint):
@@ -145,7 +145,7 @@ def repair_pointers(folder: Path, checkpoint: Path, *, keep_last: int) -> Valida
 
 
 def best_checkpoint(folder: Path, *, verified: Path | None = None) -> Validated | None:
-    """The best valid checkpoint in `folder`, by the validation loss that each holds; `verified` is known to be valid."""
+    """The best valid checkpoint in `folder`, by the validation loss stored in each; `verified` is known to be valid."""
     found: dict[Validated, Path] = {}
     for candidate in step_folders(folder):
         try:
@@ -159,9 +159,9 @@ def best_checkpoint(folder: Path, *, verified: Path | None = None) -> Validated 
 
 def rotate(folder: Path, *, latest: Path, best: Validated | None, keep_last: int) -> None:
     """Point the links `latest` and `best` of `folder` at these checkpoints (None: there is no best one), and delete all but the
-    `keep_last` newest, the best, and those that the links name. What the disk refuses is left to the next save.
+    `keep_last` newest, the best, and those that the links name. If either fails, the next save tries again.
     """
-    # Each by itself: on a full disk no link can be set, but deleting makes room.
+    # Separately: on a full disk no link can be set, but deleting frees space.
     with _retried_by_next_save(latest, "the links `latest` and `best` could not be set"):
         _set_links(folder, latest=latest, best=best)
     with _retried_by_next_save(latest, "older checkpoints could not be deleted"):
@@ -191,9 +191,9 @@ def _set_links(folder: Path, *, latest: Path, best: Validated | None) -> None:
 
 
 def _resolve_copy(link: Path) -> None:
-    """If `link` is not a link but a complete checkpoint, as `cp -rL` and tools that follow links make of one, keep it once.
+    """If `link` is a complete checkpoint instead of a link (`cp -rL` and other tools that follow links do that), keep one copy.
 
-    It is renamed to its step's name if no valid checkpoint has that, else deleted. Anything else under its name stays.
+    It is renamed after its step if no valid checkpoint has that name, else deleted. Anything else under its name stays.
     """
     if link.is_symlink() or not link.is_dir():
         return
@@ -214,5 +214,5 @@ def _resolve_copy(link: Path) -> None:
 
 
 def _weights_and_optimizer(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Digests of all files but the state, which differs if a step was saved again after its validation."""
+    """Digests of all files except the state, which differs if a step was saved again after its validation."""
     return {name: entry for name, entry in manifest["files"].items() if name != STATE_FILE}

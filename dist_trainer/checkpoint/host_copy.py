@@ -1,4 +1,4 @@
-"""Copies of a state in host memory; those from a GPU go into pinned memory that is allocated once and reused."""
+"""Copies of a state in host memory; copies from a GPU go into pinned memory that is allocated once and reused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
-"""Bytes; no dtype needs more."""
+"""Alignment in bytes; no dtype needs more."""
 
 
 class PinnedMemory:
-    """Host memory for the GPU tensors of one snapshot at a time: exactly as large as they are, pinned once.
+    """Host memory for the GPU tensors of one snapshot at a time: of exactly their size, pinned once.
 
     Pinning is as slow as copying. torch allocates pinned memory per tensor, rounds it up to powers of two, and never frees it
     (pytorch/pytorch#150517), so it could take twice the size of the state for each snapshot in memory.
@@ -37,14 +37,14 @@ class PinnedMemory:
             return None
         if self._memory is None or len(self._memory) < num_bytes:
             self._unpin()
-            self._memory = mmap.mmap(-1, num_bytes)  # shared, so that a fork of this process does not move its pages
+            self._memory = mmap.mmap(-1, num_bytes)  # shared memory, so that forking this process does not move its pages
             if pin(self._memory):
                 self._unpin = weakref.finalize(self, unpin, self._memory)
                 self._unpin.atexit = False  # at exit the system frees it, and CUDA may be gone
         return self._memory
 
     def lend_to(self, snapshot: object) -> None:
-        """`snapshot` uses the memory that was taken last, for as long as it exists."""
+        """Mark the memory taken last as in use for as long as `snapshot` exists."""
         self._borrower = weakref.ref(snapshot)
 
 
@@ -97,7 +97,7 @@ def _start_copies(
     storages: set[int] = set()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
-        # Files hold complete tensors: one that is a part of another, or a second name of the same, needs its own memory.
+        # Files contain complete tensors: a view of another tensor, or a second name for the same one, needs its own memory.
         is_apart = storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
         storages.add(storage.data_ptr())
         if is_on_gpu(tensor):
@@ -121,7 +121,7 @@ def is_on_gpu(tensor: Tensor) -> bool:
 
 
 def start_copy(to: Tensor, tensor: Tensor) -> None:
-    """Start to copy a GPU's `tensor` into host memory, which holds it after `await_copies`."""
+    """Start to copy a GPU's `tensor` into host memory; the copy is complete after `await_copies`."""
     to.copy_(tensor, non_blocking=True)
 
 
@@ -138,14 +138,14 @@ def copies_done() -> torch.cuda.Event:
 
 
 def pin(memory: mmap.mmap) -> bool:
-    """Lock `memory` in place, so that a GPU can write to it directly; returns whether CUDA did. If not, copies are slower."""
+    """Pin `memory`, so that a GPU can write to it directly; returns whether that worked. If not, copies are slower."""
     register = _cuda_runtime("cudaHostRegister")
     code = None if register is None else int(register(_address(memory), len(memory), 0))
     if code == 0:
         return True
     log.warning("%.1f GiB of host memory could not be pinned (CUDA error %s); saving is slower", len(memory) / 2**30, code)
     if code is not None:
-        with contextlib.suppress(RuntimeError):  # CUDA reports the error again to the next kernel: this one does nothing
+        with contextlib.suppress(RuntimeError):  # CUDA reports the error again at the next kernel: launch one that does nothing
             torch.zeros((), device="cuda")
     return False
 

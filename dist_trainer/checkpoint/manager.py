@@ -24,20 +24,20 @@ from dist_trainer.storage.folders import make_folder, publish
 log = logging.getLogger(__name__)
 
 SaveModel = Callable[[Mapping[str, Tensor], Path], None]
-"""Writes weights by name, and what else makes a model usable, into a folder."""
+"""Writes weights by name, and everything else that a usable model needs, into a folder."""
 QUICK_SECONDS = 0.25
-"""How long a new save waits for the write before it. If steps take milliseconds, several saves are due within one write that is
-quick all the same, and dropping one would lose steps for nothing."""
+"""How long a new save waits for the previous write. If steps take milliseconds, several saves are due during one write, and
+dropping one would lose steps needlessly."""
 
 
 class Checkpoints:
-    """What the trainer needs to save; this one saves nothing, for ranks and runs without checkpoints."""
+    """The interface that the trainer saves through. This class saves nothing, for ranks and runs without checkpoints."""
 
     saves = False
 
     def __init__(self) -> None:
         self.published: deque[tuple[int, Path]] = deque()
-        """Step and folder of the checkpoints that have become visible; `take_published` empties it."""
+        """Steps and folders of the checkpoints that have become visible; `take_published` empties it."""
         self.last_error: str | None = None
         """Why the last finished save failed; None if it did not."""
         self.diverged = False
@@ -49,35 +49,35 @@ class Checkpoints:
         """On resume: the best checkpoint that exists."""
 
     def best(self, best: Validated | None) -> Validated | None:
-        """`best` if its checkpoint is saved or is being saved; if that has failed, the best that is saved."""
+        """`best` if its checkpoint is saved or being saved; if that has failed, the best that is saved."""
         return best
 
     def save(self, make_snapshot: Callable[[], Snapshot], *, is_best: bool, before_publish: Callable[[], None]) -> None:
         """Take a snapshot now and write it in the background; `before_publish` is called before any of it is visible.
 
-        If the disk refuses, training continues, and the next save tries again.
+        If writing fails, training continues, and the next save tries again.
         """
 
     def wait(self) -> None:
-        """Return when the last save is on disk or has failed; raises what a write has raised, unless the disk refused it."""
+        """Return when the last save is on disk or has failed; raises what a write has raised, except for disk errors."""
 
     def take_published(self) -> list[tuple[int, Path]]:
-        """What was published since the last call, oldest first."""
+        """The checkpoints published since the last call, oldest first."""
         return [self.published.popleft() for _ in range(len(self.published))]
 
 
 @dataclass(frozen=True)
 class Save:
-    """A snapshot that is to be written."""
+    """A snapshot to write."""
 
     snapshot: Snapshot
     is_best: bool
     before_publish: Callable[[], None]
-    """Makes durable what the checkpoint relies on; called before any of it is visible."""
+    """Makes everything durable that the checkpoint relies on; called before any of it is visible."""
 
 
 class BackgroundWriter:
-    """At most one write at a time, in a thread that lives as long as something is to be written."""
+    """Does one write at a time, in a thread that lives as long as there is something to write."""
 
     def __init__(self, write: Callable[[Save], None]) -> None:
         self._write = write
@@ -93,11 +93,11 @@ class BackgroundWriter:
             return step == self._step_in_flight or any(save.snapshot.progress.step == step for save in self._waiting)
 
     def add(self, make_snapshot: Callable[[], Snapshot], *, is_best: bool, before_publish: Callable[[], None]) -> None:
-        """Take a snapshot now, and write it as soon as the one in flight is written.
+        """Take a snapshot now, and write it as soon as the current write has finished.
 
-        It replaces one that is still waiting, but the best one is only replaced by a better one. So the newest and the best
-        are always written, and the host holds one copy of the state if a write ends before the next save, else two, and three
-        if one of those that wait is the best.
+        It replaces a snapshot that is still waiting, except that the best one is only replaced by a better one. So the newest
+        and the best are always written. The host holds one copy of the state if each write ends before the next save, else two,
+        or three if a waiting one is the best.
         """
         self.wait(QUICK_SECONDS)
         with self._lock:  # before the next copy takes up memory
@@ -110,7 +110,7 @@ class BackgroundWriter:
                 self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Return when all is written, or after `seconds`; raises what a write has raised, once."""
+        """Return when everything is written, or after `seconds`; raises what a write has raised, once."""
         thread = self._thread
         if thread is not None:
             thread.join(seconds)
@@ -124,7 +124,7 @@ class BackgroundWriter:
                 self._write(save)
             except BaseException as error:
                 self._crash = error
-            del save  # its memory, before the next one is waited for
+            del save  # frees its memory before waiting for the next one
 
     def _next(self) -> Save | None:
         with self._lock:
@@ -166,7 +166,7 @@ class CheckpointManager(Checkpoints):
         self._best = best
 
     def best(self, best: Validated | None) -> Validated | None:
-        """`best` if its checkpoint is saved or is being saved; if that has failed, the best that is saved."""
+        """`best` if its checkpoint is saved or being saved; if that has failed, the best that is saved."""
         if best is not None and self._writer.holds(best.step):
             return best
         return self._best if self._exists(self._best) else None
@@ -218,10 +218,10 @@ class CheckpointManager(Checkpoints):
         )
 
     def _update_best(self, saved: Path, validated: Validated | None) -> None:
-        """`saved` was just saved, and `validated` is what the validation of its weights found."""
+        """Update the best checkpoint after `saved` was written; `validated`: its validation, if any."""
         if self._exists(self._best):
             self._best = min(entry for entry in (self._best, validated) if entry is not None)
-        else:  # none so far, or someone has deleted it
+        else:  # none so far, or it has been deleted
             self._best = best_checkpoint(self.folder, verified=saved)
 
     def _publish(self, snapshot: Snapshot) -> tuple[Path, str | None]:

@@ -1,4 +1,4 @@
-"""An optimizer's state, to and from the files of a checkpoint: tensors as safetensors, numbers and text as JSON."""
+"""Saves and loads an optimizer's state in a checkpoint's files: tensors as safetensors, numbers and text as JSON."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def state_tensors(
 ) -> dict[str, Tensor]:
     """`parameter::entry` → tensor of its state, and `param_groups::index::entry` → tensor of a group.
 
-    `training_weights`: of parameters that are saved with other values (see `take_snapshot`).
+    `training_weights`: the weights in training of parameters that are saved with other values (see `take_snapshot`).
     """
     state = {
         f"{name}{SEPARATOR}{key}": value
@@ -60,7 +60,7 @@ def state_values(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
 
 def group_values(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Numbers and text of each parameter group: settings, and the state that some optimizers keep there, as Prodigy its `d`."""
+    """Numbers and text of each parameter group: settings, and state that some optimizers keep there, such as Prodigy's `d`."""
     return [
         {key: _copy(value) for key, value in group.items() if key not in _NOT_STATE and not isinstance(value, Tensor)}
         for group in optimizer.param_groups
@@ -98,7 +98,7 @@ def check_is_savable(optimizer: Optimizer, model: nn.Module) -> None:
 def restore_optimizer(
     optimizer: Optimizer, model: nn.Module, folder: Path, saved: Mapping[str, Any]
 ) -> dict[nn.Parameter, Tensor]:
-    """Load the state that `folder` holds for the parameters of `model` into `optimizer`, on their devices; `saved` is its JSON.
+    """Load the state in `folder` for the parameters of `model` into `optimizer`, on their devices; `saved` is its JSON part.
 
     Returns the training weights of those parameters that were saved with their evaluation weights. Learning rates keep their
     values, and so do the parameter groups if the checkpoint has none of theirs. Raises CheckpointError.

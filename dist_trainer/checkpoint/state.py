@@ -1,4 +1,4 @@
-"""The state of a run at a step: weights, optimizer, scaler and progress; to and from the files of a folder.
+"""The state of a run at a step (weights, optimizer, scaler and progress), saved to and loaded from a folder's files.
 
 Tensors go to safetensors, everything else to JSON, so that opening a checkpoint cannot run code. The order of data and the
 dropout masks are pure functions of (seed, step), so the step is enough to restore both, on any number of ranks.
@@ -34,7 +34,7 @@ from dist_trainer.storage.manifest import read_json, verify
 
 
 class Validated(NamedTuple):
-    """Validation loss of the weights of a step. The smallest is the best: the lowest loss, and of equal ones the earliest."""
+    """Validation loss after a step. The smallest is the best: the lowest loss, and of equal ones the earliest."""
 
     loss: float
     """Finite, in nats per token."""
@@ -55,10 +55,10 @@ class Progress:
     """Its loss, in nats per token."""
     best_step: int | None = None
     best_loss: float | None = None
-    """Lowest validation loss so far, and its step: of the steps whose checkpoints were saved, or are about to be."""
+    """Lowest validation loss so far, and its step, among steps whose checkpoints were saved or are about to be."""
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    """Updates skipped because gradients were not finite: so far, and since the last one that was not."""
+    """Updates skipped because gradients were not finite: in total, and since the last one that was not skipped."""
     pending_sample_step: int = 0
     """Step whose text sample was interrupted by a signal; 0: none."""
 
@@ -94,18 +94,18 @@ class Progress:
         self.target_tokens += target_tokens
 
     def record_validation(self, loss: float) -> None:
-        """The validation loss of the current step; it is the best one if it is lower than all before."""
+        """Record the validation loss of the current step; it is the best one if it is lower than all before."""
         self.validated_step, self.validation_loss = self.step, loss
         self.best = min((entry for entry in (self.best, self.validated) if entry is not None), default=None)
 
     def record_sample(self, *, was_interrupted: bool) -> None:
-        """Whether a signal interrupted the text sample of the current step, which then is still to be made."""
+        """Record whether a signal interrupted the text sample of the current step, which then is still pending."""
         self.pending_sample_step = self.step if was_interrupted else 0
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's state in host memory, which training no longer changes."""
+    """A copy of a run's state in host memory, unaffected by further training."""
 
     weights: dict[str, Tensor]
     optimizer_tensors: dict[str, Tensor]
@@ -122,7 +122,7 @@ class Snapshot:
     def non_finite(self) -> str | None:
         """The first of the trained weights and the optimizer's state that contains NaN or infinity; None if all are finite.
 
-        Buffers and frozen parameters may be infinite for good reason, as a mask of -inf is, and say nothing about training.
+        Buffers and frozen parameters are ignored: they may be infinite for a good reason, such as a mask of -inf.
         """
         weights = {name: tensor for name, tensor in self.weights.items() if name not in self.untrained}
         for name, value in {**weights, **self.optimizer_tensors, **self.optimizer_values}.items():
@@ -146,11 +146,11 @@ def take_snapshot(
     is_last: bool = False,
     pinned: PinnedMemory | None = None,
 ) -> Snapshot:
-    """Copy everything to host memory: all that training waits for when a checkpoint is saved.
+    """Copy everything to host memory. Training waits only for this when a checkpoint is saved.
 
-    `training_weights`: of the parameters that have their evaluation weights now, and will get these back. `is_last`: no step
-    follows, so what is in host memory is taken without a copy, and the end of a run needs no memory for a second state. Copies
-    from a GPU use `pinned` unless another snapshot does.
+    `training_weights`: of the parameters that currently have their evaluation weights and will be restored. `is_last`: no step
+    follows, so tensors in host memory are not copied, and the end of a run needs no memory for a second state. Copies from a
+    GPU use `pinned` unless another snapshot does.
     """
     weights = model.state_dict()
     trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
@@ -172,7 +172,7 @@ def take_snapshot(
 
 
 def write_training_state(snapshot: Snapshot, folder: Path) -> None:
-    """Write all but the weights into `folder`."""
+    """Write everything except the weights into `folder`."""
     save_file(snapshot.optimizer_tensors, folder / OPTIMIZER_FILE)
     state = {
         "progress": asdict(snapshot.progress),
@@ -218,8 +218,8 @@ def restore(
     """Restore weights, optimizer and scaler from the checkpoint in `folder`; returns the training weights of those parameters
     that were saved with their evaluation weights. Raises CheckpointError.
 
-    `verifies`: compare the files with their digests once more, after they were read. They were valid when the checkpoint was
-    chosen, but what counts is what was read now, and a disk need not give the same bits twice.
+    `verifies`: compare the files with their digests again, after reading them. They were valid when the checkpoint was chosen,
+    but a disk need not return the same bits twice.
     """
     try:
         load_weights(model, folder)
