@@ -1,5 +1,5 @@
-"""Files that a reader finds complete or not at all, and what some file systems refuse (vfat, CIFS, FUSE mounts): a run
-continues without it if it can, and says so once.
+"""Files that a reader finds complete or not at all. Some file systems (vfat, CIFS, FUSE mounts) lack operations: a run
+continues without these if it can, and warns once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 STAGING_PREFIX = ".staging-"
-"""Of the hidden name under which a file or folder is written before it is renamed."""
+"""Prefix of the hidden name under which a file or folder is written before it is renamed."""
 REFUSED = frozenset(
     {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EBADF, errno.EPERM, errno.EACCES}
 )
-"""Errors of file systems that do not have an operation. A disk that fails or is full gives others."""
+"""Errors of file systems that lack an operation. A failing or full disk gives other errors."""
 _BLOCK_BYTES = 4096
 """The smallest unit of space in most file systems: a file that stays within it needs no more."""
 
@@ -34,7 +34,7 @@ def staged_file(path: Path) -> Generator[Path]:
     Raises OSError if the disk refuses; then, and if the block raises, `path` is unchanged.
     """
     staging = path.with_name(f"{STAGING_PREFIX}{path.name}")
-    remove(staging)  # what a killed process left, or a link that someone put there
+    remove(staging)  # left by a killed process, or a link that someone put there
     try:
         yield staging
         os.replace(staging, path)
@@ -80,7 +80,7 @@ def open_for_writing(path: Path, *, append: bool = False) -> int:
 
 
 def truncate_file(path: Path, size: int) -> None:
-    """Cut `path` to its first `size` bytes, durably: this needs no space on the disk. Raises OSError."""
+    """Truncate `path` to its first `size` bytes, durably; this needs no disk space. Raises OSError."""
     file = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
         os.ftruncate(file, size)
@@ -144,7 +144,7 @@ def _fsync(file: int, folder: Path, what: str, consequence: str) -> None:
 
 
 def warn_once(folder: Path, what: str, error: Exception, consequence: str) -> None:
-    """Warn of what the file system of `folder` refuses, and of the consequence; once per file system in a process."""
+    """Warn about an operation that the file system of `folder` lacks, and the consequence; once per file system and process."""
     device = folder.stat().st_dev
     if (what, device) not in _warned:
         _warned.add((what, device))

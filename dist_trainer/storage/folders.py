@@ -1,8 +1,8 @@
-"""Folders that exist complete or not at all.
+"""Folders that are either complete or absent.
 
-A folder is written next to its place under a hidden name: every file is synced, the manifest (sizes and digests of all files)
-comes last, then the folder is synced, renamed, and its parent synced. It is deleted by renaming it to a hidden name first. So
-whatever a killed process leaves has a hidden name, and `remove_stale` removes it.
+A folder is first written under a hidden name in the same parent: every file is synced, the manifest (sizes and digests of all
+files) comes last, then the folder is synced and renamed, and its parent synced. To delete a folder, it is first renamed to a
+hidden name. So whatever a killed process leaves has a hidden name, and `remove_stale` removes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 TRASH_PREFIX = ".trash-"
 ASIDE_PREFIX = ".aside-"
 CORRUPT_PREFIX, OLD_CORRUPT_PREFIX = "corrupt-", "damaged-"
-"""Of what was renamed because it is not what belongs there: since version 0.1, and before."""
+"""Name prefixes of files and folders that were renamed because they do not belong there: since version 0.1, and before."""
 
 
 def publish(folder: Path, write: Callable[[Path], None], *, metadata: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ def publish(folder: Path, write: Callable[[Path], None], *, metadata: dict[str, 
 
 def _add_manifest_and_sync(staging: Path, metadata: dict[str, Any]) -> None:
     """Add the manifest, and return when everything in `staging` survives a power cut."""
-    readable = staging.stat().st_mode & 0o666  # as the user's umask has it; safetensors creates private files
+    readable = staging.stat().st_mode & 0o666  # follows the user's umask; safetensors creates private files
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             with contextlib.suppress(OSError):  # vfat, CIFS and FUSE mounts may refuse it, and nothing relies on it
@@ -98,7 +98,7 @@ def read_symlink(link: Path) -> str | None:
 
 
 def delete_folder(folder: Path) -> None:
-    """Delete `folder`; nobody ever sees only a part of it under its name."""
+    """Delete `folder`; it is never visible under its name when incomplete."""
     trash = folder.with_name(f"{TRASH_PREFIX}{folder.name}")
     remove(trash)
     os.rename(folder, trash)

@@ -1,4 +1,4 @@
-"""Locks on files, which end with the process that holds them; and the lock of a run's folder, which also names its owner."""
+"""File locks, which are released when their process ends; and the lock of a run's folder, which also names its owner."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_LOCKS = (REFUSED | {errno.ENOLCK}) - {errno.EACCES}
 """Errors of file systems without locks. EACCES: another process holds the lock."""
 LOCK_FILE = ".lock"
 ALIVE_OWNER_SECONDS = 1.5
-"""How long to wait for an owner that is running: one that was just killed may look so while its memory is freed."""
+"""How long to wait for an owner that is running: one that was just killed may still look so while its memory is freed."""
 DEAD_OWNER_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 _OWNER = re.compile(r"host (?P<host>.*), pid (?P<pid>\d+), since (?P<since>.*)\n")
@@ -43,8 +43,8 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def try_lock(path: Path) -> int | None:
-    """Lock the file `path`, created if missing, for this process alone: a descriptor for `unlock`; None if another process
-    holds it.
+    """Lock the file `path`, created if missing, exclusively. Returns a descriptor for `unlock`, or None if another process
+    holds the lock.
 
     Raises OSError, also if `path` is a symbolic link or (see NO_LOCKS) the file system has no locks.
     """
@@ -57,12 +57,12 @@ def try_lock(path: Path) -> int | None:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             unlock(file)
             raise
-    unlock(file)  # or it was deleted in the meantime, maybe with its folder
+    unlock(file)  # the file was deleted in the meantime, maybe with its folder
     return None
 
 
 def unlock(file: int) -> None:
-    """Let other processes have the lock."""
+    """Release the lock."""
     _held.discard(file)
     os.close(file)
 
@@ -98,7 +98,7 @@ class Owner:
 
     @staticmethod
     def this_process() -> Owner:
-        """Since now."""
+        """This process, from now on."""
         return Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
 
     @staticmethod
@@ -118,11 +118,11 @@ class Owner:
         return f"host {self.host}, pid {self.pid}, since {self.since}"
 
     def is_on_this_host(self) -> bool:
-        """Whether its pid means something here."""
+        """Whether its pid is valid on this host."""
         return self.host == socket.gethostname()
 
     def seems_alive(self) -> bool:
-        """Whether it is running; on another host it seems to be."""
+        """Whether it is running; assumed if it is on another host."""
         return not self.is_on_this_host() or is_running(self.pid)
 
 
@@ -138,7 +138,7 @@ class RunLock:
         self._sign()
 
     def release(self) -> None:
-        """Let other jobs have it."""
+        """Release the lock."""
         unlock(self._file)
 
     def _lock(self) -> int:
@@ -159,7 +159,7 @@ class RunLock:
             time.sleep(_POLL_SECONDS)
 
     def _without_locks(self) -> int:
-        """All that can be done on a file system without locks: refuse if the owner is another process of this machine."""
+        """On a file system without locks, only check that the owner is not another process on this machine."""
         owner = Owner.read(self._path)
         if owner is not None and owner.is_on_this_host() and owner.seems_alive() and owner.pid != os.getpid():
             raise self._in_use(owner)
@@ -176,7 +176,7 @@ class RunLock:
         )
 
     def _sign(self) -> None:
-        """Write the owner over the one before, so that a reader always finds one. A full disk costs only the name."""
+        """Overwrite the previous owner, so that a reader always finds one. On a full disk only the name is lost."""
         text = f"{Owner.this_process()}\n".encode()
         try:
             os.pwrite(self._file, text, 0)

@@ -1,7 +1,7 @@
 """manifest.json: size and digest of every file in a folder, and a digest of the manifest itself.
 
-The manifest has exactly one valid spelling, so no bit of it can change unnoticed. Digests detect damage, not forgery: a folder
-may come from a stranger, so it is read as if it were hostile, and no file outside it is opened.
+The manifest has exactly one valid encoding, so no bit of it can change unnoticed. Digests detect damage, not forgery: folders
+are untrusted, and no file outside them is opened.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def verify(folder: Path, *, only: Collection[str] | None = None) -> dict[str, An
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of `folder`. Raises CheckpointError if it is missing or not as it was written."""
+    """The manifest of `folder`. Raises CheckpointError if it is missing or was changed."""
     path = folder / MANIFEST
     manifest = read_json(path)
     body = {key: value for key, value in manifest.items() if key != OWN_DIGEST}
@@ -116,7 +116,7 @@ def _compare(folder: Path, name: str, entry: dict[str, Any]) -> None:
 
 
 def _check_file_inside(folder: Path, name: str) -> None:
-    """No links or names that lead out of `folder`, and no pipes or devices, which can block a reader forever."""
+    """Reject links and names that lead out of `folder`, and pipes or devices, which could block a reader forever."""
     try:
         real = Path(os.path.realpath(folder / name))
         inside = real.is_relative_to(os.path.realpath(folder))

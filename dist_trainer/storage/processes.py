@@ -1,4 +1,4 @@
-"""Processes of this machine, by pid, or by pid and start time so that a reused pid is never mistaken for the first process."""
+"""Processes of this machine, by pid, or by pid and start time, so that a reused pid is not mistaken for the original."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def is_running(pid: int) -> bool:
-    """Whether this machine has a process `pid`, running or stopped; one that has ended and waits to be reaped is not."""
+    """Whether this machine has a process `pid`, running or suspended; zombies do not count."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -27,7 +27,7 @@ class ProcessId:
     host: str
     pid: int
     namespace: int
-    """Of process ids: containers on one machine do not see one another's processes."""
+    """Namespace of process ids: containers on one machine do not see each other's processes."""
     started: int
     """Clock ticks since the machine's start; 0 if the system does not say."""
 
@@ -45,13 +45,13 @@ class ProcessId:
         return is_running(self.pid) and _state_and_start(self.pid)[1] == self.started
 
     def kill(self) -> None:
-        """SIGKILL, if it still is the same process."""
+        """Send SIGKILL, if it is still the same process."""
         if self.is_alive():
             os.kill(self.pid, signal.SIGKILL)
 
 
 def command_of(pid: int) -> list[str]:
-    """The arguments of its command line; none if the system does not say."""
+    """The arguments of its command line; empty if the system does not say."""
     return _strings(Path(f"/proc/{pid}/cmdline"))
 
 
