@@ -64,8 +64,8 @@ def is_in_hub_cache(folder: Path) -> bool:
 def download_model(name: str, *, weights: bool, key: str) -> Path:
     """The folder of the Hub model `name` in the local cache, downloaded if the Hub is reachable.
 
-    Without `weights` only the files that describe it. Never code, and no pickles. Raises ConfigError that names `key`, which
-    holds the name, and the remedy.
+    Without `weights`, only the files that describe it. Never downloads code or pickles. Raises ConfigError that names `key`,
+    which gave the name, and the remedy.
     """
     reachable = is_hub_reachable()
     import huggingface_hub
@@ -74,7 +74,7 @@ def download_model(name: str, *, weights: bool, key: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not reachable))
     except Exception as error:  # the library raises many kinds; each ends in one message
-        remedy = f"where it is reachable, run `hf download {name}` with the same HF_HOME, or give a folder"
+        remedy = f"on a machine with network access, run `hf download {name}` with the same HF_HOME, or give a folder"
         raise ConfigError(f"{key}: {not_loaded_message(name, first_line(error), remedy=remedy)}") from error
 
 

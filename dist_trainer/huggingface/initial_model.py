@@ -19,10 +19,10 @@ from dist_trainer.huggingface.model_files import find_config, find_tokenizer, is
 
 
 def derived_keys(keys: Mapping[str, Any], of_run: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Values for dotted keys that `keys`, those that the user has set, leave open: the model's shape, and its tokenizer.
+    """Values for the dotted keys of the model's shape and tokenizer that the user's `keys` leave open.
 
-    `of_run`: the dotted keys of a run that started from the same model and is resumed; the model may have been moved or changed
-    since, so these count. Raises ConfigError if a key that was set contradicts the model, if there is no model, or if
+    `of_run`: the dotted keys of a run that started from the same model and is resumed; they take precedence, as the model may
+    have been moved or changed. Raises ConfigError if a key that was set contradicts the model, if there is no model, or if
     model.name cannot train it.
     """
     name, init_from = keys.get("model.name", LLAMA), keys.get("model.init_from")
@@ -35,7 +35,7 @@ def derived_keys(keys: Mapping[str, Any], of_run: Mapping[str, Any] | None = Non
     if of_run is not None and all(key in of_run for key in wanted):
         return {key: of_run[key] for key in wanted}
     if not wanted and not user_path(init_from).is_dir():
-        return {}  # the Hub need not be asked, and a local folder may be gone since all keys were written down
+        return {}  # all keys are known: no need to ask the Hub, and a local folder may be gone
     folder = model_folder(init_from, weights=False)
     described_in = find_config(folder)
     if described_in is None:

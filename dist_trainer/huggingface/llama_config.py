@@ -60,7 +60,7 @@ def token_id_set(ids: TokenIds) -> set[int]:
 
 
 def add_eos_token(ends: TokenIds, trained: int | None) -> TokenIds:
-    """`ends` with the token that a run's texts end with; first, unless it is one of them."""
+    """`ends` with the token that a run's texts end with added in front, unless it is already one of them."""
     return ends if trained in token_id_set(ends) else merge_token_ids(trained, ends)
 
 
@@ -171,7 +171,7 @@ def _check_representable(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_types(raw: Mapping[str, Any], path: Path) -> None:
-    """A file from a stranger may contain anything."""
+    """Check the types of fields: the file is untrusted."""
     for name in _SIZES:
         value = raw.get(name)
         if value is not None and not (type(value) is int and 0 < value < _MAX_SIZE):
@@ -187,7 +187,7 @@ def _check_types(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether `value` is a number of reasonable size; JSON has infinite ones, too."""
+    """Whether `value` is a number of reasonable size; JSON files may also contain infinite ones."""
     return type(value) in (int, float) and abs(value) < _MAX_NUMBER
 
 

@@ -48,8 +48,8 @@ def model_folder(name: str, *, weights: bool, key: str = "model.init_from") -> P
 
 
 def model_folders(path: Path) -> Iterator[Path]:
-    """Where the model that `path` means may be: in `path` itself, then in the checkpoints in it or in its `checkpoints`: best,
-    latest, and the others, newest first.
+    """Folders that may have the model that `path` means: `path` itself, then the checkpoints in it or in its `checkpoints`:
+    best, latest, then the others, newest first.
 
     If there is no link `best`, as on file systems without links, status.json names it. Links out of `path` are not followed.
     """
@@ -103,7 +103,7 @@ def find_model(path: Path) -> Path:
 
 
 def find_valid_model(path: Path, *, weights: bool = True) -> Path:
-    """`find_model`, and raises CheckpointError if it is a checkpoint whose model's files are not as they were written."""
+    """`find_model`; raises CheckpointError if it is a checkpoint whose model files have changed since they were written."""
     folder = find_model(path)
     is_ours = is_checkpoint(folder) and (folder / "trainer_state.json").is_file()
     if is_ours and not is_in_hub_cache(folder):
@@ -143,7 +143,7 @@ def check_links(folder: Path) -> None:
 
 def check_model_folder(folder: Path) -> None:
     """Raises CheckpointError if reading a model from `folder`, by any library, would read files outside it, open a pickle, or
-    run code that comes with it: its files may come from a stranger.
+    run code that comes with it: the folder is untrusted.
     """
     check_links(folder)
     if (folder / ADAPTER_FILE).is_file():
@@ -159,7 +159,7 @@ def check_model_folder(folder: Path) -> None:
 
 
 def _check_config(raw: Mapping[str, Any], path: Path) -> None:
-    """Raises CheckpointError for what makes transformers read other files, fetch code from the Hub, or build endless layers."""
+    """Raises CheckpointError for fields that make transformers read other files, fetch code, or build far too many layers."""
     if raw.get("transformers_weights") not in (None, WEIGHTS_FILE, INDEX_FILE):
         raise CheckpointError(
             f"{path}: transformers_weights is {raw['transformers_weights']!r}, but weights are read from {WEIGHTS_FILE} or "

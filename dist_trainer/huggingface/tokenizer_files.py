@@ -29,7 +29,7 @@ def tokenizer_from_folder(folder: Path, key: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit, StoppedError):
         raise
-    except BaseException as error:  # the library raises many kinds, and its panics are no Exceptions; each ends in one message
+    except BaseException as error:  # the library raises many kinds, and its panics are not Exceptions; one message for all
         raise DataError(f"{key}: the tokenizer in {folder} cannot be loaded: {error}") from error
 
 
@@ -58,8 +58,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def _is_plain(folder: Path) -> bool:
-    """Whether AutoTokenizer would build just the tokenizer of tokenizer.json, as for all our checkpoints. To find out, it
-    imports the model's code, which takes two seconds.
+    """Whether AutoTokenizer would just build the tokenizer of tokenizer.json, as for all our checkpoints. AutoTokenizer itself
+    imports the model's code to find out, which takes two seconds.
     """
     config = read_description(folder / TOKENIZER_CONFIG_FILE)
     model_type = read_description(folder / CONFIG_FILE).get("model_type")

@@ -1,6 +1,6 @@
-"""Models of transformers: loaded, initialised, saved and decoded by its own code.
+"""Loads, initialises, saves and decodes models of transformers with its own code.
 
-Never by code that comes with a model (trust_remote_code), and never from pickles. Training DecoderLM does not import it.
+It never uses code that comes with a model (trust_remote_code), or pickles. Training DecoderLM does not import transformers.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def init_model(folder: Path, *, seed: int) -> Any:
 
 
 def build_without_weights(folder: Path) -> Any:
-    """The model that `load_model` returns, built without its weights: parameters are uninitialised, all else (buffers that no
-    file has, generation settings) is complete.
+    """The model that `load_model` returns, built without its weights: parameters are uninitialised, everything else (buffers
+    that no file has, generation settings) is complete.
 
     Raises ConfigError if transformers cannot build it, CheckpointError if those settings are damaged.
     """
@@ -119,7 +119,7 @@ def _from_config(folder: Path) -> Any:
 
 
 def save_weights(model: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """What save_pretrained writes, with `weights` instead of the model's own, which training may be changing."""
+    """Write what save_pretrained writes, with `weights` instead of the model's, which training may be changing."""
     with _no_progress_bars():
         model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="1000TB")
 
@@ -165,7 +165,7 @@ def load_weights(model: Any, folder: Path) -> None:
 
 
 def num_embeddings(model: Any) -> int:
-    """How many token ids the model knows."""
+    """How many token ids the model supports."""
     return model.get_input_embeddings().weight.shape[0]
 
 
@@ -208,7 +208,7 @@ def _eos_token_id(model: Any) -> TokenIds:
 def next_logits(model: Any) -> Callable[[Tensor], Tensor]:
     """A function from new tokens [1, T] to the logits [V] after them; it remembers earlier tokens.
 
-    With the model's key-value cache if it has one as most do, else by reading all tokens again.
+    It uses the model's key-value cache if there is one of the usual kind, else processes all tokens again.
     """
     parameters = inspect.signature(type(model).forward).parameters
     name = next((name for name in CACHE_NAMES if name in parameters), None)

@@ -1,4 +1,4 @@
-"""Weights in the format of Hugging Face's LlamaForCausalLM, without transformers, a slow import; modules built without any."""
+"""Weights in the format of Hugging Face's LlamaForCausalLM, without transformers (slow to import); modules without weights."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def matched_weights(folder: Path, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """(parameter, tensor) for each tensor in `folder` and that of a DecoderLM's `parameters` that it is for; the parameter is
-    None for a head that is tied to the embedding, which some files contain nevertheless.
+    """(parameter, tensor) for each tensor in `folder` and its parameter among a DecoderLM's `parameters`, which is None for a head that is
+    tied to the embedding, which some files contain nevertheless.
 
     Raises CheckpointError if a tensor is missing, has another shape, or has no parameter.
     """
@@ -143,7 +143,7 @@ def materialize(model: Module, device: torch.device) -> Module:
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in made:  # else it is tied to one that was
+            if id(parameter) not in made:  # otherwise it is tied to one that was
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
