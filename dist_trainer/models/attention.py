@@ -2,9 +2,9 @@
 
 B batch, T sequence, H query heads, G key and value heads, K head size.
 
-With a document mask, a token attends to itself and earlier tokens of its own document only. Rotary positions need not restart
-in each document: attention depends on differences of positions only (Su et al. 2021, arXiv:2104.09864, equation 16), which are
-the same wherever a document begins.
+With a document mask, a token attends only to itself and earlier tokens of its document. Rotary positions need not restart in
+each document: attention depends only on differences of positions (Su et al. 2021, arXiv:2104.09864, equation 16), which are
+the same wherever a document starts.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def attention(
     causal: bool,
     dropout: float,
 ) -> Tensor:
-    """Attention [B, H, T, K] under `mask`; without one over all tokens, or over the current and earlier ones (`causal`).
+    """Attention [B, H, T, K] under `mask`; without one, over all tokens, or over the current and earlier ones (`causal`).
 
     `dropout` is the probability of dropping a weight; with a BlockMask it must be 0.
     """

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, as for validation during training."""
+"""Temporary evaluation mode, as for validation during training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Generator[None]:
-    """Inside, `model` is in evaluation mode; afterwards each of its modules is in its previous mode again, which for some, such
-    as a frozen BatchNorm, may be evaluation mode too.
+    """Inside, `model` is in evaluation mode; afterwards each of its modules returns to its previous mode, which for some, such
+    as a frozen BatchNorm, may also be evaluation mode.
     """
     before = {module: module.training for module in model.modules()}
     model.eval()

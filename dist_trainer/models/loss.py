@@ -39,7 +39,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class LogitLoss(nn.Module):
-    """The loss of logits together with its gradient, which only takes a subtraction more.
+    """The loss of logits together with its gradient, which takes only one more subtraction.
 
     Without parameters; a module so that it can be one of a model's `compile_units`.
     """

@@ -36,7 +36,7 @@ class ModelContext:
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     resumed_from: Path | None = None
-    """Checkpoint whose weights the trainer will restore: only the shape is read here, from there; init_from may be gone."""
+    """Checkpoint whose weights the trainer will restore. Only the shape is read from it here; init_from may be gone."""
 
 
 def decoder_lm(config: ModelConfig, context: ModelContext) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A model's weights, from a folder and to one: DecoderLM, transformers' models, and any other module."""
+"""Loads and saves a model's weights: DecoderLM, transformers' models, and any other module."""
 
 from __future__ import annotations
 
