@@ -49,7 +49,7 @@ def evaluation_weights(optimizer: Optimizer) -> Generator[dict[nn.Parameter, Ten
 
 
 def set_training_weights(optimizer: Optimizer, weights: dict[nn.Parameter, Tensor]) -> None:
-    """Let `optimizer`, whose state was just restored, train the parameters from these values."""
+    """Set the weights in training of `optimizer`, whose state was just restored, to these values."""
     if weights and has_evaluation_weights(optimizer):
         optimizer.train()  # type: ignore[attr-defined]
         _set_weights(weights)

@@ -1,4 +1,4 @@
-"""Muon for hidden matrices, many at a time and shared over the ranks, together with AdamW for all other parameters."""
+"""Muon for hidden matrices, batched and distributed over the ranks, together with AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 OUTPUT_HEADS = ("lm_head", "output", "head")
-"""Names of the matrix that makes logits, in models without get_output_embeddings."""
+"""Names of the output head in models without get_output_embeddings."""
 MATRIX_PRODUCTS = ("Linear", "Conv1D")
 """Classes of modules whose `weight` is a matrix that hidden states are multiplied by; Conv1D is GPT-2's, in transformers."""
 MATRICES_AT_ONCE = 4
@@ -124,7 +124,7 @@ def all_gather_map(batches: list[list[Tensor]], function: Callable[[list[Tensor]
     if ranks == 1:
         return function(batches[0])
     result = function(batches[min(dist.get_rank(), len(batches) - 1)])
-    # all_gather takes equal sizes: the last batch may be shorter, and ranks without a batch send what is ignored.
+    # all_gather needs equal sizes: a shorter last batch is padded, and ranks without a batch send values that are ignored.
     padded = result.new_empty((len(batches[0]), *result.shape[1:]))
     padded[: len(result)] = result
     gathered = padded.new_empty((ranks, *padded.shape))

@@ -76,7 +76,7 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, nn.Module], Optimizer]] = {"adamw":
 def init_optimizer_state(optimizer: Optimizer) -> None:
     """Create the running averages of AdamW and Muon as zeros where they are missing; otherwise their first step would.
 
-    So memory that lasts is allocated together, and running out of it is noticed before the first step. Averages of a parameter
+    So long-lived memory is allocated together, and running out of it is noticed before the first step. Averages of a parameter
     that never gets a gradient stay zero.
     """
     if isinstance(optimizer, MuonWithAdamW):
