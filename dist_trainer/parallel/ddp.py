@@ -39,7 +39,7 @@ def ddp(model: nn.Module, world: DistributedContext) -> nn.Module:
             device_ids=[world.device] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-    wrapped.broadcast_buffers = False  # not before each forward pass: the trainer shares them at the end of each step
+    wrapped.broadcast_buffers = False  # the trainer shares them at the end of each step, not before each forward pass
     wrapped.splits_graphs = not (is_compiled(model) and hasattr(model, "compile_units"))
     return wrapped
 
@@ -48,7 +48,7 @@ def ddp(model: nn.Module, world: DistributedContext) -> nn.Module:
 def _one_unused_parameter(model: nn.Module) -> Generator[None]:
     """Inside, `model` has an extra parameter, which DistributedDataParallel will always find unused.
 
-    If none is unused, torch advises on each rank not to look for them, from C++, so that no warnings filter can suppress it.
+    If none is unused, torch warns on each rank that it looked for them in vain, from C++, so no filter can suppress it.
     """
     trained = (parameter.detach() for parameter in model.parameters() if parameter.requires_grad)
     model.register_parameter(_UNUSED, nn.Parameter(next(trained, torch.zeros(0)).new_zeros(1)))
@@ -105,7 +105,7 @@ class LossDDP(DistributedDataParallel):
 
 
 class Buffers:
-    """The buffers that `model` has when this is created, also if its modules replace their tensors later."""
+    """The buffers that `model` has when this is created, even if its modules replace their tensors later."""
 
     def __init__(self, model: nn.Module, world: DistributedContext) -> None:
         self._world = world

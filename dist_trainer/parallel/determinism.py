@@ -21,7 +21,7 @@ def use_deterministic_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Else torch would fill all memory that it allocates, which helps with other faults only.
+    # Otherwise torch would fill all memory that it allocates, which only helps against other faults.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""`STRATEGIES`: the ways in which ranks share a model, and what the trainer asks of a model that one of them has wrapped."""
+"""`STRATEGIES`: the ways in which ranks share a model, and what the trainer needs from a wrapped model."""
 
 from __future__ import annotations
 

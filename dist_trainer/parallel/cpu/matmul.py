@@ -14,7 +14,7 @@ from dist_trainer.parallel.compile import is_compiled
 MIN_TOKENS = 512
 """Tokens of a micro-batch from which oneDNN is faster: each call of it has a larger overhead."""
 LARGEST_ERROR = 1e-5
-"""Of a product, relative to its largest element: rounding to float32 causes 1e-6, to bfloat16 2e-3."""
+"""Error of a product, relative to its largest element: rounding to float32 causes 1e-6, to bfloat16 2e-3."""
 
 
 def matmul_context(

@@ -1,4 +1,4 @@
-"""Memory of a process that computes on a CPU: what one step frees is reused by the next one, without the kernel."""
+"""Memory of a process that computes on a CPU: memory that one step frees is reused by the next one, without the kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def large_blocks_apart() -> Generator[None]:
-    """Inside, large tensors that find no room in the heap are mapped separately; afterwards freed memory is kept (again).
+    """Inside, large tensors that do not fit in the heap are mapped separately; afterwards freed memory is kept (again).
 
     For the warm-up before the first step: otherwise a compiler's many small objects would stay in the heap between the
     warm-up's tensors, and leave no room for those of later steps.
