@@ -1,4 +1,4 @@
-"""Prompts from a command line, a terminal, standard input or a file, and their continuations to a terminal or JSON lines."""
+"""Reads prompts (command line, terminal, standard input or file); writes continuations to a terminal or as JSON lines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_json_lines(generator: TextGenerator, prompts: Iterable[Prompt], to: Te
 
 
 def print_texts(generator: TextGenerator, prompts: Iterable[Prompt], *, is_interactive: bool) -> None:
-    """Print each prompt and its continuation, piece by piece; of a chat, the answers only.
+    """Print each prompt and its continuation, piece by piece; in a chat, only the answers.
 
     `is_interactive`: prompts are typed at a terminal. They form one conversation of a chat, and Ctrl-C ends one answer.
     Raises ConfigError for a prompt that is too long, unless the next one can be typed or read.
@@ -130,7 +130,7 @@ def prompts_of_file(path: Path) -> list[Prompt]:
     except DataError as error:
         problems = [str(error)]
     if not prompts and not problems:
-        problems = [f"{path}: there is no prompt in it"]
+        problems = [f"{path}: it contains no prompt"]
     if problems:
         raise ConfigError("--prompts_file: " + "\n  ".join(problems))
     return prompts

@@ -35,7 +35,7 @@ def can_generate(model: nn.Module) -> bool:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The most positions that `model` supports; None: unlimited."""
+    """The maximum number of positions that `model` supports; None: unlimited."""
     return model.max_position_embeddings if isinstance(model, DecoderLM) else transformers_models.context_length(model)
 
 

@@ -1,4 +1,4 @@
-"""Prompts to text: a model and its tokenizer continue a prompt, or answer it as a chat, in pieces of complete characters."""
+"""Generates text: a model and its tokenizer continue a prompt, or answer it in a chat, in pieces of complete characters."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TextGenerator:
         self.end_tokens = {tokenizer.eos_token_id, *end_tokens(model)}
 
     def prompt_tokens(self, text: str) -> list[int]:
-        """Ids of `text` with the prefix of training; of a chat, those of the entire rendered conversation."""
+        """Ids of `text` with the prefix used in training; in a chat, those of the entire rendered conversation."""
         if self.chat is None:
             return prompt_ids(self.tokenizer, text)
         rendered = self.chat.prompt("--chat", [*self.system_messages, *self.history, message("user", text)])
@@ -54,7 +54,7 @@ class TextGenerator:
         return None if has_room else prompt_too_long(length, self.context_length)
 
     def remember(self, question: str, answer: str) -> None:
-        """Put these before the chat's next prompt."""
+        """Add these to the conversation before the chat's next prompt."""
         self.history += [message("user", question), message("assistant", answer)]
 
     def stream(self, text: str) -> TextStream:
