@@ -1,6 +1,6 @@
-"""The report's charts: which there are, their lines and marks, and the data that script.js draws.
+"""The report's charts: their lines and marks, and the data that script.js draws.
 
-Smoothing, thinning and the range of each y-axis are computed here; script.js draws the SVG, as wide as the window is.
+Smoothing, thinning and the range of each y-axis are computed here; script.js draws the SVG at the width of the window.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ POINTS_TO_EACH_SIDE = 50
 POINTS_OF_AN_AXIS = 200
 MAX_SKIPS = 200
 MAX_POINTS = 600
-"""Of a line: more than two per pixel are not visible."""
+"""Maximum number of points of a line: more than two per pixel are not visible."""
 MAX_POINTS_OF_A_CHART = 4000
-"""Of all its lines together, so that a page of many runs stays small."""
+"""Maximum number of points of all lines of a chart, so that a page of many runs stays small."""
 BEGINNING = 0.1
 """Fraction of the steps whose values, far above all later ones, a clipped axis need not reach."""
 HUGE = 1e300

@@ -28,7 +28,7 @@ from dist_trainer.tracking.run_reader import RunHistory
 
 REPORT_FILE = "report.html"
 SHARE_OF_TIME = 0.01
-"""Of a run's time at most, for pages written during training."""
+"""Maximum fraction of a run's time spent on pages written during training."""
 STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 SCRIPT = Path(__file__).with_name("script.js").read_text(encoding="utf-8")
 
@@ -82,7 +82,7 @@ def without_secrets(run: RunHistory) -> RunHistory:
 
 
 def labels_of(runs: Sequence[RunHistory]) -> list[str]:
-    """The runs' names; runs of the same name with as much of their folders' paths as tells them apart."""
+    """The runs' names; runs with the same name get as much of their paths as is needed to tell them apart."""
     paths = [run.folder.absolute() for run in runs]
     labels = [run.name for run in runs]
     for parts in range(2, max((len(path.parts) for path in paths), default=0) + 1):
@@ -96,7 +96,7 @@ def labels_of(runs: Sequence[RunHistory]) -> list[str]:
 
 
 def write_report(history: RunHistory) -> None:
-    """Read what is new of `history`'s run and write the page into its folder. Raises OSError if the disk refuses."""
+    """Read new lines of `history`'s run and write the page into its folder. Raises OSError if that fails."""
     history.refresh()
     replace_file(history.folder / REPORT_FILE, [html_report([history]).encode()], durable=False)
 

@@ -22,7 +22,7 @@ from dist_trainer.tracking.goodput import Goodput
 from dist_trainer.tracking.run_reader import RunHistory, SampleText, number
 
 SAMPLES_SHOWN, SAMPLES_OPEN = 12, 3
-"""Samples of a run on the page, evenly spread over all it has; and how many of them are visible at once."""
+"""Number of samples of a run on the page, evenly spread; and how many of them are visible at once."""
 SAMPLE_CHARACTERS = 3000
 MARKS_OPEN = 12
 _LATEST_TIME = 1 << 40
@@ -72,7 +72,7 @@ def heading(runs: Sequence[RunHistory], labels: Sequence[str], spent: Sequence[G
 
 
 def describe_training(run: RunHistory, *, command: bool = True) -> str:
-    """Model, data, device and, with `command`, the command; what is unknown is left out."""
+    """Model, data, device and, with `command`, the command; unknown fields are left out."""
     config, environment = flatten(run.config), run.environment
     layers, width = config.get("model.num_hidden_layers"), config.get("model.hidden_size")
     batch_size, length = config.get("batch.global_batch_size"), config.get("data.sequence_length")
