@@ -139,7 +139,7 @@ def signal_name(number: int) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library says, at most 400 characters; its errors may be pages."""
+    """The first line of a library's error, at most 400 characters; some are pages long."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:400]
 
 

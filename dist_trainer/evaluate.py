@@ -88,7 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> EvaluationRequest:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """For this command's own options."""
+    """The parser of this command's own options."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_trainer.evaluate",
         usage="%(prog)s RUN [--data NAME | --harness TASKS [options]] [--section.key VALUE]...",

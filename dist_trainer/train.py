@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.time()
 
     def command() -> int:
-        # Listening comes first, because all else takes time. Loading the config is not interruptible: another rank that found
+        # Handle signals first, because everything else takes time. Loading the config is not interruptible: another rank with
         # the same config error may have exited already, and torchrun's SIGTERM must not keep this one from printing it.
         with StopRequest().listen(for_good=True) as stop_request:
             begin_as_rank()
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments, is_dry_run = pop_dry_run(argv)
             config = load_config(arguments)
             with stop_request.interruptible():
-                # Only now torch: --help and config errors answer at once.
+                # torch is imported only now, so that --help and config errors appear at once.
                 from dist_trainer.run.dry_run import dry_run
                 from dist_trainer.run.lifecycle import run
             if is_dry_run:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """For this command's own options."""
+    """The parser of this command's own options."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_trainer.verify",
         usage="%(prog)s RUN [--steps A-B] [--ranks N,M]\n"
@@ -118,7 +118,7 @@ def run(argv: Sequence[str], stop_request: StopRequest) -> int:
 
 
 def check_run(run: Path, key_words: Sequence[str]) -> None:
-    """Raises ConfigError if `run` is no run, or keys are given too."""
+    """Raises ConfigError if `run` is not a run, or if keys are given as well."""
     if key_words:
         raise ConfigError(
             f"{key_words[0]}: a run is verified with its own config; leave it out, or give a config without a run"
