@@ -77,8 +77,8 @@ def read_hf_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def matched_weights(folder: Path, parameters: Mapping[str, Tensor]) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """(parameter, tensor) for each tensor in `folder` and its parameter among a DecoderLM's `parameters`, which is None for a head that is
-    tied to the embedding, which some files contain nevertheless.
+    """(parameter, tensor) for each tensor in `folder` and its parameter among a DecoderLM's `parameters`, or None for a
+    head that is tied to the embedding, which some files contain nevertheless.
 
     Raises CheckpointError if a tensor is missing, has another shape, or has no parameter.
     """
