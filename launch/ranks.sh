@@ -30,7 +30,7 @@ cores=${RANKS_CORES:-$("$python" -c 'from dist_trainer.distributed.machine impor
 threads=${OMP_NUM_THREADS:-}
 split_threads() { export OMP_NUM_THREADS=${threads:-$((cores / ranks > 0 ? cores / ranks : 1))}; }
 split_threads
-# Waiting threads that spin take cores from ranks that compute.
+# Waiting threads that spin would take cores away from ranks that compute.
 if ((gpus == 0)); then export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}; fi
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 

@@ -66,7 +66,7 @@ on_usr1() {
   say "the time limit is near${left:+: $left s left}"
   if [[ -n $step ]]; then signal_ranks; fi
 }
-signal_ranks() { # once: they take repeated signals for impatience
+signal_ranks() { # once: the third signal would end them without saving
   if [[ -n $ranks_signalled ]]; then return; fi
   ranks_signalled=1
   # A signal sent before srun has created its step reaches nobody, and scancel does not report that.
