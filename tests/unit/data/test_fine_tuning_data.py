@@ -776,7 +776,7 @@ def test_a_column_of_messages_that_is_read_as_text_names_the_key_that_reads_them
 
 def test_a_single_conversation_is_not_torn_apart_to_validate_on(tmp_path):
     config = small(chats(tmp_path / "x.jsonl", CONVERSATIONS[:1]), tmp_path, messages_column="messages", chat_template=PLAIN)
-    with pytest.raises(DataError, match=r"data\.validation_fraction: there is a single document"):
+    with pytest.raises(DataError, match=r"data\.validation_fraction: there is only one document"):
         build_datasets(replace(config, validation_fraction=0.1), configured_tokenizer(config))
 
 
