@@ -31,7 +31,7 @@ LINGER_SECONDS = 1.0
 others stay twice as long: once a rank exits, the launcher ends all, and the rank that prints must exit first."""
 PORT_SECONDS = 10.0
 """How long rank 0 waits for a port that is in use: a rank 0 that has just been killed may still hold it."""
-_ALL_JOINED, _MISSING = "all joined", "missing"
+_ALL_JOINED, _ALL_READ, _MISSING = "all joined", "all read", "missing"
 
 
 def rendezvous(info: RankInfo, heartbeat: Heartbeat, stop_request: StopRequest) -> tuple[dist.Store, str | None]:
@@ -110,10 +110,18 @@ class _Rendezvous:
         if heartbeat_store is None:
             heartbeat_store = _connect(address, ranks[0]["port"])
         self.address = address_among([rank["address"] for rank in ranks], ranks[info.rank]["address"])
+        self._wait_for_readers(joined)
         processes = [ProcessId(**rank["process"]) for rank in ranks]
         self.hosts = sorted({process.host for process in processes})
         self.heartbeat.watch_peers(processes, heartbeat_store)
         self.is_complete = True
+
+    def _wait_for_readers(self, joined: dist.Store) -> None:
+        """Rank 0, which may own the store, must not leave before all have read it, even if what it read is an error."""
+        if joined.add("readers", 1) == self.info.world_size:
+            joined.set(_ALL_READ, "")
+        while self.info.rank == 0 and not joined.check([_ALL_READ]) and time.monotonic() < self.end:
+            time.sleep(POLL_SECONDS)
 
     def _launch_store(self) -> dist.Store:
         if self.info.rank == 0 and not self.endpoint.launcher_keeps_store:

@@ -104,16 +104,14 @@ def test_gradients_are_exchanged_once_a_step_whatever_the_accumulation(stories, 
     counts = []
 
     def count(trainer):
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+        exchanged, reduce_bucket = [], trainer.model.bucket_hook
 
-        exchanged = []
-
-        def hook(state, bucket):
+        def hook(bucket):
             if bucket.is_last():
                 exchanged.append(trainer.progress.step)
-            return allreduce_hook(None, bucket)
+            return reduce_bucket(bucket)
 
-        trainer.model.register_comm_hook(None, hook)
+        trainer.model.reduce_buckets_with(hook)
         counts.append(exchanged)
 
     config = small_config(stories, tmp_path, batch__micro_batch_size=1, train__max_steps=3)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_trainer.run.record import RunRecord
 from tests.distributed.small_runs import (
     at_each_validation_batch,
     command,
@@ -173,15 +174,14 @@ def test_each_micro_batch_each_fetched_batch_and_each_validation_batch_is_progre
     def change(trainer):
         notes = []
         note_progress_of(trainer, notes)
-        record = trainer.tracker
-        finish = record.finish
+        finish = RunRecord.finish
 
         def finish_and_note(*arguments, **how):
             validated = trainer.validation_data.sampler
             notes_of_rank.write_text(json.dumps({"notes": notes, "blocks": len(list(validated))}))
             finish(*arguments, **how)
 
-        record.finish = finish_and_note
+        RunRecord.finish = finish_and_note
 
     assert command(config, 2, before=on_rank(0, change)) == [0, 0]
     noted = json.loads(notes_of_rank.read_text())
