@@ -95,8 +95,8 @@ def two_hosts() -> Iterator[hosts.Hosts]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of four ranks on one machine, which nothing disturbed: all others must equal it bit for bit."""
+    """The run of one process, which nothing disturbed: all others must equal it bit for bit."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = load_config([*jobs.TRAINING, "--tracking.sample_prompt", jobs.SPACES, "--output_dir", str(folder)])
-    assert small_runs.run(config, 4) == [0, 0, 0, 0]
+    assert small_runs.run(config, 1) == [0]
     return folder / "debug"

@@ -45,7 +45,8 @@ def logs(job: Job) -> list[str]:
 def test_a_job_of_two_nodes_saves_and_requeues_itself_when_its_time_is_nearly_up_and_completes_as_if_undisturbed(
     cluster: Cluster, undisturbed: Path, output: Path
 ) -> None:
-    job = cluster.train(output, "--tracking.sample_prompt", SPACES, SBATCH_SIGNAL="B:USR1@9", **SLOW)
+    one_rank_each = ("--gres=gpu:1",)
+    job = cluster.train(output, "--tracking.sample_prompt", SPACES, options=one_rank_each, SBATCH_SIGNAL="B:USR1@9", **SLOW)
     job.wait_for_step(SLOW_FROM_STEP)
     job.signal_shell("USR1")
     job.wait_for_log("stopped early: requeueing the job")
@@ -57,7 +58,7 @@ def test_a_job_of_two_nodes_saves_and_requeues_itself_when_its_time_is_nearly_up
     assert step_resumed_from(job) == saved["step"]
     # Each node has a separate log in each attempt, and arguments with spaces arrive unsplit.
     assert logs(job) == sorted(f"try-{attempt}-node{node}.log" for attempt in (0, 1) for node in (9, 10))
-    assert "--nproc-per-node=2 --nnodes=2" in (job.run / f"logs/job-{job.number}-try-1-node10.log").read_text()
+    assert "--nproc-per-node=1 --nnodes=2" in (job.run / f"logs/job-{job.number}-try-1-node10.log").read_text()
     assert yaml.safe_load((job.run / "config.yaml").read_text())["tracking"]["sample_prompt"] == SPACES
     # The second attempt knows how long a save takes, and that 9 s would not be enough.
     assert re.search(r"try 1. WARNING: this run needs 3\d s to save and exit, but has 9 s .SBATCH_SIGNAL is", job.log())
