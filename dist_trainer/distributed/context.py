@@ -85,6 +85,8 @@ def init_distributed(
     device = _device_of(info, config.backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # cuBLAS and torch read it once, at the first matrix product: without it, deterministic kernels are refused then.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     heartbeat = Heartbeat(rank=info.rank, timeout_minutes=config.hang_timeout_minutes, on_fatal=on_fatal)
     stop_request = StopRequest() if stop_request is None else stop_request  # not `or`: without a signal it is false
     if is_launched():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -111,20 +112,33 @@ class SharedMemory:
     def _share(self, *, bytes_each: int) -> None:
         """Replace every rank's memory. A collective."""
         bytes_each = -(-bytes_each // 64) * 64  # so that its end is aligned for every format
-        descriptor = os.memfd_create("dist_trainer")
-        os.ftruncate(descriptor, bytes_each)
-        paths: list[str] = [""] * self._ranks
-        dist.all_gather_object(paths, f"/proc/{os.getpid()}/fd/{descriptor}", group=self.group)
-        errors: list[str] = [""] * self._ranks
+        mark, path, error, descriptor = secrets.token_bytes(16), "", "", -1
         try:
-            self._bytes = [torch.from_file(path, shared=True, size=bytes_each, dtype=torch.uint8) for path in paths]
-            error = ""
+            descriptor = os.memfd_create("dist_trainer")
+            os.ftruncate(descriptor, bytes_each)
+            os.pwrite(descriptor, mark, 0)
+            path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        except OSError as raised:
+            error = str(raised)
+        offers = self._gathered((path, mark, error))
+        try:
+            if not any(error for _, _, error in offers):
+                self._bytes = [torch.from_file(offer[0], shared=True, size=bytes_each, dtype=torch.uint8) for offer in offers]
+                # In containers with process ids of their own, the path of another rank may lead to other memory.
+                marks = [memory[: len(mark)].numpy().tobytes() for memory in self._bytes]
+                error = "" if marks == [offer[1] for offer in offers] else "another rank's memory is not under its path"
         except RuntimeError as raised:
             error = str(raised)
-        dist.all_gather_object(errors, error, group=self.group)
-        os.close(descriptor)
+        errors = self._gathered(error)
+        if descriptor >= 0:
+            os.close(descriptor)
         if any(errors):
             raise OSError(next(filter(None, errors)))
+
+    def _gathered(self, value: Any) -> list[Any]:
+        values = [value] * self._ranks
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
 
 def build_exchanges(world: DistributedContext) -> list[Exchange]:

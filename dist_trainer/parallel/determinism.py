@@ -17,7 +17,7 @@ _WITHOUT = "does not have a deterministic implementation"
 def use_deterministic_kernels() -> None:
     """For this process: torch raises RuntimeError in operations that have no deterministic kernel on a GPU.
 
-    Call it before the first matrix product: cuBLAS reads its variable once. On CPUs torch's kernels are deterministic.
+    Call it before the first matrix product: cuBLAS reads its variable once.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -135,7 +135,7 @@ class ExactReduction:
         """DDP's communication hook: the sums that wait, and the last leaves' in the bucket, over all ranks."""
         nodes: list[Node[Tensor]] = []
         for start, stop, gradients in self._sums:
-            push(nodes, Node(start, stop, _flat(bucket.parameters(), gradients)), self._num_leaves, Tensor.add_)
+            push(nodes, Node(start, stop, _flat(bucket, gradients)), self._num_leaves, Tensor.add_)
         last = self._leaves[-1]
         push(nodes, Node(self._start(last), last + 1, bucket.buffer()), self._num_leaves, Tensor.add_)
         with self._during_backward(nodes):
@@ -164,9 +164,18 @@ def _add(left: Gradients, right: Gradients) -> Gradients:
     return left
 
 
-def _flat(parameters: list[Tensor], gradients: Gradients) -> Tensor:
-    """Their gradients as one flat tensor, zeros for those that have none; removes them from `gradients`."""
-    return torch.cat([gradients.pop(parameter, torch.zeros_like(parameter)).flatten() for parameter in parameters])
+def _flat(bucket: dist.GradBucket, gradients: Gradients) -> Tensor:
+    """The gradients of the bucket's parameters as its buffer has them, zeros where there are none; removed from `gradients`."""
+    buffer = bucket.buffer()
+    flat = torch.zeros_like(buffer)
+    for parameter, place in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        if parameter in gradients:
+            begin = place.storage_offset() - buffer.storage_offset()
+            # DDP lays a gradient out by its parameter's strides, such as channels_last, unless they leave gaps.
+            last = sum((size - 1) * stride for size, stride in zip(parameter.size(), parameter.stride(), strict=True))
+            strides = parameter.stride() if last + 1 == parameter.numel() else place.stride()
+            flat.as_strided(place.size(), strides, begin).copy_(gradients.pop(parameter))
+    return flat
 
 
 class TreeAllReduce:

@@ -24,6 +24,7 @@ class Lopsided(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.matrices = nn.ParameterList(nn.Parameter(torch.randn(5, size, generator=generator)) for size in (3, 7, 50))
+        self.matrices.append(nn.Parameter(torch.randn(6, 4, generator=generator).t()))  # not in C order
         self.never_used = nn.Parameter(torch.ones(3))
 
     def forward(self, micro_batch: int) -> torch.Tensor:
